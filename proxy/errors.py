@@ -1,0 +1,170 @@
+"""Every failure a client or a backend can cause, drawn once.
+
+    ProxyError                     has an HTTP status and OpenAI's error fields; what a client is shown
+    ├── BadRequest            400  the request is wrong: the message says what to change
+    │   ├── Unauthorized      401
+    │   ├── NotFound          404  unknown path
+    │   ├── ModelNotFound     404
+    │   ├── MethodNotAllowed  405
+    │   ├── ClientTooSlow     408  the request's body did not come
+    │   ├── TooLarge          413
+    │   └── UnsupportedMedia  415
+    ├── Refused               4xx  a backend's own verdict on the request, in OpenAI's shape
+    ├── QueueFull             429  waited for a slot and none came free
+    ├── Unavailable           503  no backend can answer now
+    └── GatewayFailed    502, 504  every candidate was tried and failed
+    UpstreamFailed                 one attempt failed before the commit point: try the next candidate
+    ├── ConnectFailed              no connection
+    ├── Busy                       429 or 503: healthy but full, never counted against the breaker
+    ├── TimedOut                   no first byte, or silence, for longer than the limit
+    └── Broken                     reset, bad HTTP, 5xx, error event, stream without finish_reason
+    ClientLeft                     the client closed its connection: stop everything, answer nobody
+
+Error body: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import orjson
+
+
+class ProxyError(Exception):
+    """Shown to the client as ``{"error": {message, type, param, code}}`` with `status`.
+
+    `retry`: what `x-should-retry` says; None leaves it to the client library's own rule.
+    `retry_after`: seconds, for the `Retry-After` header.
+    """
+
+    status = 500
+    type = "api_error"
+    code: str | None = None
+    retry: bool | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status or self.status
+        self.type = type or self.type
+        self.param = param
+        self.code = code or self.code
+        self.retry_after = retry_after
+
+    def fields(self) -> dict[str, object]:
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+    def body(self) -> bytes:
+        return orjson.dumps({"error": self.fields()})
+
+    def event(self) -> bytes:
+        """The same as one SSE event, for a stream that has already begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json")]
+        if self.retry is not None:
+            headers.append((b"x-should-retry", b"true" if self.retry else b"false"))
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        return headers
+
+
+class BadRequest(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    retry = False
+
+
+class Unauthorized(BadRequest):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(BadRequest):
+    status = 404
+    type = "not_found_error"
+
+
+class ModelNotFound(BadRequest):
+    status = 404
+    code = "model_not_found"
+
+
+class MethodNotAllowed(BadRequest):
+    status = 405
+    code = "method_not_allowed"
+
+
+class ClientTooSlow(BadRequest):
+    status = 408
+    code = "request_timeout"
+
+
+class TooLarge(BadRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMedia(BadRequest):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Refused(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    retry = False
+
+
+class QueueFull(ProxyError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(ProxyError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "no_backend_available"
+    retry = False
+
+
+class GatewayFailed(ProxyError):
+    status = 502
+    code = "all_backends_failed"
+    retry = False
+
+
+class UpstreamFailed(Exception):
+    """`outcome` is the word used for it in metrics, logs and messages."""
+
+    outcome = "failed"
+
+
+class ConnectFailed(UpstreamFailed):
+    outcome = "connect_failed"
+
+
+class Busy(UpstreamFailed):
+    outcome = "busy"
+
+
+class TimedOut(UpstreamFailed):
+    outcome = "timed_out"
+
+
+class Broken(UpstreamFailed):
+    outcome = "broken"
+
+
+class ClientLeft(Exception):
+    """The client is gone; whatever runs for it must stop."""

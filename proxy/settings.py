@@ -1,0 +1,176 @@
+"""Every knob: its unit, its default, its reason.
+
+Values come, strongest first, from command-line flags, environment (`XGEN_…`, nested with `__`), `.env`, and a TOML
+file (`--config`, `XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` prints each value with where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_CONFIG = Path("xgen-proxy.toml")
+
+DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
+Path_ = Literal["gpu", "cpu"]
+
+
+def split_commas(value: Any) -> Any:
+    """Lists may be written `a,b` in the environment, where JSON is a nuisance to quote."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+def check_url(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    host = rest.rstrip("/")
+    if scheme != "http" or not host or "/" in host or "@" in host or "?" in host:
+        raise ValueError(f"{url!r} is not a backend URL; write http://HOST:PORT (no path, no credentials, no TLS)")
+    return f"http://{host}"
+
+
+Urls = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
+
+
+class BackendSettings(BaseModel, extra="forbid"):
+    """One backend: a set of interchangeable replicas of one engine."""
+
+    urls: Urls = Field(min_length=1, description="http://HOST:PORT of each replica, comma-separated.")
+    dialect: DialectName = Field(description="What the servers speak.")
+    path: Path_ = Field(description="gpu is preferred for long work; cpu is the safety net.")
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Public model name → the name this backend serves it under. Empty: the names it lists itself.",
+    )
+    slots: int | None = Field(
+        None, ge=1, description="Requests one replica runs at once. Unset: what it reports, else the dialect's default."
+    )
+    context: int | None = Field(None, ge=1, description="Context length in tokens. Unset: what the replica reports.")
+    api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
+    tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
+    images: bool | None = Field(None, description="Can it read images? Unset: what the dialect or the replica says.")
+    embeddings: bool | None = Field(None, description="Can it embed? Unset: what the dialect or the replica says.")
+    connect_timeout_s: float = Field(2.0, gt=0, description="To open a connection. Backends are near: 2 s is long.")
+    first_byte_timeout_s: float = Field(
+        60.0, gt=0, description="From sending a short request to its first output. Queueing in vLLM counts."
+    )
+    first_byte_per_1k_words_s: float = Field(
+        60.0, ge=0, description="Added for each 1,000 words of prompt: a CPU prefills some 100 tokens a second."
+    )
+    idle_timeout_s: float = Field(60.0, gt=0, description="Longest silence between two chunks of a stream.")
+    total_timeout_s: float = Field(3600.0, gt=0, description="Longest life of one attempt.")
+
+    @field_validator("urls")
+    @classmethod
+    def _urls(cls, urls: list[str]) -> list[str]:
+        urls = [check_url(url) for url in urls]
+        if len(set(urls)) < len(urls):
+            raise ValueError("the same URL is listed twice")
+        return urls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_follows_dialect(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "path" not in values:
+            values = {**values, "path": "gpu" if values.get("dialect") in ("vllm", "openai") else "cpu"}
+        return values
+
+
+class Routing(BaseModel, extra="forbid"):
+    """Thresholds of the default policy (proxy/policy.py)."""
+
+    long_prompt_words: int = Field(100, ge=0, description="Rule 2: a prompt of more words goes to the GPU.")
+    long_max_tokens: int = Field(1024, ge=0, description="Rule 2: a larger max_tokens goes to the GPU.")
+    urgent_load: float = Field(0.7, gt=0, description="Rule 3: urgent work takes the GPU below this load.")
+    load_limit: float = Field(1.0, gt=0, description="Rule 6: at or over this load short work spills to the CPU.")
+    waiting_full: float = Field(5.0, gt=0, description="Rule 5: this many waiting requests are load 1.")
+    kv_full: float = Field(0.8, gt=0, le=1, description="Rule 5: this share of KV cache used is load 1.")
+    max_attempts: int = Field(4, ge=1, description="Most candidates in a plan, and so most attempts.")
+
+
+class Limits(BaseModel, extra="forbid"):
+    """What a client may send. Over it: 400, 408 or 413. The reasons are hostile requests that were tried."""
+
+    body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
+    body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
+    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
+    json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
+    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; an enum of 20,000 blocks for minutes.")
+    queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
+    queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="XGEN_",
+        env_nested_delimiter="__",
+        env_file=".env",
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field("127.0.0.1", description="Where to listen. 0.0.0.0 needs api_keys or a guarded network.")
+    port: int = Field(8080, ge=0, le=65535, description="Where to listen; 0 takes a free port.")
+    backends: dict[str, BackendSettings] = Field(
+        default_factory=dict,
+        description="The fleet by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
+    )
+    default_model: str | None = Field(None, description="Used when a request names no model. Unset: the first one known.")
+    api_keys: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
+        default_factory=list,
+        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is asked.",
+    )
+    routing: Routing = Routing()
+    limits: Limits = Limits()
+    scrape_interval_s: float = Field(1.0, gt=0, description="Between two looks at a replica's load, with jitter.")
+    scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
+    stale_after_s: float = Field(5.0, gt=0, description="Load older than this counts as saturated.")
+    drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
+    log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_backends(cls, values: Any) -> Any:
+        """`vllm` and `llama_cpp` name their dialect themselves."""
+        known = {"vllm": "vllm", "llama_cpp": "llama-cpp-python"}
+        backends = values.get("backends") if isinstance(values, dict) else None
+        if isinstance(backends, dict):
+            for name, backend in backends.items():
+                if name in known and isinstance(backend, dict):
+                    backend.setdefault("dialect", known[name])
+        return values
+
+    @field_validator("api_keys")
+    @classmethod
+    def _hashes(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            if len(key) != 64 or not set(key.lower()) <= set("0123456789abcdef"):
+                raise ValueError("each entry is the SHA-256 of a key in hex, never the key; `xgen-proxy key` makes one")
+        return [key.lower() for key in keys]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls, config_file())
+
+
+def config_file() -> Path:
+    return Path(os.environ.get("XGEN_CONFIG", DEFAULT_CONFIG))
