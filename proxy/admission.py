@@ -1,0 +1,113 @@
+"""Who gets a replica's next free slot. No replica is sent more than it can run: llama.cpp queues without bound, and
+llama-cpp-python breaks when asked for two things at once.
+
+A request that finds no free slot waits here, in order of arrival shifted by urgency: an urgent one counts as come 30 s
+earlier, a low one 30 s later. So everyone ages at the same pace and nobody starves. A slot that comes free goes to the
+first in that order who can use it. A request is released from waiting when its client leaves, its time is up (429), or
+every replica it could use is down (then its plan goes on).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from proxy.errors import ConnectFailed, QueueFull
+from proxy.features import Urgency
+from proxy.fleet import Replica
+
+HEAD_START_S: dict[Urgency, float] = {"high": 30.0, "normal": 0.0, "low": -30.0}
+
+
+class HasReplica(Protocol):
+    @property
+    def replica(self) -> Replica: ...
+
+
+C = TypeVar("C", bound=HasReplica)
+
+
+@dataclass(order=True, slots=True)
+class Waiter:
+    key: tuple[float, int]
+    candidates: Sequence[HasReplica] = field(compare=False)
+    future: asyncio.Future[HasReplica] = field(compare=False)
+
+
+class Admission:
+    def __init__(self, limit: int, timeout_s: float) -> None:
+        self.limit = limit
+        self.timeout_s = timeout_s
+        self.waiting: list[Waiter] = []
+        self._ticket = itertools.count()
+
+    async def acquire(self, candidates: Sequence[C], urgency: Urgency) -> C:
+        """Takes a slot on the first candidate that has one, or waits. Give it back with release().
+
+        Raises QueueFull (the queue is full, or time is up) and ConnectFailed (every candidate is down).
+        """
+        for candidate in candidates:  # a slot that is free here is one that nobody in the queue could use
+            if candidate.replica.up and candidate.replica.has_room:
+                return self._take(candidate)
+        return await self._wait(candidates, urgency)
+
+    def _take(self, candidate: C) -> C:
+        candidate.replica.in_flight += 1
+        candidate.replica.sent_since_scrape += 1
+        return candidate
+
+    async def _wait(self, candidates: Sequence[C], urgency: Urgency) -> C:
+        if not any(candidate.replica.up for candidate in candidates):
+            raise ConnectFailed("down")
+        if len(self.waiting) >= self.limit:
+            raise QueueFull(
+                f"all slots are taken and {self.limit} requests wait already; try again later", retry_after=5
+            )
+        loop = asyncio.get_running_loop()
+        key = (loop.time() - HEAD_START_S[urgency], next(self._ticket))
+        waiter = Waiter(key, candidates, loop.create_future())
+        bisect.insort(self.waiting, waiter)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await waiter.future  # type: ignore[return-value]  # one of `candidates`
+        except TimeoutError:
+            self._give_back(waiter)
+            raise QueueFull(f"no slot came free within {self.timeout_s:g} s; try again later", retry_after=5) from None
+        except asyncio.CancelledError:
+            self._give_back(waiter)
+            raise
+        finally:
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
+
+    def _give_back(self, waiter: Waiter) -> None:
+        """A slot that was granted in the very moment in which the waiting ended otherwise."""
+        if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
+            self.release(waiter.future.result().replica)
+
+    def release(self, replica: Replica) -> None:
+        replica.in_flight -= 1
+        self.offer(replica)
+
+    def offer(self, replica: Replica) -> None:
+        """Gives the replica's free slots to those who wait for it. Called when a slot comes free or it comes up."""
+        if not self.waiting or not replica.up:
+            return
+        for waiter in list(self.waiting):
+            if not replica.has_room:
+                return
+            candidate = next((c for c in waiter.candidates if c.replica is replica), None)
+            if candidate is not None and not waiter.future.done():
+                self.waiting.remove(waiter)
+                waiter.future.set_result(self._take(candidate))
+
+    def gone(self) -> None:
+        """Called when a replica went down: those who wait for nothing that is up go on with their plan."""
+        for waiter in list(self.waiting):
+            if not waiter.future.done() and not any(c.replica.up for c in waiter.candidates):
+                self.waiting.remove(waiter)
+                waiter.future.set_exception(ConnectFailed("went down while the request waited"))

@@ -1,0 +1,173 @@
+"""The backends and their replicas: what is configured, what was learnt of them, and what they are doing now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Literal
+from urllib.parse import urlsplit
+
+from proxy.dialects import DIALECTS, Dialect, Probe
+from proxy.load import Load, LoadParts, load_of
+from proxy.settings import BackendSettings, Settings
+from proxy.upstream import Pool
+
+State = Literal["starting", "up", "suspect", "down"]
+SUSPECT_AFTER = 3  # failed attempts in a row
+SUSPECT_S = 15.0  # then left alone for so long
+
+
+class Replica:
+    """One server process. Implements policy.ReplicaView.
+
+    `state`: starting (never seen), up, suspect (answers probes but fails requests), down (does not answer).
+    `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
+    """
+
+    def __init__(self, backend: Backend, url: str, settings: Settings) -> None:
+        parts = urlsplit(url)
+        self.backend = backend
+        self.url = url
+        self.name = f"{backend.name}@{parts.netloc}"
+        self.settings = settings
+        self.pool = Pool(parts.hostname or "", parts.port or 80, connect_timeout_s=backend.settings.connect_timeout_s)
+        self.state: State = "starting"
+        self.why = "not seen yet"
+        self.since = time.monotonic()
+        self.in_flight = 0
+        self.sent_since_scrape = 0
+        self.scraped: Load | None = None
+        self.probe: Probe | None = None
+        self.failures_in_a_row = 0
+        self.suspect_until = 0.0
+        self.head = self._head(parts.netloc)
+
+    def _head(self, netloc: str) -> bytes:
+        """The request headers that are the same for every request; hop-by-hop and client headers are never copied."""
+        key = self.backend.settings.api_key
+        lines = [f"host: {netloc}", "content-type: application/json", "accept: application/json, text/event-stream"]
+        if key is not None:
+            lines.append(f"authorization: Bearer {key.get_secret_value()}")
+        return ("\r\n".join(lines) + "\r\n").encode()
+
+    @property
+    def up(self) -> bool:
+        return self.state == "up" or (self.state == "suspect" and time.monotonic() >= self.suspect_until)
+
+    @property
+    def slots(self) -> int:
+        reported = self.probe.slots if self.probe else None
+        return self.backend.settings.slots or reported or self.backend.dialect.slots
+
+    @property
+    def has_room(self) -> bool:
+        return self.in_flight < self.slots + self.backend.dialect.margin
+
+    @property
+    def load_parts(self) -> LoadParts:
+        return load_of(
+            in_flight=self.in_flight,
+            slots=self.slots,
+            scraped=self.scraped,
+            sent_since_scrape=self.sent_since_scrape,
+            now=time.monotonic(),
+            stale_after_s=self.settings.stale_after_s,
+            routing=self.settings.routing,
+        )
+
+    @property
+    def load(self) -> float:
+        return self.load_parts.total
+
+    def turn(self, state: State, why: str) -> bool:
+        """Returns whether the state changed."""
+        changed = state != self.state
+        if changed:
+            self.since = time.monotonic()
+        self.state, self.why = state, why
+        return changed
+
+    def succeeded(self) -> None:
+        self.failures_in_a_row = 0
+        if self.state == "suspect":
+            self.turn("up", "answered a request again")
+
+    def failed(self, why: str) -> None:
+        """A request failed here though a connection was made: a replica that only fails is left alone for a while."""
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= SUSPECT_AFTER and self.state != "down":
+            self.suspect_until = time.monotonic() + SUSPECT_S
+            self.turn("suspect", f"{self.failures_in_a_row} requests failed in a row, the last one: {why}")
+
+
+class Backend:
+    """Interchangeable replicas of one engine. Implements policy.BackendView; what it knows of models, context and
+    capabilities is kept when the replicas are down, so that "does not exist" and "not running now" stay apart."""
+
+    def __init__(self, name: str, settings: BackendSettings, all_settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+        self.path = settings.path
+        self.dialect: Dialect = DIALECTS[settings.dialect]
+        self.context = settings.context
+        self.models = frozenset(settings.models)
+        self.can = self._can(self.dialect.can)
+        self.replicas = tuple(
+            sorted((Replica(self, url, all_settings) for url in settings.urls), key=lambda replica: replica.name)
+        )
+
+    def _can(self, base: frozenset[str]) -> frozenset[str]:
+        for need in ("tools", "images", "embeddings"):
+            said = getattr(self.settings, need)
+            if said is not None:
+                base = base | {need} if said else base - {need}
+        return base
+
+    def served(self, alias: str) -> str:
+        return self.settings.models.get(alias, alias)
+
+    def learn(self, replica: Replica, probe: Probe) -> None:
+        """Replicas are interchangeable: the backend can do what each of them can."""
+        replica.probe = probe
+        probes = [other.probe for other in self.replicas if other.probe]
+        if not self.settings.models:
+            self.models = frozenset(name for each in probes for name in each.models)
+        if self.settings.context is None:
+            self.context = min((each.context for each in probes if each.context), default=None)
+        can = [each.can for each in probes if each.can is not None]
+        self.can = self._can(frozenset.intersection(*can) if can else self.dialect.can)
+
+
+class Fleet:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.backends = tuple(
+            Backend(name, backend, settings) for name, backend in sorted(settings.backends.items())
+        )
+
+    @property
+    def replicas(self) -> Iterable[Replica]:
+        return (replica for backend in self.backends for replica in backend.replicas)
+
+    @property
+    def models(self) -> list[str]:
+        """Public names, the default first."""
+        names = sorted({name for backend in self.backends for name in backend.models})
+        default = self.settings.default_model
+        return sorted(names, key=lambda name: name != default) if default else names
+
+    @property
+    def default_model(self) -> str | None:
+        """The configured one, else the first name of the first backend that has one, the GPU path first."""
+        if self.settings.default_model:
+            return self.settings.default_model
+        for backend in sorted(self.backends, key=lambda backend: backend.path != "gpu"):
+            if backend.models:
+                return min(backend.models)
+        return None
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            replica.pool.close()
+
+

@@ -1,0 +1,283 @@
+"""The HTTP/1.1 connection to one backend server, and the pool of them: the measured hot path.
+
+Own code because the relay is what this project exists for: on httptools' response parser (the parser that uvicorn
+uses for requests) a relay costs a fiftieth of the CPU it costs on httpx (bench/overhead.py). It hands on whatever bytes
+have arrived; it never splits or copies a body.
+
+    Pool.exchange ── idle connection, else a new one ── request written ── status and headers read ──▶ Connection
+    Connection.read ── body bytes as they come, b"" at the end
+    Pool.release ── complete: kept for the next exchange; else closed, which cancels the request upstream
+
+Backends close idle connections after 5 s (uvicorn, llama-server), so ours are kept for less, and a reused connection
+that dies before the first byte is replaced once for free: https://github.com/vllm-project/vllm/pull/18472
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import cast
+
+import httptools
+
+from proxy.errors import Broken, ConnectFailed, TimedOut
+
+IDLE_S = 3.0  # backends close theirs at 5 s
+MAX_EXCHANGES = 90  # llama-server closes a connection after 100
+HIGH_WATER = 256 * 1024  # stop reading from a backend when a slow client has this much to take
+LINGER_S = 1.0  # for the last chunk of a stream whose `[DONE]` has come
+
+
+class Connection(asyncio.Protocol):
+    """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
+
+    __slots__ = (
+        "_chunks", "_error", "_loop", "_parser", "_paused", "_pool", "_size", "_transport", "_waiter", "complete",
+        "exchanges", "framed", "headers", "idle_since", "status", "touched",
+    )  # fmt: skip
+
+    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
+        self._pool = pool
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self._paused = False
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.framed = False  # the body's end is marked by length or chunks, not by closing
+        self.touched = False  # a byte of the answer has come
+        self.complete = True
+        self.exchanges = 0
+        self.idle_since = 0.0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self.complete:  # nobody asked: a server that talks out of turn is not to be trusted with the next request
+            self.close()
+            return
+        self.touched = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(Broken(f"not HTTP: {error}"))
+            self.close()
+        self._wake()
+
+    def eof_received(self) -> None:
+        return None  # closes the transport, which calls connection_lost
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._pool.forget(self)
+        if not self.complete:
+            if self.status and not self.framed and error is None:
+                self.complete = True  # a body without length ends with the connection
+            else:
+                self._fail(Broken("the connection broke in mid-answer" if self.touched else "closed without an answer"))
+        self._transport = None
+        self._wake()
+
+    # httptools callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self.headers[name] = value
+        if name in (b"content-length", b"transfer-encoding"):
+            self.framed = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200:  # 1xx is followed by the real answer
+            self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._size += len(body)
+        if self._size > HIGH_WATER and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self.status:
+            self.complete = True
+            self._pool.completed(self)
+
+    # one exchange
+
+    @property
+    def reusable(self) -> bool:
+        return (
+            self.complete
+            and self._error is None
+            and self._transport is not None
+            and not self._transport.is_closing()
+            and self.exchanges < MAX_EXCHANGES
+            and self._parser.should_keep_alive()
+        )
+
+    def begin(self, request: bytes) -> None:
+        self.status = 0
+        self.headers = {}
+        self.framed = self.touched = self.complete = False
+        self.exchanges += 1
+        self._chunks.clear()
+        self._size = 0
+        if self._transport is None:
+            self._fail(Broken("closed without an answer"))
+        else:
+            self._transport.write(request)
+
+    async def answered(self, timeout: float) -> None:
+        """Returns when status and headers are there. Raises TimedOut, Broken."""
+        while not self.status:
+            await self._arrival(timeout)
+
+    async def read(self, timeout: float) -> bytes:
+        """All body bytes that have come since the last call; b"" at the end. Raises TimedOut, Broken."""
+        while not self._chunks:
+            if self.complete:
+                return b""
+            await self._arrival(timeout)
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self._size = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def read_all(self, timeout: float, limit: int = 64 * 1024 * 1024) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while data := await self.read(timeout):
+            size += len(data)
+            if size > limit:
+                raise Broken(f"an answer of more than {limit} bytes")
+            parts.append(data)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _arrival(self, timeout: float) -> None:
+        if self._error is not None:
+            raise self._error
+        waiter = self._waiter = self._loop.create_future()
+        timer = self._loop.call_later(timeout, self._expire, timeout)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _expire(self, timeout: float) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._fail(TimedOut(f"silent for {timeout:.3g} s"))
+            self._wake()
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class Pool:
+    """Connections to one server. `opened` counts them over its life; `live` are open now, idle ones included."""
+
+    def __init__(self, host: str, port: int, *, connect_timeout_s: float = 2.0) -> None:
+        self.host = host
+        self.port = port
+        self.connect_timeout_s = connect_timeout_s
+        self.opened = 0
+        self.live: set[Connection] = set()
+        self._idle: deque[Connection] = deque()
+        self._ending: dict[Connection, asyncio.TimerHandle] = {}
+
+    async def exchange(self, request: bytes, timeout: float) -> Connection:
+        """Sends `request` (head and body) and waits up to `timeout` seconds for status and headers.
+
+        Raises ConnectFailed, TimedOut, Broken. Whoever gets the connection must release() it.
+        """
+        while True:
+            connection = self._take_idle() or await self._connect()
+            try:
+                connection.begin(request)
+                await connection.answered(timeout)
+            except Broken:
+                connection.close()
+                if connection.exchanges > 1 and not connection.touched:
+                    continue  # it had died while idle; the request never reached the server
+                raise
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+    def release(self, connection: Connection, *, ending: bool = False, reuse: bool = True) -> None:
+        """`ending`: the answer is whole and only the closing chunk is still to come, so that waiting for it pays."""
+        if not reuse or connection._error is not None:
+            connection.close()
+        elif connection.complete:
+            self._park(connection)
+        elif ending:
+            self._ending[connection] = asyncio.get_running_loop().call_later(LINGER_S, connection.close)
+        else:
+            connection.close()
+
+    def completed(self, connection: Connection) -> None:
+        timer = self._ending.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+            self._park(connection)
+
+    def forget(self, connection: Connection) -> None:
+        self.live.discard(connection)
+        timer = self._ending.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        for connection in list(self.live):
+            connection.close()
+
+    def _park(self, connection: Connection) -> None:
+        if connection.reusable:
+            connection.idle_since = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def _take_idle(self) -> Connection | None:
+        """The youngest, so that the rest grow old and are closed."""
+        oldest = asyncio.get_running_loop().time() - IDLE_S
+        while self._idle and self._idle[0].idle_since < oldest:
+            self._idle.popleft().close()
+        return self._idle.pop() if self._idle else None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.connect_timeout_s):
+                _, connection = await loop.create_connection(lambda: Connection(self, loop), self.host, self.port)
+        except TimeoutError:
+            raise ConnectFailed(f"no connection within {self.connect_timeout_s:g} s") from None
+        except OSError as error:
+            raise ConnectFailed(error.strerror or str(error)) from None
+        self.opened += 1
+        self.live.add(connection)
+        return connection
