@@ -1,0 +1,78 @@
+"""Real backends, each started once and when first needed, and real proxies in front of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import servers
+from tests.e2e.servers import Proxy, Server
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+BACKENDS = ["llama_cpp_python", "llama_server", "vllm"]
+
+
+def unavailable(reason: str) -> None:
+    """Loud on a person's machine, a failure in CI, where everything must run."""
+    if IN_CI:
+        pytest.fail(f"{reason} (CI must run this)")
+    pytest.skip(reason)
+
+
+def from_make(name: str, what: str) -> str:
+    value = os.environ.get(name)
+    assert value, f"{name} must name {what}: run the tests with `make test`"
+    return value
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def gguf() -> str:
+    return from_make("XGEN_TEST_GGUF", "the model file for llama.cpp")
+
+
+def running(server: Server) -> Iterator[Server]:
+    try:
+        yield server.start().wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_python(logs: Path, gguf: str) -> Iterator[Server]:
+    yield from running(servers.llama_cpp_python(logs / "llama_cpp_python.log", gguf))
+
+
+@pytest.fixture(scope="session")
+def llama_server(logs: Path, gguf: str) -> Iterator[Server]:
+    yield from running(servers.llama_server(logs / "llama_server.log", gguf))
+
+
+@pytest.fixture(scope="session")
+def vllm_server(logs: Path) -> Iterator[Server]:
+    if not os.environ.get("XGEN_TEST_VLLM"):
+        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
+    model = from_make("XGEN_TEST_VLLM_MODEL", "the model directory for vLLM")
+    yield from running(servers.vllm(logs / "vllm.log", os.environ["XGEN_TEST_VLLM"], model))
+
+
+@pytest.fixture(scope="session")
+def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
+    """start_proxy(*flags, env={}): a proxy that listens. Waiting until a backend answers is the caller's."""
+    started: list[Proxy] = []
+
+    def start(*flags: str, env: dict[str, str] | None = None) -> Proxy:
+        proxy = servers.proxy(logs / f"proxy-{len(started)}.log", *flags, env=env)
+        started.append(proxy)
+        return proxy.start()
+
+    yield start
+    for proxy in started:
+        proxy.stop()

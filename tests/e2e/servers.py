@@ -1,0 +1,200 @@
+"""Real servers as child processes: started on free ports, awaited, killed and started again, never left behind.
+
+Each server leads a process group of its own, because a killed vLLM leaves its engine processes running. The groups
+stay in the test run's session, so that `.ci/run` can end what a killed pytest leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+MODEL = "smollm2"  # the name every test server serves its model under
+CONTEXT = 2048  # tokens per request, on every test server
+VLLM_SLOTS = 16
+
+T = TypeVar("T")
+
+
+def until(look: Callable[[], T], seconds: float, what: str) -> T:
+    """The first truthy answer of `look`, asked every 50 ms. Raises AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child: without settings of ours, and without what makes it start slowly."""
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("XGEN_", "COVERAGE_", "COV_CORE_")) and name != "PYTHONDONTWRITEBYTECODE"
+    }
+    return {**keep, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def members(group: int) -> list[int]:
+    """Process ids that live in a process group; the dead that nobody has reaped don't count."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+@dataclass
+class Server:
+    """`command` ends just before `--port`. `ready` answers 200 once the server can answer requests."""
+
+    name: str
+    command: list[str]
+    log: Path
+    ready: str = "/health"
+    start_s: float = 120
+    env: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Server:
+        """Starts without waiting."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--port", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=clean_environment(self.env),
+                process_group=0,
+            )
+        return self
+
+    def wait_ready(self) -> Server:
+        until(self.is_ready, self.start_s, f"{self.name} to answer; its log ends:\n{self.tail()}")
+        return self
+
+    def is_ready(self) -> bool:
+        assert self.process is not None, f"{self.name} was never started"
+        code = self.process.poll()
+        assert code is None, f"{self.name} exited with {code}; its log ends:\n{self.tail()}"
+        try:
+            return httpx.get(self.url + self.ready, timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def restart(self) -> Server:
+        """Up again on the same port, from whatever state."""
+        self.stop()
+        return self.start().wait_ready()
+
+    def kill9(self) -> None:
+        """SIGKILL to the whole group; returns when nothing of it runs any more."""
+        self._signal(signal.SIGKILL)
+        self._wait_gone(10)
+
+    def stop(self, grace_s: float = 5) -> int | None:
+        """SIGTERM, then SIGKILL. Returns the exit status of the group's leader."""
+        self._signal(signal.SIGTERM)
+        if self.process:
+            try:
+                self.process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill9()
+        return self.process.returncode if self.process else None
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def _signal(self, number: int) -> None:
+        if self.process and members(self.process.pid):
+            os.killpg(self.process.pid, number)
+
+    def _wait_gone(self, seconds: float) -> None:
+        if self.process:
+            group = self.process.pid
+            self.process.wait(seconds)
+            until(lambda: not members(group), seconds, f"the processes of {self.name} to end")
+
+
+class Proxy(Server):
+    """The console entry point in a process of its own, as a user starts it; it tells its port when it listens."""
+
+    def start(self) -> Proxy:
+        self.port = 0
+        super().start()
+        listening = until(self._listening, self.start_s, f"the proxy to listen; its log ends:\n{self.tail()}")
+        self.port = int(listening.group(1))
+        return self
+
+    def _listening(self) -> re.Match[str] | None:
+        assert self.process is not None
+        code = self.process.poll()
+        assert code is None, f"the proxy exited with {code}; its log ends:\n{self.tail()}"
+        return re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text(errors="replace"))
+
+
+def proxy(log: Path, *args: str, env: Mapping[str, str] | None = None) -> Proxy:
+    """`args` are flags of `xgen-proxy serve`. Its coverage counts: only here the coverage variables are let through."""
+    coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--host", "127.0.0.1", *args]
+    return Proxy("the proxy", command, log, "/ready", 30, {**coverage, **(env or {})})
+
+
+def llama_cpp_python(log: Path, model: str, *args: str) -> Server:
+    """The default CPU backend. XGEN_TEST_PYTHON names an interpreter that has it, where this one doesn't."""
+    python = os.environ.get("XGEN_TEST_PYTHON", sys.executable)
+    command = [python, "-m", "llama_cpp.server", "--model", model, "--model_alias", MODEL, "--n_ctx", str(CONTEXT)]
+    command += ["--n_threads", "1", "--n_threads_batch", "1", "--interrupt_requests", "false", *args]
+    return Server("llama-cpp-python", [*command, "--host", "127.0.0.1"], log, "/openapi.json")
+
+
+def llama_server(log: Path, model: str, *args: str, slots: int = 4) -> Server:
+    """llama.cpp's own server, through the launcher of this project."""
+    command = [sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", model, "-a", MODEL]
+    command += ["-c", str(CONTEXT * slots), "-np", str(slots), "-t", "1", "-tb", "1", "-b", "64", "-ub", "64"]
+    command += ["--metrics", "--slots", "--no-ui", "--offline", *args]
+    return Server("llama-server", [*command, "--host", "127.0.0.1"], log)
+
+
+def vllm(log: Path, executable: str, model: str) -> Server:
+    """The CPU build of vLLM: 30-100 s to start, 5 GB."""
+    command = [executable, "serve", model, "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(VLLM_SLOTS)]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--scheduling-policy", "priority"]
+    env = {
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    }
+    return Server("vLLM", [*command, "--host", "127.0.0.1"], log, "/health", 240, env)
