@@ -1,0 +1,119 @@
+"""The client's side of a request: its body, with limits, and the moment it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import orjson
+from starlette.types import Message, Receive, Send
+
+from proxy.errors import BadRequest, ClientLeft, ClientTooSlow, ProxyError, TooLarge, UnsupportedMedia
+from proxy.settings import Limits
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's own where it is harmless in logs and headers, else a new one."""
+    given = headers.get(b"x-request-id", b"")
+    return given.decode() if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limits: Limits) -> bytes:
+    """Raises TooLarge, ClientTooSlow, ClientLeft."""
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length) > limits.body_bytes:
+        raise TooLarge(f"the request body has {int(length)} bytes; the limit is {limits.body_bytes}")
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await _read(receive, limits.body_bytes)
+    except TimeoutError:
+        raise ClientTooSlow(f"the request body did not arrive within {limits.body_timeout_s:g} s") from None
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"the request body has more than {limit} bytes, which is the limit")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_json(raw: bytes, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """Raises UnsupportedMedia, BadRequest."""
+    kind = headers.get(b"content-type", b"application/json").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise UnsupportedMedia("send the request as JSON, with the header Content-Type: application/json")
+    if not raw:
+        raise BadRequest("the request body is empty; send a JSON object")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the request body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest(f"the request body must be a JSON object, not {type(body).__name__}")
+    return body
+
+
+class CancelWhenGone:
+    """Cancels the task in it when its client leaves, wherever it waits, and raises ClientLeft at the end.
+
+    One task waits on receive(); polling is_disconnected() misses clients in some stacks:
+    https://github.com/vllm-project/vllm/issues/10087
+    """
+
+    __slots__ = ("_gone", "_over", "_receive", "_task", "_watch")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = self._over = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("must run in a task")
+        self._task = task
+        self._watch = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._over:
+            self._gone = True
+            self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over = True
+        self._watch.cancel()
+        if self._gone:
+            self._task.uncancel()
+            raise ClientLeft from None
+
+
+async def send_error(send: Send, error: ProxyError, headers: list[tuple[bytes, bytes]]) -> None:
+    body = error.body()
+    own = error.headers()
+    if error.status in (408, 413):
+        own.append((b"connection", b"close"))  # what is left of the body would be read as the next request
+    start: Message = {
+        "type": "http.response.start",
+        "status": error.status,
+        "headers": [*own, (b"content-length", str(len(body)).encode()), *headers],
+    }
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,90 @@
+"""What every route shares: the settings, the fleet, who waits, and the way from a request body to a plan."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from proxy.admission import Admission
+from proxy.errors import ModelNotFound, Unavailable
+from proxy.features import Endpoint, Features, read_features, strip_hints
+from proxy.fleet import Fleet
+from proxy.health import Monitor
+from proxy.policy import Plan, decide
+from proxy.presets import fill
+from proxy.settings import Settings
+from proxy.telemetry import Telemetry
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, parsed. `body` is without hints and with presets; `raw` is the client's own bytes while they still
+    say the same as `body`, else None. `alias` is the public model name. `started`: time.perf_counter()."""
+
+    id: str
+    features: Features
+    body: dict[str, Any]
+    raw: bytes | None
+    alias: str
+    trace: bytes = b""
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Gateway:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.fleet = Fleet(settings)
+        self.admission = Admission(settings.limits.queue, settings.limits.queue_timeout_s)
+        self.monitor = Monitor(self.fleet, self.admission)
+        self.telemetry = Telemetry(self.fleet, self.admission)
+        self.draining = False
+        self.started = int(time.time())  # unix seconds
+        self._random = random.Random()
+
+    def call(
+        self, id: str, endpoint: Endpoint, raw: bytes, body: dict[str, Any], headers: Mapping[bytes, bytes]
+    ) -> Call:
+        """Raises BadRequest, ModelNotFound, Unavailable."""
+        features = read_features(body, headers, endpoint, self.settings.limits)
+        alias = features.model or self._default_model()
+        features = features if features.model else replace(features, model=alias)
+        changed = fill(strip_hints(body), features)
+        trace = headers.get(b"traceparent", b"")
+        return Call(id, features, changed, raw if changed is body else None, alias, trace)
+
+    def _default_model(self) -> str:
+        model = self.fleet.default_model
+        if model is None:
+            raise Unavailable("no backend has been reached yet, so that no model is known", retry_after=5)
+        return model
+
+    def plan(self, features: Features) -> Plan:
+        self._check_model(features.model)
+        return decide(features, self.fleet.backends, self.settings.routing, self._random)
+
+    def _check_model(self, model: str | None) -> None:
+        """A name is unknown for certain only when every backend has told its names."""
+        if any(model in backend.models for backend in self.fleet.backends):
+            return
+        silent = [backend.name for backend in self.fleet.backends if not backend.models]
+        if silent:
+            raise Unavailable(
+                f"no running backend serves {model!r}, and {', '.join(silent)} has not been reached yet", retry_after=5
+            )
+        raise ModelNotFound(
+            f"the model {model!r} does not exist; known models: {', '.join(self.fleet.models[:20])}", param="model"
+        )
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and any(replica.up for replica in self.fleet.replicas)
+
+    async def start(self) -> None:
+        self.monitor.start()
+
+    async def stop(self) -> None:
+        await self.monitor.stop()
+        self.fleet.close()

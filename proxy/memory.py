@@ -1,0 +1,76 @@
+"""How much memory a backend on this machine takes, read from /proc: no backend tells it over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import TypedDict
+
+LISTEN = "0A"  # net/tcp's state column: https://docs.kernel.org/networking/proc_net_tcp.html
+
+
+class Memory(TypedDict):
+    """Bytes; None where it cannot be known: another machine, another user's process, no such file."""
+
+    process_rss_bytes: int | None
+    model_file_bytes: int | None
+
+
+def memory_of(host: str, port: int) -> Memory:
+    pid = listener(port) if is_local(host) else None
+    if pid is None:
+        return {"process_rss_bytes": None, "model_file_bytes": None}
+    return {"process_rss_bytes": rss(pid), "model_file_bytes": model_file(pid)}
+
+
+def is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listener(port: int) -> int | None:
+    """The process that listens on a TCP port of this machine."""
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    if not sockets:
+        return None
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir()):
+                return int(process.name)
+        except OSError:  # gone, or not ours to look at
+            continue
+    return None
+
+
+def _listening_inodes(port: int) -> set[str]:
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for row in _lines(Path(table))[1:]:
+            columns = row.split()
+            if columns[3] == LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
+                inodes.add(columns[9])
+    return inodes
+
+
+def rss(pid: int) -> int | None:
+    for line in _lines(Path(f"/proc/{pid}/status")):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def model_file(pid: int) -> int | None:
+    """llama.cpp maps its model into memory: the mapped file's size."""
+    paths = {line.split(maxsplit=5)[-1] for line in _lines(Path(f"/proc/{pid}/maps")) if line.endswith(".gguf")}
+    sizes = [Path(path).stat().st_size for path in paths if Path(path).exists()]
+    return sum(sizes) if sizes else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

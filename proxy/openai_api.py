@@ -1,0 +1,87 @@
+"""/v1/*: OpenAI's API. The routes that generate are plain ASGI callables, since they are hot.
+
+https://platform.openai.com/docs/api-reference
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from proxy.auth import check_key
+from proxy.client import CancelWhenGone, read_body, read_json, request_id, send_error
+from proxy.errors import ClientLeft, MethodNotAllowed, ModelNotFound, ProxyError
+from proxy.features import Endpoint
+from proxy.gateway import Call, Gateway
+from proxy.relay import Relay
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CLIENT_LEFT = 499  # nginx's number for it; nobody sees it but metrics and logs
+
+
+class Generate:
+    """One POST route of OpenAI's API, from bytes to bytes."""
+
+    def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
+        self.gateway = gateway
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        id = request_id(headers)
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"use POST for {scope['path']}, not {scope['method']}")
+            check_key(headers, self.gateway.settings.api_keys)
+            call = await self._read(id, headers, receive)
+        except ProxyError as error:
+            await send_error(send, error, [(b"x-request-id", id.encode())])
+        except ClientLeft:
+            pass
+        else:
+            await answer(self.gateway, call, receive, send)
+
+    async def _read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
+        raw = await read_body(receive, headers, self.gateway.settings.limits)
+        return self.gateway.call(id, self.endpoint, raw, read_json(raw, headers), headers)
+
+
+async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send) -> None:
+    """Plans, relays and accounts one call; stops everything when its client leaves."""
+    relay: Relay | None = None
+    try:
+        relay = Relay(gateway, call, gateway.plan(call.features), send)
+        async with CancelWhenGone(receive):
+            await relay.run()
+        status = relay.status
+    except ClientLeft:
+        status = CLIENT_LEFT
+    except ProxyError as error:
+        status = error.status
+        await send_error(send, error, relay.headers() if relay else [(b"x-request-id", call.id.encode())])
+    if relay is not None:
+        gateway.telemetry.finished(call, relay, status)
+
+
+def model_card(gateway: Gateway, name: str) -> dict[str, object]:
+    owners = [backend.name for backend in gateway.fleet.backends if name in backend.models]
+    return {"id": name, "object": "model", "created": gateway.started, "owned_by": "xgen-proxy", "backends": owners}
+
+
+async def list_models(request: Request) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    return JSONResponse({"object": "list", "data": [model_card(gateway, name) for name in gateway.fleet.models]})
+
+
+async def get_model(request: Request) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    name = request.path_params["model"]
+    if name not in gateway.fleet.models:
+        known = ", ".join(gateway.fleet.models[:20]) or "none yet"
+        raise ModelNotFound(f"the model {name!r} does not exist; known models: {known}", param="model")
+    return JSONResponse(model_card(gateway, name))

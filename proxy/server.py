@@ -1,0 +1,80 @@
+"""Runs the app in uvicorn: one process, uvloop, httptools. One, because a replica's slots are counted in it."""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from proxy.app import Front, create_app
+from proxy.memory import listener
+from proxy.settings import Settings
+from proxy.telemetry import set_up_logging
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to us (60 s), so that it is never we who cut one
+
+
+class PortTaken(Exception):
+    """Says who has it, where /proc tells."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bound before anything else starts, so that a taken port is told at once. Raises PortTaken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise PortTaken(_why(host, port, error)) from None
+    sock.listen(BACKLOG)
+    return sock
+
+
+def _why(host: str, port: int, error: OSError) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and --port"
+    pid = listener(port)
+    by = f" by process {pid}" if pid else ""
+    return f"port {port} is taken{by}; end that, or choose another with --port"
+
+
+class Server(uvicorn.Server):
+    """Tells the gateway that it drains as soon as a signal comes, so that /ready fails first."""
+
+    def __init__(self, config: uvicorn.Config, app: Front) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.gateway.draining = True
+        if self.should_exit:  # a second signal, of whichever kind, ends it at once
+            self.force_exit = True
+        super().handle_exit(sig, frame)
+
+
+def config_for(app: Front, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, loop="uvloop", http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, date_header=True, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s), backlog=BACKLOG,
+    )  # fmt: skip
+
+
+def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Returns when a signal has ended it. Raises PortTaken."""
+    set_up_logging(settings.log_format)
+    sock = listen(settings.host, settings.port)
+    app = create_app(settings)
+    host, port = sock.getsockname()[:2]
+    announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    server = Server(config_for(app, settings), app)
+    server.run(sockets=[sock])
+
+

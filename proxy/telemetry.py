@@ -1,0 +1,153 @@
+"""Metrics and one log line per request. Labels are bounded: nothing a client sends freely becomes one, and prompts are
+never logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from proxy.admission import Admission
+from proxy.errors import UpstreamFailed
+from proxy.fleet import Fleet
+from proxy.policy import Candidate
+
+if TYPE_CHECKING:
+    from proxy.gateway import Call
+    from proxy.relay import Relay
+
+log = logging.getLogger("xgen_proxy.request")
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
+
+
+class FleetGauges(Collector):
+    """Read off the fleet when scraped, so that they cannot drift from it and vanish with a removed replica."""
+
+    def __init__(self, fleet: Fleet, admission: Admission) -> None:
+        self.fleet = fleet
+        self.admission = admission
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ["backend", "replica"]
+        up = GaugeMetricFamily("xgen_replica_up", "1: the replica takes requests.", labels=labels)
+        load = GaugeMetricFamily("xgen_replica_load", "0 idle, 1 full; see routing rule 5.", labels=labels)
+        in_flight = GaugeMetricFamily("xgen_replica_in_flight", "Requests that hold one of its slots.", labels=labels)
+        slots = GaugeMetricFamily("xgen_replica_slots", "Requests it runs at once.", labels=labels)
+        for replica in self.fleet.replicas:
+            names = [replica.backend.name, replica.name]
+            up.add_metric(names, float(replica.up))
+            load.add_metric(names, replica.load)
+            in_flight.add_metric(names, replica.in_flight)
+            slots.add_metric(names, replica.slots)
+        yield from (up, load, in_flight, slots)
+        queued = GaugeMetricFamily("xgen_queue_requests", "Requests that wait for a slot.")
+        queued.add_metric([], len(self.admission.waiting))
+        yield queued
+
+
+class Telemetry:
+    def __init__(self, fleet: Fleet, admission: Admission) -> None:
+        registry = self.registry = CollectorRegistry()
+        registry.register(FleetGauges(fleet, admission))
+        self.requests = Counter(
+            "xgen_requests", "Requests by what became of them.",
+            ["endpoint", "backend", "status", "reason"], registry=registry,
+        )  # fmt: skip
+        self.failures = Counter(
+            "xgen_attempt_failures", "Attempts that failed, whatever the client saw.",
+            ["backend", "replica", "outcome"], registry=registry,
+        )  # fmt: skip
+        self.left = Counter("xgen_clients_left", "Requests whose client went away first.", registry=registry)
+        self.duration = Histogram(
+            "xgen_request_seconds", "From the request to the end of the answer.",
+            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.first_output = Histogram(
+            "xgen_first_output_seconds", "From the request to the first byte of the answer (TTFT for streams).",
+            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.overhead = Histogram(
+            "xgen_overhead_seconds", "Until the first output, less the waiting for slots and backends.",
+            buckets=OVERHEAD_SECONDS, registry=registry,
+        )  # fmt: skip
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
+        self.failures.labels(candidate.backend.name, candidate.replica.name, error.outcome).inc()
+        log.warning("attempt failed", extra={"fields": {
+            "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": str(error),
+        }})  # fmt: skip
+
+    def finished(self, call: Call, relay: Relay, status: int) -> None:
+        """`status`: 499 when the client left."""
+        now = time.perf_counter()
+        backend = relay.candidate.backend.name if relay.candidate else "none"
+        reason = relay.candidate.reason.partition(":")[0] if relay.candidate else "none"
+        endpoint = call.features.endpoint
+        self.requests.labels(endpoint, backend, str(status), reason).inc()
+        self.duration.labels(endpoint, backend).observe(now - call.started)
+        if relay.first_output:
+            self.first_output.labels(endpoint, backend).observe(relay.first_output - call.started)
+            self.overhead.observe(max(relay.first_output - call.started - relay.waited, 0.0))
+        if status == 499:
+            self.left.inc()
+        if log.isEnabledFor(logging.INFO):
+            log.info("request", extra={"fields": self._fields(call, relay, status, now)})
+
+    def _fields(self, call: Call, relay: Relay, status: int, now: float) -> dict[str, Any]:
+        candidate = relay.candidate
+        return {
+            "request_id": call.id,
+            "endpoint": call.features.endpoint,
+            "model": call.alias,
+            "status": status,
+            "replica": candidate.replica.name if candidate else None,
+            "reason": candidate.reason if candidate else None,
+            "attempts": relay.attempts,
+            "broken": str(relay.broken) if relay.broken else None,
+            "stream": call.features.stream,
+            "prompt_words": call.features.prompt_words,
+            "first_output_s": round(relay.first_output - call.started, 4) if relay.first_output else None,
+            "duration_s": round(now - call.started, 4),
+        }
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items() if value is not None)
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {fields}".rstrip()
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def set_up_logging(log_format: str) -> None:
+    """To stderr; stdout is for what commands print."""
+    plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("httpx", "httpcore", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)
