@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import servers
+from tests.e2e.door import Door
 from tests.e2e.servers import Proxy, Server
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -76,3 +77,25 @@ def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
     yield start
     for proxy in started:
         proxy.stop()
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> Door:
+    """A proxy with one real backend behind it, and nothing to fall back to: once for each kind of backend."""
+    kind = request.param
+    backend: Server = request.getfixturevalue("vllm_server" if kind == "vllm" else kind)
+    flags = ["--vllm", backend.url]
+    if kind != "vllm":
+        flags = ["--llama-cpp", backend.url, "--engine", backend.name]
+    proxy = start_proxy(*flags)
+    proxy.wait_ready()
+    return Door(kind, "vllm" if kind == "vllm" else "llama_cpp", proxy, backend)
+
+
+@pytest.fixture(scope="session")
+def fleet(vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> Door:
+    """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
+    flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
+    proxy = start_proxy(*flags, env={"XGEN_BACKENDS__VLLM__SLOTS": "4"})
+    proxy.wait_ready()
+    return Door("fleet", "vllm", proxy, vllm_server)

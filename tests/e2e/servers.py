@@ -6,6 +6,7 @@ stay in the test run's session, so that `.ci/run` can end what a killed pytest l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -124,10 +125,8 @@ class Server:
         """SIGTERM, then SIGKILL. Returns the exit status of the group's leader."""
         self._signal(signal.SIGTERM)
         if self.process:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill9()
         return self.process.returncode if self.process else None
 

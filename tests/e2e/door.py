@@ -1,0 +1,75 @@
+"""What the e2e tests share: a proxy with its backend behind it, and the requests they send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from tests.e2e.servers import MODEL, Proxy, Server
+
+Json = dict[str, Any]
+
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+# The same tokens from the same backend each time; llama-cpp-python's own default would be a repeat_penalty of 1.1.
+GREEDY: Json = {"temperature": 0, "seed": 1, "repeat_penalty": 1.0}
+
+# SmolLM2's two end tokens: without them an answer runs to its max_tokens.
+NEVER_ENDING: Json = {"logit_bias": {"0": -100, "2": -100}}
+
+
+def chat(content: str = "What is the capital of France?", **fields: Any) -> Json:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 12, **GREEDY, **fields}
+
+
+@dataclass(frozen=True)
+class Door:
+    """`kind`: the fixture's name. `name`: the backend as the answer's X-Backend header calls it."""
+
+    kind: str
+    name: str
+    proxy: Proxy
+    backend: Server
+
+    @property
+    def url(self) -> str:
+        return self.proxy.url
+
+    def post(self, path: str, body: Json, **kwargs: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **kwargs)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def chat(self, content: str = "What is the capital of France?", **fields: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", chat(content, **fields))
+
+    def direct(self, path: str, body: Json) -> httpx.Response:
+        """The same, from the backend itself."""
+        return httpx.post(self.backend.url + path, json=body, timeout=60)
+
+    def assert_answers(self) -> None:
+        answer = self.chat("Hi", max_tokens=1)
+        assert answer.status_code == 200, answer.text
+
+
+def assert_openai_error(answer: httpx.Response, *statuses: int) -> Json:
+    """OpenAI's error shape, with one of `statuses`, leaking nothing of the machine. Returns the error."""
+    assert answer.status_code in statuses, f"{answer.status_code}: {answer.text[:500]}"
+    assert answer.headers["content-type"].startswith("application/json"), answer.headers
+    body = answer.json()
+    assert set(body) == {"error"}, body
+    error = body["error"]
+    assert {"message", "type", "param", "code"} <= set(error), error
+    assert isinstance(error["message"], str), error
+    assert error["message"], error
+    assert isinstance(error["type"], str), error
+    assert error["code"] is None or isinstance(error["code"], str), error
+    assert error["param"] is None or isinstance(error["param"], str), error
+    for leak in ("site-packages", "Traceback", ".py", "/usr/"):
+        assert leak not in answer.text, answer.text
+    if answer.status_code < 500:
+        assert answer.headers.get("x-should-retry", "false") == "false", answer.headers
+    return dict(error)

@@ -1,0 +1,323 @@
+"""Every route of the API, against each backend."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e import servers
+from tests.e2e.door import CAPITAL, GREEDY, Door, Json, assert_openai_error, chat
+from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
+
+PROMPTS = {
+    "english": "Name three colours.",
+    "korean": "한국의 수도는 어디입니까?",
+    "emoji": "Answer with the emoji of a cat 🐈 and of a dog 🐕.",
+    "code": "Write `for i in range(3): print(i)` and nothing else.",
+}
+
+
+def events(body: str) -> list[str]:
+    return [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
+
+
+def counts(usage: Json) -> dict[str, int]:
+    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+
+
+# Usage
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_usage_is_the_backends_own(door: Door, prompt: str) -> None:
+    ask = chat(prompt)
+    own = door.direct("/v1/chat/completions", ask).json()
+    whole = door.post("/v1/chat/completions", ask).json()
+    assert counts(whole["usage"]) == counts(own["usage"])
+
+    ask = {**ask, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, done = events(door.post("/v1/chat/completions", ask).text)
+    assert done == "[DONE]"
+    last = json.loads(chunks[-1])
+    assert last["choices"] == []
+    assert counts(last["usage"]) == counts(own["usage"])
+    assert not [chunk for chunk in map(json.loads, chunks[:-1]) if chunk.get("usage")]
+
+
+def test_usage_of_completions(door: Door) -> None:
+    ask = {"model": MODEL, "prompt": "One, two, three,", "max_tokens": 6, **GREEDY}
+    own = door.direct("/v1/completions", ask).json()["usage"]
+    assert counts(door.post("/v1/completions", ask).json()["usage"]) == counts(own)
+    ask = {**ask, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, _done = events(door.post("/v1/completions", ask).text)
+    assert counts(json.loads(chunks[-1])["usage"]) == counts(own)
+
+
+# A non-streaming answer is the backend's own, also where it was streamed and put together on the way
+
+SAME_ANSWERS: dict[str, tuple[str, Json]] = {
+    "chat": ("/v1/chat/completions", chat()),
+    "chat, cut": ("/v1/chat/completions", chat(max_tokens=3)),
+    "chat, stop word": ("/v1/chat/completions", chat(stop=["Paris"])),
+    "chat, korean": ("/v1/chat/completions", chat(PROMPTS["korean"])),
+    "chat, logprobs": ("/v1/chat/completions", chat(logprobs=True, top_logprobs=2, max_tokens=4)),
+    "chat, json": ("/v1/chat/completions", chat(response_format={"type": "json_object"}, max_tokens=16)),
+    "completions": ("/v1/completions", {"model": MODEL, "prompt": "One, two,", "max_tokens": 6, **GREEDY}),
+    "completions, stop word": (
+        "/v1/completions",
+        {"model": MODEL, "prompt": "One, two,", "max_tokens": 12, "stop": "five", **GREEDY},
+    ),
+}
+
+# New in each answer, or dependent on what ran before it (timings, cached tokens).
+FLEETING = ("id", "created", "timings", "prompt_tokens_details", "system_fingerprint")
+
+
+def expected(own: Any, answer: Any) -> Any:
+    """`own`, with the fleeting parts taken from `answer`; floats nearly, as batching moves a logprob a little."""
+    if isinstance(own, dict) and isinstance(answer, dict):
+        return {
+            name: answer.get(name) if name in FLEETING else expected(item, answer.get(name))
+            for name, item in own.items()
+        }
+    if isinstance(own, list) and isinstance(answer, list) and len(own) == len(answer):
+        return [expected(*pair) for pair in zip(own, answer, strict=True)]
+    return pytest.approx(own, abs=0.05) if isinstance(own, float) else own
+
+
+@pytest.mark.parametrize(("path", "ask"), SAME_ANSWERS.values(), ids=SAME_ANSWERS)
+def test_whole_answer_is_the_backends_own(door: Door, path: str, ask: Json) -> None:
+    own = door.direct(path, ask)
+    assert own.status_code == 200, own.text
+    answer = door.post(path, ask)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == expected(own.json(), answer.json())
+
+
+# Models
+
+
+def test_models(door: Door) -> None:
+    with openai.OpenAI(base_url=door.url + "/v1", api_key="none", max_retries=0) as client:
+        models = client.models.list().data
+        assert [model.id for model in models] == [MODEL]
+        assert models[0].object == "model"
+        assert models[0].created > 0
+        assert models[0].owned_by
+        assert client.models.retrieve(MODEL).id == MODEL
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.models.retrieve("nope")
+    assert unknown.value.code == "model_not_found"
+
+
+def test_a_missing_model_is_the_default_one(door: Door) -> None:
+    ask = chat()
+    del ask["model"]
+    answer = door.post("/v1/chat/completions", ask)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == MODEL
+
+
+def test_a_public_name_is_answered_under_that_name(door: Door, start_proxy: Callable[..., Proxy]) -> None:
+    setting = f"XGEN_BACKENDS__{door.name.upper()}__"
+    dialect = {"vllm": "vllm"}.get(door.kind, door.backend.name)
+    env = {
+        setting + "URLS": door.backend.url,
+        setting + "DIALECT": dialect,
+        setting + "MODELS": json.dumps({'pub"lic': MODEL}),
+    }
+    proxy = start_proxy(env=env)
+    proxy.wait_ready()
+    ask = chat(model='pub"lic')
+    assert httpx.post(proxy.url + "/v1/chat/completions", json=ask, timeout=30).json()["model"] == 'pub"lic'
+    chunks = events(httpx.post(proxy.url + "/v1/chat/completions", json={**ask, "stream": True}, timeout=30).text)
+    assert {json.loads(chunk)["model"] for chunk in chunks[:-1]} == {'pub"lic'}
+    assert_openai_error(httpx.post(proxy.url + "/v1/chat/completions", json=chat(), timeout=30), 404)
+    proxy.stop()
+
+
+# Embeddings
+
+INPUTS = ["A cat sat on the mat.", "Die Katze."]
+
+
+@pytest.fixture(scope="module", params=["llama_cpp_python", "llama_server"])
+def embedder(
+    request: pytest.FixtureRequest, logs: Path, gguf: str, start_proxy: Callable[..., Proxy]
+) -> Iterator[Door]:
+    make, *flags = {
+        "llama_cpp_python": (servers.llama_cpp_python, "--embedding", "true"),
+        "llama_server": (servers.llama_server, "--embeddings", "--pooling", "mean"),
+    }[request.param]
+    backend: Server = make(logs / f"embedder-{request.param}.log", gguf, *flags)  # type: ignore[operator]
+    try:
+        backend.start().wait_ready()
+        env = {"XGEN_BACKENDS__LLAMA_CPP__EMBEDDINGS": "true"}
+        proxy = start_proxy("--llama-cpp", backend.url, "--engine", backend.name, env=env)
+        proxy.wait_ready()
+        yield Door(request.param, "llama_cpp", proxy, backend)
+        proxy.stop()
+    finally:
+        backend.stop()
+
+
+def test_embeddings(embedder: Door) -> None:
+    with openai.OpenAI(base_url=embedder.url + "/v1", api_key="none", max_retries=0) as client:
+        answer = client.embeddings.create(model=MODEL, input=INPUTS, encoding_format="float")
+        packed = client.embeddings.create(model=MODEL, input=INPUTS)  # the SDK asks for base64 by itself
+    assert answer.model == MODEL
+    assert [item.index for item in answer.data] == [0, 1]
+    assert [len(item.embedding) for item in answer.data] == [576, 576]
+    assert answer.usage.prompt_tokens > 0
+    for floats, same in zip(answer.data, packed.data, strict=True):
+        assert floats.embedding == pytest.approx(same.embedding, abs=1e-4)
+
+
+def test_embeddings_in_base64(embedder: Door) -> None:
+    ask = {"model": MODEL, "input": INPUTS[0], "encoding_format": "base64"}
+    item = embedder.post("/v1/embeddings", ask).json()["data"][0]
+    assert len(struct.unpack("<576f", base64.b64decode(item["embedding"]))) == 576
+
+
+def test_embeddings_where_no_backend_can(door: Door) -> None:
+    error = assert_openai_error(door.post("/v1/embeddings", {"model": MODEL, "input": "cat"}), 400, 404)
+    assert "embed" in error["message"]
+    door.assert_answers()
+
+
+# The source document's own API
+
+
+def test_generate(door: Door) -> None:
+    ask = {"prompt": "What is the capital of France?", "max_tokens": 12, "temperature": 0}
+    answer = door.post("/generate", ask)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["text"]
+    assert body["backend_used"] == door.name
+    assert 0 < body["generation_time"] < 60
+    tokens = body["tokens_per_second"] * body["generation_time"]
+    assert tokens == pytest.approx(round(tokens), abs=0.1 * tokens)
+    assert 1 <= round(tokens) <= 12
+
+
+def test_generate_stream(door: Door) -> None:
+    ask = {"prompt": "What is the capital of France?", "max_tokens": 12, "temperature": 0}
+    with httpx.stream("POST", door.url + "/generate/stream", json=ask, timeout=60) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-backend"] == door.name
+        got = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert got[-1] == {"done": True}
+    assert all(list(event) == ["token"] for event in got[:-1])
+    assert "".join(event["token"] for event in got[:-1]) == door.post("/generate", ask).json()["text"]
+
+
+def test_generate_with_stream_true_streams(door: Door) -> None:
+    answer = door.post("/generate", {"prompt": "Hi", "max_tokens": 2, "stream": True})
+    assert json.loads(events(answer.text)[-1]) == {"done": True}
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"prompt": 5}, {"prompt": "Hi", "max_tokens": -1}, {"prompt": "Hi", "urgency": "now"}, []]
+)
+def test_generate_refuses_in_words(door: Door, body: Any) -> None:
+    for path in ("/generate", "/generate/stream"):
+        assert_openai_error(door.post(path, body), 400)
+    door.assert_answers()
+
+
+# Presets and hints
+
+
+def test_hints_never_reach_the_backend_and_presets_apply(door: Door) -> None:
+    plain = door.chat(temperature=0, top_p=1, top_k=1, max_tokens=6).json()
+    hinted = door.post(
+        "/v1/chat/completions",
+        {"model": MODEL, "messages": CAPITAL, "max_tokens": 6, "urgency": "high", "backend": "auto", "fallback": None},
+    )
+    assert hinted.status_code == 200, hinted.text
+    assert hinted.json()["choices"][0]["message"] == plain["choices"][0]["message"]  # `deterministic` was filled in
+
+
+# Operations
+
+
+def test_health_and_ready(door: Door) -> None:
+    assert door.get("/health").status_code == 200
+    assert door.get("/ready").status_code == 200
+
+
+def test_ready_fails_while_no_backend_answers(start_proxy: Callable[..., Proxy]) -> None:
+    proxy = start_proxy("--llama-cpp", f"http://127.0.0.1:{servers.free_port()}")
+    assert httpx.get(proxy.url + "/health").status_code == 200
+    assert httpx.get(proxy.url + "/ready").status_code == 503
+    answer = httpx.post(proxy.url + "/v1/chat/completions", json=chat(), timeout=30)
+    assert_openai_error(answer, 502, 503)
+    assert answer.headers["x-should-retry"] == "false"
+    proxy.stop()
+
+
+def test_models_status(door: Door) -> None:
+    door.assert_answers()
+    status = door.get("/models/status")
+    assert status.status_code == 200
+    text = json.dumps(status.json())
+    assert door.name in text
+    assert door.backend.url in text
+    assert MODEL in text
+    assert str(CONTEXT) in text
+
+
+def test_metrics_can_be_scraped(door: Door) -> None:
+    door.assert_answers()
+    page = door.get("/metrics")
+    assert page.status_code == 200
+    families = {family.name: family for family in text_string_to_metric_families(page.text)}
+    ours = [name for name in families if name.startswith("xgen_")]
+    assert ours, sorted(families)
+    labels = [sample.labels for name in ours for sample in families[name].samples]
+    assert any(label.get("backend") == door.name for label in labels)
+
+
+def test_route_is_a_dry_run(door: Door) -> None:
+    plan = door.post("/route", chat("Hi"))
+    assert plan.status_code == 200, plan.text
+    first = plan.json()["candidates"][0]
+    assert first["backend"] == door.name
+    assert first["reason"]
+    assert "X-Backend" not in plan.headers
+
+
+# Keys
+
+
+def test_keys(llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> None:
+    env = {"XGEN_API_KEYS": hashlib.sha256(b"sesame").hexdigest()}
+    proxy = start_proxy("--llama-cpp", llama_cpp_python.url, env=env)
+    proxy.wait_ready()
+    ask: dict[str, Any] = {"model": MODEL, "messages": CAPITAL, "max_tokens": 2}
+    for key in ("wrong", "sesame "):
+        with openai.OpenAI(base_url=proxy.url + "/v1", api_key=key, max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client.chat.completions.create(**ask)
+            assert refused.value.code == "invalid_api_key"
+    with openai.OpenAI(base_url=proxy.url + "/v1", api_key="sesame", max_retries=0) as client:
+        assert client.chat.completions.create(**ask).choices
+    for path in ("/v1/chat/completions", "/generate", "/generate/stream", "/route"):
+        assert_openai_error(httpx.post(proxy.url + path, json=chat()), 401)
+    for path in ("/v1/models", f"/v1/models/{MODEL}", "/models/status"):
+        assert_openai_error(httpx.get(proxy.url + path), 401)
+    assert httpx.get(proxy.url + "/health").status_code == 200
+    assert httpx.get(proxy.url + "/ready").status_code == 200
+    proxy.stop()

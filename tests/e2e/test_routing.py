@@ -1,0 +1,104 @@
+"""vLLM as the GPU backend and llama-cpp-python as the CPU backend, both real, behind one proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.door import NEVER_ENDING, Door, chat
+from tests.e2e.servers import Server, until
+
+LONG = "Name the colours of the rainbow. " * 20  # 120 words
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "backend", "reason"),
+    [
+        ("Hi", {}, "vllm", "default"),
+        (LONG, {}, "vllm", "long_prompt"),
+        ("Say one word.", {"max_tokens": 1100, "stop": ["a", "e", "i", "o", "u", "."]}, "vllm", "long_output"),
+        ("Hi", {"urgency": "high"}, "vllm", "urgent"),
+        ("Hi", {"urgency": "low"}, "vllm", "default"),
+        ("Hi", {"backend": "llama_cpp"}, "llama_cpp", "explicit"),
+        ("Hi", {"backend": "vllm"}, "vllm", "explicit"),
+        ("Hi", {"backend": "auto"}, "vllm", "default"),
+        (LONG, {"backend": "llama_cpp"}, "llama_cpp", "explicit"),
+    ],
+)
+def test_rules(fleet: Door, content: str, fields: dict[str, Any], backend: str, reason: str) -> None:
+    answer = fleet.chat(content, **{"max_tokens": 2, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["X-Backend"] == backend
+    assert answer.headers["X-Route-Reason"].startswith(reason)
+    assert answer.headers["X-Attempts"] == "1"
+
+
+def test_hints_as_headers(fleet: Door) -> None:
+    answer = fleet.post("/v1/chat/completions", chat("Hi", max_tokens=1), headers={"X-Backend": "llama_cpp"})
+    assert answer.headers["X-Backend"] == "llama_cpp"
+
+
+def test_generate_chooses_too(fleet: Door) -> None:
+    for backend in ("vllm", "llama_cpp"):
+        answer = fleet.post("/generate", {"prompt": "Hi", "max_tokens": 2, "backend": backend})
+        assert answer.json()["backend_used"] == backend
+
+
+def test_dry_run_says_the_same(fleet: Door) -> None:
+    plan = fleet.post("/route", chat(LONG)).json()
+    assert [candidate["backend"] for candidate in plan["candidates"]] == ["vllm", "llama_cpp"]
+    assert plan["candidates"][0]["reason"].startswith("long_prompt")
+
+
+def test_urgent_work_leaves_a_loaded_gpu_alone(fleet: Door) -> None:
+    busy = chat("Count to a thousand.", max_tokens=1500, stream=True, backend="vllm", **NEVER_ENDING)
+    with contextlib.ExitStack() as held:
+        client = held.enter_context(httpx.Client(timeout=60))
+        for _ in range(3):  # of four slots: load 0.75
+            answer = held.enter_context(client.stream("POST", fleet.url + "/v1/chat/completions", json=busy))
+            assert next(answer.iter_bytes())
+        urgent = fleet.chat("Hi", max_tokens=2, urgency="high")
+        assert urgent.status_code == 200
+        assert urgent.headers["X-Backend"] == "llama_cpp"
+        assert urgent.headers["X-Route-Reason"].startswith("urgent")
+        assert fleet.chat("Hi", max_tokens=2).headers["X-Backend"] == "vllm"
+    until(lambda: backend_of(fleet, urgency="high") == "vllm", 10, "the load to be gone")
+
+
+def backend_of(fleet: Door, **fields: Any) -> str:
+    """Where a request would go now."""
+    return str(fleet.post("/route", chat("Hi", **fields)).json()["candidates"][0]["backend"])
+
+
+def test_kill_of_vllm_and_its_return(fleet: Door, vllm_server: Server) -> None:
+    assert fleet.chat("Hi", max_tokens=1).headers["X-Backend"] == "vllm"
+    running = chat("Count to a thousand.", max_tokens=1500, stream=True, **NEVER_ENDING)
+    try:
+        with httpx.stream("POST", fleet.url + "/v1/chat/completions", json=running, timeout=60) as broken:
+            lines = broken.iter_lines()
+            assert next(lines).startswith("data: ")
+            vllm_server.kill9()
+            answer = fleet.chat(max_tokens=12)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["X-Backend"] == "llama_cpp"
+            rest = [line for line in lines if line]
+        assert "data: [DONE]" not in rest
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["message"]
+
+        for content, fields in (("Hi", {"urgency": "high"}), (LONG, {}), ("Hi", {"backend": "vllm"})):
+            answer = fleet.chat(content, max_tokens=1, **fields)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["X-Backend"] == "llama_cpp"
+        assert fleet.get("/ready").status_code == 200
+        refused = fleet.chat("Hi", backend="vllm", fallback="none")
+        assert refused.status_code in (502, 503)
+        assert refused.headers["x-should-retry"] == "false"
+    finally:
+        vllm_server.restart()
+    until(lambda: backend_of(fleet) == "vllm", 30, "routing to return to vLLM")
+    answer = fleet.chat(max_tokens=2)
+    assert (answer.status_code, answer.headers["X-Backend"]) == (200, "vllm")
