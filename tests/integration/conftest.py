@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from proxy.app import create_app
+from proxy.gateway import Gateway
+from proxy.server import Server, config_for, listen
+from proxy.settings import Settings
+from tests.integration.fake import FakeUpstream
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Returns the first true value; fails when time is up."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+    return value
+
+
+class RunningProxy:
+    """The real app in a real uvicorn, in a thread, on a free port."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.gateway: Gateway = self.app.gateway
+        sock = listen("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = Server(config_for(self.app, settings), self.app)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def until_up(self, count: int) -> None:
+        wait_until(lambda: sum(replica.up for replica in self.gateway.fleet.replicas) >= count)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+
+def backend(*fakes: FakeUpstream, **values: Any) -> dict[str, Any]:
+    return {"urls": [fake.url for fake in fakes], "dialect": "vllm", **values}
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeUpstream]:
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def cpu() -> Iterator[FakeUpstream]:
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningProxy]]:
+    """start(backends={…}, **settings) → a running proxy whose replicas are all up (pass up=N to expect fewer)."""
+    running: list[RunningProxy] = []
+
+    def start(up: int | None = None, **values: Any) -> RunningProxy:
+        values.setdefault("scrape_interval_s", 0.05)
+        settings = Settings(**values)
+        proxy = RunningProxy(settings)
+        running.append(proxy)
+        proxy.until_up(len(list(proxy.gateway.fleet.replicas)) if up is None else up)
+        return proxy
+
+    yield start
+    for proxy in running:
+        proxy.stop()
+        assert_nothing_held(proxy)
+
+
+def assert_nothing_held(proxy: RunningProxy) -> None:
+    """Whatever happened: no slot, no waiter and no connection is left."""
+    gateway = proxy.gateway
+    assert [replica.in_flight for replica in gateway.fleet.replicas if replica.in_flight] == []
+    assert gateway.admission.waiting == []
+    assert [replica.name for replica in gateway.fleet.replicas if replica.pool.live] == []
+
+
+@pytest.fixture
+def proxy(start: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> RunningProxy:
+    """A GPU and a CPU backend, both scripted, both called by their usual names."""
+    return start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu")})
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def chat(proxy: RunningProxy, timeout: float = 20, **fields: Any) -> httpx.Response:
+    headers = fields.pop("headers", {})
+    return httpx.post(f"{proxy.url}/v1/chat/completions", json={**CHAT, **fields}, headers=headers, timeout=timeout)
