@@ -32,8 +32,8 @@ class Connection(asyncio.Protocol):
     """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
 
     __slots__ = (
-        "_chunks", "_error", "_loop", "_parser", "_paused", "_pool", "_size", "_transport", "_waiter", "complete",
-        "exchanges", "framed", "headers", "idle_since", "status", "touched",
+        "_chunks", "_error", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size", "_transport", "_waiter",
+        "complete", "exchanges", "framed", "headers", "idle_since", "status", "touched",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
@@ -46,6 +46,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._paused = False
+        self._keep_alive = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.framed = False  # the body's end is marked by length or chunks, not by closing
@@ -96,6 +97,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status >= 200:  # 1xx is followed by the real answer
             self.status = status
+            self._keep_alive = self._parser.should_keep_alive()  # it forgets when the message is complete
 
     def on_body(self, body: bytes) -> None:
         self._chunks.append(body)
@@ -119,7 +121,7 @@ class Connection(asyncio.Protocol):
             and self._transport is not None
             and not self._transport.is_closing()
             and self.exchanges < MAX_EXCHANGES
-            and self._parser.should_keep_alive()
+            and self._keep_alive
         )
 
     def begin(self, request: bytes) -> None:

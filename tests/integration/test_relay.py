@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
 
 import httpx
 import pytest
@@ -120,50 +122,61 @@ def test_a_slow_first_byte_fails_over(start, gpu: FakeUpstream, cpu: FakeUpstrea
 
 
 async def breaks_off(talk: Talk) -> None:
-    await talk.start_stream()
-    await talk.event(delta("hel"))
     talk.reset()
 
 
 async def error_in_the_middle(talk: Talk) -> None:
-    await talk.start_stream()
-    await talk.chunk(f"data: {json.dumps(delta('hel'))}\n\ndata: {json.dumps(ERROR_500)}\n\ndata: [DONE]\n\n".encode())
+    await talk.chunk(f"data: {json.dumps(delta('lo'))}\n\ndata: {json.dumps(ERROR_500)}\n\ndata: [DONE]\n\n".encode())
     await talk.end(done=False)
 
 
 async def aborted(talk: Talk) -> None:
-    await talk.start_stream()
-    await talk.event(delta("hel"))
+    await talk.event(delta("lo"))
     await talk.event(delta(finish="abort"))
     await talk.end()
 
 
 async def no_finish(talk: Talk) -> None:
-    await talk.start_stream()
-    await talk.event(delta("hel"))
+    await talk.event(delta("lo"))
     await talk.end()
 
 
 async def ends_without_done_and_finish(talk: Talk) -> None:
-    await talk.start_stream()
-    await talk.event(delta("hel"))
+    await talk.event(delta("lo"))
     await talk.end(done=False)
 
 
-AFTER_COMMIT = [breaks_off, error_in_the_middle, aborted, no_finish, ends_without_done_and_finish]
+async def half_an_event_more(talk: Talk) -> None:
+    await talk.event(delta("lo"))
+    await half_an_event(talk)
 
 
-@pytest.mark.parametrize("script", AFTER_COMMIT)
+AFTER_COMMIT = [breaks_off, error_in_the_middle, aborted, no_finish, ends_without_done_and_finish, half_an_event_more]
+
+
+@pytest.mark.parametrize("rest", AFTER_COMMIT)
 def test_a_break_after_the_commit_is_one_error_event_and_no_done(
-    proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream, script: Script
+    proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream, rest: Script
 ) -> None:
+    seen = threading.Event()
+
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        assert await asyncio.to_thread(seen.wait, 10)
+        await rest(talk)
+
     gpu.scripts.append(script)
-    answer = chat(proxy, stream=True)
-    assert answer.status_code == 200
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
-    assert events[0]["choices"][0]["delta"]["content"] == "hel"
-    assert events[-1]["error"]["code"] == "stream_broken"
-    assert len(events) == 2
+    events = []
+    body = {**CHAT, "stream": True}
+    with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json=body, timeout=20) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(json.loads(line[6:]))
+                seen.set()
+    *good_events, error = events
+    assert "".join(event["choices"][0]["delta"]["content"] for event in good_events) in ("hel", "hello")
+    assert error["error"]["code"] == "stream_broken"
     assert cpu.talks == []
 
 
@@ -264,8 +277,6 @@ def test_a_client_that_leaves_cancels_upstream(proxy: RunningProxy, gpu: FakeUps
 
 
 def test_one_at_a_time_where_there_is_one_slot(start, gpu: FakeUpstream) -> None:
-    import threading
-
     inside = []
     peak = []
 
@@ -293,8 +304,6 @@ def test_a_full_queue_is_429(start, gpu: FakeUpstream) -> None:
 
     gpu.default = endless
     proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)}, limits={"queue": 0})
-    client = httpx.Client()
-    import threading
 
     def hold() -> None:
         with pytest.raises(httpx.HTTPError):
@@ -307,7 +316,6 @@ def test_a_full_queue_is_429(start, gpu: FakeUpstream) -> None:
     assert answer.status_code == 429
     assert "retry-after" in answer.headers
     thread.join()
-    client.close()
 
 
 def test_headers_are_ours_alone(proxy: RunningProxy, gpu: FakeUpstream) -> None:
