@@ -1,9 +1,18 @@
-"""What routing needs to know of a request, read once from its JSON body. Pure."""
+"""What routing needs to know of a request, read once from its JSON body, and what in it is wrong for every backend. Pure.
+
+https://platform.openai.com/docs/api-reference/chat/create for the fields and their ranges. A null means "not set"
+everywhere, as it does for OpenAI.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from proxy.errors import BadRequest
+from proxy.settings import Limits
+from proxy.shape import check_size
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]
@@ -24,6 +33,12 @@ Need = Literal[
     "echo",
     "suffix",
 ]
+NEEDS = frozenset(get_args(Need))
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+HINTS = ("backend", "urgency", "task_type", "fallback")
+MAX_CHOICES = 128
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +58,244 @@ class Features:
     task_type: str | None
     fallback: bool
     hinted: bool  # the client gave an urgency or a task type: presets apply
+
+
+def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint, limits: Limits) -> Features:
+    """Raises BadRequest, naming the field and what it should be."""
+    check_size(body, limits)
+    check_ranges(body)
+    texts = list(_texts(body, endpoint, limits))
+    urgency, task_type = _hint(body, headers, "urgency"), _hint(body, headers, "task_type")
+    if urgency is not None and urgency not in get_args(Urgency):
+        raise BadRequest(f"urgency must be high, normal or low, not {urgency!r}", param="urgency")
+    backend = _hint(body, headers, "backend")
+    ids = _token_ids(body)
+    return Features(
+        endpoint=endpoint,
+        model=_get(body, "model", str) or None,
+        prompt_words=sum(len(text.split()) for text in texts) + ids * 3 // 4,
+        prompt_tokens=sum(estimate_tokens(text) for text in texts) + ids,
+        max_tokens=_max_tokens(body),
+        stream=bool(_get(body, "stream", bool)),
+        include_usage=_include_usage(body),
+        needs=_needs(body, endpoint),
+        backend=None if backend in (None, "auto") else backend,
+        urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
+        task_type=task_type,
+        fallback=_hint(body, headers, "fallback") != "none",
+        hinted=urgency is not None or task_type is not None,
+    )
+
+
+def strip_hints(body: Json) -> Json:
+    """The same object where there are none."""
+    if not any(hint in body for hint in HINTS):
+        return body
+    return {key: value for key, value in body.items() if key not in HINTS}
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of `text` without a tokenizer, for context checks and time limits.
+
+    A token is some 4.2 bytes of ASCII text; other scripts take a token for each 1.6 bytes of UTF-8. bench/estimate.py
+    measures the error on English, Korean and code.
+    """
+    if text.isascii():
+        return int(len(text) / 4.2) + 1
+    size = len(text.encode())
+    other = (size - len(text)) * 1.5  # nearly all of it is in characters of three bytes
+    return int(max(size - other, 0) / 4.2 + other / 1.6) + 1
+
+
+def _get(body: Json, field: str, kind: type | tuple[type, ...], name: str | None = None) -> Any:
+    """None for null. Raises BadRequest for another type."""
+    value = body.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(WORDS[each] for each in kinds)
+        name = name or field
+        raise BadRequest(f"{name} must be {wanted}, not {WORDS.get(type(value), 'that')}", param=name)
+    return value
+
+
+WORDS: dict[type, str] = {
+    str: "a string", bool: "true or false", int: "an integer", float: "a number", list: "an array", dict: "an object",
+}  # fmt: skip
+
+# field: (lowest, highest, whether whole)
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, 2, False),
+    "top_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "n": (1, MAX_CHOICES, True),
+    "best_of": (1, MAX_CHOICES, True),
+    "max_tokens": (1, 2**31, True),
+    "max_completion_tokens": (1, 2**31, True),
+    "top_logprobs": (0, 20, True),
+    "top_k": (-1, 2**31, True),
+    "seed": (-(2**63), 2**63, True),
+}
+
+
+def check_ranges(body: Json) -> None:
+    """What OpenAI forbids too. The engines differ: one answers 400, one 500, one takes a negative limit as none."""
+    for field, (low, high, whole) in RANGES.items():
+        value = _get(body, field, int if whole else (int, float))
+        if value is not None and not low <= value <= high:
+            raise BadRequest(f"{field} must be between {low} and {high}, not {value}", param=field)
+    for field, kind in (("tools", list), ("stop", (str, list)), ("logit_bias", dict), ("response_format", dict)):
+        _get(body, field, kind)
+
+
+def _texts(body: Json, endpoint: Endpoint, limits: Limits) -> Iterator[str]:
+    if endpoint == "chat":
+        yield from _message_texts(body, limits)
+        return
+    field = "prompt" if endpoint == "completions" else "input"
+    prompt = _get(body, field, (str, list))
+    if prompt is None or prompt == []:
+        raise BadRequest(f"{field} is missing; send a string", param=field)
+    for each in [prompt] if isinstance(prompt, str) else prompt:
+        if isinstance(each, str):
+            yield each
+        elif not _is_token_ids([each]) and not (isinstance(each, list) and _is_token_ids(each)):
+            raise BadRequest(f"{field} must be a string, an array of strings, or token ids", param=field)
+
+
+def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
+    messages = _get(body, "messages", list)
+    if not messages:
+        raise BadRequest("messages is missing or empty; send at least one message", param="messages")
+    if len(messages) > limits.messages:
+        raise BadRequest(f"there are {len(messages)} messages; the limit is {limits.messages}", param="messages")
+    for index, message in enumerate(messages):
+        name = f"messages.{index}"
+        if not isinstance(message, dict):
+            raise BadRequest(f"{name} must be an object with role and content", param=name)
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRequest(f"{name}.role must be one of {', '.join(sorted(ROLES))}", param=f"{name}.role")
+        yield from _content_texts(message, name, role)
+
+
+def _content_texts(message: Json, name: str, role: str) -> Iterator[str]:
+    content = _get(message, "content", (str, list), f"{name}.content")
+    if content is None:
+        if role not in ("assistant", "function"):
+            raise BadRequest(f"{name}.content is missing; send a string", param=f"{name}.content")
+    elif isinstance(content, str):
+        yield content
+    else:
+        for number, part in enumerate(content):
+            where = f"{name}.content.{number}"
+            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+                raise BadRequest(f"{where} must be an object with a type, such as text", param=where)
+            if part["type"] in ("text", "refusal"):
+                yield _part_text(part, where)
+
+
+def _part_text(part: Json, where: str) -> str:
+    text = part.get(part["type"])
+    if not isinstance(text, str):
+        raise BadRequest(f"{where}.{part['type']} must be a string", param=where)
+    return text
+
+
+def _is_token_ids(value: list[Any]) -> bool:
+    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
+
+
+def _token_ids(body: Json) -> int:
+    """How many token ids the prompt has."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, list):
+        return 0
+    return sum(1 if isinstance(each, int) else len(each) for each in prompt if isinstance(each, int | list))
+
+
+def _max_tokens(body: Json) -> int | None:
+    """max_completion_tokens replaced max_tokens and wins."""
+    value: int | None = body.get("max_completion_tokens")
+    return value if value is not None else body.get("max_tokens")
+
+
+def _include_usage(body: Json) -> bool:
+    options = _get(body, "stream_options", dict)
+    if options is None:
+        return False
+    if not body.get("stream"):
+        raise BadRequest("stream_options goes with stream: true only", param="stream_options")
+    return bool(_get(options, "include_usage", bool, "stream_options.include_usage"))
+
+
+def _hint(body: Json, headers: Mapping[bytes, bytes], name: str) -> str | None:
+    """From the body, else from the header X-Name. Empty counts as not given."""
+    value: str | None = _get(body, name, str)
+    if value is None:
+        value = headers.get(b"x-" + name.replace("_", "-").encode(), b"").decode("latin-1")
+    return value or None
+
+
+def _needs(body: Json, endpoint: Endpoint) -> frozenset[Need]:
+    needs: set[Need] = set()
+    if endpoint == "embeddings":
+        return frozenset({"embeddings"})
+    if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
+        needs.add("n")
+    if body.get("logprobs") not in (None, False):
+        needs.add("logprobs")
+    fields: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
+    needs.update(field for field in fields if body.get(field))
+    needs.update(_format_needs(body))
+    needs.update(_tool_needs(body) if endpoint == "chat" else _prompt_needs(body))
+    if endpoint == "chat" and _has_media(body):
+        needs.add("images")
+    return frozenset(needs)
+
+
+def _format_needs(body: Json) -> Iterator[Need]:
+    response_format = body.get("response_format") or {}
+    kind = response_format.get("type")
+    if kind in ("json_object", "json_schema"):
+        yield kind
+    elif kind not in (None, "text"):
+        raise BadRequest(
+            f"response_format.type must be text, json_object or json_schema, not {kind!r}", param="response_format"
+        )
+    if kind == "json_schema" and not isinstance(response_format.get("json_schema"), dict):
+        raise BadRequest("response_format.json_schema is missing; send {name, schema}", param="response_format")
+
+
+def _tool_needs(body: Json) -> Iterator[Need]:
+    choice = _get(body, "tool_choice", (str, dict))
+    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+        raise BadRequest("tool_choice must be none, auto, required or an object", param="tool_choice")
+    if not body.get("tools") and not body.get("functions"):
+        return
+    if isinstance(choice, dict):
+        yield "forced_tool"
+    elif choice != "none":
+        yield "tools"
+
+
+def _prompt_needs(body: Json) -> Iterator[Need]:
+    prompt = body["prompt"]
+    if isinstance(prompt, list):
+        if not isinstance(prompt[0], str):
+            yield "token_ids"
+        if len(prompt) > 1 and not isinstance(prompt[0], int):
+            yield "prompt_list"
+
+
+def _has_media(body: Json) -> bool:
+    return any(
+        part["type"] not in ("text", "refusal")
+        for message in body["messages"]
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+

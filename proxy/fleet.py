@@ -18,7 +18,7 @@ SUSPECT_S = 15.0  # then left alone for so long
 
 
 class Replica:
-    """One server process. Implements policy.ReplicaView.
+    """One server process.
 
     `state`: starting (never seen), up, suspect (answers probes but fails requests), down (does not answer).
     `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
@@ -101,7 +101,7 @@ class Replica:
 
 
 class Backend:
-    """Interchangeable replicas of one engine. Implements policy.BackendView; what it knows of models, context and
+    """Interchangeable replicas of one engine. What it knows of models, context and
     capabilities is kept when the replicas are down, so that "does not exist" and "not running now" stay apart."""
 
     def __init__(self, name: str, settings: BackendSettings, all_settings: Settings) -> None:

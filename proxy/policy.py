@@ -1,41 +1,31 @@
-"""decide(): which replicas may serve a request, in which order, and why. Pure: no I/O, no clock, no hidden randomness."""
+"""decide(): which replicas may serve a request, in which order, and why. Pure: no I/O, no clock, no hidden randomness.
+
+1. An explicit backend wins.
+2. GPU up and (prompt > 100 words or max_tokens > 1024): GPU; when it is full, long work waits for it.
+3. Urgency high: GPU while its load < 0.7, else CPU.
+4. Otherwise GPU if it is up, else CPU.
+5. Load is the worst of in-flight, waiting and KV usage (proxy/load.py).
+6. Short work goes to the CPU while the GPU is at or over its load limit.
+7. A backend must be able to do the request: model, capabilities, context length.
+8. Within a backend: the less loaded of two random replicas (https://ieeexplore.ieee.org/document/963420).
+9. The others, in order, are the fallback plan; the CPU is last and always there, unless `fallback: none`.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-from proxy.errors import ProxyError
+from proxy.errors import BadRequest, ProxyError, Unavailable
+from proxy.features import Features
+from proxy.settings import Routing
 
+if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context, replicas; and name, up, load of each
+    from proxy.fleet import Backend, Replica
 
-class ReplicaView(Protocol):
-    """What a decision may know of one server process."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def up(self) -> bool: ...
-    @property
-    def load(self) -> float:
-        """Worst of in-flight/slots, waiting/5 and KV usage/0.8 (rule 5): 0 idle, 1 full, may exceed 1."""
-
-
-class BackendView(Protocol):
-    """What a decision may know of a set of interchangeable replicas, sorted by name."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def path(self) -> str: ...  # "gpu" | "cpu"
-    @property
-    def models(self) -> frozenset[str]: ...  # public names; kept when every replica is down
-    @property
-    def can(self) -> frozenset[str]: ...  # members of features.Need
-    @property
-    def context(self) -> int | None: ...
-    @property
-    def replicas(self) -> Sequence[ReplicaView]: ...
+ESTIMATE_MARGIN = 2.0  # a prompt is called too long only if half of its estimated tokens would still be too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +33,16 @@ class Candidate:
     """Candidates of one `tier` are equally right: the first with a free slot takes the request. The next tier is for
     failures only: full replicas of an earlier tier are waited for."""
 
-    backend: BackendView
-    replica: ReplicaView
+    backend: Backend
+    replica: Replica
     reason: str
     tier: int
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
+    """A backend, or one replica of it, that the request cannot go to."""
+
     name: str
     reason: str
 
@@ -62,3 +54,196 @@ class Plan:
     candidates: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
     error: ProxyError | None = None
+
+
+def decide(features: Features, backends: Sequence[Backend], routing: Routing, rng: random.Random) -> Plan:
+    """`features.model` is set and some backend serves it. Never raises; a plan without candidates has an error."""
+    able, rejections = _able(features, backends)
+    error = _explicit_error(features, backends, able, rejections)
+    if error is not None:
+        return Plan((), tuple(rejections), error)
+    if not able:
+        return Plan((), tuple(rejections), _unable_error(features, backends, rejections))
+    picks = {backend.name: _pick(backend, routing.max_attempts, rng) for backend in able}
+    rejections += [Rejection(backend.name, "no replica is up") for backend in able if not picks[backend.name]]
+    live = [backend for backend in able if picks[backend.name]]
+    ranked = _rank(features, live, picks, routing)
+    if not features.fallback:
+        ranked = ranked[:1]
+    if not ranked:
+        return Plan((), tuple(rejections), _down_error(features, rejections))
+    return Plan(_candidates(ranked, picks, routing.max_attempts), tuple(rejections))
+
+
+# rule 7: who is able
+
+
+def _able(features: Features, backends: Sequence[Backend]) -> tuple[list[Backend], list[Rejection]]:
+    able: list[Backend] = []
+    rejections: list[Rejection] = []
+    for backend in sorted(backends, key=_rank_of_path):
+        why = _inability(features, backend)
+        if why is None:
+            able.append(backend)
+        else:
+            rejections.append(Rejection(backend.name, why))
+    return able, rejections
+
+
+def _rank_of_path(backend: Backend) -> tuple[bool, str]:
+    return backend.path != "gpu", backend.name
+
+
+def _inability(features: Features, backend: Backend) -> str | None:
+    if features.model not in backend.models:
+        return f"does not serve {features.model!r}"
+    missing = features.needs - backend.can
+    if missing:
+        return f"cannot do {', '.join(sorted(missing))}"
+    if backend.context is not None and features.prompt_tokens / ESTIMATE_MARGIN > backend.context:
+        return f"prompt of about {features.prompt_tokens} tokens exceeds its context of {backend.context}"
+    return None
+
+
+def _explicit_error(
+    features: Features, backends: Sequence[Backend], able: list[Backend], rejections: list[Rejection]
+) -> ProxyError | None:
+    """An explicit backend that is not there, or that can never do the request, is the client's mistake."""
+    if features.backend is None or any(backend.name == features.backend for backend in able):
+        return None
+    for rejection in rejections:
+        if rejection.name == features.backend:
+            return _too_long(rejection) or BadRequest(f"backend {rejection.name} {rejection.reason}", param="backend")
+    names = ", ".join(sorted(backend.name for backend in backends))
+    return BadRequest(f"there is no backend {features.backend!r}; choose auto or one of {names}", param="backend")
+
+
+def _unable_error(features: Features, backends: Sequence[Backend], rejections: list[Rejection]) -> ProxyError:
+    for rejection in rejections:
+        if error := _too_long(rejection):
+            return error
+    reasons = "; ".join(f"{rejection.name} {rejection.reason}" for rejection in rejections)
+    return BadRequest(f"no backend can do this request: {reasons}")
+
+
+def _too_long(rejection: Rejection) -> ProxyError | None:
+    if "exceeds its context" not in rejection.reason:
+        return None
+    return BadRequest(
+        f"{rejection.name}: {rejection.reason}; shorten the prompt", param="messages", code="context_length_exceeded"
+    )
+
+
+def _down_error(features: Features, rejections: list[Rejection]) -> ProxyError:
+    reasons = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
+    return Unavailable(f"no backend that can do this request is up now ({reasons})", retry_after=5)
+
+
+# rule 8: which replicas
+
+
+def _pick(backend: Backend, most: int, rng: random.Random) -> list[Replica]:
+    """Up to `most` live replicas, the less loaded of two random ones first.
+
+    Replicas are drawn by position, so that a thousand cost no more than two; only when the draw meets a dead one are
+    the rest looked through.
+    """
+    replicas = backend.replicas
+    if len(replicas) == 1:
+        return list(replicas) if replicas[0].up else []
+    drawn = rng.sample(range(len(replicas)), min(most, len(replicas)))
+    live = [replicas[index] for index in drawn if replicas[index].up]
+    if len(live) < len(drawn) < len(replicas):
+        live = [replica for replica in replicas if replica.up]
+        live = rng.sample(live, min(most, len(live)))
+    if len(live) > 1 and live[1].load < live[0].load:
+        live[0], live[1] = live[1], live[0]
+    return live
+
+
+# rules 1 to 6: in which order
+
+
+Ranked = list[tuple["Backend", str, int]]  # backend, reason, tier
+
+
+def _rank(
+    features: Features, live: list[Backend], picks: dict[str, list[Replica]], routing: Routing
+) -> Ranked:
+    if features.backend is not None:
+        chosen = [backend for backend in live if backend.name == features.backend]
+        others = [backend for backend in live if backend.name != features.backend]
+        if not features.fallback:
+            others = []
+        if not chosen:
+            return _tiers([others], f"fallback: {features.backend}, which the client chose, is down")
+        return _tiers([chosen, others], "explicit: the client chose it")
+    gpus = [backend for backend in live if backend.path == "gpu"]
+    cpus = [backend for backend in live if backend.path == "cpu"]
+    if not gpus or not cpus:
+        return _tiers([gpus or cpus], f"only: no {'CPU' if gpus else 'GPU'} backend is up that can do it")
+    long = _long(features, routing)
+    if long:
+        return _tiers([gpus, cpus], long)
+    gpus.sort(key=lambda backend: picks[backend.name][0].load)
+    load = picks[gpus[0].name][0].load
+    urgent = features.urgency == "high"
+    limit = routing.urgent_load if urgent else routing.load_limit
+    word = "urgent" if urgent else "default"
+    if load < limit:
+        return _tiers([gpus + cpus], f"{word}: GPU load {load:.2f} < {limit:g}")
+    return _tiers([cpus + gpus], f"{word}_spill: GPU load {load:.2f} >= {limit:g}")
+
+
+def _long(features: Features, routing: Routing) -> str | None:
+    if features.prompt_words > routing.long_prompt_words:
+        return f"long_prompt: {features.prompt_words} words > {routing.long_prompt_words}"
+    if (features.max_tokens or 0) > routing.long_max_tokens:
+        return f"long_output: max_tokens {features.max_tokens} > {routing.long_max_tokens}"
+    return None
+
+
+def _tiers(tiers: list[list[Backend]], reason: str) -> Ranked:
+    """The first backend carries the reason; the rest are there in case it fails or is full."""
+    ranked = [(backend, tier) for tier, backends in enumerate(tiers) for backend in backends]
+    first = ranked[0][0].name if ranked else ""
+    return [
+        (backend, reason if index == 0 else f"fallback: after {first}", tier)
+        for index, (backend, tier) in enumerate(ranked)
+    ]
+
+
+# rule 9: the plan
+
+
+def _candidates(ranked: Ranked, picks: dict[str, list[Replica]], most: int) -> tuple[Candidate, ...]:
+    """At most `most`; each backend gets one place before any gets two, so that the safety net is never crowded out."""
+    ranked = ranked[:most] if len(ranked) <= most else [*ranked[: most - 1], ranked[-1]]
+    spare = most - len(ranked)
+    candidates: list[Candidate] = []
+    for backend, reason, tier in ranked:
+        replicas = picks[backend.name][: 1 + spare]
+        spare -= len(replicas) - 1
+        candidates += [Candidate(backend, replica, reason, tier) for replica in replicas]
+    return tuple(candidates)
+
+
+def explain(plan: Plan, features: Features) -> dict[str, Any]:
+    """The plan as JSON, for the dry run."""
+    return {
+        "candidates": [
+            {
+                "backend": each.backend.name, "replica": each.replica.name, "path": each.backend.path,
+                "load": round(each.replica.load, 4), "tier": each.tier, "reason": each.reason,
+            }
+            for each in plan.candidates
+        ],
+        "rejections": [{"name": each.name, "reason": each.reason} for each in plan.rejections],
+        "error": {"status": plan.error.status, **plan.error.fields()} if plan.error else None,
+        "features": {
+            "endpoint": features.endpoint, "model": features.model, "prompt_words": features.prompt_words,
+            "prompt_tokens_estimate": features.prompt_tokens, "max_tokens": features.max_tokens,
+            "stream": features.stream, "needs": sorted(features.needs), "backend": features.backend or "auto",
+            "urgency": features.urgency, "task_type": features.task_type, "fallback": features.fallback,
+        },
+    }  # fmt: skip
