@@ -1,15 +1,26 @@
-"""What vLLM, llama-server and llama-cpp-python each need changed, refused or repaired. Pure, but for `Editor.finish`."""
+"""What vLLM, llama-server and llama-cpp-python each are, and where their peculiarities are dealt with.
+
+    bodies.py    RULES: the one table of what is renamed, filled in, dropped or refused in a request
+    verdicts.py  error bodies and error events → OpenAI's shape, or "try another backend"
+    editors.py   what is repaired in a stream on its way through
+    aggregate.py a stream put together to the whole answer
+
+`docs/dialects.md` tells the same for people; a test holds the two together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
-from proxy.features import Features
+from proxy.features import NEEDS, Features
 
 Json = dict[str, Any]
-Post = Callable[[str, Json], Awaitable[Json]]  # (path, body) → the answer of the same replica; raises UpstreamFailed
+Name = Literal["vllm", "llama-server", "llama-cpp-python", "openai"]
+
+# (path, body) → (status, JSON answer) of the same replica, while its slot is ours. Raises UpstreamFailed.
+Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +35,117 @@ class Request:
     alias: str
     served: str
 
+    @property
+    def choices(self) -> int:
+        """How many finish_reasons the answer has."""
+        prompt = self.body.get("prompt")
+        prompts = len(prompt) if "prompt_list" in self.features.needs and isinstance(prompt, list) else 1
+        return prompts * (self.body.get("n") or 1)
 
-class Editor(Protocol):
-    """Puts one stream right on its way through."""
+    @property
+    def path(self) -> str:
+        return {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}[
+            self.features.endpoint
+        ]
 
-    def edit(self, block: bytes) -> bytes:
-        """`block`: one or more whole SSE events, never the closing `data: [DONE]`."""
 
-    async def finish(self, post: Post) -> bytes:
-        """Events to add before `data: [DONE]`, such as the usage chunk. The replica's slot is still ours."""
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one replica says of itself. None: it does not say. `can` replaces the dialect's."""
+
+    models: tuple[str, ...]
+    context: int | None = None
+    slots: int | None = None
+    can: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """`can`: what it can do unless settings or the replica say otherwise. `slots`: requests a replica runs at once,
+    where nobody says. `margin`: how many more it may be sent, so that a free slot never waits for the network.
+    `streams_only`: it cancels only streams, so that whole answers are streamed from it and put together here.
+    `look_path`: takes no lock and waits for no slot; any answer below 500 is a sign of life. `probe_paths`: asked once
+    when a replica comes up."""
+
+    name: Name
+    can: frozenset[str]
+    slots: int
+    margin: int
+    streams_only: bool
+    reuse_after_stream: bool
+    look_path: str
+    has_metrics: bool
+    probe_paths: tuple[str, ...]
+    tokenize: bool = False  # counts tokens for us where it sends no usage
+
+    def read_probe(self, answers: Mapping[str, Any]) -> Probe:
+        """Raises KeyError or TypeError for an answer that is none."""
+        cards = answers["/v1/models"]["data"]
+        probe = Probe(tuple(str(card["id"]) for card in cards), context=_context(cards))
+        props = answers.get("/props")
+        return _with_props(probe, props, self.can) if isinstance(props, dict) else probe
+
+
+def _context(cards: list[Json]) -> int | None:
+    """vLLM calls it max_model_len; llama-server meta.n_ctx, per slot."""
+    lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
+    return min((int(length) for length in lengths if length), default=None)
+
+
+def _with_props(probe: Probe, props: Json, can: frozenset[str]) -> Probe:
+    tools = bool((props.get("chat_template_caps") or {}).get("supports_tools"))
+    images = bool((props.get("modalities") or {}).get("vision"))
+    can = can | ({"tools", "forced_tool"} if tools else set()) | ({"images"} if images else set())
+    return Probe(probe.models, probe.context, props.get("total_slots"), can)
+
+
+VLLM = Dialect(
+    name="vllm",
+    can=NEEDS - {"grammar", "embeddings"},
+    slots=256,  # vLLM's own default of --max-num-seqs
+    margin=16,
+    streams_only=False,
+    reuse_after_stream=True,
+    look_path="/metrics",
+    has_metrics=True,
+    probe_paths=("/v1/models",),
+)
+
+LLAMA_SERVER = Dialect(
+    name="llama-server",
+    can=NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"},
+    slots=4,
+    margin=0,  # it queues without bound
+    streams_only=True,
+    reuse_after_stream=False,  # it closes the connection after a stream although it advertises keep-alive
+    look_path="/metrics",
+    has_metrics=True,
+    probe_paths=("/v1/models", "/props"),
+)
+
+LLAMA_CPP_PYTHON = Dialect(
+    name="llama-cpp-python",
+    can=frozenset({"forced_tool", "logprobs", "json_object", "json_schema", "echo"}),
+    slots=1,
+    margin=0,  # one global lock
+    streams_only=True,
+    reuse_after_stream=True,
+    look_path="/health",  # 404, without the lock; it has no health route, and /openapi.json has 40 KB
+    has_metrics=False,
+    probe_paths=("/v1/models",),
+    tokenize=True,
+)
+
+OPENAI = Dialect(
+    name="openai",
+    can=NEEDS,
+    slots=64,
+    margin=0,
+    streams_only=False,
+    reuse_after_stream=True,
+    look_path="/v1/models",
+    has_metrics=False,
+    probe_paths=("/v1/models",),
+)
+
+DIALECTS: dict[str, Dialect] = {each.name: each for each in (VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI)}

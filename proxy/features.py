@@ -1,4 +1,4 @@
-"""What routing needs to know of a request, read once from its JSON body, and what in it is wrong for every backend. Pure.
+"""What routing needs to know of a request, read once from its JSON body, and what is wrong for every backend. Pure.
 
 https://platform.openai.com/docs/api-reference/chat/create for the fields and their ranges. A null means "not set"
 everywhere, as it does for OpenAI.

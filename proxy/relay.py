@@ -22,13 +22,24 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from proxy import sse
 from proxy.aggregate import Aggregate
-from proxy.dialects import Editor, Json, Request
+from proxy.bodies import prepare
+from proxy.dialects import Json, Post, Request
+from proxy.editors import Editor, editor_for, rename_model
 from proxy.errors import (
-    BadRequest, Broken, Busy, ConnectFailed, GatewayFailed, ProxyError, TimedOut, Unavailable, UpstreamFailed,
+    BadRequest,
+    Broken,
+    Busy,
+    ConnectFailed,
+    GatewayFailed,
+    ProxyError,
+    TimedOut,
+    Unavailable,
+    UpstreamFailed,
 )  # fmt: skip
 from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
 from proxy.upstream import Connection
+from proxy.verdicts import explain_empty, read_error, stream_error
 
 PATHS = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions", "embeddings": b"/v1/embeddings"}
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -60,7 +71,7 @@ class Relay:
         self.broken: UpstreamFailed | None = None  # after the commit
 
     async def run(self) -> None:
-        """Raises ProxyError where nothing has been sent: the plan's own error, Refused, or that every attempt failed."""
+        """Raises ProxyError where nothing has been sent: the plan's error, Refused, or that every attempt failed."""
         if self.plan.error is not None:
             raise self.plan.error
         try:
@@ -147,23 +158,24 @@ class Relay:
         deadline = began + limit
         pool = candidate.replica.pool
         connection = await pool.exchange(self._head(candidate, len(payload)) + payload, limit)
-        ending = False
+        ending = reuse = False
         try:
             if connection.status != 200:
                 body = await connection.read_all(max(0.01, deadline - time.perf_counter()), ERROR_BODY_LIMIT)
-                raise backend.dialect.read_error(connection.status, body)
+                raise read_error(connection.status, body)
             if not streams:
                 await self._pass_whole(connection, candidate, request, began)
             elif call.features.stream:
                 ending = await self._stream(connection, candidate, request, began, deadline)
             else:
                 ending = await self._collect(connection, candidate, request, began, deadline)
+            reuse = not streams or backend.dialect.reuse_after_stream
         finally:
-            pool.release(connection, ending=ending, reuse=not streams or backend.dialect.reuse_after_stream)
+            pool.release(connection, ending=ending, reuse=reuse)
 
     def _prepare(self, candidate: Candidate, request: Request) -> bytes:
         try:
-            return candidate.backend.dialect.prepare(request)
+            return prepare(candidate.backend.dialect, request)
         except BadRequest as error:
             if not self.failures:
                 raise
@@ -179,7 +191,8 @@ class Relay:
     def _first_byte_limit(self, candidate: Candidate) -> float:
         """Seconds; longer for longer prompts, since a CPU prefills some 100 tokens a second."""
         settings = candidate.backend.settings
-        return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * self.call.features.prompt_words / 1000
+        thousands = self.call.features.prompt_words / 1000
+        return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * thousands
 
     # the three ways an answer comes
 
@@ -189,8 +202,7 @@ class Relay:
         if sse.is_abort(data):
             raise Broken("finish_reason abort: the engine is shutting down")
         self.waited += time.perf_counter() - began
-        data = candidate.backend.dialect.repair_answer(request, data)
-        await self._send_whole(candidate, data)
+        await self._send_whole(candidate, rename_model(request, data))
 
     async def _collect(
         self, connection: Connection, candidate: Candidate, request: Request, began: float, deadline: float
@@ -209,7 +221,7 @@ class Relay:
             block, done = sse.split_done(await self._next_events(connection, splitter, candidate))
             if not block and not done:
                 break
-        await aggregate.finish(lambda path, body: self._post(candidate, path, body))
+        await aggregate.finish(self._poster(candidate))
         self.waited += time.perf_counter() - began
         await self._send_whole(candidate, orjson.dumps(aggregate.result()))
         return done
@@ -234,7 +246,7 @@ class Relay:
     async def _relay(
         self, connection: Connection, splitter: sse.EventSplitter, candidate: Candidate, request: Request, block: bytes
     ) -> bool:
-        editor = candidate.backend.dialect.editor(request)
+        editor = editor_for(candidate.backend.dialect, request)
         finished = 0
         done = False
         while block:
@@ -250,20 +262,23 @@ class Relay:
             block = await self._next_events(connection, splitter, candidate)
         if finished < request.choices:
             raise Broken("the stream ended without a finish_reason")
-        tail = await editor.finish(lambda path, body: self._post(candidate, path, body)) if editor else b""
+        tail = await editor.finish(self._poster(candidate)) if editor else b""
         await self._send_body(tail + sse.DONE, more=False)
         return done
 
     async def _first_events(
-        self, connection: Connection, splitter: sse.EventSplitter, candidate: Candidate, request: Request, deadline: float
+        self,
+        connection: Connection,
+        splitter: sse.EventSplitter,
+        candidate: Candidate,
+        request: Request,
+        deadline: float,
     ) -> bytes:
         """Waits for the first real output: the commit point. Raises what an error event or an empty stream means."""
         while True:
             data = await connection.read(max(0.01, deadline - time.perf_counter()))
             if not data:
-                raise await candidate.backend.dialect.explain_empty(
-                    request, lambda path, body: self._post(candidate, path, body)
-                )
+                raise await explain_empty(candidate.backend.dialect, request, self._poster(candidate))
             block = splitter.feed(data)
             if sse.is_error(block):
                 raise self._event_error(candidate, block)
@@ -281,7 +296,7 @@ class Relay:
     def _event_error(self, candidate: Candidate, block: bytes) -> Exception:
         for event in sse.events(block):
             if sse.is_error(event):
-                return candidate.backend.dialect.stream_error(event)
+                return stream_error(event)
         return Broken("finish_reason abort: the engine is shutting down")
 
     async def _send_good_events(self, block: bytes, editor: Editor | None) -> None:
@@ -290,20 +305,23 @@ class Relay:
                 return
             await self._send_body(editor.edit(event) if editor else event)
 
-    async def _post(self, candidate: Candidate, path: str, body: Json) -> tuple[int, Any]:
-        """A small question to the same replica while its slot is ours. Returns (status, JSON). Raises UpstreamFailed."""
+    def _poster(self, candidate: Candidate) -> Post:
+        """Asks small questions of the same replica while its slot is ours."""
         pool = candidate.replica.pool
-        payload = orjson.dumps(body)
-        head = b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n" % (path.encode(), candidate.replica.head, len(payload))
         limit = candidate.backend.settings.first_byte_timeout_s
-        connection = await pool.exchange(head + payload, limit)
-        try:
-            data = await connection.read_all(limit)
-            return connection.status, orjson.loads(data)
-        except orjson.JSONDecodeError:
-            raise Broken(f"{path} did not answer with JSON") from None
-        finally:
-            pool.release(connection)
+
+        async def post(path: str, body: Json) -> tuple[int, Any]:
+            payload = orjson.dumps(body)
+            start = b"POST %b HTTP/1.1\r\n%b" % (path.encode(), candidate.replica.head)
+            connection = await pool.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(payload), payload), limit)
+            try:
+                return connection.status, orjson.loads(await connection.read_all(limit))
+            except orjson.JSONDecodeError:
+                raise Broken(f"{path} did not answer with JSON") from None
+            finally:
+                pool.release(connection)
+
+        return post
 
     # to the client
 

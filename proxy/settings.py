@@ -79,6 +79,12 @@ class BackendSettings(BaseModel, extra="forbid"):
             raise ValueError("the same URL is listed twice")
         return urls
 
+    @model_validator(mode="after")
+    def _embeddings_that_work(self) -> BackendSettings:
+        if self.embeddings and self.dialect == "llama-cpp-python":
+            raise ValueError("llama-cpp-python gives a vector for each token; use llama-server for embeddings")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _path_follows_dialect(cls, values: Any) -> Any:
@@ -107,7 +113,7 @@ class Limits(BaseModel, extra="forbid"):
     messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
     json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
-    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; an enum of 20,000 blocks for minutes.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
     queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
 
@@ -127,7 +133,7 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="The fleet by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
     )
-    default_model: str | None = Field(None, description="Used when a request names no model. Unset: the first one known.")
+    default_model: str | None = Field(None, description="For requests that name no model. Unset: the first known.")
     api_keys: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
         default_factory=list,
         description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is asked.",

@@ -43,7 +43,7 @@ def has_line(block: bytes, start: bytes) -> bool:
 
 
 def is_error(block: bytes) -> bool:
-    return has_line(block, b'data: {"error"') or has_line(block, b'data: {"object":"error"') or has_line(block, b"error:")
+    return has_line(block, b'data: {"error"') or has_line(block, b"error:")
 
 
 def finishes(block: bytes) -> int:

@@ -1,0 +1,137 @@
+"""A stream put together to the whole answer that the backend itself would have given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.dialects import Dialect, Json, Post, Request
+from proxy.editors import chunks, legacy_logprobs
+from proxy.errors import Broken
+from proxy.tally import Tally
+
+COPIED = ("id", "created", "system_fingerprint", "usage", "timings")
+
+
+class Aggregate:
+    """Fed whole SSE events; result() gives the answer once every choice has its finish_reason."""
+
+    def __init__(self, dialect: Dialect, request: Request) -> None:
+        self.request = request
+        self.chat = request.features.endpoint == "chat"
+        self.head: Json = {}
+        self.choices: dict[int, Choice] = {}
+        self.tally = Tally(request) if dialect.tokenize else None
+
+    def feed(self, block: bytes) -> None:
+        for chunk in chunks(block):
+            for name in COPIED:
+                if chunk.get(name) is not None and (name in ("usage", "timings") or name not in self.head):
+                    self.head[name] = chunk[name]
+            for choice in chunk["choices"]:
+                state = self.choices.setdefault(choice["index"], Choice())
+                state.add(choice)
+                state.timings = chunk.get("timings") or state.timings
+            if self.tally is not None:
+                self.tally.add(chunk)
+
+    async def finish(self, post: Post) -> None:
+        """Asks for what the stream did not have. Raises UpstreamFailed."""
+        self._check()
+        if self.tally is not None:
+            self.head["usage"] = await self.tally.usage(post)
+        elif self.request.choices > 1:
+            self._mend_usage()
+
+    def _check(self) -> None:
+        finished = [choice.finish for choice in self.choices.values()]
+        if len(finished) < self.request.choices or not all(finished) or "abort" in finished:
+            raise Broken("the stream ended without a finish_reason")
+
+    def _mend_usage(self) -> None:
+        """llama-server counts the tokens of one choice only; each choice's own timings have the rest."""
+        counts = [choice.timings.get("predicted_n") for choice in self.choices.values()]
+        usage = self.head.get("usage")
+        if usage and all(count is not None for count in counts):
+            completion = sum(int(count) for count in counts if count is not None)
+            total = usage["prompt_tokens"] + completion
+            self.head["usage"] = {**usage, "completion_tokens": completion, "total_tokens": total}
+
+    def result(self) -> Json:
+        order = sorted(self.choices)
+        return {
+            **self.head,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "model": self.request.alias,
+            "choices": [self.choices[index].as_chat(index) if self.chat else self.choices[index].as_text(index)
+                        for index in order],
+        }  # fmt: skip
+
+
+class Choice:
+    def __init__(self) -> None:
+        self.texts: dict[str, list[str]] = {}  # content, reasoning_content, refusal, text
+        self.calls: dict[int, Json] = {}
+        self.function_call: Json | None = None
+        self.logprobs: Json | None = None
+        self.finish: str | None = None
+        self.timings: Json = {}
+
+    def add(self, choice: Json) -> None:
+        self.finish = choice.get("finish_reason") or self.finish
+        self._add_logprobs(choice.get("logprobs"))
+        delta = choice.get("delta") if "delta" in choice else {"text": choice.get("text")}
+        for name, value in (delta or {}).items():
+            if name == "tool_calls":
+                for call in value or ():
+                    self._add_call(call)
+            elif name == "function_call" and value:
+                self.function_call = _join_call(self.function_call or {}, value)
+            elif name != "role" and isinstance(value, str):
+                self.texts.setdefault(name, []).append(value)
+
+    def _add_call(self, piece: Json) -> None:
+        call = self.calls.setdefault(piece.get("index", 0), {"id": None, "type": "function", "function": {}})
+        call["id"] = call["id"] or piece.get("id")
+        call["function"] = _join_call(call["function"], piece.get("function") or {})
+
+    def _add_logprobs(self, logprobs: Json | None) -> None:
+        """Lists are joined; all there is beside them is null."""
+        if not logprobs:
+            return
+        if self.logprobs is None:
+            self.logprobs = dict(logprobs)
+            return
+        for name, value in logprobs.items():
+            if isinstance(value, list):
+                self.logprobs[name] = (self.logprobs.get(name) or []) + value
+
+    def _text(self, name: str) -> str:
+        return "".join(self.texts.get(name, ()))
+
+    def as_chat(self, index: int) -> Json:
+        called = self.calls or self.function_call
+        content = self._text("content")
+        message: Json = {"role": "assistant", "content": None if called and not content else content}
+        for name in self.texts.keys() - {"content"}:
+            message[name] = self._text(name)
+        if self.calls:
+            message["tool_calls"] = [self.calls[number] for number in sorted(self.calls)]
+        if self.function_call:
+            message["function_call"] = self.function_call
+        return {"index": index, "message": message, "logprobs": self.logprobs, "finish_reason": self.finish}
+
+    def as_text(self, index: int) -> Json:
+        return {
+            "text": self._text("text"),
+            "index": index,
+            "logprobs": legacy_logprobs(self.logprobs, 0),
+            "finish_reason": self.finish,
+        }
+
+
+def _join_call(call: dict[str, Any], piece: dict[str, Any]) -> dict[str, Any]:
+    """The name comes once, or in every piece; the arguments come in pieces."""
+    return {
+        "name": call.get("name") or piece.get("name"),
+        "arguments": (call.get("arguments") or "") + (piece.get("arguments") or ""),
+    }

@@ -1,0 +1,164 @@
+"""What is put right in a stream on its way to the client. A stream that needs nothing passes as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import orjson
+
+from proxy import sse
+from proxy.dialects import Dialect, Json, Post, Request
+from proxy.tally import Tally
+
+CREATED = re.compile(rb'"created":\d+')  # inside a JSON string its quotes would be escaped
+
+
+class Editor(Protocol):
+    def edit(self, block: bytes) -> bytes:
+        """`block`: one or more whole SSE events, never the closing `data: [DONE]`."""
+
+    async def finish(self, post: Post) -> bytes:
+        """Events to add before `data: [DONE]`. The replica's slot is still ours. Raises UpstreamFailed."""
+
+
+def editor_for(dialect: Dialect, request: Request) -> Editor | None:
+    if dialect.name == "llama-server":
+        legacy = request.features.endpoint == "completions" and "logprobs" in request.features.needs
+        return LegacyLogprobs(request) if legacy else LlamaServer(request)
+    if dialect.name == "llama-cpp-python":
+        return LlamaCppPython(request)
+    return ModelName(request) if request.alias != request.served else None
+
+
+def model_names(request: Request) -> tuple[bytes, bytes]:
+    """What to look for, and the public name to put there instead."""
+    return b'"model":' + orjson.dumps(request.served), b'"model":' + orjson.dumps(request.alias)
+
+
+def rename_model(request: Request, data: bytes) -> bytes:
+    return data if request.alias == request.served else data.replace(*model_names(request))
+
+
+class ModelName:
+    def __init__(self, request: Request) -> None:
+        self._names = model_names(request)
+
+    def edit(self, block: bytes) -> bytes:
+        return block.replace(*self._names)
+
+    async def finish(self, post: Post) -> bytes:
+        return b""
+
+
+class LlamaServer:
+    """`created` is the same in every chunk, and the role chunk is there also when the answer begins with a character
+    of several tokens, such as an emoji: llama-server leaves it out then."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._chat = request.features.endpoint == "chat"
+        self._created: bytes | None = None
+
+    def edit(self, block: bytes) -> bytes:
+        role = b""
+        if self._created is None:
+            created = CREATED.search(block)
+            self._created = created.group() if created else b'"created":0'
+            role = self._missing_role(block)
+        return rename_model(self._request, role + CREATED.sub(self._created, block))
+
+    def _missing_role(self, block: bytes) -> bytes:
+        first = next(sse.events(block))
+        if not self._chat or b'"role":' in first:
+            return b""
+        chunk = orjson.loads(next(sse.payloads(first)))
+        for choice in chunk["choices"]:
+            choice.update(delta={"role": "assistant", "content": None}, finish_reason=None)
+        return event(chunk)
+
+    async def finish(self, post: Post) -> bytes:
+        return b""
+
+
+def event(chunk: Any) -> bytes:
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+def chunks(block: bytes) -> Iterator[Json]:
+    for data in sse.payloads(block):
+        if data != b"[DONE]":
+            yield orjson.loads(data)
+
+
+def legacy_logprobs(logprobs: Json | None, offset: int) -> Json | None:
+    """Chat's shape → /v1/completions' own. `offset`: characters before this text."""
+    if not logprobs or "content" not in logprobs:
+        return logprobs
+    tokens = logprobs["content"]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token["token"])
+    return {
+        "tokens": [token["token"] for token in tokens],
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+class LegacyLogprobs(LlamaServer):
+    """llama-server sends them in chat's shape on /v1/completions too."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._offset = 0
+
+    def edit(self, block: bytes) -> bytes:
+        return b"".join(event(self._repair(chunk)) for chunk in chunks(super().edit(block)))
+
+    def _repair(self, chunk: Json) -> Json:
+        for choice in chunk["choices"]:
+            choice["logprobs"] = legacy_logprobs(choice.get("logprobs"), self._offset)
+            self._offset += len(choice["text"])
+        return chunk
+
+
+class LlamaCppPython:
+    """Adds the usage chunk. Names a called function once: it repeats name and id in every chunk, and clients join what
+    they get, as OpenAI's own library does."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._tally = Tally(request)
+        self._named: set[int] = set()
+        self._last: Json = {}
+
+    def edit(self, block: bytes) -> bytes:
+        return b"".join(event(self._repair(chunk)) for chunk in chunks(block))
+
+    def _repair(self, chunk: Json) -> Json:
+        self._tally.add(chunk)
+        chunk["model"] = self._request.alias
+        for choice in chunk["choices"]:
+            delta = choice.get("delta")
+            if delta:
+                choice["delta"] = self._repair_delta({key: value for key, value in delta.items() if value is not None})
+        self._last = chunk
+        return chunk
+
+    def _repair_delta(self, delta: Json) -> Json:
+        for call in delta.get("tool_calls") or ():
+            if call["index"] in self._named:
+                del call["id"], call["function"]["name"]
+            self._named.add(call["index"])
+        if "tool_calls" in delta and "tools" in self._request.body:
+            delta.pop("function_call", None)
+        return delta
+
+    async def finish(self, post: Post) -> bytes:
+        if not self._request.features.include_usage:
+            return b""
+        return event({**self._last, "choices": [], "usage": await self._tally.usage(post)})

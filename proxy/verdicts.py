@@ -1,0 +1,93 @@
+"""What a backend's error means: the client's mistake, in OpenAI's shape, or a failure that another backend may mend.
+
+No server file paths and no echo of the prompt come through.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from proxy import sse
+from proxy.bodies import prepared
+from proxy.dialects import Dialect, Post, Request
+from proxy.errors import Broken, Busy, ProxyError, Refused, UpstreamFailed
+
+Verdict = ProxyError | UpstreamFailed
+
+TOO_LONG = re.compile(r"maximum context length|exceeds? (?:the )?(?:available )?context|context_length_exceeded")
+PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
+ECHO = re.compile(r",? ?'input':.*", re.DOTALL)
+# llama-cpp-python answers 500 to what is the client's mistake
+CLIENTS_500 = re.compile(r"validation error|can only concatenate|Input should be|failed to parse|not supported|must be")
+MAX_MESSAGE = 600
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def read_error(status: int, body: bytes) -> Verdict:
+    """The verdict on an answer that is not 200."""
+    message, code, param = _fields(body)
+    if status in (429, 503):
+        return Busy(f"says {status}: {message}")
+    if status in (401, 403):
+        return Broken(f"says {status}: the backend's api_key setting is wrong")
+    if status >= 500 and not CLIENTS_500.search(message):
+        return Broken(f"says {status}: {message}")
+    return _refused(status, message, code, param)
+
+
+def stream_error(event: bytes) -> Verdict:
+    """The verdict on an error event."""
+    data = next(sse.payloads(event), b"") or event.partition(b":")[2].strip()
+    message, code, param = _fields(data)
+    status = code if isinstance(code, int) else 500
+    if status in (429, 503):
+        return Busy(message)
+    if status >= 500 and not CLIENTS_500.search(message):
+        return Broken(message)
+    return _refused(status, message, None, param)
+
+
+async def explain_empty(dialect: Dialect, request: Request, post: Post) -> Verdict:
+    """The verdict on a stream without a single event: llama-cpp-python's way to say that the prompt is too long. Asked
+    for a whole answer it says so in words."""
+    if dialect.name == "llama-cpp-python":
+        status, answer = await post(request.path, {**prepared(dialect, request), "stream": False, "max_tokens": 1})
+        if status != 200:
+            return read_error(status, orjson.dumps(answer))
+    return Broken("the stream was empty")
+
+
+def _refused(status: int, message: str, code: Any, param: str | None) -> Refused:
+    if TOO_LONG.search(message):
+        return Refused(message, param="messages", code="context_length_exceeded")
+    status = status if 400 <= status < 500 else 400
+    return Refused(
+        message,
+        status=status,
+        type=TYPES.get(status),
+        param=param,
+        code=code if isinstance(code, str) else None,
+    )
+
+
+def _fields(body: bytes) -> tuple[str, Any, str | None]:
+    """(message, code, param) of any shape that was seen: {error: {…}}, {error: "…"}, {detail: …}, plain text."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return _clean(body[:MAX_MESSAGE].decode("utf-8", "replace")), None, None
+    error = data.get("error", data) if isinstance(data, dict) else data
+    if not isinstance(error, dict):
+        return _clean(str(error)), None, None
+    message = error.get("message") or error.get("detail") or "no reason given"
+    param = error.get("param")
+    return _clean(str(message)), error.get("code"), param if isinstance(param, str) else None
+
+
+def _clean(message: str) -> str:
+    message = PATHS.sub("…", ECHO.sub("", message)).strip() or "no reason given"
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
