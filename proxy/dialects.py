@@ -77,6 +77,7 @@ class Dialect:
     has_metrics: bool
     probe_paths: tuple[str, ...]
     tokenize: bool = False  # counts tokens for us where it sends no usage
+    request_id: bool = True  # False: answers 400 to an X-Request-Id that is not a UUID
 
     def read_probe(self, answers: Mapping[str, Any]) -> Probe:
         """Raises KeyError or TypeError for an answer that is none."""
@@ -134,6 +135,7 @@ LLAMA_CPP_PYTHON = Dialect(
     has_metrics=False,
     probe_paths=("/v1/models",),
     tokenize=True,
+    request_id=False,
 )
 
 OPENAI = Dialect(

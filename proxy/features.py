@@ -297,5 +297,3 @@ def _has_media(body: Json) -> bool:
         if isinstance(message.get("content"), list)
         for part in message["content"]
     )
-
-

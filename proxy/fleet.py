@@ -141,9 +141,7 @@ class Backend:
 class Fleet:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.backends = tuple(
-            Backend(name, backend, settings) for name, backend in sorted(settings.backends.items())
-        )
+        self.backends = tuple(Backend(name, backend, settings) for name, backend in sorted(settings.backends.items()))
 
     @property
     def replicas(self) -> Iterable[Replica]:
@@ -169,5 +167,3 @@ class Fleet:
     def close(self) -> None:
         for replica in self.replicas:
             replica.pool.close()
-
-

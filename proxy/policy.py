@@ -167,9 +167,7 @@ def _pick(backend: Backend, most: int, rng: random.Random) -> list[Replica]:
 Ranked = list[tuple["Backend", str, int]]  # backend, reason, tier
 
 
-def _rank(
-    features: Features, live: list[Backend], picks: dict[str, list[Replica]], routing: Routing
-) -> Ranked:
+def _rank(features: Features, live: list[Backend], picks: dict[str, list[Replica]], routing: Routing) -> Ranked:
     if features.backend is not None:
         chosen = [backend for backend in live if backend.name == features.backend]
         others = [backend for backend in live if backend.name != features.backend]

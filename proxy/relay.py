@@ -183,10 +183,11 @@ class Relay:
 
     def _head(self, candidate: Candidate, length: int) -> bytes:
         call = self.call
-        trace = b"traceparent: " + call.trace + b"\r\n" if call.trace else b""
-        return b"POST %b HTTP/1.1\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            PATHS[call.features.endpoint], candidate.replica.head, trace, call.id.encode(), length,
-        )  # fmt: skip
+        own = b"traceparent: " + call.trace + b"\r\n" if call.trace else b""
+        if candidate.backend.dialect.request_id:
+            own += b"x-request-id: " + call.id.encode() + b"\r\n"
+        start = PATHS[call.features.endpoint], candidate.replica.head, own, length
+        return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % start
 
     def _first_byte_limit(self, candidate: Candidate) -> float:
         """Seconds; longer for longer prompts, since a CPU prefills some 100 tokens a second."""
@@ -360,5 +361,3 @@ class Relay:
     def _broken_event(self, candidate: Candidate, error: UpstreamFailed) -> bytes:
         message = f"{candidate.replica.name} failed in the middle of the answer: {error}"
         return GatewayFailed(message, code="stream_broken").event()
-
-

@@ -76,5 +76,3 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server = Server(config_for(app, settings), app)
     server.run(sockets=[sock])
-
-

@@ -42,9 +42,7 @@ class Talk:
         await self.send(head.encode() + data)
 
     async def start_stream(self) -> None:
-        await self.send(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        await self.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
 
     async def chunk(self, data: bytes) -> None:
         await self.send(b"%x\r\n%b\r\n" % (len(data), data))
@@ -67,7 +65,9 @@ class Talk:
             pass
 
 
-def delta(content: str | None = None, finish: str | None = None, id: str = "chatcmpl-1", **extra: Any) -> dict[str, Any]:
+def delta(
+    content: str | None = None, finish: str | None = None, id: str = "chatcmpl-1", **extra: Any
+) -> dict[str, Any]:
     piece = {} if content is None else {"content": content}
     choice = {"index": 0, "delta": piece, "logprobs": None, "finish_reason": finish}
     return {

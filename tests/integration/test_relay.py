@@ -320,7 +320,7 @@ def test_a_full_queue_is_429(start, gpu: FakeUpstream) -> None:
 
 def test_headers_are_ours_alone(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     async def chatty(talk: Talk) -> None:
-        await talk.answer(200, whole(), "server: evil\r\nset-cookie: a=b\r\nx-internal: 1\r\nconnection: keep-alive\r\n")
+        await talk.answer(200, whole(), "server: evil\r\nset-cookie: a=b\r\nx-internal: 1\r\n")
 
     gpu.scripts.append(chatty)
     given = {
