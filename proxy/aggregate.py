@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.dialects import Dialect, Json, Post, Request
-from proxy.editors import chunks, legacy_logprobs
+from proxy.editors import chunks, joined_usage, legacy_logprobs
 from proxy.errors import Broken
 from proxy.tally import Tally
 
-COPIED = ("id", "created", "system_fingerprint", "usage", "timings")
+COPIED = ("id", "created", "system_fingerprint", "timings")  # of the first chunk that has them
 
 
 class Aggregate:
@@ -20,17 +20,18 @@ class Aggregate:
         self.chat = request.features.endpoint == "chat"
         self.head: Json = {}
         self.choices: dict[int, Choice] = {}
+        self.usages: list[Json] = []
         self.tally = Tally(request) if dialect.tokenize else None
 
     def feed(self, block: bytes) -> None:
         for chunk in chunks(block):
             for name in COPIED:
-                if chunk.get(name) is not None and (name in ("usage", "timings") or name not in self.head):
-                    self.head[name] = chunk[name]
+                if chunk.get(name) is not None:
+                    self.head.setdefault(name, chunk[name])
+            if chunk.get("usage"):
+                self.usages.append(chunk["usage"])
             for choice in chunk["choices"]:
-                state = self.choices.setdefault(choice["index"], Choice())
-                state.add(choice)
-                state.timings = chunk.get("timings") or state.timings
+                self.choices.setdefault(choice["index"], Choice()).add(choice)
             if self.tally is not None:
                 self.tally.add(chunk)
 
@@ -39,22 +40,13 @@ class Aggregate:
         self._check()
         if self.tally is not None:
             self.head["usage"] = await self.tally.usage(post)
-        elif self.request.choices > 1:
-            self._mend_usage()
+        elif self.usages:
+            self.head["usage"] = joined_usage(self.usages, self.request.body.get("n") or 1)
 
     def _check(self) -> None:
         finished = [choice.finish for choice in self.choices.values()]
         if len(finished) < self.request.choices or not all(finished) or "abort" in finished:
             raise Broken("the stream ended without a finish_reason")
-
-    def _mend_usage(self) -> None:
-        """llama-server counts the tokens of one choice only; each choice's own timings have the rest."""
-        counts = [choice.timings.get("predicted_n") for choice in self.choices.values()]
-        usage = self.head.get("usage")
-        if usage and all(count is not None for count in counts):
-            completion = sum(int(count) for count in counts if count is not None)
-            total = usage["prompt_tokens"] + completion
-            self.head["usage"] = {**usage, "completion_tokens": completion, "total_tokens": total}
 
     def result(self) -> Json:
         order = sorted(self.choices)
@@ -72,12 +64,13 @@ class Choice:
         self.texts: dict[str, list[str]] = {}  # content, reasoning_content, refusal, text
         self.calls: dict[int, Json] = {}
         self.function_call: Json | None = None
+        self.tells_logprobs = False  # llama-server leaves the field out unless asked, llama-cpp-python has null
         self.logprobs: Json | None = None
         self.finish: str | None = None
-        self.timings: Json = {}
 
     def add(self, choice: Json) -> None:
         self.finish = choice.get("finish_reason") or self.finish
+        self.tells_logprobs = self.tells_logprobs or "logprobs" in choice
         self._add_logprobs(choice.get("logprobs"))
         delta = choice.get("delta") if "delta" in choice else {"text": choice.get("text")}
         for name, value in (delta or {}).items():
@@ -118,15 +111,15 @@ class Choice:
             message["tool_calls"] = [self.calls[number] for number in sorted(self.calls)]
         if self.function_call:
             message["function_call"] = self.function_call
-        return {"index": index, "message": message, "logprobs": self.logprobs, "finish_reason": self.finish}
+        return {"index": index, "message": message, **self._told_logprobs(), "finish_reason": self.finish}
 
     def as_text(self, index: int) -> Json:
-        return {
-            "text": self._text("text"),
-            "index": index,
-            "logprobs": legacy_logprobs(self.logprobs, 0),
-            "finish_reason": self.finish,
-        }
+        return {"text": self._text("text"), "index": index, **self._told_logprobs(), "finish_reason": self.finish}
+
+    def _told_logprobs(self) -> Json:
+        if not self.tells_logprobs:
+            return {}
+        return {"logprobs": legacy_logprobs(self.logprobs, 0) if "text" in self.texts else self.logprobs}
 
 
 def _join_call(call: dict[str, Any], piece: dict[str, Any]) -> dict[str, Any]:

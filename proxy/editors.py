@@ -10,6 +10,7 @@ import orjson
 
 from proxy import sse
 from proxy.dialects import Dialect, Json, Post, Request
+from proxy.errors import Broken
 from proxy.tally import Tally
 
 CREATED = re.compile(rb'"created":\d+')  # inside a JSON string its quotes would be escaped
@@ -53,15 +54,20 @@ class ModelName:
 
 
 class LlamaServer:
-    """`created` is the same in every chunk, and the role chunk is there also when the answer begins with a character
-    of several tokens, such as an emoji: llama-server leaves it out then."""
+    """One usage, one `created`, and a role chunk also when the answer begins with a character of several tokens, such
+    as an emoji: llama-server leaves it out then."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._chat = request.features.endpoint == "chat"
         self._created: bytes | None = None
+        self._several = request.choices > 1
+        self._usages: list[Json] = []
+        self._last: Json = {}
 
     def edit(self, block: bytes) -> bytes:
+        if self._several and (b'"usage":' in block or b"data: null" in block):
+            block = b"".join(event(chunk) for chunk in chunks(block) if not self._hold_usage(chunk))
         role = b""
         if self._created is None:
             created = CREATED.search(block)
@@ -78,8 +84,20 @@ class LlamaServer:
             choice.update(delta={"role": "assistant", "content": None}, finish_reason=None)
         return event(chunk)
 
+    def _hold_usage(self, chunk: Json) -> bool:
+        """Each of several choices has its own usage; the sum comes at the end. Is nothing left of the chunk?"""
+        usage = chunk.pop("usage", None)
+        if usage is None:
+            return False
+        self._usages.append(usage)
+        self._last = chunk
+        return not chunk["choices"]
+
     async def finish(self, post: Post) -> bytes:
-        return b""
+        if not self._usages:
+            return b""
+        usage = joined_usage(self._usages, self._request.body.get("n") or 1)
+        return rename_model(self._request, event({**self._last, "choices": [], "usage": usage}))
 
 
 def event(chunk: Any) -> bytes:
@@ -87,9 +105,24 @@ def event(chunk: Any) -> bytes:
 
 
 def chunks(block: bytes) -> Iterator[Json]:
+    """Parsed. llama-server begins a stream for several prompts with a null. Raises Broken."""
     for data in sse.payloads(block):
-        if data != b"[DONE]":
-            yield orjson.loads(data)
+        if data in (b"[DONE]", b"null"):
+            continue
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise Broken(f"an event that is not JSON: {error}") from None
+        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+            raise Broken("an event without choices")
+        yield chunk
+
+
+def joined_usage(usages: list[Json], n: int) -> Json:
+    """llama-server counts each choice by itself, with its prompt; `n` choices share one prompt."""
+    completion = sum(usage["completion_tokens"] for usage in usages)
+    prompt = sum(usage["prompt_tokens"] for usage in usages) // n
+    return {**usages[0], "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def legacy_logprobs(logprobs: Json | None, offset: int) -> Json | None:

@@ -12,7 +12,8 @@
     ├── Refused               4xx  a backend's own verdict on the request, in OpenAI's shape
     ├── QueueFull             429  waited for a slot and none came free
     ├── Unavailable           503  no backend can answer now
-    └── GatewayFailed    502, 504  every candidate was tried and failed
+    ├── GatewayFailed    502, 504  every candidate was tried and failed
+    └── InternalError         500  a fault of the proxy's own; the log has the trace
     UpstreamFailed                 one attempt failed before the commit point: try the next candidate
     ├── ConnectFailed              no connection
     ├── Busy                       429 or 503: healthy but full, never counted against the breaker
@@ -142,6 +143,10 @@ class GatewayFailed(ProxyError):
     status = 502
     code = "all_backends_failed"
     retry = False
+
+
+class InternalError(ProxyError):
+    code = "internal_error"
 
 
 class UpstreamFailed(Exception):

@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.auth import check_key
 from proxy.client import CancelWhenGone, read_body, read_json, request_id, send_error
-from proxy.errors import ClientLeft, MethodNotAllowed, ModelNotFound, ProxyError
+from proxy.errors import ClientLeft, InternalError, MethodNotAllowed, ModelNotFound, ProxyError
 from proxy.features import Endpoint
 from proxy.gateway import Call, Gateway
 from proxy.relay import Relay
@@ -21,6 +22,7 @@ from proxy.relay import Relay
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+log = logging.getLogger("xgen_proxy")
 CLIENT_LEFT = 499  # nginx's number for it; nobody sees it but metrics and logs
 
 
@@ -62,10 +64,21 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send) -> 
     except ClientLeft:
         status = CLIENT_LEFT
     except ProxyError as error:
-        status = error.status
-        await send_error(send, error, relay.headers() if relay else [(b"x-request-id", call.id.encode())])
+        status = await fail(call, relay, send, error)
+    except Exception:
+        log.exception("request %s", call.id)
+        status = await fail(call, relay, send, InternalError(f"a fault of the proxy's own; its log has {call.id}"))
     if relay is not None:
         gateway.telemetry.finished(call, relay, status)
+
+
+async def fail(call: Call, relay: Relay | None, send: Send, error: ProxyError) -> int:
+    """As an answer, or as the last event of a stream that has begun."""
+    if relay is not None and relay.status:
+        await send({"type": "http.response.body", "body": error.event()})
+    else:
+        await send_error(send, error, relay.headers() if relay else [(b"x-request-id", call.id.encode())])
+    return error.status
 
 
 def model_card(gateway: Gateway, name: str) -> dict[str, object]:

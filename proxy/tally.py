@@ -21,13 +21,11 @@ class Tally:
         self.request = request
         self.chunks = 0
         self.texts: list[str] = []
-        self.finish: str | None = None
 
     def add(self, chunk: Json) -> None:
         for choice in chunk["choices"]:
-            self.finish = choice.get("finish_reason") or self.finish
             text = _text_of(choice)
-            if text is not None and not choice.get("finish_reason"):
+            if text and not choice.get("finish_reason"):
                 self.chunks += 1
                 self.texts.append(text)
 
@@ -48,9 +46,6 @@ class Tally:
         text = "".join(self.texts)
         if text.isascii() or "logprobs" in self.request.features.needs:
             return self.chunks
-        limit = self.request.features.max_tokens
-        if self.finish == "length" and limit is not None:
-            return limit
         return await count_tokens(text, post) - await count_tokens("", post)
 
 
