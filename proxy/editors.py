@@ -68,6 +68,8 @@ class LlamaServer:
     def edit(self, block: bytes) -> bytes:
         if self._several and (b'"usage":' in block or b"data: null" in block):
             block = b"".join(event(chunk) for chunk in chunks(block) if not self._hold_usage(chunk))
+        if not block:
+            return b""
         role = b""
         if self._created is None:
             created = CREATED.search(block)
@@ -122,7 +124,8 @@ def joined_usage(usages: list[Json], n: int) -> Json:
     """llama-server counts each choice by itself, with its prompt; `n` choices share one prompt."""
     completion = sum(usage["completion_tokens"] for usage in usages)
     prompt = sum(usage["prompt_tokens"] for usage in usages) // n
-    return {**usages[0], "completion_tokens": completion, "total_tokens": prompt + completion}
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**usages[0], **counts}
 
 
 def legacy_logprobs(logprobs: Json | None, offset: int) -> Json | None:

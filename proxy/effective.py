@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, SecretStr, ValidationError
-from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource
+from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
 from proxy.settings import Settings, config_file
 
@@ -26,13 +26,8 @@ def load(flags: Mapping[str, Any]) -> Settings:
     path = config_file()
     if "XGEN_CONFIG" in os.environ and not path.is_file():
         raise ConfigError(f"the configuration file {path} does not exist; mend --config or XGEN_CONFIG")
-    _check_environment(os.environ)
-    try:
-        settings = Settings(**flags)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_problem(each) for each in error.errors())) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    _check_names(os.environ, "the environment variable")
+    settings = _read(flags, path)
     if not settings.backends:
         raise ConfigError(
             "no backend is configured: pass --vllm URL or --llama-cpp URL, or set XGEN_BACKENDS__VLLM__URLS"
@@ -41,14 +36,28 @@ def load(flags: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _check_environment(environment: Mapping[str, str]) -> None:
+def _read(flags: Mapping[str, Any], path: Path) -> Settings:
+    try:
+        _check_names((name.upper() for name in DotEnvSettingsSource(Settings).env_vars), "in .env,")
+        return Settings(**flags)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problem(each) for each in error.errors())) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} or .env is not UTF-8: {error.reason} at byte {error.start}") from None
+    except SettingsError as error:
+        raise ConfigError(f"{error}: write JSON, or set each part, as in XGEN_ROUTING__KV_FULL=0.9") from None
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
     known = [f"XGEN_{name.upper()}" for name in Settings.model_fields]
-    for name in environment:
+    for name in names:
         top = name.partition("__")[0]
         if name.startswith("XGEN_") and top not in known and not name.startswith(NOT_SETTINGS):
             near = difflib.get_close_matches(top, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-            raise ConfigError(f"the environment variable {name} is no setting{hint}")
+            raise ConfigError(f"{where} {name} is no setting{hint}")
 
 
 def _problem(error: Any) -> str:
@@ -56,6 +65,8 @@ def _problem(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing" and setting.endswith("dialect"):
         message = "say what it speaks: vllm, llama-cpp-python, llama-server or openai"
+    elif error["type"] in ("missing", "too_short") and setting.endswith("urls"):
+        message = "say where it is: http://HOST:PORT, several with commas"
     elif error["type"] == "extra_forbidden":
         message = "there is no such setting"
     return f"{setting}: {message} (set it by flag, in the environment as {env_name(setting)}, or in {config_file()})"

@@ -283,7 +283,7 @@ class Relay:
             block = splitter.feed(data)
             if sse.is_error(block):
                 raise self._event_error(candidate, block)
-            if sse.has_line(block, b"data:") and sse.split_done(block)[0]:
+            if sse.has_line(block, b"data: {"):
                 return block
 
     async def _next_events(self, connection: Connection, splitter: sse.EventSplitter, candidate: Candidate) -> bytes:

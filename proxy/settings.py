@@ -6,9 +6,11 @@ file (`--config`, `XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` print
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -26,18 +28,28 @@ Path_ = Literal["gpu", "cpu"]
 
 
 def split_commas(value: Any) -> Any:
-    """Lists may be written `a,b` in the environment, where JSON is a nuisance to quote."""
-    if isinstance(value, str) and not value.lstrip().startswith("["):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
+    """Lists may be written `a,b` in the environment, where JSON is a nuisance to quote. JSON is understood too."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [item.strip() for item in value.split(",") if item.strip()]
 
 
 def check_url(url: str) -> str:
     scheme, _, rest = url.partition("://")
     host = rest.rstrip("/")
-    if scheme != "http" or not host or "/" in host or "@" in host or "?" in host:
-        raise ValueError(f"{url!r} is not a backend URL; write http://HOST:PORT (no path, no credentials, no TLS)")
+    if scheme != "http" or not host or "/" in host or "@" in host or "?" in host or not _has_good_port(url):
+        shown = repr(url) if "@" not in url else "what is set"  # it may have a password in it
+        raise ValueError(f"{shown} is not a backend URL; write http://HOST:PORT (no path, no credentials, no TLS)")
     return f"http://{host}"
+
+
+def _has_good_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:  # not a number, or over 65535
+        return False
 
 
 Urls = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
@@ -123,6 +135,7 @@ class Settings(BaseSettings):
         env_prefix="XGEN_",
         env_nested_delimiter="__",
         env_file=".env",
+        dotenv_filtering="only_existing",  # .env is shared with other programs; effective.py tells of typos in XGEN_…
         extra="forbid",
         nested_model_default_partial_update=True,
     )

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e import servers
-from tests.e2e.door import CAPITAL, GREEDY, Door, Json, assert_openai_error, chat
+from tests.e2e.door import CAPITAL, GREEDY, QUESTION, Door, Json, assert_openai_error, chat
 from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
 
 PROMPTS = {
@@ -199,7 +199,7 @@ def test_embeddings_where_no_backend_can(door: Door) -> None:
 
 
 def test_generate(door: Door) -> None:
-    ask = {"prompt": "What is the capital of France?", "max_tokens": 12, "temperature": 0}
+    ask = {"prompt": QUESTION, "max_tokens": 12, "temperature": 0}
     answer = door.post("/generate", ask)
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -212,7 +212,7 @@ def test_generate(door: Door) -> None:
 
 
 def test_generate_stream(door: Door) -> None:
-    ask = {"prompt": "What is the capital of France?", "max_tokens": 12, "temperature": 0}
+    ask = {"prompt": QUESTION, "max_tokens": 12, "temperature": 0}
     with httpx.stream("POST", door.url + "/generate/stream", json=ask, timeout=60) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")

@@ -7,7 +7,7 @@ const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
 const { data: stream, response } = await client.chat.completions
   .create({
     model,
-    messages: [{ role: "user", content: "What is the capital of France?" }],
+    messages: [{ role: "user", content: "What is the capital of France? Answer in one word." }],
     max_tokens: 12,
     temperature: 0,
     stream: true,
