@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# install.sh SET: brings .venv to requirements/SET.txt (cpu, native or dev), hashes checked; done before, it takes no time.
+# Sets add up, since the locks agree on every version; dev holds cpu and native.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+set=$1
+venv=.venv
+
+die() { printf '\nmake: %s\n' "$@" >&2; exit 1; }
+hash_of() { cat requirements/build.txt "requirements/$1.txt" requirements/install.sh pyproject.toml | sha256sum | cut -c1-16; }
+installed() { [ -e "$venv/.installed-$1-$(hash_of "$1")" ] && "$venv/bin/python" -c ''; } 2>/dev/null
+
+exec 9<requirements
+flock 9 # of two makes at once, the second waits
+if installed "$set" || installed dev; then exit 0; fi
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "$("$python" --version) is too old: 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
+[ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 1500000 ] ||
+    die "Less than 1.5 GB is free on this disk ($(pwd)): too little to install. Make room and run make again."
+if [ "$set" != native ]; then # llama-cpp-python has no wheels
+    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || die \
+        "There is no C++ compiler, and llama-cpp-python is compiled here. On Debian and Ubuntu: apt install build-essential" \
+        "Or take llama.cpp's own server, which needs none: make run ENGINE=llama-server"
+fi
+
+# What an interrupted install left is not to be trusted; what a finished one left is added to.
+echo "make: installing requirements/$set.txt into $venv"
+if [ -e "$venv/.installing" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    "$python" -m venv --clear "$venv"
+fi
+touch "$venv/.installing"
+rm -f "$venv/.installed-$set-"*
+
+quiet=-q
+if [ -t 1 ]; then quiet=; fi # a person sees what takes so long
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+steps() {
+    pip install -q --require-hashes -r requirements/build.txt
+    [ "$set" = native ] || echo "make: llama-cpp-python is compiled on the first install: some 5 to 20 minutes, then pip keeps the wheel"
+    pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt"
+    pip install -q --no-deps --no-build-isolation -e .
+}
+steps || die "The install failed, the lines above say why. Nothing is half-done: run make again when that is put right."
+rm "$venv/.installing"
+touch "$venv/.installed-$set-$(hash_of "$set")"
