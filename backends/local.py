@@ -24,9 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TypeVar
 
-from backends.environment import ROOT, port_taken, usable_cores
+from backends.environment import ROOT, free_port, port_taken, usable_cores
 from backends.models import ModelError, default_model, given_model
-from backends.process import Child, free_port
+from backends.process import Child
 
 RUN = ROOT / "run"
 ALIAS = "smollm2"

