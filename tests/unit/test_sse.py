@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import sse
+from proxy.errors import Broken
+
+LF = b'data: {"a":"x\\n\\ny"}\n\nevent: ping\ndata: {}\n\n: comment\n\ndata: [DONE]\n\n'
+CRLF = LF.replace(b"\n", b"\r\n")
+
+
+def fed(parts: list[bytes]) -> tuple[list[bytes], bytes]:
+    splitter = sse.EventSplitter()
+    return [splitter.feed(part) for part in parts], splitter.rest
+
+
+@pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])
+def test_a_cut_at_any_byte(stream: bytes) -> None:
+    for at in range(len(stream) + 1):
+        blocks, rest = fed([stream[:at], stream[at:]])
+        assert b"".join(blocks) == stream
+        assert rest == b""
+        for block in blocks:
+            assert block == b"" or block.endswith((b"\n\n", b"\r\n\r\n"))
+
+
+@pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])
+def test_byte_by_byte_each_event_comes_when_it_is_whole(stream: bytes) -> None:
+    blocks, rest = fed([bytes([byte]) for byte in stream])
+    assert [block for block in blocks if block] == list(sse.events(stream))
+    assert rest == b""
+
+
+@given(st.lists(st.text(max_size=20), max_size=6), st.booleans(), st.data())
+def test_any_cuts_of_any_stream(texts: list[str], crlf: bool, data: st.DataObject) -> None:
+    end = b"\r\n\r\n" if crlf else b"\n\n"
+    events = [b"data: " + json.dumps({"t": text}, ensure_ascii=False).encode() + end for text in texts]
+    stream = b"".join(events) + b"data: unfinished"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    bounds = [0, *cuts, len(stream)]
+    blocks, rest = fed([stream[a:b] for a, b in itertools.pairwise(bounds)])
+    assert [event for block in blocks for event in sse.events(block)] == events
+    assert rest == b"data: unfinished"
+
+
+def test_a_read_that_ends_with_an_event_is_not_copied() -> None:
+    splitter = sse.EventSplitter()
+    assert splitter.feed(LF) is LF
+
+
+def test_an_event_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT", 100)
+    splitter = sse.EventSplitter()
+    assert splitter.feed(b"data: " + b"1" * 94) == b""
+    with pytest.raises(Broken, match="more than 100 bytes"):
+        splitter.feed(b"2")
+
+
+def test_a_long_block_of_whole_events_is_no_long_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT", 100)
+    block = b"data: 1\n\n" * 50
+    assert sse.EventSplitter().feed(block) == block
+
+
+@pytest.mark.parametrize(
+    ("block", "found"),
+    [
+        (b'data: {"error":{"message":"m"}}\n\n', True),
+        (b'data: {"error": {"message":"m"}}\n\n', True),
+        (b'error: {"code":500}\n\n', True),
+        (b'data: {"id":"1"}\n\ndata: {"error":{}}\n\n', True),
+        (b'data: {"text":"data: {\\"error\\": 1}"}\n\n', False),
+        (b'data: {"text":"\\nerror: x"}\n\n', False),
+        (b'data: {"id":"1","error":null}\n\n', False),
+    ],
+)
+def test_an_error_is_a_line_of_its_own(block: bytes, found: bool) -> None:
+    assert sse.is_error(block) is found
+
+
+def test_finishes_are_counted_by_choice_and_never_in_text() -> None:
+    chunk = {"choices": [{"text": '"finish_reason":"stop"', "finish_reason": None}]}
+    for separators in ((",", ":"), (", ", ": ")):
+        assert sse.finishes(json.dumps(chunk, separators=separators).encode()) == 0
+        chunk["choices"] = [{"finish_reason": "stop"}, {"finish_reason": "length"}]
+        assert sse.finishes(json.dumps(chunk, separators=separators).encode()) == 2
+        chunk["choices"] = [{"text": '"finish_reason":"stop"', "finish_reason": None}]
+
+
+@pytest.mark.parametrize(
+    ("block", "before", "done"),
+    [
+        (b"data: [DONE]\n\n", b"", True),
+        (b"data: 1\n\n", b"data: 1\n\n", False),
+        (b"data: 1\n\ndata: [DONE]\n\n", b"data: 1\n\n", True),
+        (b"data: 1\r\n\r\ndata: [DONE]\r\n\r\n", b"data: 1\r\n\r\n", True),
+        (b'data: "data: [DONE]"\n\n', b'data: "data: [DONE]"\n\n', False),
+        (b"", b"", False),
+    ],
+)
+def test_done(block: bytes, before: bytes, done: bool) -> None:
+    assert sse.split_done(block) == (before, done)
+
+
+def test_payloads() -> None:
+    block = b": hello\n\ndata:1\n\nevent: x\nid: 7\ndata: {\"a\": 2}\n\ndata: [DONE]\r\n\r\n"
+    assert list(sse.payloads(block)) == [b"1", b'{"a": 2}', b"[DONE]"]
+
+
+def test_abort() -> None:
+    assert sse.is_abort(b'{"finish_reason":"abort"}')
+    assert not sse.is_abort(b'{"text":"\\"finish_reason\\":\\"abort\\""}')
