@@ -16,7 +16,17 @@ if installed "$set" || installed dev; then exit 0; fi
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"
-"$python" -m backends.environment "$set" || exit 1
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "$("$python" --version 2>&1) is too old: 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
+[ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 2000000 ] ||
+    die "Less than 2 GB is free on the disk of $PWD: too little to install. Make room and run make again."
+if [ "$set" != native ]; then # llama-cpp-python has no wheels
+    command -v "${CXX:-c++}" g++ clang++ >/dev/null ||
+        die "There is no C++ compiler, and llama-cpp-python is compiled on install. On Debian and Ubuntu: apt install build-essential
+Or take llama.cpp's own server, which comes compiled: make run ENGINE=llama-server"
+fi
 
 # What an interrupted install left is not to be trusted; what a finished one left is added to.
 echo "make: installing requirements/$set.txt into $venv"
