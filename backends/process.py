@@ -13,6 +13,33 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 LAST_LINES = 15
+# What children see of our environment. Not the rest: llama_cpp.server takes HOST, PORT, MODEL, CACHE, VERBOSE and many
+# more from it, over its own flags, and `make run PORT=…` puts them there.
+KEPT = (
+    "CUDA_",
+    "DYLD_",
+    "GGML_",
+    "HF_",
+    "HOME",
+    "LANG",
+    "LC_",
+    "LD_",
+    "LLAMA_LOG",
+    "LOGNAME",
+    "OMP_",
+    "PATH",
+    "PYTHONHASH",
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "SHELL",
+    "SSL_",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "VIRTUAL_ENV",
+    "XDG_",
+    "XGEN_",
+)
 
 
 class Child:
@@ -28,7 +55,7 @@ class Child:
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         shim = [sys.executable, "-m", "backends.process", str(os.getpid()), *self.command]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 shim, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment

@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("-a", "--alias", help="the name the model is served under (default: the file's path)")
     flags.add_argument("--host", default="127.0.0.1")
     flags.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    flags.add_argument("-c", "--ctx-size", "--ctx", type=int, default=0, help="tokens, all slots together (0: the model's)")
+    flags.add_argument(
+        "-c", "--ctx-size", "--ctx", type=int, default=0, help="tokens, all slots together (0: the model's)"
+    )
     flags.add_argument("-np", "--parallel", type=int, default=1, help="slots: requests that run at once")
     flags.add_argument("-t", "--threads", type=int, default=1, help="to generate with")
     flags.add_argument("-tb", "--threads-batch", type=int, help="to read prompts with (default: --threads)")
