@@ -181,7 +181,7 @@ def llama_server(log: Path, model: str, *args: str, slots: int = 4) -> Server:
     command = [sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", model, "-a", MODEL]
     command += ["-c", str(CONTEXT * slots), "-np", str(slots), "-t", "1", "-tb", "1", "-b", "64", "-ub", "64"]
     command += ["--metrics", "--slots", "--no-ui", "--offline", *args]
-    return Server("llama-server", [*command, "--host", "127.0.0.1"], log)
+    return Server("llama-server", command, log)
 
 
 def vllm(log: Path, executable: str, model: str) -> Server:

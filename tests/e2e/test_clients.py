@@ -43,7 +43,7 @@ def langchain(door: Door) -> ChatOpenAI:
         api_key="none",  # type: ignore[arg-type]
         model=MODEL,
         max_retries=0,
-        max_completion_tokens=24,
+        max_completion_tokens=48,
         temperature=0,
         stream_usage=True,
         extra_body={"repeat_penalty": 1.0},
@@ -110,7 +110,7 @@ def test_sdk_parses_structured_output(client: openai.OpenAI) -> None:
     class City(BaseModel):
         name: Literal["Paris", "Rome"]
 
-    answer = client.chat.completions.parse(**{**ASK, "max_tokens": 24}, response_format=City)
+    answer = client.chat.completions.parse(**{**ASK, "max_tokens": 48}, response_format=City)
     assert answer.choices[0].message.parsed in (City(name="Paris"), City(name="Rome"))
 
 
