@@ -210,7 +210,8 @@ xgen-proxy listens on {url}   (Ctrl-C ends it)
     -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  chat = OpenAI(base_url="{url}/v1", api_key="none").chat.completions
+  print(chat.create(model="{ALIAS}", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)
 """)
 
 
