@@ -3,13 +3,14 @@ never logged."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -79,6 +80,11 @@ class Telemetry:
             buckets=OVERHEAD_SECONDS, registry=registry,
         )  # fmt: skip
 
+        # labels() takes a lock and joins strings each time; the label sets are bounded, so that the cache is too
+        self._requests = cache(self.requests.labels)
+        self._duration = cache(self.duration.labels)
+        self._first_output = cache(self.first_output.labels)
+
     def page(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -94,10 +100,10 @@ class Telemetry:
         backend = relay.candidate.backend.name if relay.candidate else "none"
         reason = relay.candidate.reason.partition(":")[0] if relay.candidate else "none"
         endpoint = call.features.endpoint
-        self.requests.labels(endpoint, backend, str(status), reason).inc()
-        self.duration.labels(endpoint, backend).observe(now - call.started)
+        self._requests(endpoint, backend, str(status), reason).inc()
+        self._duration(endpoint, backend).observe(now - call.started)
         if relay.first_output:
-            self.first_output.labels(endpoint, backend).observe(relay.first_output - call.started)
+            self._first_output(endpoint, backend).observe(relay.first_output - call.started)
             self.overhead.observe(max(relay.first_output - call.started - relay.waited, 0.0))
         if status == 499:
             self.left.inc()
@@ -133,7 +139,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return orjson.dumps(line, default=str).decode()
 
 
 class PlainFormatter(logging.Formatter):
@@ -151,3 +157,6 @@ def set_up_logging(log_format: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("httpx", "httpcore", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Nobody formats these, and finding them costs more than the line: docs.python.org/3/howto/logging.html#optimization
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
