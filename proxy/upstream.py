@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._pool.live.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.complete:  # nobody asked: a server that talks out of turn is not to be trusted with the next request
@@ -86,6 +87,10 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise Broken("a second answer to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -117,6 +122,7 @@ class Connection(asyncio.Protocol):
     def reusable(self) -> bool:
         return (
             self.complete
+            and not self._paused
             and self._error is None
             and self._transport is not None
             and not self._transport.is_closing()
@@ -138,15 +144,19 @@ class Connection(asyncio.Protocol):
 
     async def answered(self, timeout: float) -> None:
         """Returns when status and headers are there. Raises TimedOut, Broken."""
+        deadline = self._loop.time() + timeout  # for all of it: one byte a minute is no answer
         while not self.status:
-            await self._arrival(timeout)
+            await self._arrival(deadline - self._loop.time(), timeout)
 
-    async def read(self, timeout: float) -> bytes:
-        """All body bytes that have come since the last call; b"" at the end. Raises TimedOut, Broken."""
+    async def read(self, timeout: float, limit: float | None = None) -> bytes:
+        """All body bytes that have come since the last call; b"" at the end. Raises TimedOut, Broken.
+
+        `limit`: the seconds that the message names, where `timeout` is what is left of them.
+        """
         while not self._chunks:
             if self.complete:
                 return b""
-            await self._arrival(timeout)
+            await self._arrival(timeout, limit or timeout)
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
@@ -157,9 +167,11 @@ class Connection(asyncio.Protocol):
         return data
 
     async def read_all(self, timeout: float, limit: int = 64 * 1024 * 1024) -> bytes:
+        """The rest of the body, within `timeout` seconds. Raises TimedOut, Broken."""
         parts: list[bytes] = []
         size = 0
-        while data := await self.read(timeout):
+        deadline = self._loop.time() + timeout
+        while data := await self.read(deadline - self._loop.time(), timeout):
             size += len(data)
             if size > limit:
                 raise Broken(f"an answer of more than {limit} bytes")
@@ -170,20 +182,20 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def _arrival(self, timeout: float) -> None:
+    async def _arrival(self, timeout: float, limit: float) -> None:
         if self._error is not None:
             raise self._error
         waiter = self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout, self._expire, timeout)
+        timer = self._loop.call_later(timeout, self._expire, limit)
         try:
             await waiter
         finally:
             timer.cancel()
             self._waiter = None
 
-    def _expire(self, timeout: float) -> None:
+    def _expire(self, limit: float) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._fail(TimedOut(f"silent for {timeout:.3g} s"))
+            self._fail(TimedOut(f"nothing more came within {limit:.3g} s"))
             self._wake()
 
     def _fail(self, error: Exception) -> None:
@@ -281,5 +293,4 @@ class Pool:
         except OSError as error:
             raise ConnectFailed(error.strerror or str(error)) from None
         self.opened += 1
-        self.live.add(connection)
         return connection

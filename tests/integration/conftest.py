@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
 import pytest
+import uvloop
 
 from proxy.app import create_app
 from proxy.gateway import Gateway
 from proxy.server import Server, config_for, listen
 from proxy.settings import Settings
 from tests.integration.fake import FakeUpstream
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """What is written on asyncio's interface must hold on the loop that serves, and on the plain one."""
+    return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -1,0 +1,552 @@
+"""The upstream connection and its pool against scripted servers on real sockets, on both event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from proxy import upstream
+from proxy.errors import Broken, ConnectFailed, TimedOut
+from proxy.upstream import HIGH_WATER, Connection, Pool
+
+REQUEST = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+Server = Callable[["Peer"], Coroutine[Any, Any, None]]
+
+
+class Peer:
+    """The server's end of one connection. `number`: it is the how-manieth connection, from 1."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.number = number
+
+    async def request(self) -> bytes:
+        return await self.reader.readexactly(len(REQUEST))
+
+    async def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+
+    async def gone(self) -> None:
+        """Returns when the proxy has closed the connection."""
+        try:
+            while await self.reader.read(65536):
+                pass
+        except ConnectionError:
+            pass
+
+
+@asynccontextmanager
+async def serving(script: Server) -> AsyncIterator[Pool]:
+    """A pool for a server that runs `script` on each connection and then closes it. Nothing is left open at the end."""
+    failures: list[BaseException] = []
+    running: set[asyncio.Task[Any]] = set()
+    count = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        count += 1
+        task = asyncio.current_task()
+        assert task
+        running.add(task)
+        try:
+            await script(Peer(reader, writer, count))
+        except AssertionError as error:
+            failures.append(error)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            running.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    pool = Pool("127.0.0.1", server.sockets[0].getsockname()[1])
+    yield pool
+    pool.close()
+    await until(lambda: not pool.live)
+    assert list(pool._idle) == []
+    assert pool._ending == {}
+    server.close()
+    await until(lambda: not running)
+    assert failures == []
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.001)
+
+
+async def ask(pool: Pool, timeout: float = 10) -> tuple[int, bytes]:
+    connection = await pool.exchange(REQUEST, timeout)
+    try:
+        return connection.status, await connection.read_all(timeout)
+    finally:
+        pool.release(connection)
+
+
+def answers(*parts: bytes, then: Server | None = None) -> Server:
+    """Each request on each connection gets `parts`; `then` comes after the first answer."""
+
+    async def script(peer: Peer) -> None:
+        while True:
+            assert await peer.request() == REQUEST
+            await peer.send(*parts)
+            if then:
+                await then(peer)
+                return
+
+    return script
+
+
+async def hang_up(peer: Peer) -> None:
+    """Returning closes the connection."""
+
+
+async def reset(peer: Peer) -> None:
+    """RST, not FIN."""
+    linger = struct.pack("ii", 1, 0)
+    peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    peer.writer.transport.abort()
+
+
+async def wait(peer: Peer) -> None:
+    await peer.gone()
+
+
+# the ways in which an answer is framed
+
+GOOD: dict[str, tuple[Server, bytes]] = {
+    "content-length": (answers(OK), b"ok"),
+    "empty": (answers(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"), b""),
+    "chunked": (answers(CHUNKED, b"2\r\nok\r\n", b"3;x=y\r\nyes\r\n", b"0\r\n\r\n"), b"okyes"),
+    "trailers": (answers(CHUNKED, b"2\r\nok\r\n0\r\nx-trailer: 1\r\n\r\n"), b"ok"),
+    "until it closes": (answers(b"HTTP/1.1 200 OK\r\n\r\n", b"o", b"k", then=hang_up), b"ok"),
+    "HTTP/1.0": (answers(b"HTTP/1.0 200 OK\r\n\r\nok", then=hang_up), b"ok"),
+    "after 100 and 103": (answers(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 X\r\nlink: y\r\n\r\n" + OK), b"ok"),
+    "byte by byte": (answers(*(bytes([byte]) for byte in CHUNKED + b"2\r\nok\r\n0\r\n\r\n")), b"ok"),
+}
+
+
+@pytest.mark.parametrize(("script", "body"), GOOD.values(), ids=GOOD.keys())
+async def test_an_answer(script: Server, body: bytes) -> None:
+    async with serving(script) as pool:
+        for _ in range(3):
+            assert await ask(pool) == (200, body)
+
+
+async def test_status_and_headers_are_there_before_the_body() -> None:
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 429 Too Many\r\nRetry-After: 7\r\ncontent-length: 2\r\n\r\n")
+        await go_on.wait()
+        await peer.send(b"no")
+
+    async with serving(script) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        assert (connection.status, connection.headers[b"retry-after"]) == (429, b"7")
+        go_on.set()
+        assert await connection.read_all(10) == b"no"
+        pool.release(connection)
+
+
+async def test_a_stream_is_handed_on_as_it_comes() -> None:
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED, b"1\r\na\r\n")
+        await go_on.wait()
+        await peer.send(b"1\r\nb\r\n1\r\nc\r\n0\r\n\r\n")
+
+    async with serving(script) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        assert await connection.read(10) == b"a"
+        go_on.set()
+        assert await connection.read(10) == b"bc"
+        assert await connection.read(10) == b""
+        pool.release(connection)
+
+
+# the ways in which it goes wrong
+
+BROKEN: dict[str, Server] = {
+    "closed without a byte": answers(then=hang_up),
+    "reset without a byte": answers(then=reset),
+    "closed in the status line": answers(b"HTTP/1.1 20", then=hang_up),
+    "closed in the headers": answers(b"HTTP/1.1 200 OK\r\ncontent-", then=hang_up),
+    "closed after 100": answers(b"HTTP/1.1 100 Continue\r\n\r\n", then=hang_up),
+    "closed in the body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok", then=hang_up),
+    "reset in the body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok", then=reset),
+    "closed between chunks": answers(CHUNKED, b"2\r\nok\r\n", then=hang_up),
+    "reset in a body without length": answers(b"HTTP/1.1 200 OK\r\n\r\nok", then=reset),
+    "not HTTP": answers(b"SSH-2.0-OpenSSH_9.6\r\n", then=wait),
+    "a bad chunk size": answers(CHUNKED, b"zz\r\nok\r\n", then=wait),
+    "a bad content-length": answers(b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\nok", then=wait),
+    "both framings": answers(
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", then=wait
+    ),
+    "another protocol": answers(b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", then=wait),
+}
+
+
+@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
+async def test_a_broken_answer(script: Server) -> None:
+    async with serving(script) as pool:
+        with pytest.raises(Broken):
+            await ask(pool)
+        assert pool.opened == 1
+
+
+async def test_nobody_listens() -> None:
+    async with serving(answers(OK)) as pool:
+        port = pool.port
+    with pytest.raises(ConnectFailed):
+        await Pool("127.0.0.1", port).exchange(REQUEST, 10)
+
+
+async def test_a_name_that_is_none() -> None:
+    with pytest.raises(ConnectFailed):
+        await Pool("no-such-host.invalid", 80).exchange(REQUEST, 10)
+
+
+async def test_a_connection_that_is_not_made_in_time() -> None:
+    """Nobody accepts, and the kernel's own queue is full: it drops what else comes, as a dead host does."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        queued = [socket.socket() for _ in range(3)]
+        for each in queued:
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        pool = Pool("127.0.0.1", listener.getsockname()[1], connect_timeout_s=0.05)
+        with pytest.raises(ConnectFailed, match=r"no connection within 0\.05 s"):
+            await pool.exchange(REQUEST, 10)
+        assert not pool.live
+        for each in queued:
+            each.close()
+
+
+SILENT: dict[str, Server] = {
+    "no byte": answers(then=wait),
+    "half a head": answers(b"HTTP/1.1 200 OK\r\n", then=wait),
+    "no body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", then=wait),
+    "half a body": answers(CHUNKED, b"1\r\na\r\n", then=wait),
+}
+
+
+@pytest.mark.parametrize("script", SILENT.values(), ids=SILENT.keys())
+async def test_silence_is_bounded(script: Server) -> None:
+    async with serving(script) as pool:
+        with pytest.raises(TimedOut, match=r"within 0\.05 s"):
+            await ask(pool, 0.05)
+
+
+async def drip(peer: Peer) -> None:
+    while not peer.writer.is_closing():
+        await peer.send(b"x")
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
+async def test_a_server_that_drips_is_bounded_too(start: bytes) -> None:
+    async with serving(answers(start, then=drip)) as pool:
+        with pytest.raises(TimedOut):
+            await ask(pool, 0.2)
+
+
+async def test_a_stream_may_last_while_it_is_not_silent() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED)
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            await peer.send(b"1\r\na\r\n")
+        await peer.send(b"0\r\n\r\n")
+
+    async with serving(script) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        text = b""
+        while data := await connection.read(0.25):  # all of it takes longer
+            text += data
+        assert text == b"a" * 30
+        pool.release(connection)
+
+
+# the pool
+
+
+async def test_connections_are_reused_the_youngest_first() -> None:
+    async with serving(answers(OK)) as pool:
+        first, second = [await pool.exchange(REQUEST, 10) for _ in range(2)]
+        for connection in (first, second):
+            await connection.read_all(10)
+            pool.release(connection)
+        assert (pool.opened, len(pool.live)) == (2, 2)
+        assert await pool.exchange(REQUEST, 10) is second
+        await second.read_all(10)
+        pool.release(second)
+        assert pool.opened == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+        OK + b"\x00\x01garbage",
+    ],
+    ids=["close", "HTTP/1.0", "a second answer", "garbage after it"],
+)
+async def test_a_connection_that_may_not_be_reused(answer: bytes) -> None:
+    async with serving(answers(answer)) as pool:
+        for _ in range(3):
+            assert await ask(pool) == (200, b"ok")
+        assert pool.opened == 3
+
+
+async def test_who_talks_out_of_turn_is_not_asked_again() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        if peer.number == 1:
+            await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
+        await peer.gone()
+
+    async with serving(script) as pool:
+        assert await ask(pool) == (200, b"ok")
+        await until(lambda: not pool.live)
+        assert await ask(pool) == (200, b"ok")
+
+
+async def test_idle_connections_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(answers(OK)) as pool:
+        await ask(pool)
+        monkeypatch.setattr(upstream, "IDLE_S", -1.0)
+        await ask(pool)
+        assert pool.opened == 2
+
+
+async def test_connections_are_given_up_before_llama_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "MAX_EXCHANGES", 2)
+    async with serving(answers(OK)) as pool:
+        for _ in range(4):
+            await ask(pool)
+        assert pool.opened == 2
+
+
+async def test_a_connection_that_died_while_idle_is_replaced_for_free() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        if peer.number <= 2:
+            await peer.reader.read(1)  # the next request begins: gone without a byte
+            peer.writer.transport.abort()
+        else:
+            await peer.gone()
+
+    async with serving(script) as pool:
+        first, second = [await pool.exchange(REQUEST, 10) for _ in range(2)]
+        for connection in (first, second):
+            await connection.read_all(10)
+            pool.release(connection)
+        assert await ask(pool) == (200, b"ok")
+        assert pool.opened == 3
+
+
+async def test_a_server_that_closes_an_idle_connection_is_noticed() -> None:
+    async with serving(answers(OK, then=hang_up)) as pool:
+        await ask(pool)
+        await until(lambda: not pool.live)
+        assert await ask(pool) == (200, b"ok")
+
+
+async def test_an_answer_that_began_is_never_asked_for_again() -> None:
+    requests = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal requests
+        while True:
+            await peer.request()
+            requests += 1
+            if requests == 2:
+                await peer.send(b"HTTP/1.1 2")
+                return
+            await peer.send(OK)
+
+    async with serving(script) as pool:
+        await ask(pool)
+        with pytest.raises(Broken):
+            await ask(pool)
+        assert requests == 2
+
+
+async def test_a_new_connection_that_dies_at_once_is_not_tried_for_ever() -> None:
+    connections = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal connections
+        connections += 1
+
+    async with serving(script) as pool:
+        with pytest.raises(Broken):
+            await ask(pool)
+        assert connections == 1
+
+
+async def streamed(pool: Pool) -> Connection:
+    """An exchange whose closing chunk has not come yet."""
+    connection = await pool.exchange(REQUEST, 10)
+    assert await connection.read(10) == b"[DONE]"
+    return connection
+
+
+async def test_a_stream_that_is_all_but_over_is_waited_for() -> None:
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
+        await go_on.wait()
+        await peer.send(b"0\r\n\r\n")
+        await peer.request()
+        await peer.send(OK)
+
+    async with serving(script) as pool:
+        connection = await streamed(pool)
+        pool.release(connection, ending=True)
+        go_on.set()
+        await until(lambda: connection.complete)
+        assert await ask(pool) == (200, b"ok")
+        assert pool.opened == 1
+
+
+async def test_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "LINGER_S", 0.01)
+    async with serving(answers(CHUNKED, b"6\r\n[DONE]\r\n", then=wait)) as pool:
+        pool.release(await streamed(pool), ending=True)
+        await until(lambda: not pool.live)
+
+
+async def test_a_server_that_closes_meanwhile() -> None:
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
+        await go_on.wait()
+
+    async with serving(script) as pool:
+        pool.release(await streamed(pool), ending=True)
+        go_on.set()
+        await until(lambda: not pool.live)
+        assert pool._ending == {}
+
+
+@pytest.mark.parametrize("values", [{}, {"reuse": False}, {"reuse": False, "ending": True}])
+async def test_an_unfinished_answer_is_cancelled_by_closing(values: dict[str, bool]) -> None:
+    left = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
+        await peer.gone()
+        left.set()
+
+    async with serving(script) as pool:
+        pool.release(await streamed(pool), **values)
+        async with asyncio.timeout(10):
+            await left.wait()
+
+
+async def test_whoever_stops_waiting_for_an_answer_closes_its_connection() -> None:
+    left = asyncio.Event()
+    asked = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        asked.set()
+        await peer.gone()
+        left.set()
+
+    async with serving(script) as pool:
+        task = asyncio.create_task(ask(pool))
+        await asked.wait()
+        task.cancel()
+        async with asyncio.timeout(10):
+            await left.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not pool.live)
+
+
+# a reader slower than its server
+
+
+async def test_what_nobody_reads_stays_with_the_server() -> None:
+    sent = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal sent
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        while sent < 200_000_000:
+            await peer.send(b"x" * 100_000)
+            sent += 100_000
+
+    async with serving(script) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        await until(lambda: connection._paused)
+        before = -1
+        while before != sent:  # until the sockets' own buffers are full as well
+            before = sent
+            await asyncio.sleep(0.1)
+        assert connection._size <= HIGH_WATER + 1_000_000
+        assert sent < 50_000_000
+        assert len(await connection.read(10)) >= HIGH_WATER
+        await until(lambda: sent > before)  # and goes on when it is read
+        pool.release(connection)
+
+
+async def test_all_of_a_large_answer_comes() -> None:
+    size = 20 * HIGH_WATER
+    script = answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size)
+    async with serving(script) as pool:
+        for _ in range(2):
+            status, body = await ask(pool)
+            assert (status, len(body)) == (200, size)
+        assert pool.opened == 1
+
+
+async def test_an_answer_may_be_too_large() -> None:
+    async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, then=wait)) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        with pytest.raises(Broken, match="more than 999 bytes"):
+            await connection.read_all(10, 999)
+        pool.release(connection)
+
+
+async def test_a_whole_answer_that_nobody_read_does_not_block_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client left when all of it had come, more of it than is read ahead, so that reading was paused."""
+    monkeypatch.setattr(upstream, "HIGH_WATER", 10)
+    async with serving(answers(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)) as pool:
+        for _ in range(2):
+            connection = await pool.exchange(REQUEST, 10)
+            assert connection.complete
+            pool.release(connection)
