@@ -7,6 +7,7 @@ from typing import Any
 from proxy.dialects import Dialect, Json, Post, Request
 from proxy.editors import chunks, joined_usage, legacy_logprobs
 from proxy.errors import Broken
+from proxy.stops import Stops, stop_strings
 from proxy.tally import Tally
 
 COPIED = ("id", "created", "system_fingerprint", "timings")  # of the first chunk that has them
@@ -22,6 +23,12 @@ class Aggregate:
         self.choices: dict[int, Choice] = {}
         self.usages: list[Json] = []
         self.tally = Tally(request) if dialect.tokenize else None
+        self.stops = Stops(stop_strings(request.body) if dialect.tokenize else ())
+
+    @property
+    def done(self) -> bool:
+        """Has a stop string come, so that the rest of the stream is to be cancelled?"""
+        return self.stops.done
 
     def feed(self, block: bytes) -> None:
         for chunk in chunks(block):
@@ -30,10 +37,11 @@ class Aggregate:
                     self.head.setdefault(name, chunk[name])
             if chunk.get("usage"):
                 self.usages.append(chunk["usage"])
-            for choice in chunk["choices"]:
-                self.choices.setdefault(choice["index"], Choice()).add(choice)
-            if self.tally is not None:
+            if self.tally is not None and not self.done:
                 self.tally.add(chunk)
+            for cut in self.stops.cut(chunk):
+                for choice in cut["choices"]:
+                    self.choices.setdefault(choice["index"], Choice()).add(choice)
 
     async def finish(self, post: Post) -> None:
         """Asks for what the stream did not have. Raises UpstreamFailed."""

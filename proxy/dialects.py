@@ -38,9 +38,12 @@ class Request:
     @property
     def choices(self) -> int:
         """How many finish_reasons the answer has."""
+        return self.prompts * (self.body.get("n") or 1)
+
+    @property
+    def prompts(self) -> int:
         prompt = self.body.get("prompt")
-        prompts = len(prompt) if "prompt_list" in self.features.needs and isinstance(prompt, list) else 1
-        return prompts * (self.body.get("n") or 1)
+        return len(prompt) if "prompt_list" in self.features.needs and isinstance(prompt, list) else 1
 
     @property
     def path(self) -> str:

@@ -11,12 +11,18 @@ import orjson
 from proxy import sse
 from proxy.dialects import Dialect, Json, Post, Request
 from proxy.errors import Broken
+from proxy.stops import Stops, stop_strings
 from proxy.tally import Tally
 
 CREATED = re.compile(rb'"created":\d+')  # inside a JSON string its quotes would be escaped
 
 
 class Editor(Protocol):
+    """`done`: all that the client asked for has come, and the rest of the stream is to be cancelled."""
+
+    @property
+    def done(self) -> bool: ...
+
     def edit(self, block: bytes) -> bytes:
         """`block`: one or more whole SSE events, never the closing `data: [DONE]`."""
 
@@ -43,6 +49,8 @@ def rename_model(request: Request, data: bytes) -> bytes:
 
 
 class ModelName:
+    done = False
+
     def __init__(self, request: Request) -> None:
         self._names = model_names(request)
 
@@ -56,6 +64,8 @@ class ModelName:
 class LlamaServer:
     """One usage, one `created`, and a role chunk also when the answer begins with a character of several tokens, such
     as an emoji: llama-server leaves it out then."""
+
+    done = False
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -150,33 +160,43 @@ class LegacyLogprobs(LlamaServer):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self._offset = 0
+        self._offsets: dict[int, int] = {}  # characters so far, of each choice
 
     def edit(self, block: bytes) -> bytes:
         return b"".join(event(self._repair(chunk)) for chunk in chunks(super().edit(block)))
 
     def _repair(self, chunk: Json) -> Json:
         for choice in chunk["choices"]:
-            choice["logprobs"] = legacy_logprobs(choice.get("logprobs"), self._offset)
-            self._offset += len(choice["text"])
+            offset = self._offsets.get(choice["index"], 0)
+            choice["logprobs"] = legacy_logprobs(choice.get("logprobs"), offset)
+            self._offsets[choice["index"]] = offset + len(choice["text"])
         return chunk
 
 
 class LlamaCppPython:
-    """Adds the usage chunk. Names a called function once: it repeats name and id in every chunk, and clients join what
-    they get, as OpenAI's own library does."""
+    """Adds the usage chunk and cuts at stop strings. Names a called function once: it repeats name and id in every
+    chunk, and clients join what they get, as OpenAI's own library does."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._tally = Tally(request)
+        self._stops = Stops(stop_strings(request.body))
         self._named: set[int] = set()
         self._last: Json = {}
 
+    @property
+    def done(self) -> bool:
+        return self._stops.done
+
     def edit(self, block: bytes) -> bytes:
-        return b"".join(event(self._repair(chunk)) for chunk in chunks(block))
+        return b"".join(event(self._repair(cut)) for chunk in chunks(block) for cut in self._cut(chunk))
+
+    def _cut(self, chunk: Json) -> Iterator[Json]:
+        if not self.done:
+            self._tally.add(chunk)
+        return self._stops.cut(chunk)
 
     def _repair(self, chunk: Json) -> Json:
-        self._tally.add(chunk)
         chunk["model"] = self._request.alias
         for choice in chunk["choices"]:
             delta = choice.get("delta")

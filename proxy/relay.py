@@ -22,9 +22,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from proxy import sse
 from proxy.aggregate import Aggregate
+from proxy.answers import as_events, repair_whole
 from proxy.bodies import prepare
 from proxy.dialects import Json, Post, Request
-from proxy.editors import Editor, editor_for, rename_model
+from proxy.editors import Editor, editor_for
 from proxy.errors import (
     BadRequest,
     Broken,
@@ -38,11 +39,13 @@ from proxy.errors import (
 )  # fmt: skip
 from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
+from proxy.rewrites import asks_for_stream
 from proxy.upstream import Connection
 from proxy.verdicts import explain_empty, read_error, stream_error
 
 PATHS = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions", "embeddings": b"/v1/embeddings"}
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
+STREAM_HEADERS = [(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")]
 JSON = b"application/json"
 ERROR_BODY_LIMIT = 1024 * 1024
 
@@ -152,7 +155,7 @@ class Relay:
         call = self.call
         request = Request(call.features, call.body, call.raw, call.alias, backend.served(call.alias))
         payload = self._prepare(candidate, request)
-        streams = call.features.stream or (backend.dialect.streams_only and call.features.endpoint != "embeddings")
+        streams = asks_for_stream(backend.dialect, request)
         limit = self._first_byte_limit(candidate) if streams else backend.settings.total_timeout_s
         began = time.perf_counter()
         deadline = began + limit
@@ -203,7 +206,12 @@ class Relay:
         if sse.is_abort(data):
             raise Broken("finish_reason abort: the engine is shutting down")
         self.waited += time.perf_counter() - began
-        await self._send_whole(candidate, rename_model(request, data))
+        data = repair_whole(candidate.backend.dialect, request, data)
+        if request.features.stream:
+            await self._start(candidate, EVENT_STREAM, STREAM_HEADERS)
+            await self._send_body(as_events(request, data) + sse.DONE, more=False)
+        else:
+            await self._send_whole(candidate, data)
 
     async def _collect(
         self, connection: Connection, candidate: Candidate, request: Request, began: float, deadline: float
@@ -217,7 +225,9 @@ class Relay:
             if sse.is_error(block):
                 raise self._event_error(candidate, block)
             aggregate.feed(block)
-            if done:
+            if aggregate.done:
+                connection.close()
+            if done or aggregate.done:
                 break
             block, done = sse.split_done(await self._next_events(connection, splitter, candidate))
             if not block and not done:
@@ -234,7 +244,7 @@ class Relay:
         splitter = sse.EventSplitter()
         block = await self._first_events(connection, splitter, candidate, request, deadline)
         self.waited += time.perf_counter() - began
-        await self._start(candidate, EVENT_STREAM, [(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")])
+        await self._start(candidate, EVENT_STREAM, STREAM_HEADERS)
         try:
             return await self._relay(connection, splitter, candidate, request, block)
         except UpstreamFailed as error:
@@ -255,10 +265,14 @@ class Relay:
                 await self._send_good_events(block, editor)
                 raise self._event_error(candidate, block)
             block, done = sse.split_done(block)
+            if editor and block:
+                block = editor.edit(block)
             if block:
                 finished += sse.finishes(block)
-                await self._send_body(editor.edit(block) if editor else block)
-            if done:
+                await self._send_body(block)
+            if editor and editor.done:
+                connection.close()
+            if done or (editor and editor.done):
                 break
             block = await self._next_events(connection, splitter, candidate)
         if finished < request.choices:

@@ -1,32 +1,35 @@
-"""Usage of a llama-cpp-python stream, which never has any: counted here, with the replica's own tokenizer."""
+"""Usage of a llama-cpp-python stream, which never has any: counted here, with the replica's help."""
 
 from __future__ import annotations
+
+from itertools import groupby
 
 from proxy.bodies import prepared
 from proxy.dialects import LLAMA_CPP_PYTHON, Json, Post, Request
 from proxy.errors import Broken
+from proxy.stops import text_of
 
 
 class Tally:
-    """Fed each chunk of the stream.
+    """Fed each chunk of the stream, before anything is cut from it.
 
-    Prompt tokens: the same request again, whole and for one token. The prompt is still in the replica's cache, so this
-    costs one token. Completion tokens: llama-cpp-python sends a chunk for each token, but holds tokens back until their
-    bytes are whole characters; so chunks are counted while the text is ASCII or carries logprobs (then it sends each
-    token alone), and otherwise the text is tokenized. Not exact: the tokens of a stop string are missing (they are
-    never sent), and a text outside ASCII could have been made of other tokens than the tokenizer's.
+    Completion tokens: it sends a chunk for each token, but holds tokens back until their bytes are whole characters. So
+    a chunk of ASCII is one token, and stretches of other text are tokenized by the replica. Exact, unless the model
+    wrote a character in other tokens than the tokenizer does, which sampling at a high temperature can bring about.
+
+    Prompt tokens: of a completion, the tokenizer's count; of a chat, whose template only the replica knows, the same
+    request again, whole and for one token. Its prompt is in the replica's cache, so this costs one token; what the
+    cache held of the answer is lost for a next turn.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.chunks = 0
         self.texts: list[str] = []
 
     def add(self, chunk: Json) -> None:
         for choice in chunk["choices"]:
-            text = _text_of(choice)
-            if text and not choice.get("finish_reason"):
-                self.chunks += 1
+            text = text_of(choice)
+            if text is not None and not choice.get("finish_reason"):
                 self.texts.append(text)
 
     async def usage(self, post: Post) -> Json:
@@ -36,17 +39,32 @@ class Tally:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def _prompt_tokens(self, post: Post) -> int:
-        body = {**prepared(LLAMA_CPP_PYTHON, self.request), "stream": False, "max_tokens": 1}
-        status, answer = await post(self.request.path, body)
+        body = prepared(LLAMA_CPP_PYTHON, self.request)
+        if "prompt" in body:
+            return await count_tokens(body["prompt"], post)
+        kept = {key: body[key] for key in ("model", "messages", *TEMPLATE_FIELDS) if key in body}
+        status, answer = await post(self.request.path, {**kept, "max_tokens": 1})
         if status != 200:
             raise Broken(f"counting the prompt's tokens: {status}")
         return int(answer["usage"]["prompt_tokens"])
 
     async def _completion_tokens(self, post: Post) -> int:
-        text = "".join(self.texts)
-        if text.isascii() or "logprobs" in self.request.features.needs:
-            return self.chunks
-        return await count_tokens(text, post) - await count_tokens("", post)
+        if "logprobs" in self.request.features.needs:  # then it sends each token alone
+            return len(self.texts)
+        if "forced_tool" in self.request.features.needs and self.texts and self.texts[-1] == "":
+            self.texts.pop()  # its closing chunk, told twice
+        tokens = 0
+        for ascii, group in groupby(self.texts, str.isascii):
+            texts = list(group)
+            tokens += len(texts) if ascii else await self._tokens("".join(texts), len(texts), post)
+        return tokens
+
+    async def _tokens(self, text: str, chunks: int, post: Post) -> int:
+        """Never fewer than chunks. What the tokenizer puts before any text is taken off."""
+        return max(chunks, await count_tokens(text, post) - await count_tokens("", post))
+
+
+TEMPLATE_FIELDS = ("tools", "tool_choice", "functions", "function_call")  # what a chat template may read
 
 
 async def count_tokens(text: str, post: Post) -> int:
@@ -55,16 +73,3 @@ async def count_tokens(text: str, post: Post) -> int:
     if status != 200:
         raise Broken(f"/extras/tokenize/count says {status}")
     return int(answer["count"])
-
-
-def _text_of(choice: Json) -> str | None:
-    """The text that a chunk adds; None for the chunk that only names the role."""
-    if "text" in choice:
-        text: str = choice["text"]
-        return text
-    delta = choice.get("delta") or {}
-    calls = delta.get("tool_calls")
-    if calls:
-        return "".join(call["function"].get("arguments") or "" for call in calls)
-    content: str | None = delta.get("content")
-    return content

@@ -20,8 +20,10 @@ Verdict = ProxyError | UpstreamFailed
 TOO_LONG = re.compile(r"maximum context length|exceeds? (?:the )?(?:available )?context|context_length_exceeded")
 PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
 ECHO = re.compile(r",? ?'input':.*", re.DOTALL)
-# llama-cpp-python answers 500 to what is the client's mistake
-CLIENTS_500 = re.compile(r"validation error|can only concatenate|Input should be|failed to parse|not supported|must be")
+# llama.cpp's servers answer 500 to some of the client's mistakes
+CLIENTS_500 = re.compile(
+    r"validation errors?|can only concatenate str|Input should be|failed to parse|input is not supported|type must be"
+)
 MAX_MESSAGE = 600
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -34,6 +36,8 @@ def read_error(status: int, body: bytes) -> Verdict:
         return Busy(f"says {status}: {message}")
     if status in (401, 403):
         return Broken(f"says {status}: the backend's api_key setting is wrong")
+    if status in (404, 405):
+        return Broken(f"says {status}: it has no such model or route: {message}")
     if status >= 500 and not CLIENTS_500.search(message):
         return Broken(f"says {status}: {message}")
     return _refused(status, message, code, param)
@@ -63,7 +67,7 @@ async def explain_empty(dialect: Dialect, request: Request, post: Post) -> Verdi
 
 def _refused(status: int, message: str, code: Any, param: str | None) -> Refused:
     if TOO_LONG.search(message):
-        return Refused(message, param="messages", code="context_length_exceeded")
+        return Refused(message, param=param, code="context_length_exceeded")
     status = status if 400 <= status < 500 else 400
     return Refused(
         message,
