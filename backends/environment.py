@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import socket
+import sys
 from pathlib import Path
 
-from proxy.memory import listener
-
 ROOT = Path(__file__).resolve().parent.parent
+CGROUPS = Path("/sys/fs/cgroup")
+LISTEN = "0A"  # net/tcp's state column: https://docs.kernel.org/networking/proc_net_tcp.html
 
 
 def usable_cores() -> int:
     """Whole cores, of those that this process may use, within its cgroup's quota. A core's second thread is none."""
     cores = len({siblings(cpu) for cpu in os.sched_getaffinity(0)})
+    return max(1, min(cores, *(cpu_quota(group) for group in cgroups())))
+
+
+def cgroups() -> list[Path]:
+    """Ours and those that it lies in: the narrowest quota of them counts. https://docs.kernel.org/admin-guide/cgroup-v2.html"""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    group = next((CGROUPS / line[4:] for line in lines if line.startswith("0::/")), CGROUPS)
+    return [group, *group.parents][: len(group.parts) - len(CGROUPS.parts) + 1]
+
+
+def cpu_quota(group: Path) -> int:
+    """Whole cores' worth of time."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return int(quota) // int(period)
     except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores
+        return sys.maxsize
 
 
 def siblings(cpu: int) -> str:
@@ -42,11 +60,20 @@ def port_taken(host: str, port: int) -> str | None:
 
 def holder(port: int) -> str:
     """For a message: who listens there, where /proc tells it."""
-    pid = listener(port)
-    try:
-        return f" by process {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})" if pid else ""
-    except OSError:  # it has just ended
-        return ""
+    sockets = listening_sockets(port)
+    for fd in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is not ours to look at
+            if os.readlink(fd) in sockets:
+                pid = fd.split("/")[2]
+                return f" by process {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
+    return ""
+
+
+def listening_sockets(port: int) -> set[str]:
+    """As /proc/PID/fd/N shows them."""
+    tables = [Path(table) for table in ("/proc/net/tcp", "/proc/net/tcp6") if Path(table).exists()]
+    rows = [row.split() for table in tables for row in table.read_text().splitlines()[1:]]
+    return {f"socket:[{row[9]}]" for row in rows if row[3] == LISTEN and row[1].endswith(f":{port:04X}")}
 
 
 def free_port() -> int:

@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 import httpx
 
 from backends.environment import ROOT, free_port, port_taken, usable_cores
-from backends.models import ModelError, default_model, given_model
+from backends.models import DEFAULT, ModelError, default_model, given_model
 from backends.process import Child
 
 RUN = ROOT / "run"
@@ -61,10 +61,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
     parser.add_argument("--vllm", metavar="URL", default="", help="a vLLM server somewhere: the GPU path")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--port", type=a_port, default=8080, help="0 takes a free one")
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct, fetched)")
     parser.add_argument("--replicas", type=at_least_one, default=1, help="CPU backend processes")
-    parser.add_argument("--ctx", type=int, default=8192, help="context length in tokens")
+    parser.add_argument("--ctx", type=at_least_one, default=8192, help="context length in tokens")
     parser.add_argument("--run-dir", type=Path, default=RUN, help="logs and the lock")
     return parser.parse_args(argv)
 
@@ -75,13 +75,19 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def a_port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 to 65535")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         with only_one(options.run_dir, options.port):
             run(options)
-    except (LocalError, ModelError) as error:
+    except (LocalError, ModelError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -107,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             wait_for(backend.child, partial(generates, backend.url), f"{options.engine} to load {model.name}")
         proxy.start()
         url = wait_for(proxy, lambda: ready_url(proxy), "the proxy to be ready")
-        welcome(url)
+        welcome(url, alias(model), options.run_dir)
         watch(backends, proxy)
     finally:
         shut_down(backends, proxy)
@@ -124,10 +130,15 @@ def make_backend(options: argparse.Namespace, model: Path, number: int) -> Backe
     return Backend(Child(f"llama_cpp-{number}", command, log), f"http://127.0.0.1:{port}")
 
 
+def alias(model: Path) -> str:
+    """The name that clients see."""
+    return ALIAS if model.name == DEFAULT.name else model.stem
+
+
 def llama_cpp_python(model: Path, port: int, threads: int, ctx: int) -> list[str]:
     """interrupt_requests off: on, a newer request of any kind cuts the stream that is running."""
     return [
-        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", ALIAS,
+        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", alias(model),
         "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
         "--n_threads", str(threads), "--n_threads_batch", str(threads),
     ]  # fmt: skip
@@ -136,7 +147,7 @@ def llama_cpp_python(model: Path, port: int, threads: int, ctx: int) -> list[str
 def llama_server(model: Path, port: int, threads: int, ctx: int) -> list[str]:
     """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
     return [
-        sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", ALIAS,
+        sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", alias(model),
         "--host", "127.0.0.1", "--port", str(port), "-c", str(ctx), "-np", "4", "-t", str(threads), "-tb", str(threads),
         "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
     ]  # fmt: skip
@@ -170,12 +181,12 @@ def wait_for(child: Child, look: Callable[[], T | None], what: str) -> T:
         if waited > START_S:
             raise LocalError(f"waited {START_S:g} s in vain for {what}; its last words:\n{child.last_lines()}")
         if sys.stderr.isatty():
-            print(f"\r{waited:4.0f} s  waiting for {what} ", end="", file=sys.stderr, flush=True)
+            print(f"\r\033[K{waited:4.0f} s  waiting for {what} ", end="", file=sys.stderr, flush=True)
         elif waited >= told:
             told += 10.0
             say(f"waiting for {what}")
         time.sleep(0.1)
-    say(f"{chr(13) if sys.stderr.isatty() else ''}{time.monotonic() - began:4.1f} s  waited for {what}")
+    say(f"{time.monotonic() - began:4.1f} s  waited for {what}")
     return found
 
 
@@ -202,16 +213,16 @@ def ready_url(proxy: Child) -> str | None:
     return None
 
 
-def welcome(url: str) -> None:
+def welcome(url: str, name: str, logs: Path) -> None:
     say(f"""
-xgen-proxy listens on {url}   (Ctrl-C ends it)
+xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   from openai import OpenAI
   chat = OpenAI(base_url="{url}/v1", api_key="none").chat.completions
-  print(chat.create(model="{ALIAS}", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)
+  print(chat.create(model="{name}", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)
 """)
 
 
@@ -246,6 +257,8 @@ def revive(backend: Backend) -> None:
 def shut_down(backends: list[Backend], proxy: Child) -> None:
     """The proxy first, so that its requests can finish. A second Ctrl-C skips the waiting."""
     try:
+        if proxy.alive:
+            say("stopping; requests that run may finish first (Ctrl-C again: at once)")
         proxy.stop(DRAIN_S)
     except KeyboardInterrupt:
         proxy.stop(0)
@@ -270,7 +283,8 @@ def only_one(folder: Path, port: int) -> Iterator[IO[str]]:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """On a terminal in the place of a line that counts seconds, or of a ^C."""
+    print(f"\r\033[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,17 @@ python -m backends.models          fetches it into models/ if it is not there, c
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +66,29 @@ def checksum(path: Path) -> str:
 
 def fetch(path: Path) -> None:
     """Whole or not at all: made beside its place and renamed into it. Raises ModelError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(path.parent):
+            if not path.exists():  # another process has not fetched it meanwhile
+                fetch_now(path)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"cannot make {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One at a time fetches, and throws away what one that was killed has left."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".fetch-*"):
+            shutil.rmtree(left)
+        yield
+    finally:
+        os.close(lock)
+
+
+def fetch_now(path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < ROOM:
         raise ModelError(f"{path.parent} has {free // 10**6} MB free; the model needs {ROOM // 10**6} MB. Make room")

@@ -249,7 +249,17 @@ def test_a_wrong_model_file_is_told_before_anything_starts(
     assert time.monotonic() - began < START_S
 
 
-@pytest.mark.parametrize("flags", [("--replicas", "0"), ("--engine", "ollama"), ("--port", "none")])
+def test_a_folder_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = start("--run-dir", str(tmp_path / "file" / "run"))
+    assert run.ended() == 1
+    assert run.said().startswith("error: ")
+    assert str(tmp_path / "file") in run.said()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--replicas", "0"), ("--engine", "ollama"), ("--port", "none"), ("--port", "65536"), ("--ctx", "0")]
+)
 def test_wrong_flags_are_refused(start: Start, flags: tuple[str, str]) -> None:
     run = start(*flags)
     assert run.ended() == 2

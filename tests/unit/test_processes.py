@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backends import local
+from backends import environment, local, models
 from backends.environment import free_port, port_taken, usable_cores
 from backends.local import Backend, LocalError, revive, wait_for
 from backends.process import Child
@@ -193,6 +194,66 @@ def test_cores_follow_the_affinity() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("quotas", "cores"),
+    [
+        ({}, 8),
+        ({"a/b": "max 100000"}, 8),
+        ({"a/b": "350000 100000"}, 3),
+        ({"a/b": "50000 100000"}, 1),
+        ({"a": "200000 100000", "a/b": "400000 100000"}, 2),
+        ({"": "100000 100000", "a/b": "max 100000"}, 1),
+    ],
+    ids=["no cgroups", "no quota", "three and a half", "half a core", "a narrower one around", "a container's"],
+)
+def test_cores_follow_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quotas: dict[str, str], cores: int
+) -> None:
+    for name, quota in quotas.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "cpu.max").write_text(quota)
+    monkeypatch.setattr(environment, "CGROUPS", tmp_path)
+    monkeypatch.setattr(environment, "cgroups", lambda: [tmp_path / "a" / "b", tmp_path / "a", tmp_path])
+    monkeypatch.setattr(environment, "siblings", str)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores() == cores
+
+
+def test_our_cgroups_end_at_the_root_of_all() -> None:
+    groups = environment.cgroups()
+    assert groups[-1] == environment.CGROUPS
+    assert all(inner.parent == outer for inner, outer in pairwise(groups))
+
+
+def test_a_model_of_the_users_has_a_name_of_its_own() -> None:
+    assert local.alias(Path("/somewhere/qwen2.5-0.5b.gguf")) == "qwen2.5-0.5b"
+    assert local.alias(models.DEFAULT) == "smollm2"
+
+
+def test_on_a_terminal_no_line_leaves_its_end_behind(make: Make) -> None:
+    """Read back through a real terminal: what counts seconds is cleared before anything shorter is said."""
+    code = """
+import sys
+from pathlib import Path
+from backends.local import LocalError, say, wait_for
+from backends.process import Child
+child = Child("child", [sys.executable, "-c", ""], Path(sys.argv[1]))
+child.start()
+try:
+    wait_for(child, lambda: None, "a very long line to end")
+except LocalError:
+    say("short")
+"""
+    leader, follower = os.openpty()
+    done = subprocess.run([sys.executable, "-c", code, os.devnull], stderr=follower, check=True)
+    os.close(follower)
+    shown = os.read(leader, 65536).decode()
+    os.close(leader)
+    assert done.returncode == 0
+    assert "a very long line to end" in shown
+    assert shown.endswith("\r\x1b[Kshort\r\n")
 
 
 def test_signals_end_it_as_ctrl_c_does() -> None:
