@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import openai_api, ops_api
 from proxy.client import request_id
-from proxy.errors import MethodNotAllowed, NotFound, ProxyError
+from proxy.errors import ClientLeft, MethodNotAllowed, NotFound, ProxyError
 from proxy.gateway import Gateway
 from proxy.generate_api import GenerateEndpoint
 from proxy.openai_api import Generate
@@ -42,7 +42,7 @@ def create_app(settings: Settings) -> Front:
             Route("/models/status", ops_api.status),
             Route("/metrics", ops_api.metrics),
         ],
-        exception_handlers={ProxyError: show_proxy_error, HTTPException: show_http_error},
+        exception_handlers={ProxyError: show_proxy_error, HTTPException: show_http_error, ClientLeft: show_nobody},
         lifespan=lifespan,
     )
     app.state.gateway = gateway
@@ -83,3 +83,8 @@ async def show_http_error(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "another method")
         return await show_proxy_error(request, MethodNotAllowed(f"use {allowed} for {path}, not {method}"))
     return await show_proxy_error(request, NotFound(f"there is nothing at {path}; the API is under /v1"))
+
+
+async def show_nobody(request: Request, error: Exception) -> Response:
+    """The client left while it sent its body: what is answered goes nowhere, and is no fault of the proxy's."""
+    return Response(status_code=openai_api.CLIENT_LEFT)

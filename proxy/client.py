@@ -107,13 +107,10 @@ class CancelWhenGone:
 
 async def send_error(send: Send, error: ProxyError, headers: list[tuple[bytes, bytes]]) -> None:
     body = error.body()
-    own = error.headers()
-    if error.status in (408, 413):
-        own.append((b"connection", b"close"))  # what is left of the body would be read as the next request
     start: Message = {
         "type": "http.response.start",
         "status": error.status,
-        "headers": [*own, (b"content-length", str(len(body)).encode()), *headers],
+        "headers": [*error.headers(), (b"content-length", str(len(body)).encode()), *headers],
     }
     await send(start)
     await send({"type": "http.response.body", "body": body})

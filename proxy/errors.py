@@ -40,6 +40,7 @@ class ProxyError(Exception):
     type = "api_error"
     code: str | None = None
     retry: bool | None = None
+    close = False  # end the connection: what is left of the body would be read as the next request
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class ProxyError(Exception):
             headers.append((b"x-should-retry", b"true" if self.retry else b"false"))
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
+        if self.close:
+            headers.append((b"connection", b"close"))
         return headers
 
 
@@ -108,11 +111,13 @@ class MethodNotAllowed(BadRequest):
 class ClientTooSlow(BadRequest):
     status = 408
     code = "request_timeout"
+    close = True
 
 
 class TooLarge(BadRequest):
     status = 413
     code = "request_too_large"
+    close = True
 
 
 class UnsupportedMedia(BadRequest):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("XGEN_") and not name.startswith("XGEN_TEST_"):
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_from_outside() -> Iterator[None]:
+    """For the whole session, so that proxies which serve a whole module are started without them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith("XGEN_") and not name.startswith("XGEN_TEST_"):
+                patch.delenv(name)
+        yield

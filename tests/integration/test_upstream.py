@@ -267,7 +267,8 @@ async def drip(peer: Peer) -> None:
 async def test_a_server_that_drips_is_bounded_too(start: bytes) -> None:
     async with serving(answers(start, then=drip)) as pool:
         with pytest.raises(TimedOut):
-            await ask(pool, 0.2)
+            async with asyncio.timeout(5):
+                await ask(pool, 0.2)
 
 
 async def test_a_stream_may_last_while_it_is_not_silent() -> None:
