@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proxy.load import Load, load_of, parse_metrics
+from proxy.settings import Routing
+
+PAGES = Path(__file__).parent.parent / "fixtures" / "metrics"
+
+RECORDED = [
+    ("vllm-0.26.0-metrics.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
+    ("vllm-0.32.0-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": 0.0}),
+    ("vllm-0.32.0-metrics-loaded.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
+    ("llama-server-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": None}),
+]
+
+
+@pytest.mark.parametrize(("page", "expected"), RECORDED)
+def test_recorded_pages(page: str, expected: dict[str, float | None]) -> None:
+    assert parse_metrics((PAGES / page).read_text()) == expected
+
+
+def test_the_old_kv_name() -> None:
+    assert parse_metrics('vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
+
+
+def test_engines_are_summed_but_shares_are_averaged() -> None:
+    page = "".join(
+        f'vllm:num_requests_running{{engine="{n}"}} {n}\nvllm:kv_cache_usage_perc{{engine="{n}"}} 0.{n}\n'
+        for n in (2, 4)
+    )
+    parsed = parse_metrics(page)
+    assert parsed["running"] == 6
+    assert parsed["kv"] == pytest.approx(0.3)
+
+
+def test_what_is_not_there_is_unknown_not_zero() -> None:
+    assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+
+
+def load(in_flight: int = 0, scraped: Load | None = None, sent: int = 0, now: float = 0.0) -> float:
+    parts = load_of(
+        in_flight=in_flight,
+        slots=10,
+        scraped=scraped,
+        sent_since_scrape=sent,
+        now=now,
+        stale_after_s=5,
+        routing=Routing(),
+    )
+    return parts.total
+
+
+def scrape(running: float | None = None, waiting: float | None = None, kv: float | None = None) -> Load:
+    return Load(running, waiting, kv, at=0.0)
+
+
+PARTS = [
+    (0, None, 0, 0.0),
+    (5, None, 0, 0.5),  # without a scrape our own count decides
+    (5, scrape(), 0, 0.5),  # and where the page does not tell
+    (5, scrape(running=3), 0, 0.5),  # the larger of the two, never the sum
+    (5, scrape(running=8), 0, 0.8),
+    (5, scrape(running=8), 1, 0.9),  # what we sent since is not on the page yet
+    (0, scrape(running=2, waiting=2), 0, 0.4),
+    (0, scrape(waiting=4), 0, 0.8),
+    (0, scrape(waiting=5), 0, 1.0),
+    (0, scrape(kv=0.4), 0, 0.5),
+    (0, scrape(kv=0.8), 0, 1.0),
+    (15, None, 0, 1.5),
+]
+
+
+@pytest.mark.parametrize(("in_flight", "scraped", "sent", "expected"), PARTS)
+def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Load | None, sent: int, expected: float) -> None:
+    assert load(in_flight, scraped, sent) == pytest.approx(expected)
+
+
+def test_stale_is_saturated() -> None:
+    assert load(scraped=scrape(running=0), now=5.0) == 0.0
+    assert load(scraped=scrape(running=0), now=5.1) == 1.0
+
+
+def test_parts_are_told() -> None:
+    parts = load_of(
+        in_flight=1,
+        slots=4,
+        scraped=scrape(2, 1, 0.2),
+        sent_since_scrape=0,
+        now=0.5,
+        stale_after_s=5,
+        routing=Routing(),
+    )
+    assert parts.as_dict() == {
+        "total": 0.75, "in_flight": 3.0, "slots": 4, "waiting": 1, "kv": 0.2, "age_s": 0.5, "stale": False,
+    }  # fmt: skip
