@@ -53,10 +53,10 @@ class Server(uvicorn.Server):
         self._app = app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not uvicorn's own, which raises the signal again after the drain: an orderly end exits with 0."""
         self._app.gateway.draining = True
-        if self.should_exit:  # a second signal, of whichever kind, ends it at once
-            self.force_exit = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit  # a second signal, of whichever kind, ends it at once
+        self.should_exit = True
 
 
 def config_for(app: Front, settings: Settings) -> uvicorn.Config:
