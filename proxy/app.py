@@ -80,8 +80,8 @@ async def show_http_error(request: Request, error: Exception) -> Response:
         raise error
     path, method = request.url.path, request.method
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return await show_proxy_error(request, MethodNotAllowed(f"use {allowed} for {path}, not {method}"))
+        allowed = (error.headers or {})["Allow"]
+        return await show_proxy_error(request, MethodNotAllowed(path, method, allowed))
     return await show_proxy_error(request, NotFound(f"there is nothing at {path}; the API is under /v1"))
 
 

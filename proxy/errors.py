@@ -104,8 +104,17 @@ class ModelNotFound(BadRequest):
 
 
 class MethodNotAllowed(BadRequest):
+    """`allowed`: methods as the Allow header lists them, which HTTP asks of a 405."""
+
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, path: str, method: str, allowed: str) -> None:
+        super().__init__(f"use {allowed} for {path}, not {method}")
+        self.allowed = allowed
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"allow", self.allowed.encode())]
 
 
 class ClientTooSlow(BadRequest):

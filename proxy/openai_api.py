@@ -38,7 +38,7 @@ class Generate:
         id = request_id(headers)
         try:
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"use POST for {scope['path']}, not {scope['method']}")
+                raise MethodNotAllowed(scope["path"], scope["method"], "POST")
             check_key(headers, self.gateway.settings.api_keys)
             call = await self._read(id, headers, receive)
         except ProxyError as error:
