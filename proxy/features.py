@@ -97,14 +97,15 @@ def strip_hints(body: Json) -> Json:
 def estimate_tokens(text: str) -> int:
     """Tokens of `text` without a tokenizer, for context checks and time limits.
 
-    A token is some 4.2 bytes of ASCII text; other scripts take a token for each 1.6 bytes of UTF-8. bench/estimate.py
-    measures the error on English, Korean and code.
+    A token is some 4.2 bytes of ASCII text; other scripts take a token for each 1.1 bytes of UTF-8. Against SmolLM2's
+    tokenizer, on pieces of 200 characters, estimate/truth was in the median 1.04 for English, 0.98 for Korean and 0.92
+    for code, and 0.62 to 1.50 at the worst (bench/estimate.py).
     """
     if text.isascii():
         return int(len(text) / 4.2) + 1
     size = len(text.encode())
     other = (size - len(text)) * 1.5  # nearly all of it is in characters of three bytes
-    return int(max(size - other, 0) / 4.2 + other / 1.6) + 1
+    return int(max(size - other, 0) / 4.2 + other / 1.1) + 1
 
 
 def _get(body: Json, field: str, kind: type | tuple[type, ...], name: str | None = None) -> Any:

@@ -201,7 +201,7 @@ def test_a_recursive_type_is_no_circle() -> None:
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(
-    st.sampled_from(["messages", "role", "content", "tools", "n", "stream", "type", "text", "model", "prompt", "stop"]), c
+    st.sampled_from(["messages", "role", "content", "tools", "n", "stream", "type", "text", "model", "prompt"]), c
 )))  # fmt: skip
 def test_any_json_is_read_or_refused(value: Any) -> None:
     for endpoint in ("chat", "completions", "embeddings"):

@@ -1,0 +1,16 @@
+"""The estimate of a prompt's tokens against the model's own tokenizer, as bench/estimate.py prints it."""
+
+from __future__ import annotations
+
+import statistics
+
+from bench.estimate import ratios
+from proxy.policy import ESTIMATE_MARGIN
+
+
+def test_the_margin_covers_the_error(gguf: str) -> None:
+    found = ratios(gguf)
+    assert found.keys() == {"English", "Korean", "code"}
+    for each in found.values():
+        assert 0.85 < statistics.median(each) < 1.15
+        assert max(each) < ESTIMATE_MARGIN
