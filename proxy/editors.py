@@ -91,7 +91,9 @@ class LlamaServer:
         first = next(sse.events(block))
         if not self._chat or b'"role":' in first:
             return b""
-        chunk = orjson.loads(next(sse.payloads(first)))
+        chunk = next(chunks(block), None)
+        if chunk is None:
+            return b""
         for choice in chunk["choices"]:
             choice.update(delta={"role": "assistant", "content": None}, finish_reason=None)
         return event(chunk)
