@@ -1,0 +1,145 @@
+"""Writes the tables of these pages that say what the code says. tests/test_docs.py fails while one is stale.
+
+python docs/tables.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from prometheus_client import Counter, Histogram
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+from proxy.admission import Admission  # noqa: E402
+from proxy.bodies import RULES  # noqa: E402
+from proxy.dialects import DIALECTS  # noqa: E402
+from proxy.effective import env_name  # noqa: E402
+from proxy.features import NEEDS  # noqa: E402
+from proxy.fleet import Fleet  # noqa: E402
+from proxy.presets import BY_TASK, PRESETS  # noqa: E402
+from proxy.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
+from proxy.telemetry import FleetGauges, Telemetry  # noqa: E402
+
+Row = tuple[str, ...]
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(rows: Iterator[Row]) -> str:
+    """The first row is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|---" * lines[0].count(" | ") + "|---|")
+    return "\n".join(lines) + "\n"
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
+    yield "setting", "environment", "default", "what it is, and why"
+    for name, field in model.model_fields.items():
+        if not isinstance(field.default, BaseModel):
+            setting = prefix + name
+            yield f"`{setting}`", f"`{env_name(setting)}`", default(field), meaning(field)
+
+
+def meaning(field: FieldInfo) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return " ".join([field.description or "", *([f"One of {shown(choices)}."] if choices else [])])
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ""
+    value: Any = field.get_default(call_default_factory=True)
+    return "" if value in (None, PydanticUndefined, {}, []) else f"`{value}`"
+
+
+def metrics() -> Iterator[Row]:
+    yield "metric", "type", "labels", "meaning"
+    fleet = Fleet(Settings(backends={"llama_cpp": {"urls": ["http://127.0.0.1:1"], "dialect": "llama-server"}}))
+    admission = Admission(0, 0)
+    for family in FleetGauges(fleet, admission).collect():
+        yield f"`{family.name}`", family.type, ", ".join(family.samples[0].labels), family.documentation
+    for metric in vars(Telemetry(fleet, admission)).values():
+        if isinstance(metric, Counter | Histogram):
+            family = next(iter(metric.describe()))
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            yield f"`{name}`", family.type, ", ".join(metric._labelnames), family.documentation
+
+
+def rules() -> Iterator[Row]:
+    yield "what", "engines", "done", "otherwise"
+    for rule in RULES:
+        engines = "all" if len(rule.dialects) == len(DIALECTS) else ", ".join(rule.dialects)
+        yield rule.name, engines, rule.action, rule.hazard
+
+
+def abilities() -> Iterator[Row]:
+    yield "can it do", *DIALECTS
+    for need in sorted(NEEDS):
+        yield f"`{need}`", *("yes" if need in dialect.can else "" for dialect in DIALECTS.values())
+
+
+def dialects() -> Iterator[Row]:
+    yield "", *DIALECTS
+    for title, attribute in {
+        "slots where nobody says": "slots",
+        "sent beyond its slots": "margin",
+        "looked at by GET": "look_path",
+        "asked when it comes up": "probe_paths",
+    }.items():
+        yield title, *(shown(getattr(dialect, attribute)) for dialect in DIALECTS.values())
+
+
+def shown(value: Any) -> str:
+    return ", ".join(f"`{each}`" for each in value) if isinstance(value, tuple) else f"`{value}`"
+
+
+def presets() -> Iterator[Row]:
+    chosen = {
+        **{preset: f"`task_type: {task}`" for task, preset in BY_TASK.items()},
+        "deterministic": "otherwise, with `urgency: high`",
+        "balanced": "otherwise",
+    }
+    fields = list(PRESETS["balanced"])
+    yield "preset", *fields, "chosen by"
+    for name, values in PRESETS.items():
+        yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
+
+
+def rooms() -> Iterator[Row]:
+    yield "file", "what it is for"
+    for file in sorted((DOCS.parent / "proxy").glob("[a-z]*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        yield f"[{file.name}](../proxy/{file.name})", " ".join(text.partition("\n\n")[0].split())
+
+
+TABLES: dict[str, Callable[[], Iterator[Row]]] = {
+    "settings": lambda: settings(Settings),
+    "backends": lambda: settings(BackendSettings, "backends.NAME."),
+    "routing": lambda: settings(Routing, "routing."),
+    "limits": lambda: settings(Limits, "limits."),
+    "metrics": metrics,
+    "rules": rules,
+    "abilities": abilities,
+    "dialects": dialects,
+    "presets": presets,
+    "rooms": rooms,
+}
+
+
+def rendered(text: str) -> str:
+    """The page with its tables as the code has them now. Raises KeyError for a table that there is not."""
+    return PLACE.sub(lambda place: place[1] + markdown(TABLES[place[2]]()) + place[3], text)
+
+
+if __name__ == "__main__":
+    for page in DOCS.glob("*.md"):
+        page.write_text(rendered(page.read_text()))
