@@ -1,0 +1,136 @@
+"""A request through a dialect to a real server and back, without the proxy around it: what the relay does, plainly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import httpx
+import orjson
+
+from proxy import sse
+from proxy.aggregate import Aggregate
+from proxy.answers import as_events, repair_whole
+from proxy.bodies import prepare
+from proxy.dialects import DIALECTS, Json, Request
+from proxy.editors import chunks, editor_for
+from proxy.features import Endpoint, read_features
+from proxy.rewrites import asks_for_stream
+from proxy.settings import Limits
+from proxy.verdicts import explain_empty, read_error, stream_error
+from tests.e2e.servers import MODEL
+
+T = TypeVar("T")
+PATHS: dict[Endpoint, str] = {
+    "chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings",
+}  # fmt: skip
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+class Through:
+    """`ask` gives what a client that wants it whole would get, `stream` the chunks that a client would get."""
+
+    def __init__(self, dialect: str, url: str, alias: str = "public") -> None:
+        self.dialect = DIALECTS[dialect]
+        self.url = url
+        self.alias = alias
+
+    def ask(self, endpoint: Endpoint, **body: Any) -> Any:
+        return run(self._ask(self.request(endpoint, body)))
+
+    def stream(self, endpoint: Endpoint, **body: Any) -> list[Json]:
+        return run(self._stream(self.request(endpoint, {**body, "stream": True})))
+
+    def own(self, endpoint: Endpoint, **body: Any) -> httpx.Response:
+        """The server's own answer to the same, whole."""
+        request = self.request(endpoint, body)
+        sent = {**orjson.loads(prepare(self.dialect, request)), "stream": False}
+        if "stop" in body:
+            sent["stop"] = body["stop"]
+        sent.pop("stream_options", None)
+        return httpx.post(self.url + request.path, json=sent, timeout=120)
+
+    def request(self, endpoint: Endpoint, body: Json) -> Request:
+        body = {"model": self.alias, **body}
+        features = read_features(body, {}, endpoint, Limits())
+        return Request(features, body, orjson.dumps(body), self.alias, MODEL)
+
+    async def _ask(self, request: Request) -> Any:
+        if not asks_for_stream(self.dialect, request):
+            return orjson.loads(repair_whole(self.dialect, request, await self._whole(request)))
+        aggregate = Aggregate(self.dialect, request)
+        async for block in self._blocks(request):
+            aggregate.feed(block)
+            if aggregate.done:
+                break
+        await aggregate.finish(self.post)
+        return aggregate.result()
+
+    async def _stream(self, request: Request) -> list[Json]:
+        if not asks_for_stream(self.dialect, request):
+            data = repair_whole(self.dialect, request, await self._whole(request))
+            return list(chunks(as_events(request, data)))
+        editor = editor_for(self.dialect, request)
+        out = b""
+        async for block in self._blocks(request):
+            out += editor.edit(block) if editor else block
+            if editor and editor.done:
+                break
+        out += await editor.finish(self.post) if editor else b""
+        return list(chunks(out))
+
+    async def _whole(self, request: Request) -> bytes:
+        async with httpx.AsyncClient(timeout=120) as client:
+            answer = await client.post(self.url + request.path, content=prepare(self.dialect, request), headers=JSON)
+        if answer.status_code != 200:
+            raise read_error(answer.status_code, answer.content)
+        return answer.content
+
+    async def _blocks(self, request: Request) -> AsyncIterator[bytes]:
+        """Whole events up to `[DONE]`. Raises what an error of any shape means."""
+        content = prepare(self.dialect, request)
+        came = False
+        async with (
+            httpx.AsyncClient(timeout=120) as client,
+            client.stream("POST", self.url + request.path, content=content, headers=JSON) as answer,
+        ):
+            if answer.status_code != 200:
+                raise read_error(answer.status_code, await answer.aread())
+            splitter = sse.EventSplitter()
+            async for data in answer.aiter_raw():
+                for event in sse.events(splitter.feed(data)):
+                    if sse.is_error(event):
+                        raise stream_error(event)
+                    block, done = sse.split_done(event)
+                    came = came or bool(block)
+                    if block:
+                        yield block
+                    if done:
+                        return
+        if not came:
+            raise await explain_empty(self.dialect, request, self.post)
+
+    async def post(self, path: str, body: Json) -> tuple[int, Any]:
+        async with httpx.AsyncClient(timeout=120) as client:
+            answer = await client.post(self.url + path, json=body)
+        return answer.status_code, answer.json()
+
+
+JSON = {"content-type": "application/json"}
+
+
+def text_of(chunks: list[Json]) -> str:
+    """What a client would join to the answer's text."""
+    parts = []
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            parts.append(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+    return "".join(parts)
+
+
+def user(content: Any) -> list[Json]:
+    return [{"role": "user", "content": content}]
