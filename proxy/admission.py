@@ -106,7 +106,7 @@ class Admission:
                 waiter.future.set_result(self._take(candidate))
 
     def gone(self) -> None:
-        """Called when a replica went down: those who wait for nothing that is up go on with their plan."""
+        """Called when a replica is no longer up: those who wait for nothing that is go on with their plan."""
         for waiter in list(self.waiting):
             if not waiter.future.done() and not any(c.replica.up for c in waiter.candidates):
                 self.waiting.remove(waiter)

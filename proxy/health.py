@@ -51,7 +51,7 @@ class Monitor:
                 misses = 0
             except httpx.ConnectError as error:
                 self.down(replica, str(error) or "no connection")
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
                 misses += 1
                 if misses >= MISSES_BEFORE_DOWN or replica.state == "starting":
                     self.down(replica, f"{misses} looks in a row failed: {error or type(error).__name__}")
@@ -62,7 +62,7 @@ class Monitor:
     async def look(self, replica: Replica) -> None:
         sent = replica.sent_since_scrape
         page = await self._get(replica, replica.backend.dialect.look_path)
-        if page.status_code >= 500 or page.status_code in (401, 403):
+        if page.status_code >= 500:
             raise ValueError(f"{page.url.path} says {page.status_code}")
         if replica.backend.dialect.has_metrics and page.status_code == 200:
             replica.scraped = Load(**parse_metrics(page.text), at=time.monotonic())
@@ -92,12 +92,13 @@ class Monitor:
     async def _get(self, replica: Replica, path: str) -> httpx.Response:
         key = replica.backend.settings.api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-        return await self._client.get(replica.url + path, headers=headers)
+        answer = await self._client.get(replica.url + path, headers=headers)
+        if answer.status_code in (401, 403):
+            raise ValueError(f"{path} says {answer.status_code}: set the backend's api_key")
+        return answer
 
     async def _json(self, replica: Replica, path: str) -> Any:
         answer = await self._get(replica, path)
-        if answer.status_code in (401, 403):
-            raise ValueError(f"{path} says {answer.status_code}: set the backend's api_key")
         if answer.status_code == 503:
             raise ValueError(f"{path} says 503: it is still loading")
         with contextlib.suppress(ValueError):

@@ -122,6 +122,7 @@ class Relay:
             self.gateway.monitor.down(candidate.replica, str(error))
         elif not isinstance(error, Busy):
             candidate.replica.failed(str(error))
+            self.gateway.admission.gone()  # it may be suspect now
         self.gateway.telemetry.attempt_failed(self.call.id, candidate, error)
 
     async def _take_slot(self) -> Candidate:

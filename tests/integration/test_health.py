@@ -1,0 +1,325 @@
+"""What the proxy believes of a replica: starting, up, suspect, down, and up again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from proxy import fleet
+from proxy.fleet import Replica
+from proxy.load import parse_metrics
+from tests.integration.conftest import RunningProxy, backend, chat, get, wait_until
+from tests.integration.fake import METRICS, FakeUpstream, Script, Talk, status, whole
+
+Start = Callable[..., RunningProxy]
+
+
+class Upstream(FakeUpstream):
+    """Its answers to looks can be scripted: path → script; other paths are answered as ever."""
+
+    def __post_init__(self) -> None:
+        self.looks: dict[str, Script] = {}
+        self.looked: list[Talk] = []
+        super().__post_init__()
+
+    async def _look(self, talk: Talk) -> None:
+        self.looked.append(talk)
+        look = self.looks.get(talk.path)
+        await (look(talk) if look else super()._look(talk))
+
+
+@pytest.fixture
+def gpu() -> Iterator[Upstream]:
+    fake = Upstream()
+    yield fake
+    fake.close()
+
+
+def only(proxy: RunningProxy) -> Replica:
+    [replica] = proxy.gateway.fleet.replicas
+    return replica
+
+
+def looks(fake: Upstream, count: int) -> None:
+    """Waits for so many looks from now on."""
+    before = len(fake.looked)
+    wait_until(lambda: len(fake.looked) >= before + count)
+
+
+async def hang(talk: Talk) -> None:
+    await talk.until_client_leaves()
+
+
+def test_not_there_at_first(start: Start, gpu: Upstream) -> None:
+    gpu.kill()
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    wait_until(lambda: only(proxy).state == "down")
+    assert only(proxy).why
+    gpu.start()
+    proxy.until_up(1)
+    assert (only(proxy).state, only(proxy).why) == ("up", "answers")
+    assert chat(proxy).status_code == 200
+
+
+def test_up_says_what_it_can_do(start: Start, gpu: Upstream) -> None:
+    gpu.models = ["a", "b"]
+    proxy = start(backends={"vllm": backend(gpu)})
+    [vllm] = proxy.gateway.fleet.backends
+    assert (vllm.models, vllm.context) == ({"a", "b"}, 2048)
+    assert only(proxy).in_flight == 0
+
+
+def test_another_model_after_a_restart(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.kill()
+    wait_until(lambda: only(proxy).state == "down")
+    gpu.models = ["new"]
+    gpu.start()
+    wait_until(lambda: proxy.gateway.fleet.models == ["new"])
+
+
+LOADING: dict[str, tuple[str, Script, str]] = {
+    "the look says 503": ("/metrics", status(503), "/metrics says 503"),
+    "the models say 503": ("/v1/models", status(503), "still loading"),
+    "wrong key": ("/v1/models", status(401), "set the backend's api_key"),
+    "forbidden": ("/metrics", status(403), "set the backend's api_key"),
+    "no models": ("/v1/models", status(404), ""),
+    "models that are no JSON": ("/v1/models", status(200, b"<html>"), ""),
+    "models that are none": ("/v1/models", status(200, ["a"]), ""),
+    "models without names": ("/v1/models", status(200, {"data": ["a"]}), ""),
+    "metrics that are none": ("/metrics", status(200, b"vllm:num_requests_running"), ""),
+    "metrics without numbers": ("/metrics", status(200, b"vllm:num_requests_running x"), ""),
+}
+
+
+@pytest.mark.parametrize(("path", "look", "words"), LOADING.values(), ids=LOADING.keys())
+def test_not_ready_yet(start: Start, gpu: Upstream, path: str, look: Script, words: str) -> None:
+    gpu.looks[path] = look
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    wait_until(lambda: only(proxy).state == "down")
+    assert words in only(proxy).why
+    assert get(f"{proxy.url}/ready").status_code == 503
+    assert only(proxy).in_flight == 0
+    gpu.looks.clear()
+    proxy.until_up(1)
+
+
+def test_keys_are_shown_when_looking(start: Start, gpu: Upstream) -> None:
+    start(backends={"vllm": backend(gpu, api_key="hush")})
+    assert {talk.headers.get("authorization") for talk in gpu.looked} == {"Bearer hush"}
+
+
+def test_a_busy_server_may_miss_a_look(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, scrape_timeout_s=0.5)
+    misses = iter([status(500), status(502)])
+
+    async def missing_twice(talk: Talk) -> None:
+        script = next(misses, None)
+        await (script(talk) if script else FakeUpstream._look(gpu, talk))
+
+    seen: list[str] = []
+    turn = only(proxy).turn
+    only(proxy).turn = lambda state, why: seen.append(state) or turn(state, why)  # type: ignore[method-assign]
+    gpu.looks["/metrics"] = missing_twice
+    looks(gpu, 5)
+    assert (seen, only(proxy).state) == ([], "up")
+
+
+@pytest.mark.parametrize("look", [status(500), hang], ids=["500", "silence"])
+def test_three_in_a_row_are_believed(start: Start, gpu: Upstream, look: Script) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, scrape_timeout_s=0.05)
+    gpu.looks["/metrics"] = look
+    wait_until(lambda: only(proxy).state == "down")
+    assert "3 looks in a row failed" in only(proxy).why
+    gpu.looks.clear()
+    proxy.until_up(1)
+
+
+def test_a_refused_connection_is_believed_at_once(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, scrape_interval_s=3600)
+    gpu.kill()
+    assert chat(proxy).status_code == 503
+    assert only(proxy).state == "down"
+    assert only(proxy).scraped is None
+
+
+def test_load_is_what_the_page_says(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, slots=10)})
+    assert only(proxy).load == 0
+    gpu.running, gpu.waiting, gpu.kv = 3, 1, 0.6
+    wait_until(lambda: only(proxy).load == pytest.approx(0.75))
+    gpu.waiting = 20
+    wait_until(lambda: only(proxy).load == pytest.approx(4))
+
+
+def test_load_that_is_stale_counts_as_full(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, stale_after_s=0.2, scrape_timeout_s=30)
+    gpu.looks["/metrics"] = hang
+    wait_until(lambda: only(proxy).load >= 1)
+    assert (only(proxy).up, only(proxy).load_parts.stale) == (True, True)
+    assert chat(proxy).status_code == 200
+
+
+def test_no_page_is_no_load(start: Start, gpu: Upstream) -> None:
+    """vLLM can be started without it."""
+    gpu.looks["/metrics"] = status(404)
+    proxy = start(backends={"vllm": backend(gpu)})
+    assert (only(proxy).scraped, only(proxy).load) == (None, 0)
+    assert get(f"{proxy.url}/models/status").json()["backends"][0]["replicas"][0]["memory"]["kv_usage"] is None
+
+
+def test_requests_sent_since_the_look_are_added_to_it(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, slots=10)}, scrape_interval_s=3600)
+    for sent in (1, 2):
+        assert chat(proxy).status_code == 200
+        assert only(proxy).sent_since_scrape == sent
+    assert only(proxy).load == pytest.approx(0.2)
+
+
+def test_those_that_a_look_has_seen_are_no_longer_added(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, slots=10)})
+    for _ in range(2):
+        assert chat(proxy).status_code == 200
+    wait_until(lambda: only(proxy).sent_since_scrape == 0)
+    assert only(proxy).load == 0
+
+
+# who answers looks but fails requests
+
+
+def test_suspect_after_three_failures_and_up_again_by_a_good_answer(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "SUSPECT_S", 0.3)
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.scripts += [status(500)] * 3
+    assert [chat(proxy).status_code for _ in range(3)] == [502] * 3
+    assert (only(proxy).state, only(proxy).up) == ("suspect", False)
+    assert only(proxy).why.startswith("3 requests failed in a row, the last one: says 500")
+    assert chat(proxy).status_code == 503
+    looks(gpu, 2)
+    assert only(proxy).state == "suspect", "an answer to a look is no answer to a request"
+    wait_until(lambda: only(proxy).up)
+    assert chat(proxy).status_code == 200
+    assert (only(proxy).state, only(proxy).failures_in_a_row) == ("up", 0)
+
+
+def test_suspect_again_by_one_more_failure(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "SUSPECT_S", 0.2)
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.scripts += [status(500)] * 4
+    for _ in range(3):
+        chat(proxy)
+    wait_until(lambda: only(proxy).up)
+    assert chat(proxy).status_code == 502
+    assert not only(proxy).up
+
+
+@pytest.mark.parametrize("script", [status(400), status(429), status(503)])
+def test_refusing_and_being_busy_are_no_failures(start: Start, gpu: Upstream, script: Script) -> None:
+    gpu.default = script
+    proxy = start(backends={"vllm": backend(gpu)})
+    for _ in range(4):
+        chat(proxy)
+    assert (only(proxy).state, only(proxy).failures_in_a_row) == ("up", 0)
+
+
+def test_good_answers_between_failures_keep_it_up(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+    for _ in range(3):
+        gpu.scripts += [status(500), status(500)]
+        assert [chat(proxy).status_code for _ in range(3)] == [502, 502, 200]
+    assert only(proxy).state == "up"
+
+
+def test_who_waits_for_a_replica_that_becomes_suspect_goes_on(start: Start, gpu: Upstream, cpu: FakeUpstream) -> None:
+    """With the rest of its plan, at once, not when the replica is trusted again."""
+    fail = threading.Event()
+
+    async def fails_when_told(talk: Talk) -> None:
+        await asyncio.to_thread(fail.wait, 10)
+        await talk.answer(500, {})
+
+    gpu.default = fails_when_told
+    backends = {"big": backend(gpu, dialect="openai", slots=1), "small": backend(cpu, path="cpu")}
+    proxy = start(backends=backends)
+    big = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend.name == "big")
+    big.failures_in_a_row = 2
+    answers: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(chat(proxy, max_tokens=2000).headers["x-backend"]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(proxy.gateway.admission.waiting) == 2)
+    fail.set()
+    wait_until(lambda: len(answers) == 3, seconds=5)
+    assert answers == ["small"] * 3
+    assert len(gpu.talks) == 1
+
+
+def test_who_waits_for_a_replica_that_comes_back_gets_it(start: Start, gpu: Upstream) -> None:
+    second = Upstream()
+    first_goes_on, second_goes_on = threading.Event(), threading.Event()
+
+    def slow(go_on: threading.Event) -> Script:
+        async def script(talk: Talk) -> None:
+            await asyncio.to_thread(go_on.wait, 10)
+            await talk.answer(200, whole())
+
+        return script
+
+    gpu.default, second.default = slow(first_goes_on), slow(second_goes_on)
+    proxy = start(backends={"only": backend(gpu, second, dialect="openai", slots=1)})
+    back = next(replica for replica in proxy.gateway.fleet.replicas if replica.url == second.url)
+    answers: list[str] = []
+    threads = [threading.Thread(target=lambda: answers.append(chat(proxy).headers["x-replica"])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(proxy.gateway.admission.waiting) == 1 and gpu.talks and second.talks)
+    second.looks["/v1/models"] = status(500)
+    wait_until(lambda: back.state == "down")
+    second_goes_on.set()
+    wait_until(lambda: answers == [back.name])
+    assert len(proxy.gateway.admission.waiting) == 1, "its slot is free, but it is down"
+    second.looks.clear()
+    wait_until(lambda: answers == [back.name] * 2)
+    first_goes_on.set()
+    for thread in threads:
+        thread.join()
+    second.close()
+
+
+def test_looking_goes_on_after_a_fault_of_our_own(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+
+    def fault(page: str) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("proxy.health.parse_metrics", fault)
+        looks(gpu, 5)
+        assert only(proxy).state == "up"
+    assert "ZeroDivisionError" in caplog.text
+    gpu.running = 7
+    wait_until(lambda: only(proxy).scraped and only(proxy).scraped.running == 7)
+
+
+def test_of_two_replicas_the_least_is_promised(start: Start, gpu: Upstream) -> None:
+    """Replicas are interchangeable: the backend's context is the smaller one."""
+    second = Upstream()
+    second.looks["/v1/models"] = status(200, {"data": [{"id": "m", "max_model_len": 1024}]})
+    proxy = start(backends={"vllm": backend(gpu, second)})
+    [vllm] = proxy.gateway.fleet.backends
+    assert vllm.context == 1024
+    second.close()
+
+
+def test_the_page_of_the_fake_is_one_that_the_proxy_reads() -> None:
+    assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5)) == {"running": 1, "waiting": 2, "kv": 0.5}
