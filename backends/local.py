@@ -29,6 +29,7 @@ from backends.process import Child
 
 RUN = ROOT / "run"
 ALIAS = "smollm2"
+SLOTS = 4  # of one llama-server
 START_S = 300.0  # a large model on a slow disk
 STOP_S = 5.0
 DRAIN_S = 35.0  # the proxy's own drain time and a little
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=a_port, default=8080, help="0 takes a free one")
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct, fetched)")
     parser.add_argument("--replicas", type=at_least_one, default=1, help="CPU backend processes")
-    parser.add_argument("--ctx", type=at_least_one, default=8192, help="context length in tokens")
+    parser.add_argument("--ctx", type=at_least_one, default=4096, help="context length of a request, in tokens")
     parser.add_argument("--run-dir", type=Path, default=RUN, help="logs and the lock")
     return parser.parse_args(argv)
 
@@ -148,8 +149,8 @@ def llama_server(model: Path, port: int, threads: int, ctx: int) -> list[str]:
     """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
     return [
         sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", alias(model),
-        "--host", "127.0.0.1", "--port", str(port), "-c", str(ctx), "-np", "4", "-t", str(threads), "-tb", str(threads),
-        "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
+        "--host", "127.0.0.1", "--port", str(port), "-c", str(SLOTS * ctx), "-np", str(SLOTS), "-t", str(threads),
+        "-tb", str(threads), "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
     ]  # fmt: skip
 
 
