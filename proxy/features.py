@@ -35,7 +35,8 @@ Need = Literal[
 ]
 NEEDS = frozenset(get_args(Need))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-HINTS = ("backend", "urgency", "task_type", "fallback")
+HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback"}
+URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
 
 Json = dict[str, Any]
@@ -66,7 +67,7 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
     check_ranges(body)
     texts = list(_texts(body, endpoint, limits))
     urgency, task_type = _hint(body, headers, "urgency"), _hint(body, headers, "task_type")
-    if urgency is not None and urgency not in get_args(Urgency):
+    if urgency is not None and urgency not in URGENCIES:
         raise BadRequest(f"urgency must be high, normal or low, not {urgency!r}", param="urgency")
     backend = _hint(body, headers, "backend")
     ids = _token_ids(body)
@@ -89,7 +90,7 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
 
 def strip_hints(body: Json) -> Json:
     """The same object where there are none."""
-    if not any(hint in body for hint in HINTS):
+    if not HINTS.keys() & body.keys():
         return body
     return {key: value for key, value in body.items() if key not in HINTS}
 
@@ -141,14 +142,23 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "tools": list,
+    "stop": (str, list),
+    "logit_bias": dict,
+    "response_format": dict,
+}
+
+
 def check_ranges(body: Json) -> None:
     """What OpenAI forbids too. The engines differ: one answers 400, one 500, one takes a negative limit as none."""
-    for field, (low, high, whole) in RANGES.items():
+    for field in RANGES.keys() & body.keys():
+        low, high, whole = RANGES[field]
         value = _get(body, field, int if whole else (int, float))
         if value is not None and not low <= value <= high:
             raise BadRequest(f"{field} must be between {low} and {high}, not {value}", param=field)
-    for field, kind in (("tools", list), ("stop", (str, list)), ("logit_bias", dict), ("response_format", dict)):
-        _get(body, field, kind)
+    for field in KINDS.keys() & body.keys():
+        _get(body, field, KINDS[field])
 
 
 def _texts(body: Json, endpoint: Endpoint, limits: Limits) -> Iterator[str]:
@@ -236,24 +246,29 @@ def _hint(body: Json, headers: Mapping[bytes, bytes], name: str) -> str | None:
     """From the body, else from the header X-Name. Empty counts as not given."""
     value: str | None = _get(body, name, str)
     if value is None:
-        value = headers.get(b"x-" + name.replace("_", "-").encode(), b"").decode("latin-1")
+        value = headers.get(HINTS[name], b"").decode("latin-1")
     return value or None
 
 
+OWN_FIELDS: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
+NEED_FIELDS = {
+    *OWN_FIELDS, "n", "best_of", "logprobs", "response_format", "tools", "tool_choice", "functions", "prompt",
+}  # fmt: skip
+
+
 def _needs(body: Json, endpoint: Endpoint) -> frozenset[Need]:
-    needs: set[Need] = set()
     if endpoint == "embeddings":
         return frozenset({"embeddings"})
+    needs: set[Need] = {"images"} if endpoint == "chat" and _has_media(body) else set()
+    if not body.keys() & NEED_FIELDS:
+        return frozenset(needs)
     if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
         needs.add("n")
     if body.get("logprobs") not in (None, False):
         needs.add("logprobs")
-    fields: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
-    needs.update(field for field in fields if body.get(field))
+    needs.update(field for field in OWN_FIELDS if body.get(field))
     needs.update(_format_needs(body))
     needs.update(_tool_needs(body) if endpoint == "chat" else _prompt_needs(body))
-    if endpoint == "chat" and _has_media(body):
-        needs.add("images")
     return frozenset(needs)
 
 
