@@ -35,6 +35,7 @@ STOP_S = 5.0
 DRAIN_S = 35.0  # the proxy's own drain time and a little
 RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a backend that died is started again
 SETTLED_S = 60.0  # after so long a start counts as a success
+QUESTION = "What is the capital of France? Answer in one word."  # one that the default model answers rightly, unsampled
 
 ENGINES = ("llama-cpp-python", "llama-server")
 
@@ -219,7 +220,7 @@ def welcome(url: str, name: str, logs: Path) -> None:
 xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    -d '{{"messages": [{{"role": "user", "content": "{QUESTION}"}}], "temperature": 0}}'
 
   from openai import OpenAI
   chat = OpenAI(base_url="{url}/v1", api_key="none").chat.completions

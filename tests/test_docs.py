@@ -241,21 +241,21 @@ def served_routes() -> Iterator[tuple[str, str]]:
 
 def test_routes() -> None:
     told = [tuple(ticked(row[0])[0].split()) for row in table_rows(API, "route")]
-    assert sorted(told) == sorted(served_routes())
+    assert sorted(told) == sorted(served_routes()), "docs/api.md has other routes than the app"
 
 
 def test_request_headers() -> None:
     told = {header.lower() for row in table_rows(API, "request header") for header in ticked(row[0])}
     hints = {f"x-{hint.replace('_', '-')}" for hint in HINTS}
     read = set(re.findall(r'headers\.get\(b"([\w-]+)",', source()))
-    assert told == (read | hints) - {"content-length"}  # which is HTTP's own
+    assert told == (read | hints) - {"content-length"}, "docs/api.md has other headers than are read"
 
 
 def test_answer_headers() -> None:
     told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     files = ("relay.py", "errors.py", "client.py", "openai_api.py")
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
-    assert told == sent
+    assert told == sent, "docs/api.md has other answer headers than the code"
 
 
 def error_classes(base: type[ProxyError] = ProxyError) -> Iterator[type[ProxyError]]:
@@ -274,13 +274,13 @@ def test_errors() -> None:
     raised.add(("504", GatewayFailed.type, GatewayFailed.code))
     raised.add(("503", errors.Unavailable.type, "all_backends_failed"))
     raised.add(("400", errors.BadRequest.type, "context_length_exceeded"))
-    assert told == raised
+    assert told == raised, "docs/api.md has other errors than proxy/errors.py"
 
 
 def test_every_code_in_the_source_is_told() -> None:
     text = API.read_text()
     for code in set(re.findall(r'\bcode="(\w+)"', source())) | set(re.findall(r'^    code = "(\w+)"', source(), re.M)):
-        assert f"`{code}`" in text, code
+        assert f"`{code}`" in text, f"docs/api.md does not tell of the error code {code}"
 
 
 def test_hints() -> None:
@@ -295,7 +295,7 @@ def test_reasons() -> None:
     policy = source("policy.py")
     used = set(re.findall(r'f?"(\w+): ', policy)) | set(re.findall(r'"(\w+)" if urgent else "(\w+)"', policy)[0])
     used |= {f"{word}_spill" for word in ("urgent", "default") if "{word}_spill: " in policy}
-    assert told == used
+    assert told == used, "docs/routing.md has other reasons than proxy/policy.py"
 
 
 def test_generate_fields() -> None:

@@ -65,3 +65,4 @@ def test_shell(run: Callable[..., str], url: str, example: str) -> None:
         answer = json.loads(said)
         found = [answer[name] for name in ("choices", "text", "candidates") if name in answer]
         assert any(found), said
+        assert "Paris" in said or "capital of France" not in example
