@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from proxy import sse
 from proxy.auth import check_key
 from proxy.client import read_body, read_json, request_id, send_error
-from proxy.errors import BadRequest, ClientLeft, ProxyError
+from proxy.errors import BadRequest, ClientLeft, GatewayFailed, ProxyError
 from proxy.gateway import Call, Gateway
 from proxy.openai_api import answer
 
@@ -87,20 +87,29 @@ class WholeText:
             return
         body = message["body"]
         if self._start["status"] == 200:
-            body = orjson.dumps(self._answer(orjson.loads(body)))
+            body = self._reshape(body)
             headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]
             self._start["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body})
 
+    def _reshape(self, body: bytes) -> bytes:
+        try:
+            return orjson.dumps(self._answer(orjson.loads(body)))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            error = GatewayFailed("the backend's answer is no completion", code="bad_answer")
+            self._start["status"] = error.status
+            return error.body()
+
     def _answer(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """Raises LookupError, TypeError or AttributeError. Without usage from the backend the speed is null."""
         seconds = time.perf_counter() - self._began
-        tokens = completion["usage"]["completion_tokens"]
+        usage = completion.get("usage")
         return {
             "text": completion["choices"][0]["text"],
             "backend_used": dict(self._start["headers"])[b"x-backend"].decode(),
             "generation_time": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 2),
+            "tokens_per_second": round(usage["completion_tokens"] / seconds, 2) if usage else None,
         }
 
 
