@@ -106,7 +106,7 @@ def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
         family = children(run.process.pid)
         run.process.kill()
         run.process.wait()
-        wait_until(lambda family=family: not set(family) & set(parents()))
+        wait_until(lambda family=family: not set(family) & set(parents()), START_S)
 
 
 def chat(url: str, **fields: Any) -> httpx.Response:
@@ -145,7 +145,7 @@ def test_ends_while_it_still_loads(start: Start, number: int) -> None:
     family = wait_until(lambda: children(run.process.pid), START_S)
     os.kill(run.process.pid, number)
     run.ended()
-    wait_until(lambda: not set(family) & set(parents()))
+    wait_until(lambda: not set(family) & set(parents()), START_S)
 
 
 def test_a_killed_supervisor_takes_all_with_it(start: Start) -> None:
@@ -154,7 +154,7 @@ def test_a_killed_supervisor_takes_all_with_it(start: Start) -> None:
     family = children(run.process.pid)
     assert len(family) == 3, "two backends and the proxy"
     run.process.kill()
-    wait_until(lambda: not set(family) & set(parents()))
+    wait_until(lambda: not set(family) & set(parents()), START_S)
 
 
 def test_a_stream_that_runs_is_finished_first(start: Start) -> None:
@@ -177,7 +177,7 @@ def test_a_backend_that_dies_is_started_again(start: Start) -> None:
     url = run.url()
     (backend,) = run.backends()
     os.kill(backend, signal.SIGKILL)
-    wait_until(lambda: "died; starting it again" in run.said())
+    wait_until(lambda: "died; starting it again" in run.said(), START_S)
     wait_until(lambda: run.backends() not in ([], [backend]), START_S)
     wait_until(lambda: chat(url).status_code == 200, START_S)
 
