@@ -38,6 +38,8 @@ rm -f "$venv/.installed-$set-"*
 
 quiet=-q
 if [ -t 1 ]; then quiet=; fi # a person sees what takes so long
+# No images go to llama-cpp-python, and its library for them is a quarter of what is compiled.
+export CMAKE_ARGS=${CMAKE_ARGS--DLLAVA_BUILD=OFF}
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 failed() { die "The install failed, the lines above say why. Nothing half-done is used: put that right and run make again."; }
 
