@@ -104,6 +104,28 @@ def refuse(field: str, why: str) -> Callable[[Json, Request], Json]:
     return rule
 
 
+def schema_of_completion(body: Json, request: Request) -> Json:
+    """/v1/completions has llama.cpp's own field for it."""
+    response_format = body.get("response_format")
+    if request.features.endpoint != "completions" or not response_format or response_format.get("type") == "text":
+        return body
+    schema = (response_format.get("json_schema") or response_format).get("schema") or {"type": "object"}
+    kept = {key: value for key, value in body.items() if key != "response_format"}
+    return {**kept, "json_schema": schema}
+
+
+# llama.cpp's own fields that cost memory or time by their size: a repeat_last_n of 10^9 took 19 s.
+SIZES = {"repeat_last_n": 4096, "dry_penalty_last_n": 4096, "n_probs": 20}
+
+
+def bounded_sizes(body: Json, _: Request) -> Json:
+    for field in SIZES.keys() & body.keys():
+        value = body[field]
+        if value is not None and (not isinstance(value, int) or value > SIZES[field]):
+            raise BadRequest(f"{field} must be a whole number up to {SIZES[field]}", param=field)
+    return body
+
+
 def one_choice(body: Json, _: Request) -> Json:
     for field in ("n", "best_of"):
         if (body.get(field) or 1) > 1:

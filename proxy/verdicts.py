@@ -17,14 +17,18 @@ from proxy.errors import Broken, Busy, ProxyError, Refused, UpstreamFailed
 
 Verdict = ProxyError | UpstreamFailed
 
-TOO_LONG = re.compile(r"maximum context length|exceeds? (?:the )?(?:available )?context|context_length_exceeded")
+TOO_LONG = re.compile(
+    r"maximum context length|exceeds? (?:the )?(?:available )?context|longer than the maximum model length"
+)
 PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
 ECHO = re.compile(r",? ?'input':.*", re.DOTALL)
 # llama.cpp's servers answer 500 to some of the client's mistakes
 CLIENTS_500 = re.compile(
-    r"validation errors?|can only concatenate str|Input should be|failed to parse|input is not supported|type must be"
+    r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
+    r"|type must be|Unknown reasoning format"
 )
 MAX_MESSAGE = 600
+PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is no field of a request
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -67,7 +71,7 @@ async def explain_empty(dialect: Dialect, request: Request, post: Post) -> Verdi
 
 def _refused(status: int, message: str, code: Any, param: str | None) -> Refused:
     if TOO_LONG.search(message):
-        return Refused(message, param=param, code="context_length_exceeded")
+        return Refused(message, param=param if param in PROMPTS else None, code="context_length_exceeded")
     status = status if 400 <= status < 500 else 400
     return Refused(
         message,
@@ -89,7 +93,7 @@ def _fields(body: bytes) -> tuple[str, Any, str | None]:
         return _clean(str(error)), None, None
     message = error.get("message") or error.get("detail") or "no reason given"
     param = error.get("param")
-    return _clean(str(message)), error.get("code"), param if isinstance(param, str) else None
+    return _clean(str(message)), error.get("code"), param.removeprefix("body.") if isinstance(param, str) else None
 
 
 def _clean(message: str) -> str:

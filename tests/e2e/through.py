@@ -125,11 +125,8 @@ JSON = {"content-type": "application/json"}
 
 def text_of(chunks: list[Json]) -> str:
     """What a client would join to the answer's text."""
-    parts = []
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            parts.append(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
-    return "".join(parts)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    return "".join(choice.get("text") or (choice.get("delta") or {}).get("content") or "" for choice in choices)
 
 
 def user(content: Any) -> list[Json]:
