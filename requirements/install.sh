@@ -44,7 +44,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 failed() { die "The install failed, the lines above say why. Nothing half-done is used: put that right and run make again."; }
 
 pip install -q --require-hashes -r requirements/build.txt || failed
-[ "$set" = native ] || echo "make: llama-cpp-python is compiled the first time (5 to 20 minutes), then pip keeps the wheel"
+[ "$set" = native ] || echo "make: llama-cpp-python is compiled, unless pip keeps a wheel of it from an earlier time: 5 to 20 minutes"
 pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt" || failed
 pip install -q --no-deps --no-build-isolation -e . || failed
 rm "$venv/.installing"
