@@ -216,10 +216,14 @@ def ask(arguments: argparse.Namespace, method: str, path: str, body: bytes | Non
         answer = httpx.request(method, url, content=body, headers=headers, timeout=10, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Failure(f"no proxy answers at {arguments.url} ({error}); start one with `xgen-proxy serve`") from None
-    data = orjson.loads(answer.content)
-    if answer.status_code != 200:
-        raise Failure(data["error"]["message"])
-    return data
+    try:
+        data = orjson.loads(answer.content)
+        if answer.status_code == 200:
+            return data
+        message = data["error"]["message"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        raise Failure(f"what answers at {arguments.url} is no xgen-proxy: {answer.status_code} for {path}") from None
+    raise Failure(message)
 
 
 def print_table(rows: Iterable[tuple[str, ...]]) -> None:

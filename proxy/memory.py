@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -37,12 +39,16 @@ def listener(port: int) -> int | None:
     if not sockets:
         return None
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir()):
-                return int(process.name)
-        except OSError:  # gone, or not ours to look at
-            continue
+        if not sockets.isdisjoint(_open_files(process)):
+            return int(process.name)
     return None
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):  # the process is gone, or not ours to look at
+        for fd in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed since it was listed, as files of a busy server are
+                yield os.readlink(fd)
 
 
 def _listening_inodes(port: int) -> set[str]:

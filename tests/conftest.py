@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+LOOPBACK = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]  # containers often have no IPv6
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy import memory
+from tests.conftest import LOOPBACK
 
 CHILD = """
 import mmap, socket, sys
@@ -49,8 +50,9 @@ def test_what_a_local_backend_takes(child: tuple[subprocess.Popen[str], int]) ->
     assert 40_000_000 < found["process_rss_bytes"] < 200_000_000
 
 
-def test_a_listener_on_ipv6_is_found() -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_listener_is_found(host: str) -> None:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         assert memory.listener(sock.getsockname()[1]) == os.getpid()
 
 
@@ -90,6 +92,23 @@ def test_a_process_that_is_gone_has_nothing_to_tell(child: tuple[subprocess.Pope
     process.wait()
     assert memory.rss(process.pid) is None
     assert memory.model_file(process.pid) is None
+
+
+def test_a_file_closed_while_looking_hides_nothing(
+    child: tuple[subprocess.Popen[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy server opens and closes files all the time."""
+    process, port = child
+    real = os.readlink
+    first = sorted(Path(f"/proc/{process.pid}/fd").iterdir())[0]
+
+    def readlink(path: str | os.PathLike[str]) -> str:
+        if Path(path) == first:
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    assert memory.listener(port) == process.pid
 
 
 def test_processes_that_may_not_be_looked_at_are_passed_over(

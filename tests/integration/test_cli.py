@@ -1,0 +1,320 @@
+"""Each command as its user sees it: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import __version__, cli
+from proxy.auth import hash_key
+from proxy.settings import Settings
+from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend
+from tests.integration.fake import FakeUpstream, Talk
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    gpu, cpu = FakeUpstream(), FakeUpstream()
+    yield gpu, cpu
+    gpu.close()
+    cpu.close()
+
+
+@pytest.fixture(scope="module")
+def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+    gpu, cpu = fakes
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu", tools=False)}
+    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
+    proxy.until_up(2)
+    yield proxy
+    proxy.stop()
+    assert_nothing_held(proxy)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """run(*arguments, stdin=b"") → (exit status, standard output, standard error)"""
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            status = cli.main(arguments)
+        except SystemExit as end:  # argparse's own end
+            status = end.code if isinstance(end.code, int) else 1
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def table(out: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines()]
+
+
+# help
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key"])
+def test_every_command_teaches_by_example(run: Cli, command: str) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert "examples:" in out
+    assert f"xgen-proxy {command}" in out
+    assert out.splitlines()[2].endswith(".") or out.splitlines()[2].endswith("?")
+
+
+def test_the_top_names_every_command(run: Cli) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("serve", "check", "route", "status", "key"):
+        assert f"\n    {command} " in out
+    assert run("--version")[1] == f"xgen-proxy {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["serve", "--port", "x"], ["serve", "--engine", "tgi"]])
+def test_wrong_arguments(run: Cli, arguments: list[str]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "usage: xgen-proxy" in err
+
+
+# check
+
+
+def test_check_prints_every_setting_with_its_source(run: Cli, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.setenv("XGEN_ROUTING__LONG_PROMPT_WORDS", "200")
+    monkeypatch.setenv("XGEN_BACKENDS__VLLM__API_KEY", "hush")
+    (directory / ".env").write_text("XGEN_DRAIN_S=5\n")
+    (directory / "xgen-proxy.toml").write_text("log_format = 'json'\n")
+    status, out, err = run(
+        "check", "--vllm", "http://a:1,http://b:1", "--llama-cpp", "http://c:1", "--engine", "llama-server",
+        "--port", "81", "--host", "::1",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    rows = table(out)
+    assert rows[0] == ["setting", "value", "from"]
+    for row in (
+        ["port", "81", "flag"],
+        ["host", "::1", "flag"],
+        ["backends.vllm.urls", "['http://a:1',", "'http://b:1']", "flag"],
+        ["backends.llama_cpp.dialect", "llama-server", "flag"],
+        ["backends.vllm.api_key", "********", "environment"],
+        ["routing.long_prompt_words", "200", "environment"],
+        ["drain_s", "5.0", ".env"],
+        ["log_format", "json", "xgen-proxy.toml"],
+        ["limits.queue", "512", "default"],
+    ):
+        assert row in rows
+    assert "hush" not in out
+
+
+def test_check_of_a_named_file(run: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XGEN_CONFIG", "to be restored after the test")
+    (directory / "mine.toml").write_text('port = 82\n[backends.vllm]\nurls = ["http://a:1"]\n')
+    status, out, _ = run("check", "--config", "mine.toml")
+    assert status == 0
+    assert ["port", "82", "mine.toml"] in table(out)
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no backend is configured: pass --vllm URL or --llama-cpp URL"),
+        (["--vllm", "gpu-box"], "backends.vllm.urls: 'gpu-box' is not a backend URL; write http://HOST:PORT"),
+        (["--vllm", "http://a:1", "--port", "99999"], "port: Input should be less than or equal to 65535"),
+        (["--engine", "llama-server"], "backends.llama_cpp.urls: say where it is"),
+        (["--vllm", "http://a:1", "--config", "no.toml"], "the configuration file no.toml does not exist"),
+    ],
+)
+def test_what_is_wrong_is_told_in_words(
+    run: Cli, command: str, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        if "--config" in arguments:
+            patch.setenv("XGEN_CONFIG", "to be restored after the test")
+        status, out, err = run(command, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"xgen-proxy: {words}")
+
+
+# serve
+
+
+def test_serve_when_the_port_is_taken_says_by_whom(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.server.set_up_logging", lambda log_format: None)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        status, out, err = run("serve", "--vllm", "http://127.0.0.1:1", "--port", str(port))
+    assert (status, out) == (2, "")
+    assert f"xgen-proxy: port {port} is taken by process " in err
+    assert "choose another with --port" in err
+
+
+def test_serve_hands_its_settings_on(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+
+    def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+        served.append(settings)
+        announce("http://127.0.0.1:1234")
+
+    monkeypatch.setattr(cli, "serve", serve)
+    status, out, _ = run("serve", "--llama-cpp", "http://a:1", "--port", "0")
+    assert (status, out) == (0, "listening on http://127.0.0.1:1234\n")
+    assert served[0].port == 0
+    assert served[0].backends["llama_cpp"].urls == ["http://a:1"]
+
+
+def test_an_interrupted_command(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "serve", serve)
+    assert run("serve", "--llama-cpp", "http://a:1")[0] == 130
+
+
+# route
+
+
+def request(**fields: Any) -> bytes:
+    return json.dumps({**CHAT, **fields}).encode()
+
+
+def test_route_from_stdin(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    status, out, _ = run("route", "--url", door.url, stdin=request(urgency="high"))
+    gpu, cpu = fakes
+    assert status == 0
+    assert table(out) == [
+        ["try", "backend", "replica", "load", "reason"],
+        ["1", "vllm", f"vllm@127.0.0.1:{gpu.port}", "0.00", "urgent:", "GPU", "load", "0.00", "<", "0.7"],
+        ["2", "llama_cpp", f"llama_cpp@127.0.0.1:{cpu.port}", "0.00", "fallback:", "after", "vllm"],
+    ]
+    assert gpu.talks == []
+
+
+def test_route_from_a_file(run: Cli, door: RunningProxy, directory: Path) -> None:
+    (directory / "request.json").write_bytes(request(backend="llama_cpp"))
+    status, out, _ = run("route", "request.json", "--url", door.url + "/")
+    assert status == 0
+    assert table(out)[1][1] == "llama_cpp"
+
+
+def test_route_tells_who_was_passed_over(run: Cli, door: RunningProxy) -> None:
+    body = request(tools=[{"type": "function", "function": {"name": "f"}}])
+    status, out, _ = run("route", "-", "--url", door.url, stdin=body)
+    assert status == 0
+    assert "not llama_cpp: cannot do tools" in out
+
+
+def test_route_of_a_request_that_nobody_can_do(run: Cli, door: RunningProxy) -> None:
+    body = request(backend="llama_cpp", tools=[{"type": "function", "function": {"name": "f"}}])
+    status, out, _ = run("route", "--url", door.url, stdin=body)
+    assert status == 1
+    assert out.startswith("refused: backend llama_cpp cannot do tools")
+    assert "try" not in out.split()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"{", "not valid JSON"), (b"", "empty"), (request(model="none"), "'none' does not exist; known models: m")],
+)
+def test_route_of_what_is_no_request(run: Cli, door: RunningProxy, body: bytes, words: str) -> None:
+    status, out, err = run("route", "--url", door.url, stdin=body)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_route_of_a_file_that_is_not_there(run: Cli, door: RunningProxy) -> None:
+    assert run("route", "no.json", "--url", door.url)[::2] == (
+        2, "xgen-proxy: cannot read no.json: No such file or directory\n",
+    )  # fmt: skip
+
+
+# status
+
+
+def test_status(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    status, out, _ = run("status", "--url", door.url)
+    assert status == 0
+    header, cpu, gpu, waiting = table(out)
+    assert header == ["replica", "path", "state", "busy", "load", "models", "context", "memory", "why"]
+    assert gpu[:7] == [f"vllm@127.0.0.1:{fakes[0].port}", "gpu", "up", "0/256", "0.00", "m", "2048"]
+    assert gpu[8:] == ["MB", "answers"]
+    assert cpu[1] == "cpu"
+    assert waiting == ["waiting", "for", "a", "slot:", "0"]
+
+
+def test_status_of_what_is_not_there(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    gpu.kill()
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    status, out, _ = run("status", "--url", proxy.url)
+    assert status == 0
+    assert "?" in table(out)[1]  # neither context nor memory is known
+
+
+@pytest.mark.parametrize("command", ["status", "route"])
+def test_no_proxy_there(run: Cli, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    for wrong in (url, "no url", "http://"):
+        status, out, err = run(command, "--url", wrong, stdin=b"{}")
+        assert (status, out) == (2, "")
+        assert f"no proxy answers at {wrong}" in err
+        assert "start one with `xgen-proxy serve`" in err
+
+
+@pytest.mark.parametrize("command", ["status", "route"])
+@pytest.mark.parametrize("body", [b"<html>404</html>", {"detail": "Not Found"}, [1]])
+def test_another_server_there(run: Cli, command: str, body: object) -> None:
+    """Such as a backend whose address was given instead."""
+
+    class Other(FakeUpstream):
+        async def _look(self, talk: Talk) -> None:
+            await talk.answer(404, body)
+
+    async def nothing(talk: Talk) -> None:
+        await talk.answer(404, body)
+
+    other = Other(default=nothing)
+    status, out, err = run(command, "--url", other.url, stdin=b"{}")
+    other.close()
+    assert (status, out) == (2, "")
+    assert f"what answers at {other.url} is no xgen-proxy" in err
+
+
+def test_keys(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    status, out, _ = run("key")
+    [[_, key], [_, hash]] = table(out)
+    assert status == 0
+    assert hash == hash_key(key)
+    proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash])
+    assert run("route", "--url", proxy.url, "--api-key", key, stdin=request())[0] == 0
+    status, _, err = run("route", "--url", proxy.url, stdin=request())
+    assert status == 2
+    assert "send a valid API key" in err
+
+
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["xgen-proxy", "key"])
+    monkeypatch.delitem(sys.modules, "proxy.cli")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("proxy.cli", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("key ")

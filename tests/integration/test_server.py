@@ -1,0 +1,314 @@
+"""The process: its port, its signals, its end. In a process of its own, since signals and logging belong to one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import httpx
+import pytest
+
+from proxy import server
+from proxy.server import PortTaken, listen
+from proxy.settings import Settings
+from tests.conftest import LOOPBACK
+from tests.integration.conftest import CHAT, get, post, wait_until
+from tests.integration.fake import FakeUpstream, Talk, delta, good
+
+ROOT = Path(__file__).parents[2]
+
+
+class Process:
+    """`xgen-proxy serve` as a child; its standard error is kept in `log`."""
+
+    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
+        self.log = directory / "log"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}
+        with self.log.open("wb") as log:
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *arguments],
+                cwd=directory, env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+                stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        assert self.child.stdout
+        line = self.child.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:"), self.log.read_text()
+        self.url = line.split()[-1]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def until_ready(self) -> None:
+        wait_until(lambda: self.asked("/ready") == 200, seconds=30)
+
+    def asked(self, path: str) -> int | None:
+        """The status, None where nobody answers."""
+        try:
+            return get(self.url + path).status_code
+        except httpx.TransportError:
+            return None
+
+    def signal(self, number: int) -> None:
+        self.child.send_signal(number)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def close(self) -> None:
+        assert self.child.stdout
+        self.child.stdout.close()
+        if self.child.poll() is None:
+            self.child.kill()
+            self.child.wait()
+
+
+Serve = Callable[..., Process]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    started: list[Process] = []
+
+    def serve(*arguments: str, **environment: str) -> Process:
+        process = Process(tmp_path, *arguments, **environment)
+        started.append(process)
+        return process
+
+    yield serve
+    for process in started:
+        process.close()
+
+
+class Streaming:
+    """A backend that streams `hel`, waits until it is let go, and ends as it should; and one client of it."""
+
+    def __init__(self, fake: FakeUpstream) -> None:
+        self.let_go = threading.Event()
+        self.left = threading.Event()
+        self.text = ""
+        self.error: Exception | None = None
+        self.began = threading.Event()
+        fake.default = self._script
+
+    async def _script(self, talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        gone = asyncio.create_task(talk.until_client_leaves())
+        let_go = asyncio.create_task(asyncio.to_thread(self.let_go.wait, 60))
+        await asyncio.wait([gone, let_go], return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            self.left.set()
+            self.let_go.set()
+            return
+        await talk.event(delta("lo"))
+        await talk.event(delta(finish="stop"))
+        await talk.end()
+
+    def start(self, url: str) -> None:
+        self.thread = threading.Thread(target=self._read, args=[url])
+        self.thread.start()
+        assert self.began.wait(30)
+
+    def _read(self, url: str) -> None:
+        body = {**CHAT, "stream": True}
+        try:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60, verify=False) as answer:
+                for part in answer.iter_text():
+                    self.text += part
+                    self.began.set()
+        except httpx.HTTPError as error:
+            self.error = error
+
+
+# the port
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(PortTaken) as error:
+            listen("127.0.0.1", port)
+    assert str(error.value) == f"port {port} is taken by process {os.getpid()}; end that, or choose another with --port"
+
+
+def test_a_port_taken_by_who_knows_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.server.listener", lambda port: None)
+    with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(PortTaken, match=r"\d+ is taken; end that"):
+        listen("127.0.0.1", sock.getsockname()[1])
+
+
+def test_a_port_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("proxy.server.socket.socket.bind", forbidden)
+    with pytest.raises(PortTaken, match=r"cannot listen on 127\.0\.0\.1:80: Permission denied; choose another"):
+        listen("127.0.0.1", 80)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(PortTaken, match="cannot listen on"):
+        listen(host, 0)
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_free_port(host: str) -> None:
+    with listen(host, 0) as sock:
+        assert socket.create_connection((host, sock.getsockname()[1])).close() is None
+
+
+def test_a_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_path: Path) -> None:
+    first = serve("--vllm", gpu.url)
+    second = subprocess.run(
+        [sys.executable, "-m", "proxy.cli", "serve", "--port", str(first.port), "--vllm", gpu.url],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert f"is taken by process {first.child.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "url"), [(("127.0.0.1", 81), "http://127.0.0.1:81"), (("::1", 81, 0, 0), "http://[::1]:81")]
+)
+def test_what_it_announces(monkeypatch: pytest.MonkeyPatch, name: tuple[Any, ...], url: str) -> None:
+    """The address is there to be pasted; this machine may have no IPv6."""
+    listening = Mock(**{"getsockname.return_value": name})
+    monkeypatch.setattr(server, "listen", lambda host, port: listening)
+    monkeypatch.setattr(server, "set_up_logging", lambda log_format: None)
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
+    told: list[str] = []
+    server.serve(Settings(), told.append)
+    assert told == [url]
+
+
+# the end
+
+
+def test_idle_it_ends_at_once_with_0(serve: Serve, gpu: FakeUpstream) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = serve("--vllm", gpu.url)
+        process.until_ready()
+        process.signal(number)
+        assert process.child.wait(20) == 0
+        assert "Traceback" not in process.log.read_text()
+
+
+def test_a_live_stream_finishes_while_nobody_new_is_let_in(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url)
+    process.until_ready()
+    streaming = Streaming(gpu)
+    streaming.start(process.url)
+    process.signal(signal.SIGTERM)
+    wait_until(lambda: process.asked("/ready") != 200)
+    wait_until(lambda: process.asked("/health") is None)
+    assert process.child.poll() is None
+    streaming.let_go.set()
+    assert process.child.wait(20) == 0
+    streaming.thread.join(20)
+    assert streaming.error is None
+    assert streaming.text.endswith("data: [DONE]\n\n")
+    assert streaming.text.count('"finish_reason":"stop"') == 1
+
+
+def test_ready_fails_first(serve: Serve, gpu: FakeUpstream) -> None:
+    """On a connection that is there already: /ready says 503, or the connection is closed; never 200."""
+    process = serve("--vllm", gpu.url)
+    process.until_ready()
+    streaming = Streaming(gpu)
+    streaming.start(process.url)
+    answers: list[int] = []
+    with httpx.Client(base_url=process.url, verify=False) as client:
+        assert client.get("/ready").status_code == 200
+        process.signal(signal.SIGTERM)
+        wait_until(lambda: _ended(client, answers), seconds=20)
+    first_bad = next((index for index, status in enumerate(answers) if status == 503), len(answers))
+    assert set(answers[first_bad:]) <= {503}
+    streaming.let_go.set()
+    assert process.child.wait(20) == 0
+    streaming.thread.join(20)
+
+
+def _ended(client: httpx.Client, answers: list[int]) -> bool:
+    try:
+        answers.append(client.get("/ready").status_code)
+    except httpx.TransportError:
+        return True
+    return False
+
+
+def test_streams_that_outlive_the_drain_time_are_cut(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url, XGEN_DRAIN_S="0.1")
+    process.until_ready()
+    streaming = Streaming(gpu)
+    streaming.start(process.url)
+    process.signal(signal.SIGTERM)
+    assert process.child.wait(20) == 0
+    streaming.thread.join(20)
+    assert "[DONE]" not in streaming.text
+    assert streaming.left.wait(20), "the backend was not told to stop"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(serve: Serve, gpu: FakeUpstream, second: int) -> None:
+    process = serve("--vllm", gpu.url, XGEN_DRAIN_S="3600")
+    process.until_ready()
+    streaming = Streaming(gpu)
+    streaming.start(process.url)
+    process.signal(signal.SIGTERM)
+    wait_until(lambda: process.asked("/health") is None)
+    assert process.child.poll() is None
+    began = time.monotonic()
+    process.signal(second)
+    process.child.wait(20)
+    assert time.monotonic() - began < 15
+    streaming.thread.join(20)
+    assert streaming.left.wait(20), "the backend was not told to stop"
+
+
+# what it writes
+
+
+def test_the_log_is_json_without_prompts(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url)
+    process.until_ready()
+    gpu.default = good
+    secret = "the-secret-of-this-prompt"
+    body = {**CHAT, "messages": [{"role": "user", "content": secret}]}
+    headers = {"x-request-id": "find-me"}
+    assert post(f"{process.url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+    assert post(f"{process.url}/v1/chat/completions", content=b'{"prompt": "' + secret.encode()).status_code == 400
+    wait_until(lambda: "find-me" in process.log.read_text())
+    process.signal(signal.SIGTERM)
+    assert process.child.wait(20) == 0
+    lines = process.lines()
+    assert secret not in process.log.read_text()
+    [request] = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (request["status"], request["level"]) == (200, "info")
+    assert any("is up" in line["message"] for line in lines)
+    assert not [line for line in lines if line["logger"].startswith(("httpx", "httpcore"))]
+
+
+def test_or_plain(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url, XGEN_LOG_FORMAT="plain")
+    process.until_ready()
+    wait_until(lambda: "is up" in process.log.read_text())
+    assert not process.log.read_text().startswith("{")
+
+
+def test_the_server_says_nothing_of_itself(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url)
+    answer = get(f"{process.url}/health")
+    assert "server" not in answer.headers
+    assert "date" in answer.headers

@@ -1,0 +1,276 @@
+"""Metrics and log lines: what they say after each kind of request, and what they never say."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.settings import Settings
+from proxy.telemetry import JsonFormatter, PlainFormatter
+from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
+from tests.integration.fake import FakeUpstream, Talk, delta, status
+
+PROMPT = "the-secret-of-this-prompt"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+@pytest.fixture(scope="module")
+def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    gpu, cpu = FakeUpstream(), FakeUpstream()
+    yield gpu, cpu
+    gpu.close()
+    cpu.close()
+
+
+@pytest.fixture(scope="module")
+def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+    gpu, cpu = fakes
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu")}
+    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
+    proxy.until_up(2)
+    yield proxy
+    proxy.stop()
+    assert_nothing_held(proxy)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_suspect(door: RunningProxy) -> None:
+    for replica in door.gateway.fleet.replicas:
+        replica.failures_in_a_row = 0
+
+
+Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def page(door: RunningProxy) -> Metrics:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(get(f"{door.url}/metrics").text)
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket")) and not sample.name.startswith("xgen_replica_")
+    }
+
+
+class Watch:
+    """changes(): which counters have grown since the last call, and by how much."""
+
+    def __init__(self, door: RunningProxy) -> None:
+        self.door = door
+        self.before = page(door)
+
+    def changes(self) -> dict[str, dict[str, str] | float]:
+        now = page(self.door)
+        grown = {key: value - self.before.get(key, 0) for key, value in now.items() if value != self.before.get(key, 0)}
+        self.before = now
+        return {name: {**dict(labels), "by": str(by)} for (name, labels), by in grown.items()}
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The log's lines as the JSON that an operator gets."""
+    records = [record for record in caplog.records if record.name.startswith("xgen_proxy.request")]
+    return [json.loads(JsonFormatter().format(record)) for record in records]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged, and a check that no line has the prompt."""
+    caplog.set_level(logging.DEBUG)
+    yield caplog
+    for record in caplog.records:
+        for formatter in (JsonFormatter(), PlainFormatter()):
+            assert PROMPT not in formatter.format(record)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_good_request(door: RunningProxy, log: pytest.LogCaptureFixture, stream: bool) -> None:
+    watch = Watch(door)
+    answer = chat(door, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
+    assert answer.status_code == 200
+    wait_until(lambda: lines(log))
+    changes = watch.changes()
+    duration = changes.pop("xgen_request_seconds_sum")
+    first = changes.pop("xgen_first_output_seconds_sum")
+    overhead = changes.pop("xgen_overhead_seconds_sum")
+    where = {"endpoint": "chat", "backend": "vllm", "by": "1.0"}
+    assert changes == {
+        "xgen_requests_total": {**where, "status": "200", "reason": "default"},
+        "xgen_request_seconds_count": where,
+        "xgen_first_output_seconds_count": where,
+        "xgen_overhead_seconds_count": {"by": "1.0"},
+    }
+    assert isinstance(duration, dict)
+    assert isinstance(first, dict)
+    assert isinstance(overhead, dict)
+    assert 0 < float(overhead["by"]) <= float(first["by"]) <= float(duration["by"]) < 20
+    [line] = lines(log)
+    expected = {
+        "level": "info", "logger": "xgen_proxy.request", "message": "request", "request_id": "good-1",
+        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "broken": None, "stream": stream,
+        "prompt_words": 1,
+    }  # fmt: skip
+    assert {name: line[name] for name in expected} == expected
+    assert line["replica"].startswith("vllm@")
+    assert line["reason"].startswith("default: GPU load")
+    assert 0 <= line["first_output_s"] <= line["duration_s"] < 20
+
+
+def test_failing_over(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(door)
+    fakes[0].scripts.append(status(500))
+    assert chat(door, messages=MESSAGES).status_code == 200
+    wait_until(lambda: len(lines(log)) == 2)
+    changes = watch.changes()
+    failed = changes["xgen_attempt_failures_total"]
+    name = f"vllm@127.0.0.1:{fakes[0].port}"
+    assert failed == {"backend": "vllm", "replica": name, "outcome": "broken", "by": "1.0"}
+    requests = changes["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert (requests["backend"], requests["status"], requests["reason"]) == ("llama_cpp", "200", "fallback")
+    attempt, request = lines(log)
+    assert (attempt["level"], attempt["outcome"], attempt["replica"]) == ("warning", "broken", name)
+    assert attempt["request_id"] == request["request_id"]
+    assert request["attempts"] == 2
+
+
+def test_everything_failed(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(door)
+    for fake in fakes:
+        fake.scripts.append(status(429))
+    assert chat(door, messages=MESSAGES).status_code == 503
+    wait_until(lambda: len(lines(log)) == 3)
+    requests = watch.changes()["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert requests["status"] == "503"
+    assert lines(log)[-1]["first_output_s"] is None
+
+
+def test_a_broken_stream(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    async def breaks(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        talk.reset()
+
+    for fake in fakes:
+        fake.scripts += [breaks, breaks]
+    assert chat(door, messages=MESSAGES, stream=True, headers={"x-fallback": "none"}).status_code == 200
+    wait_until(lambda: len(lines(log)) >= 2)
+    request = lines(log)[-1]
+    assert request["status"] == 200
+    assert request["broken"]
+    for fake in fakes:
+        fake.scripts.clear()
+
+
+def test_a_backend_that_repeats_the_prompt_in_its_error(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's validation errors have it: 'input': …"""
+    body = {"error": {"message": f"1 validation error, 'input': '{PROMPT}'", "type": "t", "code": 500}}
+    for fake in fakes:
+        fake.scripts.append(status(500, body))
+    answer = chat(door, messages=MESSAGES)
+    assert PROMPT not in answer.text
+    wait_until(lambda: lines(log))
+
+
+def test_a_client_that_leaves(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    async def endless(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        await talk.until_client_leaves()
+
+    watch = Watch(door)
+    fakes[0].scripts.append(endless)
+    body = json.dumps({**CHAT, "messages": MESSAGES, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", door.port)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+        client.sendall(body)
+        assert client.recv(65536)
+    wait_until(lambda: lines(log))
+    changes = watch.changes()
+    assert changes["xgen_clients_left_total"] == {"by": "1.0"}
+    requests = changes["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert requests["status"] == "499"
+    assert lines(log)[-1]["status"] == 499
+
+
+def test_labels_are_bounded_whatever_clients_send(door: RunningProxy) -> None:
+    before = set(page(door))
+    for number in range(5):
+        answer = chat(door, model=f"none-{number}", task_type=f"task-{number}", headers={"x-request-id": f"r-{number}"})
+        assert answer.status_code == 404
+        assert chat(door, task_type=f"task-{number}", user=f"user-{number}").status_code == 200
+    new = {key for key in set(page(door)) - before if key[0].startswith("xgen_requests")}
+    assert len(new) <= 2
+    assert "task-1" not in str(page(door))
+
+
+def test_a_quiet_log_costs_no_line(door: RunningProxy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "xgen_proxy.request")
+    assert chat(door).status_code == 200
+    assert lines(caplog) == []
+
+
+# the two ways to write a line
+
+
+def formatted(formatter: logging.Formatter, *, fields: dict[str, Any] | None = None, error: bool = False) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    logger = logging.Logger("some.name")
+    logger.addHandler(handler)
+    try:
+        if error:
+            raise ZeroDivisionError("why")
+        logger.warning("message %s", "é\n", extra={"fields": fields} if fields else {})
+    except ZeroDivisionError:
+        logger.exception("failed")
+    return stream.getvalue()
+
+
+def test_json_lines() -> None:
+    text = formatted(JsonFormatter(), fields={"a": 1, "b": None, "c": "x\ny"})
+    assert text.count("\n") == 1
+    line = json.loads(text)
+    time = line.pop("time")
+    assert line == {
+        "level": "warning", "logger": "some.name", "message": "message é\n", "a": 1, "b": None, "c": "x\ny",
+    }  # fmt: skip
+    assert time[10] == "T"
+    assert time[19] == "."
+    assert time[-1] == "Z"
+
+
+def test_json_lines_hold_tracebacks() -> None:
+    text = formatted(JsonFormatter(), error=True)
+    assert text.count("\n") == 1
+    assert "ZeroDivisionError: why" in json.loads(text)["exception"]
+
+
+def test_json_lines_hold_anything() -> None:
+    assert "Event object" in json.loads(formatted(JsonFormatter(), fields={"a": asyncio.Event()}))["a"]
+
+
+def test_plain_lines() -> None:
+    text = formatted(PlainFormatter(), fields={"a": 1, "b": None, "c": "x"})
+    assert text[2] == text[5] == ":"
+    assert text[8:] == " message é\n a=1 c=x\n"
+    assert "ZeroDivisionError: why" in formatted(PlainFormatter(), error=True)
