@@ -109,7 +109,8 @@ def schema_of_completion(body: Json, request: Request) -> Json:
     response_format = body.get("response_format")
     if request.features.endpoint != "completions" or not response_format or response_format.get("type") == "text":
         return body
-    schema = (response_format.get("json_schema") or response_format).get("schema") or {"type": "object"}
+    holder = response_format["json_schema"] if response_format["type"] == "json_schema" else response_format
+    schema = holder.get("schema") or {"type": "object"}
     kept = {key: value for key, value in body.items() if key != "response_format"}
     return {**kept, "json_schema": schema}
 
@@ -149,13 +150,18 @@ def json_object_with_schema(body: Json, request: Request) -> Json:
 
 def known_functions(body: Json, _: Request) -> Json:
     """The forced function's parameters become a grammar, as a response_format does."""
+    if not body.keys() & {"tools", "tool_choice", "functions", "function_call"}:
+        return body
     body = dict(body)
-    if isinstance(body.get("tools"), list):
+    for field in ("tools", "functions"):
+        if not isinstance(body.get(field, []), list):
+            raise BadRequest(f"{field} must be an array", param=field)
+    if "tools" in body:
         body["tools"] = [_known_tool(tool, _forced(body, "tool_choice")) for tool in body["tools"]]
-    if isinstance(body.get("functions"), list):
+    if "functions" in body:
         body["functions"] = [_known_function(each, _forced(body, "function_call")) for each in body["functions"]]
-    names = [tool["function"].get("name") for tool in body.get("tools") or ()]
-    names += [function.get("name") for function in body.get("functions") or ()]
+    names = [tool["function"].get("name") for tool in body.get("tools", ())]
+    names += [function.get("name") for function in body.get("functions", ())]
     for field in ("tool_choice", "function_call"):
         if isinstance(body.get(field), dict) and _forced(body, field) not in names:
             raise BadRequest(f"{field} names a function that is not in tools", param=field)
@@ -238,7 +244,10 @@ def guided_to_structured(body: Json, _: Request) -> Json:
     if not guided:
         return body
     kept = {key: value for key, value in body.items() if key not in GUIDED}
-    kept["structured_outputs"] = {**(body.get("structured_outputs") or {}), **{GUIDED[k]: v for k, v in guided.items()}}
+    own = body.get("structured_outputs")
+    kept["structured_outputs"] = {
+        **(own if isinstance(own, dict) else {}), **{GUIDED[name]: value for name, value in guided.items()},
+    }  # fmt: skip
     return kept
 
 
