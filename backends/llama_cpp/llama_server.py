@@ -21,16 +21,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("-a", "--alias", help="the name the model is served under (default: the file's path)")
     flags.add_argument("--host", default="127.0.0.1")
     flags.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    flags.add_argument(
-        "-c", "--ctx-size", "--ctx", type=int, default=0, help="tokens, all slots together (0: the model's)"
-    )
+    flags.add_argument("-c", "--ctx-size", type=int, default=0, help="tokens, all slots together (0: the model's)")
     flags.add_argument("-np", "--parallel", type=int, default=1, help="slots: requests that run at once")
     flags.add_argument("-t", "--threads", type=int, default=1, help="to generate with")
     flags.add_argument("-tb", "--threads-batch", type=int, help="to read prompts with (default: --threads)")
     flags.add_argument("-b", "--batch-size", type=int, default=2048, help="prompt tokens between two looks at queue")
     flags.add_argument("-ub", "--ubatch-size", type=int, default=512, help="of these, computed at once")
     flags.add_argument("--metrics", action="store_true", help="GET /metrics")
-    flags.add_argument("--slots", nargs="?", type=int, const=0, help="GET /slots")
+    flags.add_argument("--slots", action="store_true", help="GET /slots")
     flags.add_argument("--no-ui", "--no-webui", action="store_true")
     flags.add_argument("--offline", action="store_true")
     flags.add_argument("--embeddings", action="store_true")
@@ -47,12 +45,11 @@ def params(flags: argparse.Namespace) -> Any:
     if flags.alias:
         made.model_alias = {flags.alias}
     made.hostnames, made.port = [flags.host], flags.port
-    made.n_ctx, made.n_parallel = flags.ctx_size, flags.slots or flags.parallel
+    made.n_ctx, made.n_parallel = flags.ctx_size, flags.parallel
     made.n_batch, made.n_ubatch = flags.batch_size, flags.ubatch_size
     made.cpuparams.n_threads = flags.threads
     made.cpuparams_batch.n_threads = flags.threads_batch or flags.threads
-    made.endpoint_metrics = flags.metrics or bool(flags.slots)
-    made.endpoint_slots = flags.slots is not None
+    made.endpoint_metrics, made.endpoint_slots = flags.metrics, flags.slots
     # Only the proxy is to ask it: no web page of whatever origin, as the default would have it.
     made.cors_origins, made.cors_origins_explicit, made.cors_credentials = "", True, False
     made.ui, made.offline, made.embedding = not flags.no_ui, flags.offline, flags.embeddings
