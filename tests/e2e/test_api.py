@@ -139,7 +139,9 @@ def test_a_public_name_is_answered_under_that_name(door: Door, start_proxy: Call
     proxy = start_proxy(env=env)
     proxy.wait_ready()
     ask = chat(model='pub"lic')
-    assert httpx.post(proxy.url + "/v1/chat/completions", json=ask, timeout=30).json()["model"] == 'pub"lic'
+    whole = httpx.post(proxy.url + "/v1/chat/completions", json=ask, timeout=30)
+    assert whole.status_code == 200, whole.text
+    assert whole.json()["model"] == 'pub"lic'
     chunks = events(httpx.post(proxy.url + "/v1/chat/completions", json={**ask, "stream": True}, timeout=30).text)
     assert {json.loads(chunk)["model"] for chunk in chunks[:-1]} == {'pub"lic'}
     assert_openai_error(httpx.post(proxy.url + "/v1/chat/completions", json=chat(), timeout=30), 404)
@@ -307,7 +309,7 @@ def test_keys(llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> No
     proxy = start_proxy("--llama-cpp", llama_cpp_python.url, env=env)
     proxy.wait_ready()
     ask: dict[str, Any] = {"model": MODEL, "messages": CAPITAL, "max_tokens": 2}
-    for key in ("wrong", "sesame "):
+    for key in ("wrong", "Sesame"):
         with openai.OpenAI(base_url=proxy.url + "/v1", api_key=key, max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError) as refused:
                 client.chat.completions.create(**ask)

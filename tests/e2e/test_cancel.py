@@ -15,7 +15,7 @@ from tests.e2e.door import NEVER_ENDING, Door, Json, chat
 from tests.e2e.servers import until
 
 ENDLESS = chat("Count to a thousand.", max_tokens=1500, **NEVER_ENDING)
-FREED_S = 3  # of a busy machine; the request itself would take ten times as long
+FREED_S = 8  # on a machine that does other things too; the requests themselves would take several times as long
 
 
 def is_busy(door: Door) -> bool:
@@ -49,7 +49,7 @@ def test_leaving_frees_the_slot(door: Door, stream: bool) -> None:
     with request_in_flight(door, {**ENDLESS, "stream": stream}) as connection:
         if stream:
             assert b"200 OK" in connection.recv(65536)
-        until(lambda: is_busy(door), 10, "the request to reach the backend")
+        until(lambda: is_busy(door), 30, "the request to reach the backend")
     until(lambda: not is_busy(door), FREED_S, "the slot to be free")
     door.assert_answers()
 
@@ -58,7 +58,7 @@ def test_leaving_at_once_is_harmless(door: Door) -> None:
     for stream in (False, True):
         with request_in_flight(door, {**ENDLESS, "stream": stream}):
             pass
-    until(lambda: not is_busy(door), FREED_S + 2, "the slots to be free")
+    until(lambda: not is_busy(door), FREED_S, "the slots to be free")
     door.assert_answers()
 
 
@@ -67,6 +67,6 @@ def test_requests_that_wait_for_a_slot_can_leave_too(door: Door) -> None:
     with ExitStack() as crowd:
         for number in range(6):
             crowd.enter_context(request_in_flight(door, {**ENDLESS, "stream": number % 2 == 0}))
-        until(lambda: is_busy(door), 10, "a request to reach the backend")
+        until(lambda: is_busy(door), 30, "a request to reach the backend")
     until(lambda: not is_busy(door), FREED_S, "the slots to be free")
     door.assert_answers()

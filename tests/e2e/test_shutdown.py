@@ -32,7 +32,8 @@ def test_streams_that_outlive_the_drain_time_are_cut(llama_server: Server, start
     assert proxy.process
     body = chat("Count to a thousand.", max_tokens=1500, stream=True, **NEVER_ENDING)
     with httpx.stream("POST", proxy.url + "/v1/chat/completions", json=body, timeout=60) as answer:
-        assert next(answer.iter_bytes())
+        chunks = answer.iter_bytes()
+        assert next(chunks)
         proxy.process.send_signal(signal.SIGTERM)
         assert proxy.process.wait(10) == 0
     slots = llama_server.url + "/slots"
