@@ -86,13 +86,20 @@ def model_card(gateway: Gateway, name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": gateway.started, "owned_by": "xgen-proxy", "backends": owners}
 
 
-async def list_models(request: Request) -> Response:
+def let_in(request: Request) -> Gateway:
+    """Raises Unauthorized."""
     gateway: Gateway = request.app.state.gateway
+    check_key(dict(request.scope["headers"]), gateway.settings.api_keys)
+    return gateway
+
+
+async def list_models(request: Request) -> Response:
+    gateway = let_in(request)
     return JSONResponse({"object": "list", "data": [model_card(gateway, name) for name in gateway.fleet.models]})
 
 
 async def get_model(request: Request) -> Response:
-    gateway: Gateway = request.app.state.gateway
+    gateway = let_in(request)
     name = request.path_params["model"]
     if name not in gateway.fleet.models:
         known = ", ".join(gateway.fleet.models[:20]) or "none yet"

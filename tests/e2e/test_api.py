@@ -318,8 +318,8 @@ def test_keys(llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> No
         assert client.chat.completions.create(**ask).choices
     for path in ("/v1/chat/completions", "/generate", "/generate/stream", "/route"):
         assert_openai_error(httpx.post(proxy.url + path, json=chat()), 401)
-    for path in ("/v1/models", f"/v1/models/{MODEL}", "/models/status"):
+    for path in ("/v1/models", f"/v1/models/{MODEL}"):
         assert_openai_error(httpx.get(proxy.url + path), 401)
-    assert httpx.get(proxy.url + "/health").status_code == 200
-    assert httpx.get(proxy.url + "/ready").status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/models/status"):
+        assert httpx.get(proxy.url + path).status_code == 200
     proxy.stop()
