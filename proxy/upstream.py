@@ -59,7 +59,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._pool.live.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.complete:  # nobody asked: a server that talks out of turn is not to be trusted with the next request
@@ -117,6 +116,10 @@ class Connection(asyncio.Protocol):
             self._pool.completed(self)
 
     # one exchange
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None
 
     @property
     def reusable(self) -> bool:
@@ -293,4 +296,6 @@ class Pool:
         except OSError as error:
             raise ConnectFailed(error.strerror or str(error)) from None
         self.opened += 1
+        if connection.open:  # not in connection_made: uvloop calls no connection_lost for one that nobody waited for
+            self.live.add(connection)
         return connection

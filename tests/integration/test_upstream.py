@@ -323,15 +323,19 @@ async def test_a_connection_that_may_not_be_reused(answer: bytes) -> None:
 
 
 async def test_who_talks_out_of_turn_is_not_asked_again() -> None:
+    answered = asyncio.Event()
+
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(OK)
+        await answered.wait()
         if peer.number == 1:
             await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
         await peer.gone()
 
     async with serving(script) as pool:
         assert await ask(pool) == (200, b"ok")
+        answered.set()
         await until(lambda: not pool.live)
         assert await ask(pool) == (200, b"ok")
 

@@ -1,0 +1,356 @@
+"""A client may leave at any moment, or stop reading: what was done for it stops, and everything is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from proxy.client import CancelWhenGone
+from proxy.errors import ClientLeft
+from tests.integration.conftest import CHAT, RunningProxy, backend, chat, get, wait_until
+from tests.integration.fake import FakeUpstream, Script, Talk, delta, good, status, whole
+
+Start = Callable[..., RunningProxy]
+
+
+def ask(proxy: RunningProxy, **fields: Any) -> socket.socket:
+    """Sends a whole request and returns the client's socket, unread."""
+    body = json.dumps({**CHAT, "stream": True, **fields}).encode()
+    client = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    return client
+
+
+def held(proxy: RunningProxy) -> int:
+    waiting = len(proxy.gateway.admission.waiting)
+    return waiting + sum(replica.in_flight for replica in proxy.gateway.fleet.replicas)
+
+
+def left(proxy: RunningProxy) -> bool:
+    return "\nxgen_clients_left_total 1.0" in get(f"{proxy.url}/metrics").text
+
+
+async def silent(talk: Talk) -> None:
+    await talk.until_client_leaves()
+
+
+async def headers_only(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.until_client_leaves()
+
+
+async def midway(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event(delta("hel"))
+    await talk.until_client_leaves()
+
+
+async def half_whole(talk: Talk) -> None:
+    await talk.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
+    await talk.until_client_leaves()
+
+
+async def half_error(talk: Talk) -> None:
+    await talk.send(b"HTTP/1.1 500 X\r\ncontent-length: 1000\r\n\r\n{")
+    await talk.until_client_leaves()
+
+
+MOMENTS: dict[str, tuple[Script, dict[str, Any]]] = {
+    "before the first byte": (silent, {}),
+    "after the headers": (headers_only, {}),
+    "in the stream": (midway, {}),
+    "in a whole answer": (half_whole, {"stream": False}),
+    "before a whole answer": (silent, {"stream": False}),
+    "in an error": (half_error, {}),
+}
+
+
+@pytest.mark.parametrize(("script", "fields"), MOMENTS.values(), ids=MOMENTS.keys())
+@pytest.mark.parametrize("tries", [1, 2])
+def test_leaving(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, script: Script, fields: dict[str, Any], tries: int
+) -> None:
+    """In the first try, and in a second one, which tenacity drives."""
+    gone = threading.Event()
+
+    async def noting(talk: Talk) -> None:
+        await script(talk)
+        gone.set()
+
+    proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu")})
+    last = [gpu, cpu][tries - 1]
+    if tries == 2:
+        gpu.scripts.append(status(500))
+    last.scripts.append(noting)
+    with ask(proxy, **fields):
+        wait_until(lambda: last.talks)
+        wait_until(lambda: held(proxy) == 1)
+    assert gone.wait(5), "the backend was not told to stop"
+    wait_until(lambda: held(proxy) == 0, seconds=5)
+    wait_until(lambda: left(proxy))
+    assert chat(proxy).status_code == 200
+
+
+def test_leaving_the_queue(start: Start, gpu: FakeUpstream) -> None:
+    proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)})
+    gpu.scripts.append(midway)
+    with ask(proxy):
+        wait_until(lambda: gpu.talks)
+        with ask(proxy), ask(proxy):
+            wait_until(lambda: len(proxy.gateway.admission.waiting) == 2)
+        wait_until(lambda: proxy.gateway.admission.waiting == [])
+        assert held(proxy) == 1
+    wait_until(lambda: held(proxy) == 0)
+    assert len(gpu.talks) == 1
+    assert chat(proxy).status_code == 200
+
+
+def test_leaving_while_the_connection_is_made(start: Start, gpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, connect_timeout_s=60)})
+    [replica] = proxy.gateway.fleet.replicas
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        queued = [socket.socket() for _ in range(3)]  # fill the kernel's own queue: it drops what else comes
+        for each in queued:
+            each.setblocking(False)
+            each.connect_ex(deaf.getsockname())
+        replica.pool.port = deaf.getsockname()[1]
+        with ask(proxy):
+            wait_until(lambda: held(proxy) == 1)
+        wait_until(lambda: held(proxy) == 0)
+        for each in queued:
+            each.close()
+    replica.pool.port = gpu.port
+    assert chat(proxy).status_code == 200
+
+
+def test_leaving_the_moment_the_answer_ends(start: Start, gpu: FakeUpstream) -> None:
+    """Whichever comes first: nothing is left, and the next one is served."""
+    proxy = start(backends={"vllm": backend(gpu)})
+    for number in range(30):
+        with ask(proxy, stream=bool(number % 2)) as client:
+            if number % 3:
+                client.recv(65536)
+    wait_until(lambda: held(proxy) == 0)
+    assert chat(proxy).status_code == 200
+
+
+# a client that does not read
+
+
+def test_a_client_that_does_not_read_holds_its_backend_back(start: Start, gpu: FakeUpstream) -> None:
+    """Nothing of an answer is kept in the proxy's memory but what the sockets and two small buffers hold."""
+    sent = 0
+    total = 2000
+    text = "x" * 50_000
+
+    async def plenty(talk: Talk) -> None:
+        nonlocal sent
+        await talk.start_stream()
+        for _ in range(total):
+            await talk.event(delta(text))
+            sent += len(text)
+        await talk.event(delta(finish="stop"))
+        await talk.end()
+
+    gpu.scripts.append(plenty)
+    proxy = start(backends={"vllm": backend(gpu, idle_timeout_s=60)})
+    with ask(proxy) as client:
+        wait_until(lambda: sent > 0)
+        stalled_since, before = time.monotonic(), sent
+        while time.monotonic() - stalled_since < 0.3:  # no byte has moved for so long
+            if sent != before:
+                stalled_since, before = time.monotonic(), sent
+            time.sleep(0.01)
+        assert sent < 40_000_000, "the proxy takes it all in"
+        [replica] = proxy.gateway.fleet.replicas
+        assert replica.in_flight == 1
+        read = 0
+        ending = b""
+        while not ending.endswith(b"0\r\n\r\n"):  # and when it reads, all of it comes
+            part = client.recv(1_000_000)
+            assert part
+            read += len(part)
+            ending = (ending + part)[-100:]
+    assert read > total * len(text)
+    assert b"data: [DONE]" in ending
+
+
+def test_leaving_without_having_read(start: Start, gpu: FakeUpstream) -> None:
+    gone = threading.Event()
+
+    async def endless(talk: Talk) -> None:
+        await talk.start_stream()
+        try:
+            while True:
+                await talk.event(delta("x" * 50_000))
+        finally:
+            gone.set()
+
+    gpu.scripts.append(endless)
+    proxy = start(backends={"vllm": backend(gpu)})
+    with ask(proxy):
+        [replica] = proxy.gateway.fleet.replicas
+        wait_until(lambda: any(connection._paused for connection in list(replica.pool.live)))
+    assert gone.wait(10)
+    wait_until(lambda: held(proxy) == 0)
+    assert chat(proxy).status_code == 200
+
+
+def test_a_huge_whole_answer(start: Start, gpu: FakeUpstream) -> None:
+    size = 20_000_000
+
+    async def huge(talk: Talk) -> None:
+        await talk.answer(200, whole("x" * size))
+
+    gpu.scripts.append(huge)
+    proxy = start(backends={"vllm": backend(gpu)})
+    answer = chat(proxy)
+    assert len(answer.json()["choices"][0]["message"]["content"]) == size
+
+
+# everything at once
+
+
+def test_whatever_happens_nothing_is_left(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """Clients that leave at any moment, backends that fail in every way, one that is killed and comes back."""
+    rng = random.Random(11)
+
+    async def slow(talk: Talk) -> None:
+        if not talk.json.get("stream"):
+            await good(talk)
+            return
+        await talk.start_stream()
+        for word in ("hel", "lo"):
+            await asyncio.sleep(rng.random() / 50)
+            await talk.event(delta(word))
+        await talk.event(delta(finish="stop"))
+        await talk.end()
+
+    async def reset(talk: Talk) -> None:
+        talk.reset()
+
+    async def mixed(talk: Talk) -> None:
+        script = rng.choice([good, good, good, slow, slow, reset, status(500), status(429), status(400)])
+        await script(talk)
+
+    gpu.default = cpu.default = mixed
+    backends = {
+        "vllm": backend(gpu, slots=4, dialect="openai"),
+        "llama_cpp": backend(cpu, path="cpu", dialect="openai", slots=2),
+    }
+    proxy = start(backends=backends, limits={"queue_timeout_s": 0.5, "queue": 8})
+    seen: list[int] = []
+
+    def client(number: int) -> None:
+        own = random.Random(number)
+        for _ in range(12):
+            stream = own.random() < 0.6
+            try:
+                seen.append(chat(proxy, stream=stream, timeout=own.choice([0.005, 0.02, 20])).status_code)
+            except httpx.HTTPError:
+                seen.append(499)
+
+    threads = [threading.Thread(target=client, args=[number]) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    gpu.kill()
+    wait_until(lambda: len(seen) > 40, seconds=30)
+    gpu.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(seen) == 144
+    assert set(seen) <= {200, 400, 429, 499, 502, 503}
+    assert 200 in seen
+    wait_until(lambda: held(proxy) == 0, seconds=5)
+
+
+# CancelWhenGone itself
+
+
+class Receiving:
+    """An ASGI receive() whose client leaves when the test says so."""
+
+    def __init__(self, *messages: dict[str, Any]) -> None:
+        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        for message in messages:
+            self.queue.put_nowait(message)
+
+    async def __call__(self) -> dict[str, Any]:
+        return await self.queue.get()
+
+    def leave(self) -> None:
+        self.queue.put_nowait({"type": "http.disconnect"})
+
+
+async def test_what_runs_is_cancelled_and_the_task_goes_on() -> None:
+    receive = Receiving({"type": "http.request", "body": b"more", "more_body": False})
+    asyncio.get_running_loop().call_later(0.01, receive.leave)
+    cleaned: list[bool] = []
+
+    async def work() -> None:
+        async with CancelWhenGone(receive):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                cleaned.append(True)
+
+    with pytest.raises(ClientLeft):
+        await work()
+    assert cleaned
+    task = asyncio.current_task()
+    assert task
+    assert task.cancelling() == 0
+    await asyncio.sleep(0)  # is not cancelled once more
+
+
+async def test_nothing_happens_where_the_client_stays() -> None:
+    receive = Receiving()
+    async with CancelWhenGone(receive):
+        await asyncio.sleep(0)
+    receive.leave()
+    await asyncio.sleep(0.01)
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_an_error_inside_goes_out() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with CancelWhenGone(Receiving()):
+            raise ZeroDivisionError
+
+
+async def test_leaving_when_it_is_over_already() -> None:
+    """The end of the answer and the departure in one turn of the loop: the answer was first."""
+    receive = Receiving()
+    async with CancelWhenGone(receive):
+        await asyncio.sleep(0)  # it listens now
+        receive.leave()
+    await asyncio.sleep(0.01)
+
+
+async def test_being_cancelled_from_outside_is_no_departure() -> None:
+    async def work() -> None:
+        async with CancelWhenGone(Receiving()):
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_it_needs_a_task() -> None:
+    entering = CancelWhenGone(Receiving()).__aenter__()
+    with pytest.raises(RuntimeError):
+        entering.send(None)
