@@ -21,6 +21,8 @@ help: ## this list
 # -- serve ----------------------------------------------------------------------------------------------------------------
 
 ENGINE ?= llama-cpp-python
+# Not from the environment: shells and conda put other things there.
+HOST := $(if $(filter command,$(origin HOST)),$(HOST))
 flags = --engine $(ENGINE) $(if $(VLLM_URL),--vllm '$(VLLM_URL)') $(if $(MODEL),--model '$(MODEL)') \
 	$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
