@@ -109,7 +109,7 @@ def schema_of_completion(body: Json, request: Request) -> Json:
     response_format = body.get("response_format")
     if request.features.endpoint != "completions" or not response_format or response_format.get("type") == "text":
         return body
-    holder = response_format["json_schema"] if response_format["type"] == "json_schema" else response_format
+    holder = response_format["json_schema"] if response_format.get("type") == "json_schema" else response_format
     schema = holder.get("schema") or {"type": "object"}
     kept = {key: value for key, value in body.items() if key != "response_format"}
     return {**kept, "json_schema": schema}
