@@ -161,7 +161,8 @@ class Relay:
         began = time.perf_counter()
         deadline = began + limit
         pool = candidate.replica.pool
-        connection = await pool.exchange(self._head(candidate, len(payload)) + payload, limit)
+        total = backend.settings.total_timeout_s
+        connection = await pool.exchange(self._head(candidate, len(payload)) + payload, limit, total)
         ending = reuse = False
         try:
             if connection.status != 200:

@@ -15,6 +15,7 @@ that dies before the first byte is replaced once for free: https://github.com/vl
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from typing import cast
 
@@ -32,8 +33,8 @@ class Connection(asyncio.Protocol):
     """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
 
     __slots__ = (
-        "_chunks", "_error", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size", "_transport", "_waiter",
-        "complete", "exchanges", "framed", "headers", "idle_since", "status", "touched",
+        "_chunks", "_error", "_expires", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size", "_total",
+        "_transport", "_waiter", "complete", "exchanges", "framed", "headers", "idle_since", "status", "touched",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
@@ -47,6 +48,7 @@ class Connection(asyncio.Protocol):
         self._error: Exception | None = None
         self._paused = False
         self._keep_alive = False
+        self._total = self._expires = math.inf  # seconds the exchange may take, loop time when they are over
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.framed = False  # the body's end is marked by length or chunks, not by closing
@@ -133,7 +135,9 @@ class Connection(asyncio.Protocol):
             and self._keep_alive
         )
 
-    def begin(self, request: bytes) -> None:
+    def begin(self, request: bytes, total: float) -> None:
+        self._total = total
+        self._expires = self._loop.time() + total
         self.status = 0
         self.headers = {}
         self.framed = self.touched = self.complete = False
@@ -189,16 +193,20 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
         waiter = self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout, self._expire, limit)
+        left = self._expires - self._loop.time()
+        if left < timeout:
+            timer = self._loop.call_later(left, self._expire, "the answer took more than", self._total)
+        else:
+            timer = self._loop.call_later(timeout, self._expire, "nothing more came within", limit)
         try:
             await waiter
         finally:
             timer.cancel()
             self._waiter = None
 
-    def _expire(self, limit: float) -> None:
+    def _expire(self, what: str, seconds: float) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._fail(TimedOut(f"nothing more came within {limit:.3g} s"))
+            self._fail(TimedOut(f"{what} {seconds:.3g} s"))
             self._wake()
 
     def _fail(self, error: Exception) -> None:
@@ -223,15 +231,16 @@ class Pool:
         self._idle: deque[Connection] = deque()
         self._ending: dict[Connection, asyncio.TimerHandle] = {}
 
-    async def exchange(self, request: bytes, timeout: float) -> Connection:
-        """Sends `request` (head and body) and waits up to `timeout` seconds for status and headers.
+    async def exchange(self, request: bytes, timeout: float, total: float = math.inf) -> Connection:
+        """Sends `request` (head and body) and waits up to `timeout` seconds for status and headers. From then on no
+        read of the answer waits longer than `total` seconds after the request was sent.
 
         Raises ConnectFailed, TimedOut, Broken. Whoever gets the connection must release() it.
         """
         while True:
             connection = self._take_idle() or await self._connect()
             try:
-                connection.begin(request)
+                connection.begin(request, total)
                 await connection.answered(timeout)
             except Broken:
                 connection.close()

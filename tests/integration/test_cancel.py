@@ -219,6 +219,28 @@ def test_a_huge_whole_answer(start: Start, gpu: FakeUpstream) -> None:
     assert len(answer.json()["choices"][0]["message"]["content"]) == size
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_never_ends_is_ended(start: Start, gpu: FakeUpstream, stream: bool) -> None:
+    gone = threading.Event()
+
+    async def endless(talk: Talk) -> None:
+        await talk.start_stream()
+        try:
+            while True:
+                await talk.event(delta("x"))
+                await asyncio.sleep(0.01)
+        finally:
+            gone.set()
+
+    gpu.default = endless
+    proxy = start(backends={"only": backend(gpu, dialect="llama-server", total_timeout_s=0.3)})
+    answer = chat(proxy, stream=stream)
+    assert "took more than 0.3 s" in answer.text
+    assert answer.status_code == (200 if stream else 504)
+    assert gone.wait(10)
+    wait_until(lambda: held(proxy) == 0)
+
+
 # everything at once
 
 

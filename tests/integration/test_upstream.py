@@ -289,6 +289,32 @@ async def test_a_stream_may_last_while_it_is_not_silent() -> None:
         pool.release(connection)
 
 
+async def test_but_not_longer_than_it_may_in_all() -> None:
+    async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", then=drip)) as pool:
+        connection = await pool.exchange(REQUEST, 10, total=0.2)
+        read: list[bytes] = []
+
+        async def read_on() -> None:
+            while True:
+                read.append(await connection.read(10))
+
+        with pytest.raises(TimedOut, match=r"the answer took more than 0\.2 s"):
+            async with asyncio.timeout(5):
+                await read_on()
+        assert len(read) > 1
+        pool.release(connection)
+
+
+async def test_the_limit_of_one_exchange_is_not_that_of_the_next() -> None:
+    async with serving(answers(OK)) as pool:
+        connection = await pool.exchange(REQUEST, 10, total=0.01)
+        await connection.read_all(10)
+        pool.release(connection)
+        await asyncio.sleep(0.02)
+        assert await ask(pool) == (200, b"ok")
+        assert pool.opened == 1
+
+
 # the pool
 
 
