@@ -21,7 +21,8 @@ TOO_LONG = re.compile(
     r"maximum context length|exceeds? (?:the )?(?:available )?context|longer than the maximum model length"
 )
 PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
-ECHO = re.compile(r",? ?'input':.*", re.DOTALL)
+# pydantic's errors, printed, with all that was sent: of the first, where and what
+INVALID = re.compile(r"""'loc': ([(\[].*?[)\]]|'.*?'), 'msg': (".*?"|'.*?'),?""")
 # llama.cpp's servers answer 500 to some of the client's mistakes
 CLIENTS_500 = re.compile(
     r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
@@ -97,5 +98,9 @@ def _fields(body: bytes) -> tuple[str, Any, str | None]:
 
 
 def _clean(message: str) -> str:
-    message = PATHS.sub("…", ECHO.sub("", message)).strip() or "no reason given"
+    invalid = INVALID.search(message)
+    if invalid:
+        where = ".".join(re.findall(r"[\w-]+", invalid[1])).removeprefix("body.")
+        message = f"validation error: {where}: {invalid[2][1:-1]}"
+    message = PATHS.sub("…", message).strip() or "no reason given"
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"

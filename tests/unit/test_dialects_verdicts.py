@@ -106,6 +106,20 @@ def test_busy(status: int) -> None:
     assert isinstance(read_error(status, orjson.dumps(error("Loading model", code=status))), Busy)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (error(LCP_INVALID), "validation error: top_p: Input should be less than or equal to 1"),
+        (error(VLLM_MISSING), "validation error: messages: Field required"),
+        ({"detail": [{"loc": ["body", "a", 0], "msg": "it's wrong"}]}, "validation error: a.0: it's wrong"),
+    ],
+)
+def test_printed_errors_are_told_in_words(body: Any, message: str) -> None:
+    verdict = read_error(400, orjson.dumps(body))
+    assert isinstance(verdict, Refused)
+    assert verdict.message == message
+
+
 def test_a_message_without_end_is_cut() -> None:
     verdict = read_error(400, orjson.dumps(error("x" * 10_000)))
     assert isinstance(verdict, Refused)
