@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from proxy.errors import BadRequest, ProxyError, Refused, UpstreamFailed
 from proxy.verdicts import read_error
-from tests.e2e.servers import CONTEXT, MODEL, Server
+from tests.e2e.door import NEVER_ENDING
+from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
 from tests.e2e.through import Through, text_of, user
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 4}
@@ -231,6 +233,36 @@ def test_its_bare_errors(llama_cpp_python: Server) -> None:
             assert leak not in verdict.message
     answer = httpx.post(llama_cpp_python.url + "/v1/nope", json={}, timeout=60)
     assert isinstance(read_error(answer.status_code, answer.content), UpstreamFailed)
+
+
+@pytest.fixture(scope="module")
+def proxied(llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> Proxy:
+    proxy = start_proxy("--llama-cpp", llama_cpp_python.url)
+    proxy.wait_ready()
+    return proxy
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_ends_the_generation(proxied: Proxy, stream: bool) -> None:
+    """Found by the proxy, which closes its connection then: 2,000 tokens more would take half a minute at best."""
+    body = {"messages": user("Count."), "stop": [" "], "temperature": 0, **NEVER_ENDING, "stream": stream}
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    began = time.monotonic()
+    answer = httpx.post(proxied.url + "/v1/chat/completions", json={**body, **options}, timeout=120)
+    assert time.monotonic() - began < 20
+    assert answer.status_code == 200
+    assert '"finish_reason":"stop"' in answer.text
+    assert '"completion_tokens":' in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") == stream
+
+
+def test_what_it_can_only_do_whole_is_told_as_a_stream(proxied: Proxy) -> None:
+    body = {"prompt": "One, two,", "echo": True, "temperature": 0, "max_tokens": 4, "stream": True}
+    answer = httpx.post(proxied.url + "/v1/completions", json=body, timeout=120)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    first, *_, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert json.loads(first)["choices"][0]["text"].startswith("One, two,")
+    assert done == "[DONE]"
 
 
 VALUES: list[Any] = [
