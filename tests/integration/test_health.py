@@ -102,7 +102,7 @@ def test_not_ready_yet(start: Start, gpu: Upstream, path: str, look: Script, wor
     wait_until(lambda: only(proxy).state == "down")
     assert words in only(proxy).why
     assert get(f"{proxy.url}/ready").status_code == 503
-    assert only(proxy).in_flight == 0
+    wait_until(lambda: only(proxy).in_flight == 0)  # but while it is asked again
     gpu.looks.clear()
     proxy.until_up(1)
 

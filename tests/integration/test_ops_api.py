@@ -207,9 +207,13 @@ def test_what_needs_a_key(start: Callable[..., RunningProxy], gpu: FakeUpstream)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
             assert answer.headers["x-should-retry"] == "false"
     assert gpu.talks == []
-    for path in ("/health", "/ready", "/metrics", "/models/status", "/v1/models"):
-        assert get(proxy.url + path).status_code == 200
+    for path in ("/v1/models", "/v1/models/m"):
+        assert (answer := get(proxy.url + path)).status_code == 401, path
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    for path in ("/health", "/ready", "/metrics", "/models/status"):
+        assert get(proxy.url + path).status_code == 200, path
     with_key = {"authorization": "Bearer sk-mine"}
+    assert get(f"{proxy.url}/v1/models/m", headers=with_key).status_code == 200
     assert chat(proxy, headers=with_key).status_code == 200
     assert post(f"{proxy.url}/route", json=CHAT, headers=with_key).status_code == 200
 
