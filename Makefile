@@ -26,6 +26,10 @@ HOST := $(if $(filter command,$(origin HOST)),$(HOST))
 flags = --engine $(ENGINE) $(if $(VLLM_URL),--vllm '$(VLLM_URL)') $(if $(MODEL),--model '$(MODEL)') \
 	$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
+ifneq ($(filter $(ENGINE),llama-cpp-python llama-server),$(ENGINE))
+$(error ENGINE is llama-cpp-python or llama-server, not $(ENGINE))
+endif
+
 run: python-run ## serve a model on http://127.0.0.1:8080: installs, fetches and starts whatever is missing
 	@exec .venv/bin/python -m backends.local $(flags)
 

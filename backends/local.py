@@ -32,7 +32,7 @@ ALIAS = "smollm2"
 SLOTS = 4  # of one llama-server
 START_S = 300.0  # a large model on a slow disk
 STOP_S = 5.0
-DRAIN_S = 35.0  # the proxy's own drain time and a little
+DRAIN_S = float(os.environ.get("XGEN_DRAIN_S", "30")) + 5  # the proxy's own drain time and a little
 RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a backend that died is started again
 SETTLED_S = 60.0  # after so long a start counts as a success
 QUESTION = "What is the capital of France? Answer in one word."  # one that the default model answers rightly, unsampled
@@ -85,7 +85,8 @@ def a_port(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs inherit an ignored SIGINT
+        signal.signal(number, interrupt)
     try:
         with only_one(options.run_dir, options.port):
             run(options)
@@ -106,7 +107,8 @@ def run(options: argparse.Namespace) -> None:
     if options.port and (taken := port_taken(options.host, options.port)):
         raise LocalError(taken)
     model = given_model(options.model) if options.model else default_model()
-    backends = [make_backend(options, model, number) for number in range(options.replicas)]
+    name = name_on_gpu(options.vllm) or own_name(model)
+    backends = [make_backend(options, model, name, number) for number in range(options.replicas)]
     proxy = Child("proxy", proxy_command(options, backends), fresh(options.run_dir / "proxy.log"))
     try:
         for backend in backends:
@@ -115,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
             wait_for(backend.child, partial(generates, backend.url), f"{options.engine} to load {model.name}")
         proxy.start()
         url = wait_for(proxy, lambda: ready_url(proxy), "the proxy to be ready")
-        welcome(url, alias(model), options.run_dir)
+        welcome(url, name, options.run_dir)
         watch(backends, proxy)
     finally:
         shut_down(backends, proxy)
@@ -124,38 +126,57 @@ def run(options: argparse.Namespace) -> None:
 # starting
 
 
-def make_backend(options: argparse.Namespace, model: Path, number: int) -> Backend:
+def make_backend(options: argparse.Namespace, model: Path, name: str, number: int) -> Backend:
     port = free_port()
     threads = max(1, (usable_cores() - 1) // options.replicas)  # more threads than free cores are ten times slower
-    command = COMMANDS[options.engine](model, port, threads, options.ctx)
+    command = COMMANDS[options.engine](model, name, port, threads, options.ctx)
     log = fresh(options.run_dir / f"llama_cpp-{number}.log")
     return Backend(Child(f"llama_cpp-{number}", command, log), f"http://127.0.0.1:{port}")
 
 
-def alias(model: Path) -> str:
-    """The name that clients see."""
+def own_name(model: Path) -> str:
     return ALIAS if model.name == DEFAULT.name else model.stem
 
 
-def llama_cpp_python(model: Path, port: int, threads: int, ctx: int) -> list[str]:
+def name_on_gpu(vllm: str) -> str | None:
+    """What vLLM calls its model. The CPU's goes by the same name, since only so can it stand in when the GPU is full or
+    gone; where settings map the names, they decide."""
+    if not vllm or "XGEN_BACKENDS__LLAMA_CPP__MODELS" in os.environ:
+        return None
+    url = vllm.partition(",")[0].rstrip("/")
+    try:
+        name = str(httpx.get(f"{url}/v1/models", timeout=5, headers=vllm_key()).json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
+        say(f"{url} does not tell its model's name now: the CPU's cannot take its requests over unless the names agree")
+        return None
+    say(f"the CPU's model goes by the GPU's name, {name}, to stand in for it")
+    return name
+
+
+def vllm_key() -> dict[str, str]:
+    key = os.environ.get("XGEN_BACKENDS__VLLM__API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def llama_cpp_python(model: Path, name: str, port: int, threads: int, ctx: int) -> list[str]:
     """interrupt_requests off: on, a newer request of any kind cuts the stream that is running."""
     return [
-        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", alias(model),
+        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", name,
         "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
         "--n_threads", str(threads), "--n_threads_batch", str(threads),
     ]  # fmt: skip
 
 
-def llama_server(model: Path, port: int, threads: int, ctx: int) -> list[str]:
+def llama_server(model: Path, name: str, port: int, threads: int, ctx: int) -> list[str]:
     """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
     return [
-        sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", alias(model),
+        sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", name,
         "--host", "127.0.0.1", "--port", str(port), "-c", str(SLOTS * ctx), "-np", str(SLOTS), "-t", str(threads),
         "-tb", str(threads), "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
     ]  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[[Path, int, int, int], list[str]]] = {
+COMMANDS: dict[str, Callable[[Path, str, int, int, int], list[str]]] = {
     "llama-cpp-python": llama_cpp_python,
     "llama-server": llama_server,
 }
@@ -216,10 +237,11 @@ def ready_url(proxy: Child) -> str | None:
 
 
 def welcome(url: str, name: str, logs: Path) -> None:
+    key = ' -H "Authorization: Bearer $KEY"' if os.environ.get("XGEN_API_KEYS") else ""
     say(f"""
 xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "{QUESTION}"}}], "temperature": 0}}'
 
   from openai import OpenAI

@@ -198,4 +198,4 @@ def vllm(log: Path, executable: str, model: str) -> Server:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }
-    return Server("vLLM", [*command, "--host", "127.0.0.1"], log, "/health", 240, env)
+    return Server("vLLM", [*command, "--host", "127.0.0.1"], log, "/health", 420, env)

@@ -6,6 +6,7 @@ import io
 import json
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -318,3 +319,11 @@ def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         runpy.run_module("proxy.cli", run_name="__main__")
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("key ")
+
+
+def test_who_reads_the_first_line_only_sees_no_traceback() -> None:
+    command = f"{sys.executable} -m proxy.cli check --vllm http://a:1 | head -n 1"
+    root = str(Path(cli.__file__).parent.parent)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["setting", "value", "from"]
+    assert done.stderr == ""

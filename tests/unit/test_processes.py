@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,14 +230,15 @@ def test_our_cgroups_end_at_the_root_of_all() -> None:
 
 
 def test_a_model_of_the_users_has_a_name_of_its_own() -> None:
-    assert local.alias(Path("/somewhere/qwen2.5-0.5b.gguf")) == "qwen2.5-0.5b"
-    assert local.alias(models.DEFAULT) == "smollm2"
+    assert local.own_name(Path("/somewhere/qwen2.5-0.5b.gguf")) == "qwen2.5-0.5b"
+    assert local.own_name(models.DEFAULT) == "smollm2"
 
 
 def test_on_a_terminal_no_line_leaves_its_end_behind(make: Make) -> None:
     """Read back through a real terminal: what counts seconds is cleared before anything shorter is said."""
     code = """
 import sys
+import threading
 from pathlib import Path
 from backends.local import LocalError, say, wait_for
 from backends.process import Child
@@ -259,3 +262,35 @@ except LocalError:
 def test_signals_end_it_as_ctrl_c_does() -> None:
     with pytest.raises(KeyboardInterrupt):
         local.interrupt(signal.SIGTERM, None)
+
+
+class Models(BaseHTTPRequestHandler):
+    page = b'{"data": [{"id": "meta-llama/Llama-3.1-8B-Instruct"}]}'
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.page)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def vllm_url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_cpus_model_goes_by_the_gpus_name(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local.name_on_gpu(vllm_url) == "meta-llama/Llama-3.1-8B-Instruct"
+    assert local.name_on_gpu("") is None
+    monkeypatch.setattr(Models, "page", b'{"data": []}')
+    assert local.name_on_gpu(vllm_url) is None
+    assert local.name_on_gpu(f"http://127.0.0.1:{free_port()}") is None
+
+
+def test_names_that_settings_map_are_left_alone(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XGEN_BACKENDS__LLAMA_CPP__MODELS", '{"chat": "smollm2"}')
+    assert local.name_on_gpu(vllm_url) is None
