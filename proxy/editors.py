@@ -69,37 +69,42 @@ class LlamaServer:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._chat = request.features.endpoint == "chat"
+        chat = request.features.endpoint == "chat"
+        self._roles_to_come = set(range(request.choices)) if chat else set()
+        self._holds_usage = not chat or request.choices > 1
         self._created: bytes | None = None
-        self._several = request.choices > 1
         self._usages: list[Json] = []
         self._last: Json = {}
 
     def edit(self, block: bytes) -> bytes:
-        if self._several and (b'"usage":' in block or b"data: null" in block):
+        if self._holds_usage and (b'"usage":' in block or b"data: null" in block):
             block = b"".join(event(chunk) for chunk in chunks(block) if not self._hold_usage(chunk))
         if not block:
             return b""
-        role = b""
+        if self._roles_to_come:
+            block = self._with_roles(block)
+        return self._steady(block)
+
+    def _steady(self, block: bytes) -> bytes:
         if self._created is None:
             created = CREATED.search(block)
             self._created = created.group() if created else b'"created":0'
-            role = self._missing_role(block)
-        return rename_model(self._request, role + CREATED.sub(self._created, block))
+        return rename_model(self._request, CREATED.sub(self._created, block))
 
-    def _missing_role(self, block: bytes) -> bytes:
-        first = next(sse.events(block))
-        if not self._chat or b'"role":' in first:
-            return b""
-        chunk = next(chunks(block), None)
-        if chunk is None:
-            return b""
-        for choice in chunk["choices"]:
-            choice.update(delta={"role": "assistant", "content": None}, finish_reason=None)
-        return event(chunk)
+    def _with_roles(self, block: bytes) -> bytes:
+        out = []
+        for one in sse.events(block):
+            for chunk in chunks(one):
+                first = [choice for choice in chunk["choices"] if choice["index"] in self._roles_to_come]
+                self._roles_to_come -= {choice["index"] for choice in first}
+                missing = [role(choice["index"]) for choice in first if "role" not in choice["delta"]]
+                out += [event({**chunk, "choices": [each]}) for each in missing]
+            out.append(one)
+        return b"".join(out)
 
     def _hold_usage(self, chunk: Json) -> bool:
-        """Each of several choices has its own usage; the sum comes at the end. Is nothing left of the chunk?"""
+        """Each of several choices has its own usage, and a completion's comes with its last chunk; the sum comes at the
+        end, where it was asked for. Is nothing left of the chunk?"""
         usage = chunk.pop("usage", None)
         if usage is None:
             return False
@@ -108,10 +113,15 @@ class LlamaServer:
         return not chunk["choices"]
 
     async def finish(self, post: Post) -> bytes:
-        if not self._usages:
+        if not self._usages or not self._request.features.include_usage:
             return b""
         usage = joined_usage(self._usages, self._request.body.get("n") or 1)
-        return rename_model(self._request, event({**self._last, "choices": [], "usage": usage}))
+        return self._steady(event({**self._last, "choices": [], "usage": usage}))
+
+
+def role(index: int) -> Json:
+    """What must come first of each choice."""
+    return {"index": index, "delta": {"role": "assistant", "content": None}, "finish_reason": None}
 
 
 def event(chunk: Any) -> bytes:

@@ -87,11 +87,25 @@ async def test_llama_server_usage_of_several_choices() -> None:
     ended = {**delta(), "choices": [], "usage": usage}
     block = b"data: null\n\n" + events(delta(role="assistant"), delta("stop", 1), ended, delta("stop", 0), ended)
     out = read(editor.edit(block))
-    assert len(out) == 3
+    roles = [choice["index"] for chunk in out for choice in chunk["choices"] if "role" in choice["delta"]]
+    assert (len(out), roles) == (4, [0, 1])
     assert not any("usage" in chunk for chunk in out)
     [last] = read(await editor.finish(Replica().post))
     assert last["choices"] == []
     assert last["usage"] == {"completion_tokens": 6, "prompt_tokens": 37, "total_tokens": 43}
+
+
+async def test_llama_server_usage_of_a_completion_comes_where_asked() -> None:
+    usage = {"completion_tokens": 3, "prompt_tokens": 4, "total_tokens": 7}
+    for options, expected in ({}, []), ({"stream_options": {"include_usage": True}}, [usage]):
+        editor = editor_for(LLAMA_SERVER, make_request("completions", stream=True, **options))
+        assert editor is not None
+        out = read(editor.edit(events(text("a"), {**text("", "length"), "usage": usage})))
+        assert [chunk["choices"][0]["text"] for chunk in out] == ["a", ""]
+        assert not any("usage" in chunk for chunk in out)
+        tail = read(await editor.finish(Replica().post))
+        assert [chunk["usage"] for chunk in tail] == expected
+        assert [chunk["choices"] for chunk in tail] == [[] for _ in expected]
 
 
 def test_llama_server_legacy_logprobs() -> None:
