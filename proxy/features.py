@@ -281,8 +281,10 @@ def _format_needs(body: Json) -> Iterator[Need]:
         raise BadRequest(
             f"response_format.type must be text, json_object or json_schema, not {kind!r}", param="response_format"
         )
-    if kind == "json_schema" and not isinstance(response_format.get("json_schema"), dict):
-        raise BadRequest("response_format.json_schema is missing; send {name, schema}", param="response_format")
+    if kind == "json_schema":
+        wrapper = response_format.get("json_schema")
+        if not isinstance(wrapper, dict) or not isinstance(wrapper.get("schema") or {}, dict):
+            raise BadRequest("response_format.json_schema must be {name, schema: {…}}", param="response_format")
 
 
 def _tool_needs(body: Json) -> Iterator[Need]:
