@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,7 +17,7 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 BACKENDS = ["llama_cpp_python", "llama_server", "vllm"]
 
 
-def unavailable(reason: str) -> None:
+def unavailable(reason: str) -> NoReturn:
     """Loud on a person's machine, a failure in CI, where everything must run."""
     if IN_CI:
         pytest.fail(f"{reason} (CI must run this)")
