@@ -28,7 +28,7 @@ VLLM_SLOTS = 16
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T], seconds: float, what: str) -> T:
+def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
     """The first truthy answer of `look`, asked every 50 ms. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
