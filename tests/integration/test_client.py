@@ -147,7 +147,7 @@ def test_a_client_that_leaves_while_it_sends_leaves_nothing(
     before = len(door.server.server_state.connections)
     with Raw(door) as client:
         client.begin(route, headers)
-        client.send(b"4\r\n{\"a\"\r\n")
+        client.send(b'4\r\n{"a"\r\n')
         wait_until(lambda: len(door.server.server_state.tasks) == 1)
     wait_until(lambda: not door.server.server_state.tasks)
     wait_until(lambda: len(door.server.server_state.connections) <= before)

@@ -178,13 +178,18 @@ def test_a_broken_stream(
 def test_a_backend_that_repeats_the_prompt_in_its_error(
     door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
-    """vLLM's validation errors have it: 'input': …"""
-    body = {"error": {"message": f"1 validation error, 'input': '{PROMPT}'", "type": "t", "code": 500}}
+    """As the engines' validation errors do."""
+    wrong = {"type": "x", "loc": ("body", "messages", 0), "msg": "Input should be another", "input": PROMPT}
+    for code in (400, 500):
+        body = {"error": {"message": f"1 validation error: [{wrong}]", "type": "t", "code": code}}
+        for fake in fakes:
+            fake.scripts = [status(code, body)]
+        answer = chat(door, messages=MESSAGES)
+        assert PROMPT not in answer.text
+        assert "Input should be another" in answer.text
+    wait_until(lambda: len(lines(log)) >= 2)
     for fake in fakes:
-        fake.scripts.append(status(500, body))
-    answer = chat(door, messages=MESSAGES)
-    assert PROMPT not in answer.text
-    wait_until(lambda: lines(log))
+        fake.scripts.clear()
 
 
 def test_a_client_that_leaves(

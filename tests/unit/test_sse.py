@@ -108,7 +108,7 @@ def test_done(block: bytes, before: bytes, done: bool) -> None:
 
 
 def test_payloads() -> None:
-    block = b": hello\n\ndata:1\n\nevent: x\nid: 7\ndata: {\"a\": 2}\n\ndata: [DONE]\r\n\r\n"
+    block = b': hello\n\ndata:1\n\nevent: x\nid: 7\ndata: {"a": 2}\n\ndata: [DONE]\r\n\r\n'
     assert list(sse.payloads(block)) == [b"1", b'{"a": 2}', b"[DONE]"]
 
 
