@@ -17,6 +17,7 @@
     UpstreamFailed                 one attempt failed before the commit point: try the next candidate
     ├── ConnectFailed              no connection
     ├── Busy                       429 or 503: healthy but full, never counted against the breaker
+    ├── Unable                     it turns out that this backend cannot do the request: nobody's fault
     ├── TimedOut                   no first byte, or silence, for longer than the limit
     └── Broken                     reset, bad HTTP, 5xx, error event, stream without finish_reason
     ClientLeft                     the client closed its connection: stop everything, answer nobody
@@ -175,6 +176,10 @@ class ConnectFailed(UpstreamFailed):
 
 class Busy(UpstreamFailed):
     outcome = "busy"
+
+
+class Unable(UpstreamFailed):
+    outcome = "unable"
 
 
 class TimedOut(UpstreamFailed):

@@ -34,6 +34,7 @@ from proxy.errors import (
     GatewayFailed,
     ProxyError,
     TimedOut,
+    Unable,
     Unavailable,
     UpstreamFailed,
 )  # fmt: skip
@@ -103,9 +104,11 @@ class Relay:
         self.candidate = candidate
         self.remaining.remove(candidate)
         self.attempts += 1
+        began = time.perf_counter()
         try:
             await self._try(candidate)
         except UpstreamFailed as error:
+            self.waited += time.perf_counter() - began
             self._note(candidate, error)
             raise
         else:
@@ -120,7 +123,7 @@ class Relay:
         self.failures.append((candidate, error))
         if isinstance(error, ConnectFailed):
             self.gateway.monitor.down(candidate.replica, str(error))
-        elif not isinstance(error, Busy):
+        elif not isinstance(error, Busy | Unable):
             candidate.replica.failed(str(error))
             self.gateway.admission.gone()  # it may be suspect now
         self.gateway.telemetry.attempt_failed(self.call.id, candidate, error)
@@ -147,7 +150,7 @@ class Relay:
         errors = [error for _, error in self.failures]
         tried = "; ".join(f"{candidate.replica.name}: {error}" for candidate, error in self.failures)
         message = f"every backend that could answer was tried and failed ({tried})"
-        if all(isinstance(error, Busy | ConnectFailed) for error in errors):
+        if all(isinstance(error, Busy | ConnectFailed | Unable) for error in errors):
             return Unavailable(message, code="all_backends_failed", retry_after=2)
         return GatewayFailed(message, status=504 if isinstance(errors[-1], TimedOut) else 502)
 
@@ -184,7 +187,7 @@ class Relay:
         except BadRequest as error:
             if not self.failures:
                 raise
-            raise Broken(f"cannot take over: {error.message}") from None
+            raise Unable(f"cannot take over: {error.message}") from None
 
     def _head(self, candidate: Candidate, length: int) -> bytes:
         call = self.call
@@ -207,11 +210,13 @@ class Relay:
         data = await connection.read_all(candidate.backend.settings.total_timeout_s)
         if sse.is_abort(data):
             raise Broken("finish_reason abort: the engine is shutting down")
-        self.waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
         data = repair_whole(candidate.backend.dialect, request, data)
+        events = as_events(request, data) if request.features.stream else b""
+        self.waited += waited  # an attempt that fails counts all of its time
         if request.features.stream:
             await self._start(candidate, EVENT_STREAM, STREAM_HEADERS)
-            await self._send_body(as_events(request, data) + sse.DONE, more=False)
+            await self._send_body(events + sse.DONE, more=False)
         else:
             await self._send_whole(candidate, data)
 
@@ -292,8 +297,9 @@ class Relay:
         deadline: float,
     ) -> bytes:
         """Waits for the first real output: the commit point. Raises what an error event or an empty stream means."""
+        limit = self._first_byte_limit(candidate)
         while True:
-            data = await connection.read(max(0.01, deadline - time.perf_counter()))
+            data = await connection.read(max(0.01, deadline - time.perf_counter()), limit)
             if not data:
                 raise await explain_empty(candidate.backend.dialect, request, self._poster(candidate))
             block = splitter.feed(data)
