@@ -115,7 +115,7 @@ def test_a_refusal_after_the_commit_is_its_last_event(start: Start, cpu: FakeUps
 def test_logprobs_are_asked_for_whole_and_streamed(start: Start, cpu: FakeUpstream, usage: bool) -> None:
     cpu.default = good
     proxy = start(backends={"cpu": backend(cpu, dialect="llama-cpp-python")})
-    options = {"stream_options": {"include_usage": True}} if usage else {}
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
     answer = chat(proxy, stream=True, logprobs=True, **options)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert cpu.talks[0].json["stream"] is False
@@ -213,7 +213,7 @@ async def cannot_count(talk: Talk) -> None:
 def test_a_count_that_is_none_is_a_failure(start: Start, cpu: FakeUpstream, stream: bool) -> None:
     cpu.default = cannot_count
     proxy = start(backends={"cpu": backend(cpu, dialect="llama-cpp-python")})
-    options = {"stream_options": {"include_usage": True}} if stream else {}
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
     answer = chat(proxy, stream=stream, **options)
     assert "did not answer with JSON" in answer.text
     assert "[DONE]" not in answer.text

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -39,10 +40,10 @@ def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     assert_nothing_held(proxy)
 
 
-def plan(door: RunningProxy, **fields: object) -> dict[str, object]:
+def plan(door: RunningProxy, **fields: object) -> dict[str, Any]:
     answer = post(f"{door.url}/route", json={**CHAT, "model": "big", **fields})
     assert answer.status_code == 200
-    told: dict[str, object] = answer.json()
+    told: dict[str, Any] = answer.json()
     return told
 
 

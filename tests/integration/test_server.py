@@ -165,7 +165,7 @@ def test_an_address_that_is_not_ours(host: str) -> None:
 @pytest.mark.parametrize("host", LOOPBACK)
 def test_a_free_port(host: str) -> None:
     with listen(host, 0) as sock:
-        assert socket.create_connection((host, sock.getsockname()[1])).close() is None
+        socket.create_connection((host, sock.getsockname()[1])).close()
 
 
 def test_a_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_path: Path) -> None:

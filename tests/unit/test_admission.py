@@ -99,7 +99,7 @@ async def test_the_queue_is_in_order_of_arrival_shifted_by_urgency() -> None:
         served.append(name)
         admission.release(replica)
 
-    names = [("low", "low"), ("first", "normal"), ("second", "normal"), ("high", "high")]
+    names: list[tuple[str, Urgency]] = [("low", "low"), ("first", "normal"), ("second", "normal"), ("high", "high")]
     tasks = [asyncio.create_task(work(name, urgency)) for name, urgency in names]
     await settle()
     admission.release(replica)
