@@ -27,13 +27,14 @@ Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
 class Request:
     """`body`: the client's JSON without our hints and with presets filled in. `raw`: the client's own bytes where they
     still say the same as `body`, else None. `alias`: the public model name the answer must carry. `served`: the name
-    the chosen backend knows the model by."""
+    the chosen backend knows the model by. `context`: its context length in tokens, where that is known."""
 
     features: Features
     body: Json
     raw: bytes | None
     alias: str
     served: str
+    context: int | None = None
 
     @property
     def choices(self) -> int:

@@ -157,7 +157,7 @@ class Relay:
     async def _try(self, candidate: Candidate) -> None:
         backend = candidate.backend
         call = self.call
-        request = Request(call.features, call.body, call.raw, call.alias, backend.served(call.alias))
+        request = Request(call.features, call.body, call.raw, call.alias, backend.served(call.alias), backend.context)
         payload = self._prepare(candidate, request)
         streams = asks_for_stream(backend.dialect, request)
         limit = self._first_byte_limit(candidate) if streams else backend.settings.total_timeout_s

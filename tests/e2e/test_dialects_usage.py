@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.servers import Server
+from tests.e2e.servers import CONTEXT, Server
 from tests.e2e.through import Through, text_of, user
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 16}
@@ -109,7 +109,7 @@ def steady(answer: Any) -> Any:
 
 @pytest.mark.parametrize(("endpoint", "name", "body"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_llama_cpp_python(llama_cpp_python: Server, endpoint: Any, name: str, body: dict[str, Any]) -> None:
-    through = Through("llama-cpp-python", llama_cpp_python.url)
+    through = Through("llama-cpp-python", llama_cpp_python.url, context=CONTEXT)
     body = {**GREEDY, **body}
     # From here on all begin with the prompt in its cache and its last token evaluated alone: the least difference in
     # the numbers lets a small model say something else.
@@ -127,3 +127,14 @@ def test_llama_cpp_python(llama_cpp_python: Server, endpoint: Any, name: str, bo
     assert text_of(chunks) == (choice["text"] if endpoint == "completions" else choice["message"]["content"] or "")
     assert [each["finish_reason"] for chunk in chunks[:-1] for each in chunk["choices"]][-1] == choice["finish_reason"]
     assert {chunk["model"] for chunk in chunks} == {"public"}
+
+
+@pytest.mark.parametrize("name", ["english", "korean", "conversation", "tool result", "forced tool"])
+def test_counting_leaves_the_answer_in_the_cache(llama_cpp_python: Server, name: str) -> None:
+    """A chat that is only refused touches no cache; one that is asked again costs the next turn its first token."""
+    ways = [Through("llama-cpp-python", llama_cpp_python.url, context=context) for context in (CONTEXT, None)]
+    counts = [through.ask("chat", **GREEDY, **CHATS[name])["usage"]["prompt_tokens"] for through in ways]
+    assert counts[0] == counts[1]
+    refused, asked = [[status for path, status in through.posts if "chat" in path] for through in ways]
+    assert refused == [400, 400]
+    assert asked == [200]

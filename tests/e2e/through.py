@@ -34,10 +34,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 class Through:
     """`ask` gives what a client that wants it whole would get, `stream` the chunks that a client would get."""
 
-    def __init__(self, dialect: str, url: str, alias: str = "public") -> None:
+    def __init__(self, dialect: str, url: str, alias: str = "public", context: int | None = None) -> None:
         self.dialect = DIALECTS[dialect]
         self.url = url
         self.alias = alias
+        self.context = context
+        self.posts: list[tuple[str, int]] = []  # (path, status) of what was asked after a stream
 
     def ask(self, endpoint: Endpoint, **body: Any) -> Any:
         return run(self._ask(self.request(endpoint, body)))
@@ -57,7 +59,7 @@ class Through:
     def request(self, endpoint: Endpoint, body: Json) -> Request:
         body = {"model": self.alias, **body}
         features = read_features(body, {}, endpoint, Limits())
-        return Request(features, body, orjson.dumps(body), self.alias, MODEL)
+        return Request(features, body, orjson.dumps(body), self.alias, MODEL, self.context)
 
     async def _ask(self, request: Request) -> Any:
         if not asks_for_stream(self.dialect, request):
@@ -117,6 +119,7 @@ class Through:
     async def post(self, path: str, body: Json) -> tuple[int, Any]:
         async with httpx.AsyncClient(timeout=120) as client:
             answer = await client.post(self.url + path, json=body)
+        self.posts.append((path, answer.status_code))
         return answer.status_code, answer.json()
 
 

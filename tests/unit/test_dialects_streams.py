@@ -298,6 +298,39 @@ async def test_a_chats_prompt_is_asked_again_with_all_that_its_template_reads() 
     assert body["max_tokens"] == 1
 
 
+class Template(Replica):
+    """Refuses chats of 50 tokens or more. Its template makes 7 tokens of its own, a character is a token, as is each
+    word that is added; `odd` of them appear from nowhere."""
+
+    def __init__(self, odd: int = 0) -> None:
+        super().__init__()
+        self.odd = odd
+
+    async def post(self, path: str, body: Json) -> tuple[int, Any]:
+        text, *words = body["messages"][-1]["content"].split(" word")
+        count = 7 + len(text) + len(words) + (self.odd if len(words) > 50 else 0)
+        self.asked.append((path, body))
+        if count < 50:
+            return 200, {"usage": {"prompt_tokens": count}}
+        return 400, {"error": {"message": f"you requested {count + 1} tokens ({count} in the messages, 1 in …)"}}
+
+
+async def test_a_chats_prompt_is_counted_by_being_refused() -> None:
+    replica = Template()
+    usage = await counted(delta(content="a"), replica=replica, context=50)
+    assert usage["prompt_tokens"] == 9
+    assert [len(body["messages"][0]["content"]) for _, body in replica.asked] == [2 + 5 * 50, 2 + 10 * 50]
+
+
+@pytest.mark.parametrize(
+    ("replica", "content"), [(Template(), "Hi "), (Template(), ""), (Template(odd=1), "Hi"), (Replica(), "Hi")]
+)
+async def test_where_it_is_not_refused_as_expected_it_is_asked(replica: Replica, content: str) -> None:
+    usage = await counted(replica=replica, context=50, messages=[{"role": "user", "content": content}])
+    assert usage["prompt_tokens"] == (37 if type(replica) is Replica else 7 + len(content))
+    assert replica.asked[-1][1]["messages"] == [{"role": "user", "content": content}]
+
+
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 async def test_counting_may_fail(endpoint: Any) -> None:
     with pytest.raises(Broken):

@@ -13,10 +13,12 @@ from proxy.settings import Limits
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def make_request(endpoint: Endpoint = "chat", alias: str = "m", served: str = "m", **fields: Any) -> Request:
+def make_request(
+    endpoint: Endpoint = "chat", alias: str = "m", served: str = "m", context: int | None = None, **fields: Any
+) -> Request:
     least: dict[str, Any] = {"chat": {"messages": HI}, "completions": {"prompt": "One"}, "embeddings": {"input": "Hi"}}
     body = {"model": alias, **least[endpoint], **fields}
-    return Request(read_features(body, {}, endpoint, Limits()), body, orjson.dumps(body), alias, served)
+    return Request(read_features(body, {}, endpoint, Limits()), body, orjson.dumps(body), alias, served, context)
 
 
 def events(*chunks: Json) -> bytes:
