@@ -109,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
     model = given_model(options.model) if options.model else default_model()
     name = name_on_gpu(options.vllm) or own_name(model)
     backends = [make_backend(options, model, name, number) for number in range(options.replicas)]
+    os.environ.setdefault("XGEN_BACKENDS__LLAMA_CPP__CONTEXT", str(options.ctx))  # llama-cpp-python does not tell it
     proxy = Child("proxy", proxy_command(options, backends), fresh(options.run_dir / "proxy.log"))
     try:
         for backend in backends:

@@ -68,7 +68,12 @@ class BackendSettings(BaseModel, extra="forbid"):
     slots: int | None = Field(
         None, ge=1, description="Requests one replica runs at once. Unset: what it reports, else the dialect's default."
     )
-    context: int | None = Field(None, ge=1, description="Context length in tokens. Unset: what the replica reports.")
+    context: int | None = Field(
+        None,
+        ge=1,
+        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none; told,"
+        " counting a chat's tokens leaves its cache alone.",
+    )
     api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
     tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
     images: bool | None = Field(None, description="Can it read images? Unset: what the dialect or the replica says.")
