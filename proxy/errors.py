@@ -8,7 +8,8 @@
     │   ├── MethodNotAllowed  405
     │   ├── ClientTooSlow     408  the request's body did not come
     │   ├── TooLarge          413
-    │   └── UnsupportedMedia  415
+    │   ├── UnsupportedMedia  415
+    │   └── HeadTooLarge      431
     ├── Refused               4xx  a backend's own verdict on the request, in OpenAI's shape
     ├── QueueFull             429  waited for a slot and none came free
     ├── Unavailable           503  no backend can answer now
@@ -133,6 +134,12 @@ class TooLarge(BadRequest):
 class UnsupportedMedia(BadRequest):
     status = 415
     code = "unsupported_media_type"
+
+
+class HeadTooLarge(BadRequest):
+    status = 431
+    code = "headers_too_large"
+    close = True
 
 
 class Refused(ProxyError):

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from proxy.app import Front, create_app
+from proxy.inbound import Inbound
 from proxy.memory import listener
 from proxy.settings import Settings
 from proxy.telemetry import set_up_logging
@@ -61,7 +62,7 @@ class Server(uvicorn.Server):
 
 def config_for(app: Front, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app, loop="uvloop", http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+        app, loop="uvloop", http=Inbound, ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, date_header=True, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s), backlog=BACKLOG,
     )  # fmt: skip

@@ -134,11 +134,13 @@ def test_a_busy_server_may_miss_a_look(start: Start, gpu: Upstream, monkeypatch:
 
 
 @pytest.mark.parametrize("look", [status(500), hang], ids=["500", "silence"])
-def test_three_in_a_row_are_believed(start: Start, gpu: Upstream, look: Script) -> None:
+def test_three_in_a_row_are_believed(
+    start: Start, gpu: Upstream, look: Script, caplog: pytest.LogCaptureFixture
+) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, scrape_timeout_s=0.05)
     gpu.looks["/metrics"] = look
     wait_until(lambda: only(proxy).state == "down")
-    assert "3 looks in a row failed" in only(proxy).why
+    assert "is down: 3 looks in a row failed" in caplog.text
     gpu.looks.clear()
     proxy.until_up(1)
 

@@ -1,0 +1,95 @@
+"""uvicorn's HTTP protocol, with what it leaves open closed.
+
+- The head of a request has no limit there, neither of bytes nor of time, and one header of 100 MB stops the whole loop.
+- Java's HTTP client asks with each POST whether HTTP/2 may be spoken (`Upgrade: h2c`), and uvicorn then loses the body.
+  A server may ignore the question: https://www.rfc-editor.org/rfc/rfc9110#section-7.8
+- What is not HTTP at all gets its 400 in OpenAI's shape too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
+
+HEAD_LIMIT = 64 * 1024
+HEAD_S = 30.0  # from the connection, or from the first byte of a later request
+UPGRADE = re.compile(rb"\r\nUpgrade:", re.IGNORECASE)
+
+
+class Inbound(HttpToolsProtocol):
+    _begun = False  # a head has begun and has not ended
+    _in_body = False
+    _head = 0  # bytes
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body and b"pgrade:" in data:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(b"\r\nIgnored:", head) + end + rest
+        super().data_received(data)
+        if self._begun:
+            self._watch_head(len(data))
+
+    def on_message_begin(self) -> None:
+        self._begun = True
+        self._head = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._begun = False
+        self._in_body = True
+        if self._timer is not None:
+            self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(BadRequest("this is not an HTTP/1.1 request"))
+
+    def _watch_head(self, size: int) -> None:
+        """Called when the head did not come in one piece, which is rare."""
+        self._head += size
+        if self._head > HEAD_LIMIT:
+            self._refuse(HeadTooLarge(f"the request's headers have more than {HEAD_LIMIT} bytes, which is the limit"))
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def _too_slow(self) -> None:
+        """Who has said nothing yet is told nothing."""
+        self._timer = None
+        if self._begun:
+            self._refuse(ClientTooSlow(f"the request's headers did not arrive within {HEAD_S:g} s"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Ends the connection. While an answer to an earlier request runs on it nothing may be said in between."""
+        self._begun = False
+        if self.cycle is None or self.cycle.response_complete:
+            body = error.body()
+            headers = {**dict(error.headers()), b"connection": b"close", b"content-length": b"%d" % len(body)}
+            start = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
+            lines = [start, *(b"%b: %b" % header for header in headers.items()), b"", body]
+            self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
