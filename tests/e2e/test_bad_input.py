@@ -229,4 +229,6 @@ def test_it_works_or_a_400_says_why(door: Door, name: str, stream: bool) -> None
         call = message["tool_calls"][0]["function"]
         assert call["name"] == "weather"
         if door.kind == "llama_cpp_python":  # vLLM's hermes parser does not hold the model to the schema
-            assert json.loads(call["arguments"])["city"] in ("Paris", "Rome")
+            arguments = json.loads(call["arguments"])
+        # vLLM's answers come through untouched, and it does not hold a named tool to its schema: "Paris" is one of them
+        assert door.kind == "vllm" or arguments["city"] in ("Paris", "Rome")
