@@ -28,7 +28,7 @@ def upstream() -> Iterator[FakeUpstream]:
 
 @pytest.fixture(scope="module")
 def door(upstream: FakeUpstream) -> Iterator[RunningProxy]:
-    limits = {"body_bytes": LIMIT, "body_timeout_s": 0.3, "json_depth": 10, "json_nodes": 1000}
+    limits = {"body_bytes": LIMIT, "body_timeout_s": 0.5, "json_depth": 10, "json_nodes": 1000}
     proxy = RunningProxy(Settings(backends={"vllm": backend(upstream)}, limits=limits, scrape_interval_s=0.05))
     proxy.until_up(1)
     yield proxy
@@ -117,7 +117,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(door: RunningProxy, route: 
         client.send(b'{"a"')
         status, headers, body = client.all()
     assert (status, body["error"]["code"]) == (408, "request_timeout")
-    assert "0.3 s" in body["error"]["message"]
+    assert "0.5 s" in body["error"]["message"]
     assert headers["connection"] == "close"
 
 

@@ -135,13 +135,12 @@ def test_a_kept_connection_may_be_idle_for_longer(door: RunningProxy) -> None:
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.usefixtures("impatient")
 def test_leaving_in_the_head(door: RunningProxy) -> None:
-    before = len(door.server.server_state.connections)
+    wait_until(lambda: not door.server.server_state.connections)
     with socket.create_connection(("127.0.0.1", door.port)) as client:
         client.sendall(POST)
-        wait_until(lambda: len(door.server.server_state.connections) > before)
-    wait_until(lambda: len(door.server.server_state.connections) <= before)
+        wait_until(lambda: door.server.server_state.connections)
+    wait_until(lambda: not door.server.server_state.connections)
 
 
 # what is no HTTP
