@@ -71,8 +71,8 @@ class BackendSettings(BaseModel, extra="forbid"):
     context: int | None = Field(
         None,
         ge=1,
-        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none; told,"
-        " counting a chat's tokens leaves its cache alone.",
+        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none: tell its"
+        " --n_ctx, and counting a chat's tokens leaves its cache alone.",
     )
     api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
     tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
