@@ -21,7 +21,7 @@ class Tally:
     Prompt tokens: of a completion, the tokenizer's count. A chat's template only the replica knows. Made too long by a
     known number of words, a chat is refused with its count before the cache is touched; asked twice, with twice the
     words, that gives the tokens without them (25 ms with 4,096 words). Where that cannot be, the same request again,
-    whole and for one token: as exact, but the cache loses the answer, and the next turn of a chat waits 1.6 s longer for
+    whole and for one token: as exact, but the cache loses the answer, and a chat's next turn waits 1.6 s longer for
     its first token (200 tokens of answer, 135 M parameters, one core).
     """
 
