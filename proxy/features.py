@@ -26,7 +26,7 @@ Need = Literal[
     "logprobs",
     "json_object",
     "json_schema",
-    "grammar",  # llama.cpp's own field
+    "grammar",  # llama.cpp's own fields, grammar and json_schema: others would leave the output unconstrained
     "structured_outputs",  # vLLM's own field
     "prompt_list",  # several prompts in one /v1/completions
     "token_ids",  # a prompt as token ids
@@ -38,6 +38,10 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback"}
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
+WORDS_SAMPLE = 100_000  # characters; thresholds are far below
+INT32_MAX = 2**31 - 1  # llama.cpp reads a larger limit as a negative one, which is none
+
+PROMPT_FIELD: dict[Endpoint, str] = {"chat": "messages", "completions": "prompt", "embeddings": "input"}
 
 Json = dict[str, Any]
 
@@ -68,13 +72,15 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
     texts = list(_texts(body, endpoint, limits))
     urgency, task_type = _hint(body, headers, "urgency"), _hint(body, headers, "task_type")
     if urgency is not None and urgency not in URGENCIES:
-        raise BadRequest(f"urgency must be high, normal or low, not {urgency!r}", param="urgency")
-    backend = _hint(body, headers, "backend")
-    ids = _token_ids(body)
+        raise BadRequest(f"urgency must be high, normal or low, not {shown(urgency)}", param="urgency")
+    backend, fallback = _hint(body, headers, "backend"), _hint(body, headers, "fallback")
+    if fallback not in (None, "auto", "none"):
+        raise BadRequest(f"fallback must be none or auto, not {shown(fallback)}", param="fallback")
+    ids = _token_ids(body, endpoint)
     return Features(
         endpoint=endpoint,
         model=_get(body, "model", str) or None,
-        prompt_words=sum(len(text.split()) for text in texts) + ids * 3 // 4,
+        prompt_words=count_words(texts) + ids * 3 // 4,
         prompt_tokens=sum(estimate_tokens(text) for text in texts) + ids,
         max_tokens=_max_tokens(body),
         stream=bool(_get(body, "stream", bool)),
@@ -83,7 +89,7 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
         backend=None if backend in (None, "auto") else backend,
         urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
         task_type=task_type,
-        fallback=_hint(body, headers, "fallback") != "none",
+        fallback=fallback != "none",
         hinted=urgency is not None or task_type is not None,
     )
 
@@ -93,6 +99,18 @@ def strip_hints(body: Json) -> Json:
     if not HINTS.keys() & body.keys():
         return body
     return {key: value for key, value in body.items() if key not in HINTS}
+
+
+def count_words(texts: list[str]) -> int:
+    """Exact up to WORDS_SAMPLE characters in all; what is beyond is taken to be like them, since 10 MB cost 0.1 s."""
+    whole = " ".join(texts)
+    words = len(whole[:WORDS_SAMPLE].split())
+    return words if len(whole) <= WORDS_SAMPLE else words * len(whole) // WORDS_SAMPLE
+
+
+def shown(value: Any) -> str:
+    """What the client sent, short enough for a message."""
+    return repr(value)[:60] if isinstance(value, str | int | float) else "that"
 
 
 def estimate_tokens(text: str) -> int:
@@ -134,11 +152,11 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "frequency_penalty": (-2, 2, False),
     "n": (1, MAX_CHOICES, True),
     "best_of": (1, MAX_CHOICES, True),
-    "max_tokens": (1, 2**31, True),
-    "max_completion_tokens": (1, 2**31, True),
+    "max_tokens": (1, INT32_MAX, True),
+    "max_completion_tokens": (1, INT32_MAX, True),
     "top_logprobs": (0, 20, True),
-    "top_k": (-1, 2**31, True),
-    "seed": (-(2**63), 2**63, True),
+    "top_k": (-1, INT32_MAX, True),
+    "seed": (-(2**63), 2**63 - 1, True),
 }
 
 
@@ -165,15 +183,16 @@ def _texts(body: Json, endpoint: Endpoint, limits: Limits) -> Iterator[str]:
     if endpoint == "chat":
         yield from _message_texts(body, limits)
         return
-    field = "prompt" if endpoint == "completions" else "input"
+    field = PROMPT_FIELD[endpoint]
     prompt = _get(body, field, (str, list))
     if prompt is None or prompt == []:
         raise BadRequest(f"{field} is missing; send a string", param=field)
-    for each in [prompt] if isinstance(prompt, str) else prompt:
-        if isinstance(each, str):
-            yield each
-        elif not _is_token_ids([each]) and not (isinstance(each, list) and _is_token_ids(each)):
-            raise BadRequest(f"{field} must be a string, an array of strings, or token ids", param=field)
+    if isinstance(prompt, str):
+        yield prompt
+    elif all(isinstance(each, str) for each in prompt):
+        yield from prompt
+    elif not _is_token_ids(prompt) and not all(isinstance(each, list) and _is_token_ids(each) for each in prompt):
+        raise BadRequest(f"{field} must be a string, an array of strings, or token ids", param=field)
 
 
 def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
@@ -216,13 +235,13 @@ def _part_text(part: Json, where: str) -> str:
 
 
 def _is_token_ids(value: list[Any]) -> bool:
-    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
+    return value != [] and all(type(each) is int and each >= 0 for each in value)
 
 
-def _token_ids(body: Json) -> int:
-    """How many token ids the prompt has."""
-    prompt = body.get("prompt")
-    if not isinstance(prompt, list):
+def _token_ids(body: Json, endpoint: Endpoint) -> int:
+    """How many token ids the prompt has; it has been checked."""
+    prompt = body[PROMPT_FIELD[endpoint]]
+    if endpoint == "chat" or not isinstance(prompt, list):
         return 0
     return sum(1 if isinstance(each, int) else len(each) for each in prompt if isinstance(each, int | list))
 
@@ -252,7 +271,8 @@ def _hint(body: Json, headers: Mapping[bytes, bytes], name: str) -> str | None:
 
 OWN_FIELDS: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
 NEED_FIELDS = {
-    *OWN_FIELDS, "n", "best_of", "logprobs", "response_format", "tools", "tool_choice", "functions", "prompt",
+    *OWN_FIELDS, "json_schema", "n", "best_of", "logprobs", "response_format", "tools", "tool_choice", "functions",
+    "prompt",
 }  # fmt: skip
 
 
@@ -264,9 +284,11 @@ def _needs(body: Json, endpoint: Endpoint) -> frozenset[Need]:
         return frozenset(needs)
     if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
         needs.add("n")
-    if body.get("logprobs") not in (None, False):
+    if body.get("logprobs") is not None and body["logprobs"] is not False:  # 0 asks for the chosen token's
         needs.add("logprobs")
     needs.update(field for field in OWN_FIELDS if body.get(field))
+    if body.get("json_schema"):
+        needs.add("grammar")
     needs.update(_format_needs(body))
     needs.update(_tool_needs(body) if endpoint == "chat" else _prompt_needs(body))
     return frozenset(needs)
@@ -279,7 +301,7 @@ def _format_needs(body: Json) -> Iterator[Need]:
         yield kind
     elif kind not in (None, "text"):
         raise BadRequest(
-            f"response_format.type must be text, json_object or json_schema, not {kind!r}", param="response_format"
+            f"response_format.type must be text, json_object or json_schema, not {shown(kind)}", param="response_format"
         )
     if kind == "json_schema":
         wrapper = response_format.get("json_schema")

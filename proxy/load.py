@@ -43,7 +43,8 @@ def parse_metrics(page: str) -> Gauges:
             name, _, _ = line.partition("{") if "{" in line else line.partition(" ")
             meaning = GAUGES.get(name)
             if meaning:
-                found[meaning].append(float(line.rsplit(" ", 1)[1]))
+                value = line.removeprefix(name).rpartition("}")[2].split()[0]  # a timestamp may follow
+                found[meaning].append(float(value))
     kv = found["kv"]
     return {
         "running": sum(found["running"]) if found["running"] else None,
@@ -82,16 +83,17 @@ def load_of(
 
     In-flight is the larger of our own count and the scraped running + waiting with what we sent since: the scrape holds
     most of ours already, so that adding the two would count twice. A gauge that is not there decides nothing. A scrape
-    older than `stale_after_s` means saturated: https://gateway-api-inference-extension.sigs.k8s.io
+    older than `stale_after_s` means saturated, and its gauges count no more: what was sent since only grows.
+    https://gateway-api-inference-extension.sigs.k8s.io
     """
     if scraped is None:
         return LoadParts(in_flight / slots, in_flight, slots, None, None, None, False)
     age = now - scraped.at
     busy = float(in_flight)
+    if age > stale_after_s:
+        return LoadParts(max(busy / slots, 1.0), busy, slots, scraped.waiting, scraped.kv, age, True)
     if scraped.running is not None:
         busy = max(busy, scraped.running + (scraped.waiting or 0) + sent_since_scrape)
     waiting = (scraped.waiting or 0) / routing.waiting_full
     kv = (scraped.kv or 0) / routing.kv_full
-    stale = age > stale_after_s
-    total = max(busy / slots, waiting, kv, 1.0 if stale else 0.0)
-    return LoadParts(total, busy, slots, scraped.waiting, scraped.kv, age, stale)
+    return LoadParts(max(busy / slots, waiting, kv), busy, slots, scraped.waiting, scraped.kv, age, False)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import BadRequest, ProxyError, Unavailable
-from proxy.features import Features
+from proxy.features import PROMPT_FIELD, Features, shown
 from proxy.settings import Routing
 
 if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context, replicas; and name, up, load of each
@@ -41,10 +41,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A backend, or one replica of it, that the request cannot go to."""
+    """A backend that the request cannot go to. `code`: OpenAI's word for it, where it has one."""
 
     name: str
     reason: str
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,11 @@ def _able(features: Features, backends: Sequence[Backend]) -> tuple[list[Backend
     able: list[Backend] = []
     rejections: list[Rejection] = []
     for backend in sorted(backends, key=_rank_of_path):
-        why = _inability(features, backend)
-        if why is None:
+        rejection = _inability(features, backend)
+        if rejection is None:
             able.append(backend)
         else:
-            rejections.append(Rejection(backend.name, why))
+            rejections.append(rejection)
     return able, rejections
 
 
@@ -94,14 +95,15 @@ def _rank_of_path(backend: Backend) -> tuple[bool, str]:
     return backend.path != "gpu", backend.name
 
 
-def _inability(features: Features, backend: Backend) -> str | None:
+def _inability(features: Features, backend: Backend) -> Rejection | None:
     if features.model not in backend.models:
-        return f"does not serve {features.model!r}"
+        return Rejection(backend.name, f"does not serve {features.model!r}")
     missing = features.needs - backend.can
     if missing:
-        return f"cannot do {', '.join(sorted(missing))}"
+        return Rejection(backend.name, f"cannot do {', '.join(sorted(missing))}")
     if backend.context is not None and features.prompt_tokens / ESTIMATE_MARGIN > backend.context:
-        return f"prompt of about {features.prompt_tokens} tokens exceeds its context of {backend.context}"
+        why = f"prompt of about {features.prompt_tokens} tokens exceeds its context of {backend.context}"
+        return Rejection(backend.name, why, "context_length_exceeded")
     return None
 
 
@@ -113,24 +115,27 @@ def _explicit_error(
         return None
     for rejection in rejections:
         if rejection.name == features.backend:
-            return _too_long(rejection) or BadRequest(f"backend {rejection.name} {rejection.reason}", param="backend")
+            too_long = _too_long(features, rejection)
+            return too_long or BadRequest(f"backend {rejection.name} {rejection.reason}", param="backend")
     names = ", ".join(sorted(backend.name for backend in backends))
-    return BadRequest(f"there is no backend {features.backend!r}; choose auto or one of {names}", param="backend")
+    return BadRequest(f"there is no backend {shown(features.backend)}; choose auto or one of {names}", param="backend")
 
 
 def _unable_error(features: Features, backends: Sequence[Backend], rejections: list[Rejection]) -> ProxyError:
     for rejection in rejections:
-        if error := _too_long(rejection):
+        if error := _too_long(features, rejection):
             return error
     reasons = "; ".join(f"{rejection.name} {rejection.reason}" for rejection in rejections)
     return BadRequest(f"no backend can do this request: {reasons}")
 
 
-def _too_long(rejection: Rejection) -> ProxyError | None:
-    if "exceeds its context" not in rejection.reason:
+def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:
+    if rejection.code is None:
         return None
     return BadRequest(
-        f"{rejection.name}: {rejection.reason}; shorten the prompt", param="messages", code="context_length_exceeded"
+        f"{rejection.name}: {rejection.reason}; shorten the prompt",
+        param=PROMPT_FIELD[features.endpoint],
+        code=rejection.code,
     )
 
 
@@ -143,12 +148,12 @@ def _down_error(features: Features, rejections: list[Rejection]) -> ProxyError:
 
 
 def _pick(backend: Backend, most: int, rng: random.Random) -> list[Replica]:
-    """Up to `most` live replicas, the less loaded of two random ones first.
+    """Up to `most` live replicas (two at least, to choose from), the less loaded of two random ones first.
 
     Replicas are drawn by position, so that a thousand cost no more than two; only when the draw meets a dead one are
     the rest looked through.
     """
-    replicas = backend.replicas
+    replicas, most = backend.replicas, max(most, 2)
     if len(replicas) == 1:
         return list(replicas) if replicas[0].up else []
     drawn = rng.sample(range(len(replicas)), min(most, len(replicas)))
@@ -216,7 +221,8 @@ def _tiers(tiers: list[list[Backend]], reason: str) -> Ranked:
 
 def _candidates(ranked: Ranked, picks: dict[str, list[Replica]], most: int) -> tuple[Candidate, ...]:
     """At most `most`; each backend gets one place before any gets two, so that the safety net is never crowded out."""
-    ranked = ranked[:most] if len(ranked) <= most else [*ranked[: most - 1], ranked[-1]]
+    if len(ranked) > most:  # the last is the safety net, but the first is the choice
+        ranked = [*ranked[: most - 1], ranked[-1]] if most > 1 else ranked[:1]
     spare = most - len(ranked)
     candidates: list[Candidate] = []
     for backend, reason, tier in ranked:

@@ -12,6 +12,12 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.settings import Limits
 
+SCHEMA_FIELDS = (
+    "response_format", "tools", "functions",  # OpenAI's
+    "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar",  # vLLM's
+    "json_schema", "grammar",  # llama-server's
+)  # fmt: skip
+
 
 def check_size(body: dict[str, Any], limits: Limits) -> None:
     """Raises BadRequest."""
@@ -44,7 +50,7 @@ def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
 def check_schemas(body: dict[str, Any], limits: Limits) -> None:
     for name, schema in schemas(body):
         nodes, _ = measure(schema, limits.json_depth, limits.schema_nodes)
-        if nodes > limits.schema_nodes:
+        if nodes + _written(schema) > limits.schema_nodes:
             raise BadRequest(f"the schema in {name} has more than {limits.schema_nodes} values", param=name)
         if refers_to_itself(schema):
             raise BadRequest(f"the schema in {name} refers to itself without end; break the $ref circle", param=name)
@@ -52,11 +58,13 @@ def check_schemas(body: dict[str, Any], limits: Limits) -> None:
 
 def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
     """(where, schema) of everything that an engine would turn into a grammar."""
-    found: list[tuple[str, Any]] = [
-        (name, body[name]) for name in ("response_format", "structured_outputs", "guided_json") if body.get(name)
-    ]
-    found += [(name, body[name]) for name in ("tools", "functions") if body.get(name)]
-    return found
+    return [(name, body[name]) for name in SCHEMA_FIELDS if body.get(name)]
+
+
+def _written(schema: Any) -> int:
+    """Values in a grammar or schema given as text: eight characters are about one alternative of a grammar."""
+    texts = schema.values() if isinstance(schema, dict) else [schema]
+    return sum(len(text) // 8 for text in texts if isinstance(text, str))
 
 
 def refers_to_itself(schema: Any) -> bool:
@@ -83,14 +91,16 @@ def _circles(root: dict[str, Any]) -> bool:
     definitions = {**_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
     if root.get("$ref") == "#":
         return True
+    ends: set[str] = set()  # names from which the chain is known to end, so that each is followed once
     for start in definitions:
-        seen: set[str] = set()
+        chain: set[str] = set()
         name: str | None = start
-        while name is not None:
-            if name in seen:
+        while name is not None and name not in ends:
+            if name in chain:
                 return True
-            seen.add(name)
+            chain.add(name)
             name = _target(definitions.get(name))
+        ends |= chain
     return False
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadRequest
 from proxy.features import Features, estimate_tokens, read_features, strip_hints
 from proxy.settings import Limits
+from proxy.shape import refers_to_itself
 
 USER = {"role": "user", "content": "one two three"}
 
@@ -67,6 +68,7 @@ def test_every_text_of_the_prompt_counts() -> None:
         (["a b", "c"], 3, {"prompt_list"}),
         ([1, 2, 3, 4], 3, {"token_ids"}),
         ([[1, 2], [3, 4]], 3, {"token_ids", "prompt_list"}),
+        ([" a\n b ", "", "c"], 3, {"prompt_list"}),
     ],
 )
 def test_prompts(prompt: Any, words: int, needs: set[str]) -> None:
@@ -93,11 +95,24 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"response_format": {"type": "text"}}, set()),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, {"json_schema"}),
         ({"grammar": "root ::= x"}, {"grammar"}),
+        ({"json_schema": {"type": "string"}}, {"grammar"}),
+        ({"logprobs": 0}, {"logprobs"}),
         ({"structured_outputs": {"choice": ["a"]}}, {"structured_outputs"}),
     ],
 )
 def test_needs(fields: dict[str, Any], needs: set[str]) -> None:
     assert read(fields).needs == needs
+
+
+def test_token_ids_of_embeddings_count_and_a_chats_prompt_does_not() -> None:
+    assert read({"input": [1, 2, 3, 4]}, endpoint="embeddings").prompt_tokens == 4
+    assert read({"prompt": [1, 2, 3, 4]}) == read({})
+
+
+def test_words_of_a_huge_prompt_are_taken_from_its_beginning() -> None:
+    assert read({"prompt": "word " * 20_000}, endpoint="completions").prompt_words == 20_000
+    assert read({"prompt": "word " * 200_000}, endpoint="completions").prompt_words == 200_000
+    assert read({"prompt": ["word " * 100_000] * 3}, endpoint="completions").prompt_words == 300_000
 
 
 def test_embeddings() -> None:
@@ -146,6 +161,8 @@ BAD = [
     ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"seed": 2**63}, "seed"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 2.5}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -163,6 +180,12 @@ BAD = [
     ({"response_format": "json"}, "response_format"),
     ({"urgency": "now"}, "urgency"),
     ({"backend": 5}, "backend"),
+    ({"fallback": "no"}, "fallback"),
+    ({"fallback": False}, "fallback"),
+    ({"json_schema": {"enum": list(range(3000))}}, "json_schema"),
+    ({"guided_choice": ["a"] * 3000}, "guided_choice"),
+    ({"grammar": 'root ::= "a"' + ' | "abcd"' * 3000}, "grammar"),
+    ({"structured_outputs": {"json": '{"enum":[' + '"abcd",' * 3000 + "0]}"}}, "structured_outputs"),
     ({"tools": [{"function": {"name": "f", "parameters": {"enum": list(range(3000))}}}]}, "tools"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": CIRCLE}}}, "response_format"),
 ]
@@ -176,7 +199,7 @@ def test_bad_requests_name_the_field(fields: dict[str, Any], param: str) -> None
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize("prompt", [None, [], 5, [{"a": 1}], [-1], ["a", None], [True]])
+@pytest.mark.parametrize("prompt", [None, [], 5, [{"a": 1}], [-1], ["a", None], [True], ["a", 5], [[1], 5], [[]]])
 def test_bad_prompts(prompt: Any) -> None:
     with pytest.raises(BadRequest) as caught:
         read({"prompt": prompt}, endpoint="completions")
@@ -190,6 +213,28 @@ def test_size_limits() -> None:
         read({"metadata": list(range(2000))}, json_nodes=1000)
     with pytest.raises(BadRequest, match="3 messages; the limit is 2"):
         read({"messages": [USER] * 3}, messages=2)
+
+
+def test_what_was_sent_is_told_in_brief() -> None:
+    for fields in ({"urgency": "x" * 9000}, {"response_format": {"type": ["x"] * 9000}}, {"fallback": "x" * 9000}):
+        with pytest.raises(BadRequest) as caught:
+            read(fields)
+        assert len(caught.value.message) < 200
+
+
+def test_a_long_chain_of_references_is_followed_once() -> None:
+    """Each name of it followed to the end would take a seventh of a second, for everybody."""
+    lookups = 0
+
+    class Counting(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal lookups
+            lookups += key == "$ref"
+            return super().get(key, default)
+
+    chain = {"$defs": {f"d{n}": Counting({"$ref": f"#/$defs/d{n + 1}"}) for n in range(900)}}
+    assert not refers_to_itself(chain)
+    assert lookups <= 2 * 900
 
 
 def test_a_recursive_type_is_no_circle() -> None:

@@ -36,6 +36,13 @@ def test_engines_are_summed_but_shares_are_averaged() -> None:
     assert parsed["kv"] == pytest.approx(0.3)
 
 
+def test_timestamps_and_braces_in_labels() -> None:
+    page = (
+        'vllm:num_requests_running{model_name="a } b"} 3.0 1700000000000\nllamacpp:requests_deferred 2 1700000000000\n'
+    )
+    assert parse_metrics(page) == {"running": 3.0, "waiting": 2.0, "kv": None}
+
+
 def test_what_is_not_there_is_unknown_not_zero() -> None:
     assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
 
@@ -81,6 +88,11 @@ def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Load | None, se
 def test_stale_is_saturated() -> None:
     assert load(scraped=scrape(running=0), now=5.0) == 0.0
     assert load(scraped=scrape(running=0), now=5.1) == 1.0
+
+
+def test_of_a_stale_scrape_only_our_own_count_is_left() -> None:
+    assert load(3, scrape(running=50, waiting=9, kv=1.0), sent=5000, now=5.1) == 1.0
+    assert load(15, scrape(running=0), now=5.1) == 1.5
 
 
 def test_parts_are_told() -> None:

@@ -110,6 +110,21 @@ def test_a_prompt_that_is_too_long_has_openais_code() -> None:
     assert error.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "param"), [("chat", "messages"), ("completions", "prompt"), ("embeddings", "input")]
+)
+def test_a_prompt_that_is_too_long_names_its_own_field(endpoint: str, param: str) -> None:
+    error = plan([gpu()], prompt_tokens=9000, endpoint=endpoint).error
+    assert error is not None
+    assert error.param == param
+
+
+def test_a_backend_that_is_not_there_is_told_in_brief() -> None:
+    error = plan([gpu()], backend="x" * 9000).error
+    assert error is not None
+    assert len(error.message) < 200
+
+
 def test_an_estimate_just_over_the_context_is_left_to_the_backend() -> None:
     assert order(plan([gpu(context=2048)], prompt_tokens=4096)) == ["vllm"]
     assert order(plan([gpu(context=2048)], prompt_tokens=4098)) == []
@@ -133,6 +148,14 @@ def test_the_cpu_is_in_the_plan_however_many_gpus_there_are() -> None:
     decided = plan([many, cpu()])
     assert len(decided.candidates) == ROUTING.max_attempts
     assert order(decided)[-1] == "llama_cpp"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_single_attempt_goes_to_the_first_choice(seed: int) -> None:
+    """Room for the safety net must not push out the choice itself, nor the choice between two replicas."""
+    pair = (FakeReplica("a", 0.9), FakeReplica("b", 0.1))
+    decided = plan([gpu(replicas=pair), cpu()], Routing(max_attempts=1), seed)
+    assert [(each.replica.name, each.reason.partition(":")[0]) for each in decided.candidates] == [("b", "default")]
 
 
 def test_replicas_share_the_work() -> None:
