@@ -3,6 +3,7 @@
 - The head of a request has no limit there, neither of bytes nor of time, and one header of 100 MB stops the whole loop.
 - Java's HTTP client asks with each POST whether HTTP/2 may be spoken (`Upgrade: h2c`), and uvicorn then loses the body.
   A server may ignore the question: https://www.rfc-editor.org/rfc/rfc9110#section-7.8
+- A client that stops reading is waited for without end there, and would keep its backend's slot.
 - What is not HTTP at all gets its 400 in OpenAI's shape too.
 """
 
@@ -18,6 +19,7 @@ from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
 
 HEAD_LIMIT = 64 * 1024
 HEAD_S = 30.0  # from the connection, or from the first byte of a later request
+STALL_S = 60.0  # a client that takes nothing for so long is gone; nginx's send_timeout is the same
 UPGRADE = re.compile(rb"\r\nUpgrade:", re.IGNORECASE)
 
 
@@ -25,7 +27,8 @@ class Inbound(HttpToolsProtocol):
     _begun = False  # a head has begun and has not ended
     _in_body = False
     _head = 0  # bytes
-    _timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None  # for the head
+    _stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -33,7 +36,16 @@ class Inbound(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_stall()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._stall = self.loop.call_later(STALL_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stop_stall()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body and b"pgrade:" in data:
@@ -88,6 +100,11 @@ class Inbound(HttpToolsProtocol):
             lines = [start, *(b"%b: %b" % header for header in headers.items()), b"", body]
             self.transport.write(b"\r\n".join(lines))
         self.transport.close()
+
+    def _stop_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

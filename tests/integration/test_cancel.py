@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy import inbound
 from proxy.client import CancelWhenGone
 from proxy.errors import ClientLeft
 from tests.integration.conftest import CHAT, RunningProxy, backend, chat, get, wait_until
@@ -205,6 +207,33 @@ def test_leaving_without_having_read(start: Start, gpu: FakeUpstream) -> None:
     assert gone.wait(10)
     wait_until(lambda: held(proxy) == 0)
     assert chat(proxy).status_code == 200
+
+
+def test_a_client_that_never_reads_is_gone(start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its connection, but not its backend's slot."""
+    monkeypatch.setattr(inbound, "STALL_S", 0.2)
+    gone = threading.Event()
+
+    async def endless(talk: Talk) -> None:
+        await talk.start_stream()
+        try:
+            while True:
+                await talk.event(delta("x" * 50_000))
+        finally:
+            gone.set()
+
+    gpu.scripts.append(endless)
+    proxy = start(backends={"vllm": backend(gpu)})
+    with ask(proxy) as client:
+        assert gone.wait(20)
+        wait_until(lambda: held(proxy) == 0)
+        ending = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := client.recv(1_000_000):
+                ending = part[-10:]
+        assert ending
+        assert not ending.endswith(b"0\r\n\r\n"), "the answer looks whole"
+    wait_until(lambda: left(proxy))
 
 
 def test_a_huge_whole_answer(start: Start, gpu: FakeUpstream) -> None:
