@@ -117,8 +117,8 @@ def estimate_tokens(text: str) -> int:
     """Tokens of `text` without a tokenizer, for context checks and time limits.
 
     A token is some 4.2 bytes of ASCII text; other scripts take a token for each 1.1 bytes of UTF-8. Against SmolLM2's
-    tokenizer, on pieces of 200 characters, estimate/truth was in the median 1.04 for English, 0.98 for Korean and 0.92
-    for code, and 0.62 to 1.50 at the worst (bench/estimate.py).
+    tokenizer, on pieces of 200 characters, estimate/truth was in the median 1.02 for English, 0.98 for Korean and 0.92
+    for code, and 0.64 to 1.55 at the worst (bench/estimate.py).
     """
     if text.isascii():
         return int(len(text) / 4.2) + 1

@@ -120,6 +120,8 @@ FIELDS = [
     Bad("schema without end", chat(**schema({"$ref": "#"})), (200, 400)),
     Bad("schema with a dangling $ref", chat(**schema({"$ref": "#/$defs/nope"}))),
     Bad("huge schema", chat(**schema({"enum": [f"value {number}" for number in range(20_000)]}))),
+    Bad("huge schema, llama.cpp's own field", chat(json_schema={"enum": [f"value {n}" for n in range(20_000)]})),
+    Bad("huge grammar", chat(grammar="root ::= " + " | ".join(f'"value {n}"' for n in range(20_000)))),
     Bad("bad pattern", chat(**schema({"type": "string", "pattern": "((("})), (200, 400)),
     Bad("bad grammar", chat(grammar="root ::= ((("), (200, 400)),
     Bad("bad grammar, stream", chat(grammar="root ::= (((", stream=True), (200, 400)),
