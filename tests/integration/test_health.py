@@ -140,7 +140,7 @@ def test_three_in_a_row_are_believed(
     proxy = start(backends={"vllm": backend(gpu)}, scrape_timeout_s=0.05)
     gpu.looks["/metrics"] = look
     wait_until(lambda: only(proxy).state == "down")
-    assert "is down: 3 looks in a row failed" in caplog.text
+    wait_until(lambda: "is down: 3 looks in a row failed" in caplog.text)
     gpu.looks.clear()
     proxy.until_up(1)
 
