@@ -142,8 +142,8 @@ def test_every_rule_has_a_case() -> None:
     for rule in RULES:
         assert rule.hazard
         assert set(rule.dialects) <= set(DIALECTS)
-    for rule, dialect, *_ in CASES:
-        assert rule in [each.name for each in BY_DIALECT[dialect]] or (rule, dialect) == ("grammar", S)
+    for name, dialect, *_ in CASES:
+        assert name in [each.name for each in BY_DIALECT[dialect]] or (name, dialect) == ("grammar", S)
 
 
 @pytest.mark.parametrize("dialect", [VLLM, OPENAI], ids=lambda dialect: dialect.name)

@@ -19,6 +19,9 @@ from proxy.stops import Stops, stop_strings, text_of
 from proxy.tally import Tally
 from tests.unit.wire import delta, events, make_request, text
 
+QUIET: dict[str, Any] = {}
+ASKED: dict[str, Any] = {"stream_options": {"include_usage": True}}
+
 
 class Replica:
     """Answers the questions that are asked after a stream: a token for each character, and 37 for the prompt."""
@@ -97,7 +100,7 @@ async def test_llama_server_usage_of_several_choices() -> None:
 
 async def test_llama_server_usage_of_a_completion_comes_where_asked() -> None:
     usage = {"completion_tokens": 3, "prompt_tokens": 4, "total_tokens": 7}
-    for options, expected in ({}, []), ({"stream_options": {"include_usage": True}}, [usage]):
+    for options, expected in (QUIET, []), (ASKED, [usage]):
         editor = editor_for(LLAMA_SERVER, make_request("completions", stream=True, **options))
         assert editor is not None
         out = read(editor.edit(events(text("a"), {**text("", "length"), "usage": usage})))
@@ -129,7 +132,7 @@ def test_llama_server_legacy_logprobs() -> None:
 
 
 async def test_llama_cpp_python_usage_is_added_where_asked() -> None:
-    for options, expected in ({}, b""), ({"stream_options": {"include_usage": True}}, None):
+    for options, expected in (QUIET, b""), (ASKED, None):
         editor = editor_for(LLAMA_CPP_PYTHON, make_request(stream=True, alias="public", **options))
         assert editor is not None
         out = read(editor.edit(events(delta(role="assistant"), delta(content="a"), delta("stop"))))
@@ -151,7 +154,7 @@ def call(arguments: str) -> Json:
     )  # fmt: skip
 
 
-TOOLS = {
+TOOLS: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
 }
