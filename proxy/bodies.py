@@ -89,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     Rule("response_format on /v1/completions", NATIVE, "translate", "ignored", do.schema_of_completion),
     Rule("repeat_last_n, dry_penalty_last_n, n_probs", NATIVE, "refuse", "a repeat_last_n of 10^9 took it 19 s",
          do.bounded_sizes),
+    Rule("wide enums", NATIVE, "refuse", "one of 2,000 values holds it up for everybody, for 25 s", do.narrow_schemas),
     Rule("stream: false", NATIVE, "fill", "a client that leaves does not stop the generation", do.stream_here),
     Rule("usage", NATIVE, "fill", "a stream has no usage unless asked", do.always_usage),
     Rule("stream: false, logprobs, echo", PYTHON, "fill",

@@ -9,6 +9,7 @@ from proxy.dialects import LLAMA_CPP_PYTHON, LLAMA_SERVER, Dialect, Json, Reques
 from proxy.errors import BadRequest
 from proxy.fields import read_fields
 from proxy.schemas import enforceable
+from proxy.shape import schemas
 
 LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default on /v1/completions
 
@@ -125,6 +126,31 @@ def bounded_sizes(body: Json, _: Request) -> Json:
         if value is not None and (not isinstance(value, int) or value > SIZES[field]):
             raise BadRequest(f"{field} must be a whole number up to {SIZES[field]}", param=field)
     return body
+
+
+WIDEST = 250  # values in one place of a schema; 500 held it up for 3 s, 2,000 for 25 s
+WIDE_KEYWORDS = ("enum", "anyOf", "oneOf")
+
+
+def narrow_schemas(body: Json, _: Request) -> Json:
+    for field, schema in schemas(body):
+        if _widest(schema) > WIDEST:
+            raise BadRequest(f"this backend takes no schema with more than {WIDEST} values in one enum", param=field)
+    return body
+
+
+def _widest(schema: Any) -> int:
+    widest = 0
+    level = [schema]
+    while level:
+        each = level.pop()
+        if isinstance(each, dict):
+            lists = [each.get(keyword) for keyword in WIDE_KEYWORDS]
+            widest = max(widest, *(len(found) if isinstance(found, list) else 0 for found in lists))
+            level.extend(each.values())
+        elif isinstance(each, list):
+            level.extend(each)
+    return widest
 
 
 def one_choice(body: Json, _: Request) -> Json:

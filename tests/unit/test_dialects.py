@@ -94,6 +94,8 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | str]] = [
     ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"repeat_last_n": 10**9}, "refused"),
     ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"n_probs": "many"}, "refused"),
     ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"n_probs": 5}, {}),
+    ("wide enums", S, "chat", {"json_schema": {"anyOf": [{"enum": list(range(251))}]}}, "refused"),
+    ("wide enums", S, "chat", {"json_schema": {"enum": list(range(250)), "title": ["x"] * 251}}, {}),
     ("stream: false", S, "chat", {}, {"stream": True}),
     ("usage", S, "chat", {}, {"stream_options": {"include_usage": True}}),
     ("usage", S, "chat", {"stream": True}, {}),
