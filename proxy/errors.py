@@ -172,9 +172,14 @@ class InternalError(ProxyError):
 
 
 class UpstreamFailed(Exception):
-    """`outcome` is the word used for it in metrics, logs and messages."""
+    """`outcome` is the word used for it in metrics, logs and messages. `why` is in our own words; `told` in the
+    backend's, which may repeat the prompt: for the client, never for a log."""
 
     outcome = "failed"
+
+    def __init__(self, why: str, told: str = "") -> None:
+        super().__init__(f"{why}: {told}" if told else why)
+        self.why = why
 
 
 class ConnectFailed(UpstreamFailed):

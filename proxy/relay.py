@@ -124,7 +124,7 @@ class Relay:
         if isinstance(error, ConnectFailed):
             self.gateway.monitor.down(candidate.replica, str(error))
         elif not isinstance(error, Busy | Unable):
-            candidate.replica.failed(str(error))
+            candidate.replica.failed(error.why)
             self.gateway.admission.gone()  # it may be suspect now
         self.gateway.telemetry.attempt_failed(self.call.id, candidate, error)
 

@@ -91,7 +91,7 @@ class Telemetry:
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
         self.failures.labels(candidate.backend.name, candidate.replica.name, error.outcome).inc()
         log.warning("attempt failed", extra={"fields": {
-            "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": str(error),
+            "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
         }})  # fmt: skip
 
     def finished(self, call: Call, relay: Relay, status: int) -> None:
@@ -120,7 +120,7 @@ class Telemetry:
             "replica": candidate.replica.name if candidate else None,
             "reason": candidate.reason if candidate else None,
             "attempts": relay.attempts,
-            "broken": str(relay.broken) if relay.broken else None,
+            "broken": relay.broken.why if relay.broken else None,
             "stream": call.features.stream,
             "prompt_words": call.features.prompt_words,
             "first_output_s": round(relay.first_output - call.started, 4) if relay.first_output else None,

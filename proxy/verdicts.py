@@ -38,13 +38,13 @@ def read_error(status: int, body: bytes) -> Verdict:
     """The verdict on an answer that is not 200."""
     message, code, param = _fields(body)
     if status in (429, 503):
-        return Busy(f"says {status}: {message}")
+        return Busy(f"says {status}", message)
     if status in (401, 403):
         return Broken(f"says {status}: the backend's api_key setting is wrong")
     if status in (404, 405):
-        return Broken(f"says {status}: it has no such model or route: {message}")
+        return Broken(f"says {status}: it has no such model or route", message)
     if status >= 500 and not CLIENTS_500.search(message):
-        return Broken(f"says {status}: {message}")
+        return Broken(f"says {status}", message)
     return _refused(status, message, code, param)
 
 
@@ -54,9 +54,9 @@ def stream_error(event: bytes) -> Verdict:
     message, code, param = _fields(data)
     status = code if isinstance(code, int) else 500
     if status in (429, 503):
-        return Busy(message)
+        return Busy("says in the stream that it is busy", message)
     if status >= 500 and not CLIENTS_500.search(message):
-        return Broken(message)
+        return Broken("says in the stream that it failed", message)
     return _refused(status, message, None, param)
 
 

@@ -279,3 +279,19 @@ def test_plain_lines() -> None:
     assert text[2] == text[5] == ":"
     assert text[8:] == " message é\n a=1 c=x\n"
     assert "ZeroDivisionError: why" in formatted(PlainFormatter(), error=True)
+
+
+def test_what_a_backend_says_is_not_logged(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may repeat the prompt. The client is told, since it is its own."""
+    gpu, cpu = fakes
+    says = status(500, {"error": {"message": f"cannot read {PROMPT}"}})
+    gpu.scripts.append(says)
+    cpu.scripts.append(says)
+    with caplog.at_level(logging.INFO):
+        assert PROMPT in chat(door).text
+        wait_until(lambda: any(record.getMessage() == "request" for record in caplog.records))
+    told = "".join(str(vars(record)) for record in caplog.records)
+    assert "says 500" in told
+    assert PROMPT not in told
