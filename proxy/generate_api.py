@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
 
 from proxy import sse
-from proxy.auth import check_key
-from proxy.client import read_body, read_json, request_id, send_error
-from proxy.errors import BadRequest, ClientLeft, GatewayFailed, ProxyError
+from proxy.client import read_body, read_json
+from proxy.errors import BadRequest, GatewayFailed
 from proxy.gateway import Call, Gateway
-from proxy.openai_api import answer
+from proxy.openai_api import Generate
 
 
 class GenerateRequest(BaseModel):
@@ -45,32 +44,21 @@ def to_completion(request: GenerateRequest, stream: bool) -> dict[str, Any]:
     return body
 
 
-class GenerateEndpoint:
+class GenerateEndpoint(Generate):
     """`always_streams`: /generate/stream; /generate streams when the request says so."""
 
     def __init__(self, gateway: Gateway, *, always_streams: bool) -> None:
-        self.gateway = gateway
+        super().__init__(gateway, "completions")
         self.always_streams = always_streams
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        id = request_id(headers)
-        try:
-            check_key(headers, self.gateway.settings.api_keys)
-            call = await self._read(id, headers, receive)
-        except ProxyError as error:
-            await send_error(send, error, [(b"x-request-id", id.encode())])
-        except ClientLeft:
-            pass
-        else:
-            shape: Send = TokenStream(send) if call.features.stream else WholeText(send)
-            await answer(self.gateway, call, receive, shape)
-
-    async def _read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
+    async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
         raw = await read_body(receive, headers, self.gateway.settings.limits)
         request = read_generate(read_json(raw, headers))
         body = to_completion(request, self.always_streams or request.stream)
-        return self.gateway.call(id, "completions", orjson.dumps(body), body, headers)
+        return self.gateway.call(id, self.endpoint, orjson.dumps(body), body, headers)
+
+    def shape(self, call: Call, send: Send) -> Send:
+        return TokenStream(send) if call.features.stream else WholeText(send)
 
 
 class WholeText:

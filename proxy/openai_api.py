@@ -40,15 +40,19 @@ class Generate:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(scope["path"], scope["method"], "POST")
             check_key(headers, self.gateway.settings.api_keys)
-            call = await self._read(id, headers, receive)
+            call = await self.read(id, headers, receive)
         except ProxyError as error:
             await send_error(send, error, [(b"x-request-id", id.encode())])
         except ClientLeft:
             pass
         else:
-            await answer(self.gateway, call, receive, send)
+            await answer(self.gateway, call, receive, self.shape(call, send))
 
-    async def _read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
+    def shape(self, call: Call, send: Send) -> Send:
+        """Where another API's answer looks different."""
+        return send
+
+    async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
         raw = await read_body(receive, headers, self.gateway.settings.limits)
         return self.gateway.call(id, self.endpoint, raw, read_json(raw, headers), headers)
 
