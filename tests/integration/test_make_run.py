@@ -49,6 +49,11 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
+def obey_hangups() -> None:
+    """Under nohup, tests inherit an ignored SIGHUP, and so would what they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @dataclass
 class Run:
     """`python -m backends.local` as a child, its words in a file."""
@@ -96,7 +101,7 @@ def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
             process = subprocess.Popen(
                 [*command, "--run-dir", str(tmp_path / "run"), *flags],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **(env or {})},
-                process_group=0,
+                process_group=0, preexec_fn=obey_hangups,
             )  # fmt: skip
         runs.append(Run(process, words, tmp_path / "run"))
         return runs[-1]
