@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         for backend in backends:
             backend.child.start()
+        set_template(options, model)
         for backend in backends:
             wait_for(backend.child, partial(generates, backend.url), f"{options.engine} to load {model.name}")
         proxy.start()
@@ -133,6 +135,21 @@ def make_backend(options: argparse.Namespace, model: Path, name: str, number: in
     command = COMMANDS[options.engine](model, name, port, threads, options.ctx)
     log = fresh(options.run_dir / f"llama_cpp-{number}.log")
     return Backend(Child(f"llama_cpp-{number}", command, log), f"http://127.0.0.1:{port}")
+
+
+def set_template(options: argparse.Namespace, model: Path) -> None:
+    """Tells the proxy the model's chat template, which llama-cpp-python keeps to itself: without it a chat that breaks
+    off on the GPU cannot go on here."""
+    setting = "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE"
+    if options.engine != "llama-cpp-python" or setting in os.environ:
+        return
+    path = fresh(options.run_dir / "tokenizer_config.json")
+    command = [sys.executable, "-m", "backends.llama_cpp.template", str(model), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        os.environ[setting] = str(path)
+    else:
+        say(f"chats that break off on the GPU cannot go on here: {done.stderr.strip().rpartition(chr(10))[2]}")
 
 
 def own_name(model: Path) -> str:

@@ -45,22 +45,23 @@ class Admission:
         self.waiting: list[Waiter] = []
         self._ticket = itertools.count()
 
-    async def acquire(self, candidates: Sequence[C], urgency: Urgency) -> C:
+    async def acquire(self, candidates: Sequence[C], urgency: Urgency, patience: float = 1) -> C:
         """Takes a slot on the first candidate that has one, or waits. Give it back with release().
 
-        Raises QueueFull (the queue is full, or time is up) and ConnectFailed (every candidate is down).
+        `patience`: how many times the usual limit it waits. Raises QueueFull (the queue is full, or time is up) and
+        ConnectFailed (every candidate is down).
         """
         for candidate in candidates:  # a slot that is free here is one that nobody in the queue could use
             if candidate.replica.up and candidate.replica.has_room:
                 return self._take(candidate)
-        return await self._wait(candidates, urgency)
+        return await self._wait(candidates, urgency, self.timeout_s * patience)
 
     def _take(self, candidate: C) -> C:
         candidate.replica.in_flight += 1
         candidate.replica.sent_since_scrape += 1
         return candidate
 
-    async def _wait(self, candidates: Sequence[C], urgency: Urgency) -> C:
+    async def _wait(self, candidates: Sequence[C], urgency: Urgency, timeout_s: float) -> C:
         if not any(candidate.replica.up for candidate in candidates):
             raise ConnectFailed("down")
         if len(self.waiting) >= self.limit:
@@ -72,11 +73,11 @@ class Admission:
         waiter = Waiter(key, candidates, loop.create_future())
         bisect.insort(self.waiting, waiter)
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await waiter.future  # type: ignore[return-value]  # one of `candidates`
         except TimeoutError:
             self._give_back(waiter)
-            raise QueueFull(f"no slot came free within {self.timeout_s:g} s; try again later", retry_after=5) from None
+            raise QueueFull(f"no slot came free within {timeout_s:g} s; try again later", retry_after=5) from None
         except asyncio.CancelledError:
             self._give_back(waiter)
             raise

@@ -80,6 +80,9 @@ class Dialect:
     look_path: str
     has_metrics: bool
     probe_paths: tuple[str, ...]
+    continues_chat: bool = False  # takes the beginning of the assistant's message as such
+    continues_text: bool = False
+    probed: bool = False  # by a token now and then; not where tokens may cost money
     tokenize: bool = False  # counts tokens for us where it sends no usage
     request_id: bool = True  # False: answers 400 to an X-Request-Id that is not a UUID
 
@@ -114,6 +117,9 @@ VLLM = Dialect(
     look_path="/metrics",
     has_metrics=True,
     probe_paths=("/v1/models",),
+    continues_chat=True,
+    continues_text=True,
+    probed=True,
 )
 
 LLAMA_SERVER = Dialect(
@@ -126,6 +132,9 @@ LLAMA_SERVER = Dialect(
     look_path="/metrics",
     has_metrics=True,
     probe_paths=("/v1/models", "/props"),
+    continues_chat=True,
+    continues_text=True,
+    probed=True,
 )
 
 LLAMA_CPP_PYTHON = Dialect(
@@ -138,6 +147,8 @@ LLAMA_CPP_PYTHON = Dialect(
     look_path="/health",  # 404, without the lock; it has no health route, and /openapi.json has 40 KB
     has_metrics=False,
     probe_paths=("/v1/models",),
+    continues_text=True,
+    probed=True,
     tokenize=True,
     request_id=False,
 )

@@ -35,7 +35,8 @@ Need = Literal[
 ]
 NEEDS = frozenset(get_args(Need))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback"}
+HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback",
+         "continuation": b"x-continuation"}  # fmt: skip
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
 WORDS_SAMPLE = 100_000  # characters; thresholds are far below
@@ -62,6 +63,7 @@ class Features:
     urgency: Urgency
     task_type: str | None
     fallback: bool
+    continuation: bool  # a stream that breaks may go on elsewhere
     hinted: bool  # the client gave an urgency or a task type: presets apply
 
 
@@ -73,9 +75,7 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
     urgency, task_type = _hint(body, headers, "urgency"), _hint(body, headers, "task_type")
     if urgency is not None and urgency not in URGENCIES:
         raise BadRequest(f"urgency must be high, normal or low, not {shown(urgency)}", param="urgency")
-    backend, fallback = _hint(body, headers, "backend"), _hint(body, headers, "fallback")
-    if fallback not in (None, "auto", "none"):
-        raise BadRequest(f"fallback must be none or auto, not {shown(fallback)}", param="fallback")
+    backend = _hint(body, headers, "backend")
     ids = _token_ids(body, endpoint)
     return Features(
         endpoint=endpoint,
@@ -89,9 +89,17 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
         backend=None if backend in (None, "auto") else backend,
         urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
         task_type=task_type,
-        fallback=fallback != "none",
+        fallback=_wanted(body, headers, "fallback"),
+        continuation=_wanted(body, headers, "continuation"),
         hinted=urgency is not None or task_type is not None,
     )
+
+
+def _wanted(body: Json, headers: Mapping[bytes, bytes], hint: str) -> bool:
+    value = _hint(body, headers, hint)
+    if value not in (None, "auto", "none"):
+        raise BadRequest(f"{hint} must be none or auto, not {shown(value)}", param=hint)
+    return value != "none"
 
 
 def strip_hints(body: Json) -> Json:

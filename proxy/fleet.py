@@ -7,21 +7,22 @@ from collections.abc import Iterable
 from typing import Literal
 from urllib.parse import urlsplit
 
+from proxy.breaker import Breaker
 from proxy.dialects import DIALECTS, Dialect, Probe
 from proxy.load import Load, LoadParts, load_of
 from proxy.settings import BackendSettings, Settings
+from proxy.template import load_template
 from proxy.upstream import Pool
 
 State = Literal["starting", "up", "suspect", "down"]
-SUSPECT_AFTER = 3  # failed attempts in a row
-SUSPECT_S = 15.0  # then left alone for so long
 
 
 class Replica:
     """One server process.
 
-    `state`: starting (never seen), up, suspect (answers probes but fails requests), down (does not answer).
-    `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
+    `state`: starting (never seen), up, suspect (answers looks but fails requests: its breaker is not closed), down
+    (does not answer). `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
+    `last_output`: time.monotonic() of the last byte of an answer.
     """
 
     def __init__(self, backend: Backend, url: str, settings: Settings) -> None:
@@ -38,8 +39,8 @@ class Replica:
         self.sent_since_scrape = 0
         self.scraped: Load | None = None
         self.probe: Probe | None = None
-        self.failures_in_a_row = 0
-        self.suspect_until = 0.0
+        self.breaker = Breaker()
+        self.last_output = time.monotonic()
         self.head = self._head(parts.netloc)
 
     def _head(self, netloc: str) -> bytes:
@@ -52,7 +53,7 @@ class Replica:
 
     @property
     def up(self) -> bool:
-        return self.state == "up" or (self.state == "suspect" and time.monotonic() >= self.suspect_until)
+        return self.state == "up"
 
     @property
     def slots(self) -> int:
@@ -60,14 +61,20 @@ class Replica:
         return self.backend.settings.slots or reported or self.backend.dialect.slots
 
     @property
+    def room(self) -> int:
+        """How many requests it may have at once now. After a return or a failure its slots are given out slowly."""
+        share = self.breaker.share(time.monotonic())
+        return self.slots + self.backend.dialect.margin if share == 1.0 else max(1, int(self.slots * share))
+
+    @property
     def has_room(self) -> bool:
-        return self.in_flight < self.slots + self.backend.dialect.margin
+        return self.in_flight < self.room
 
     @property
     def load_parts(self) -> LoadParts:
         return load_of(
             in_flight=self.in_flight,
-            slots=self.slots,
+            slots=min(self.slots, self.room),
             scraped=self.scraped,
             sent_since_scrape=self.sent_since_scrape,
             now=time.monotonic(),
@@ -87,17 +94,23 @@ class Replica:
         self.state, self.why = state, why
         return changed
 
+    def heard(self) -> None:
+        self.last_output = time.monotonic()
+
     def succeeded(self) -> None:
-        self.failures_in_a_row = 0
-        if self.state == "suspect":
-            self.turn("up", "answered a request again")
+        self.breaker.succeeded()
 
     def failed(self, why: str) -> None:
         """A request failed here though a connection was made: a replica that only fails is left alone for a while."""
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= SUSPECT_AFTER and self.state != "down":
-            self.suspect_until = time.monotonic() + SUSPECT_S
-            self.turn("suspect", f"{self.failures_in_a_row} requests failed in a row, the last one: {why}")
+        if self.breaker.failed(time.monotonic()) and self.state != "down":
+            self.turn("suspect", f"{self.breaker.failures} requests failed in a row, the last one: {why}")
+
+    def returned(self, why: str) -> None:
+        """It was down or suspect, or is new, and works."""
+        if self.state != "starting":
+            self.breaker.close(time.monotonic())
+        self.heard()
+        self.turn("up", why)
 
 
 class Backend:
@@ -112,6 +125,7 @@ class Backend:
         self.context = settings.context
         self.models = frozenset(settings.models)
         self.can = self._can(self.dialect.can)
+        self.template = load_template(settings.chat_template) if settings.chat_template else None
         self.replicas = tuple(
             sorted((Replica(self, url, all_settings) for url in settings.urls), key=lambda replica: replica.name)
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proxy.admission import Admission
+from proxy.budget import RetryBudget
 from proxy.errors import ModelNotFound, Unavailable
 from proxy.features import Endpoint, Features, read_features, strip_hints
 from proxy.fleet import Fleet
@@ -38,6 +39,7 @@ class Gateway:
         self.settings = settings
         self.fleet = Fleet(settings)
         self.admission = Admission(settings.limits.queue, settings.limits.queue_timeout_s)
+        self.retries = RetryBudget(settings.limits.queue_timeout_s)
         self.monitor = Monitor(self.fleet, self.admission)
         self.telemetry = Telemetry(self.fleet, self.admission)
         self.draining = False
@@ -50,7 +52,10 @@ class Gateway:
         """Raises BadRequest, ModelNotFound, Unavailable."""
         features = read_features(body, headers, endpoint, self.settings.limits)
         alias = features.model or self._default_model()
-        features = features if features.model else replace(features, model=alias)
+        if not features.model:
+            features = replace(features, model=alias)
+        if not self.settings.routing.continuation:
+            features = replace(features, continuation=False)
         changed = fill(strip_hints(body), features)
         trace = headers.get(b"traceparent", b"")
         return Call(id, features, changed, raw if changed is body else None, alias, trace)

@@ -1,30 +1,33 @@
-"""A plan in, an answer out: attempts, the commit point, and the bytes between.
+"""A plan in, an answer out: attempts, the commit point, the bytes between, and what follows when they stop too soon.
 
     plan ──▶ attempt ── slot ── connection ── first real output ══ commit ══▶ bytes … [DONE] ──▶ account
                ▲  │        │         │                │                          │
-               │  └────────┴─────────┴────────────────┘                          └─ breaks: one SSE error event,
-               │    refused, reset, 5xx, 429, silence: nothing was shown,           no [DONE]
-               └─── so the next candidate gets the request
+               │  └────────┴─────────┴────────────────┘                          └─ breaks: a new plan, and the stream
+               │    refused, reset, 5xx, 429, silence: nothing was shown,           goes on from its next character;
+               └─── so the next candidate gets the request                          where it cannot: one SSE error
+                                                                                    event, no [DONE]
 
-An attempt owns one slot and one connection, and gives both back on every way out. Nothing of an attempt outlives it but
-its failure. vLLM sends 200 and headers before it has accepted anything and reports overload as an event in the stream,
-so the commit point is the first event that is not an error, not the status line.
+An attempt owns one slot and one connection (proxy/attempt.py), and gives both back on every way out. Nothing of an
+attempt outlives it but its failure and what the client has been shown.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 
 import orjson
 from starlette.types import Send
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
-from proxy import sse
+from proxy import continuation, sse
 from proxy.aggregate import Aggregate
 from proxy.answers import as_events, repair_whole
-from proxy.bodies import prepare
-from proxy.dialects import Json, Post, Request
+from proxy.attempt import Attempt, ask
+from proxy.continuation import Seam
+from proxy.dialects import Request
 from proxy.editors import Editor, editor_for
 from proxy.errors import (
     BadRequest,
@@ -38,26 +41,26 @@ from proxy.errors import (
     Unavailable,
     UpstreamFailed,
 )  # fmt: skip
+from proxy.features import estimate_tokens
 from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
-from proxy.rewrites import asks_for_stream
-from proxy.upstream import Connection
-from proxy.verdicts import explain_empty, read_error, stream_error
+from proxy.retained import Retained
 
-PATHS = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions", "embeddings": b"/v1/embeddings"}
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 STREAM_HEADERS = [(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")]
 JSON = b"application/json"
-ERROR_BODY_LIMIT = 1024 * 1024
+PATIENCE = 5  # times the queue's timeout: who has seen half an answer waits longer for the rest
+
+Work = Callable[[Candidate], Awaitable[None]]
 
 
 class Relay:
-    """One request on its way. After run(): `status`, `candidate`, `failures`, `attempts`, `first_output` and `broken`
-    tell what happened."""
+    """One request on its way. After run(): `status`, `candidate`, `failures`, `attempts`, `first_output`, `broken` and
+    `continued` tell what happened."""
 
     __slots__ = (
-        "attempts", "broken", "call", "candidate", "failures", "first_output", "gateway", "plan", "remaining", "send",
-        "status", "waited",
+        "attempts", "broken", "call", "candidate", "continued", "failures", "first_output", "gateway", "plan",
+        "remaining", "retained", "send", "status", "waited",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send) -> None:
@@ -72,33 +75,52 @@ class Relay:
         self.status = 0  # 0: nothing sent yet; not 0: committed
         self.waited = 0.0  # seconds spent waiting for slots and backends
         self.first_output = 0.0  # time.perf_counter()
-        self.broken: UpstreamFailed | None = None  # after the commit
+        self.retained: Retained | None = None  # None: a break cannot be mended
+        self.broken: UpstreamFailed | None = None  # after the commit, and not mended
+        self.continued = 0  # how often the stream went on elsewhere
 
     async def run(self) -> None:
         """Raises ProxyError where nothing has been sent: the plan's error, Refused, or that every attempt failed."""
         if self.plan.error is not None:
             raise self.plan.error
+        self.gateway.retries.in_flight += 1
         try:
-            await self._attempt()  # the first by hand: a happy request pays nothing for the machinery of retrying
+            await self._run()
+        finally:
+            self.gateway.retries.in_flight -= 1
+
+    async def _run(self) -> None:
+        try:
+            await self._attempt(self._answer)  # by hand: a happy request pays nothing for the machinery of retrying
         except UpstreamFailed:
             await self._fall_back()
+        if self.broken is not None:
+            await self._mend(self.broken)
 
     async def _fall_back(self) -> None:
+        began = time.perf_counter()
+        async with self.gateway.retries:
+            self.waited += time.perf_counter() - began
+            try:
+                await self._attempt_each(self._answer)
+            except UpstreamFailed:
+                raise self._all_failed() from None
+
+    async def _attempt_each(self, work: Work) -> None:
+        """Until one candidate can. Raises UpstreamFailed, the last one's."""
+
         def nothing_left(_: RetryCallState) -> bool:
             return not self.remaining
 
         if not self.remaining:
-            raise self._all_failed()
-        try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(UpstreamFailed), stop=nothing_left, reraise=True
-            ):
-                with attempt:
-                    await self._attempt()
-        except UpstreamFailed:
-            raise self._all_failed() from None
+            raise self.failures[-1][1]
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(UpstreamFailed), stop=nothing_left, reraise=True
+        ):
+            with attempt:
+                await self._attempt(work)
 
-    async def _attempt(self) -> None:
+    async def _attempt(self, work: Work) -> None:
         candidate = await self._take_slot()
         replica = candidate.replica
         self.candidate = candidate
@@ -106,7 +128,7 @@ class Relay:
         self.attempts += 1
         began = time.perf_counter()
         try:
-            await self._try(candidate)
+            await work(candidate)
         except UpstreamFailed as error:
             self.waited += time.perf_counter() - began
             self._note(candidate, error)
@@ -125,16 +147,19 @@ class Relay:
             self.gateway.monitor.down(candidate.replica, str(error))
         elif not isinstance(error, Busy | Unable):
             candidate.replica.failed(error.why)
-            self.gateway.admission.gone()  # it may be suspect now
+            self.gateway.admission.gone()  # its breaker may be open now
         self.gateway.telemetry.attempt_failed(self.call.id, candidate, error)
 
     async def _take_slot(self) -> Candidate:
         """On the first free candidate of the plan's next tier. A tier that is all down is passed over."""
         tier = self.remaining[0].tier
         began = time.perf_counter()
+        begun = self.status != 0
         try:
             return await self.gateway.admission.acquire(
-                [candidate for candidate in self.remaining if candidate.tier == tier], self.call.features.urgency
+                [candidate for candidate in self.remaining if candidate.tier == tier],
+                "high" if begun else self.call.features.urgency,
+                PATIENCE if begun else 1,
             )
         except ConnectFailed as error:
             for candidate in self.remaining:
@@ -154,197 +179,180 @@ class Relay:
             return Unavailable(message, code="all_backends_failed", retry_after=2)
         return GatewayFailed(message, status=504 if isinstance(errors[-1], TimedOut) else 502)
 
-    async def _try(self, candidate: Candidate) -> None:
-        backend = candidate.backend
-        call = self.call
-        request = Request(call.features, call.body, call.raw, call.alias, backend.served(call.alias), backend.context)
-        payload = self._prepare(candidate, request)
-        streams = asks_for_stream(backend.dialect, request)
-        limit = self._first_byte_limit(candidate) if streams else backend.settings.total_timeout_s
-        began = time.perf_counter()
-        deadline = began + limit
-        pool = candidate.replica.pool
-        total = backend.settings.total_timeout_s
-        connection = await pool.exchange(self._head(candidate, len(payload)) + payload, limit, total)
-        ending = reuse = False
-        try:
-            if connection.status != 200:
-                body = await connection.read_all(max(0.01, deadline - time.perf_counter()), ERROR_BODY_LIMIT)
-                raise read_error(connection.status, body)
-            if not streams:
-                await self._pass_whole(connection, candidate, request, began)
-            elif call.features.stream:
-                ending = await self._stream(connection, candidate, request, began, deadline)
-            else:
-                ending = await self._collect(connection, candidate, request, began, deadline)
-            reuse = not streams or backend.dialect.reuse_after_stream
-        finally:
-            pool.release(connection, ending=ending, reuse=reuse)
+    # an answer, in one of three ways
 
-    def _prepare(self, candidate: Candidate, request: Request) -> bytes:
+    async def _answer(self, candidate: Candidate) -> None:
+        attempt = self._prepare(candidate, self._request(candidate))
+        async with attempt:
+            if not attempt.streams:
+                await self._pass_whole(attempt)
+            elif self.call.features.stream:
+                await self._stream(attempt)
+            else:
+                await self._collect(attempt)
+
+    def _request(self, candidate: Candidate) -> Request:
+        call, backend = self.call, candidate.backend
+        return Request(call.features, call.body, call.raw, call.alias, backend.served(call.alias), backend.context)
+
+    def _prepare(self, candidate: Candidate, request: Request) -> Attempt:
         try:
-            return prepare(candidate.backend.dialect, request)
+            return Attempt(self.call, candidate, request)
         except BadRequest as error:
             if not self.failures:
                 raise
             raise Unable(f"cannot take over: {error.message}") from None
 
-    def _head(self, candidate: Candidate, length: int) -> bytes:
-        call = self.call
-        own = b"traceparent: " + call.trace + b"\r\n" if call.trace else b""
-        if candidate.backend.dialect.request_id:
-            own += b"x-request-id: " + call.id.encode() + b"\r\n"
-        start = PATHS[call.features.endpoint], candidate.replica.head, own, length
-        return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % start
-
-    def _first_byte_limit(self, candidate: Candidate) -> float:
-        """Seconds; longer for longer prompts, since a CPU prefills some 100 tokens a second."""
-        settings = candidate.backend.settings
-        thousands = self.call.features.prompt_words / 1000
-        return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * thousands
-
-    # the three ways an answer comes
-
-    async def _pass_whole(self, connection: Connection, candidate: Candidate, request: Request, began: float) -> None:
+    async def _pass_whole(self, attempt: Attempt) -> None:
         """A whole JSON answer, unparsed. Nothing of it is shown before all of it is here, so it can still fail over."""
-        data = await connection.read_all(candidate.backend.settings.total_timeout_s)
-        if sse.is_abort(data):
-            raise Broken("finish_reason abort: the engine is shutting down")
-        waited = time.perf_counter() - began
-        data = repair_whole(candidate.backend.dialect, request, data)
-        events = as_events(request, data) if request.features.stream else b""
+        data = await attempt.whole()
+        waited = time.perf_counter() - attempt.began
+        data = repair_whole(attempt.backend.dialect, attempt.request, data)
+        if attempt.request.features.stream:
+            data = as_events(attempt.request, data) + sse.DONE
         self.waited += waited  # an attempt that fails counts all of its time
-        if request.features.stream:
-            await self._start(candidate, EVENT_STREAM, STREAM_HEADERS)
-            await self._send_body(events + sse.DONE, more=False)
+        if attempt.request.features.stream:
+            await self._start(EVENT_STREAM, STREAM_HEADERS)
+            await self._send_body(data, more=False)
         else:
-            await self._send_whole(candidate, data)
+            await self._send_whole(data)
 
-    async def _collect(
-        self, connection: Connection, candidate: Candidate, request: Request, began: float, deadline: float
-    ) -> bool:
+    async def _collect(self, attempt: Attempt) -> None:
         """A stream put together to the whole answer: llama.cpp cancels only streams."""
-        dialect = candidate.backend.dialect
-        aggregate = Aggregate(dialect, request)
-        splitter = sse.EventSplitter()
-        block, done = sse.split_done(await self._first_events(connection, splitter, candidate, request, deadline))
+        aggregate = Aggregate(attempt.backend.dialect, attempt.request)
+        block, done = sse.split_done(await attempt.first_events())
         while block or not done:
             if sse.is_error(block):
-                raise self._event_error(candidate, block)
+                raise attempt.verdict(block)
             aggregate.feed(block)
             if aggregate.done:
-                connection.close()
+                attempt.stop()
             if done or aggregate.done:
                 break
-            block, done = sse.split_done(await self._next_events(connection, splitter, candidate))
+            block, done = sse.split_done(await attempt.next_events())
             if not block and not done:
                 break
-        await aggregate.finish(self._poster(candidate))
-        self.waited += time.perf_counter() - began
-        await self._send_whole(candidate, orjson.dumps(aggregate.result()))
-        return done
+        await aggregate.finish(attempt.post)
+        self.waited += time.perf_counter() - attempt.began
+        attempt.ending = done
+        await self._send_whole(orjson.dumps(aggregate.result()))
 
-    async def _stream(
-        self, connection: Connection, candidate: Candidate, request: Request, began: float, deadline: float
-    ) -> bool:
-        """Returns whether the stream came to its `[DONE]`."""
-        splitter = sse.EventSplitter()
-        block = await self._first_events(connection, splitter, candidate, request, deadline)
-        self.waited += time.perf_counter() - began
-        await self._start(candidate, EVENT_STREAM, STREAM_HEADERS)
+    async def _stream(self, attempt: Attempt) -> None:
+        block = await attempt.first_events()
+        self.waited += time.perf_counter() - attempt.began
+        if self.why_final is None:
+            self.retained = Retained()
+        await self._start(EVENT_STREAM, STREAM_HEADERS)
         try:
-            return await self._relay(connection, splitter, candidate, request, block)
+            await self._relay(attempt, block, editor_for(attempt.backend.dialect, attempt.request))
         except UpstreamFailed as error:
             self.broken = error
-            await self._send_body(self._broken_event(candidate, error), more=False)
         except ProxyError as error:  # the backend's verdict on the request came late
             await self._send_body(error.event(), more=False)
-        return False
 
-    async def _relay(
-        self, connection: Connection, splitter: sse.EventSplitter, candidate: Candidate, request: Request, block: bytes
-    ) -> bool:
-        editor = editor_for(candidate.backend.dialect, request)
-        finished = 0
+    async def _relay(self, attempt: Attempt, block: bytes, editor: Editor | None, finished: int = 0) -> None:
+        """`finished`: how many choices had their finish_reason before."""
+        request = attempt.request
         done = False
         while block:
             if sse.is_error(block) or sse.is_abort(block):
-                await self._send_good_events(block, editor)
-                raise self._event_error(candidate, block)
+                await self._show_good_events(block, editor)
+                raise attempt.verdict(block)
             block, done = sse.split_done(block)
             if editor and block:
                 block = editor.edit(block)
             if block:
                 finished += sse.finishes(block)
-                await self._send_body(block)
+                await self._show(block)
             if editor and editor.done:
-                connection.close()
+                attempt.stop()
             if done or (editor and editor.done):
                 break
-            block = await self._next_events(connection, splitter, candidate)
+            try:
+                block = await attempt.next_events()
+            except UpstreamFailed:
+                if finished < request.choices or request.features.include_usage:
+                    raise
+                break  # it had said everything but `[DONE]`
         if finished < request.choices:
             raise Broken("the stream ended without a finish_reason")
-        tail = await editor.finish(self._poster(candidate)) if editor else b""
+        tail = await editor.finish(attempt.post) if editor else b""
+        attempt.ending = done
         await self._send_body(tail + sse.DONE, more=False)
-        return done
 
-    async def _first_events(
-        self,
-        connection: Connection,
-        splitter: sse.EventSplitter,
-        candidate: Candidate,
-        request: Request,
-        deadline: float,
-    ) -> bytes:
-        """Waits for the first real output: the commit point. Raises what an error event or an empty stream means."""
-        limit = self._first_byte_limit(candidate)
-        while True:
-            data = await connection.read(max(0.01, deadline - time.perf_counter()), limit)
-            if not data:
-                raise await explain_empty(candidate.backend.dialect, request, self._poster(candidate))
-            block = splitter.feed(data)
-            if sse.is_error(block):
-                raise self._event_error(candidate, block)
-            if sse.has_line(block, b"data: {"):
-                return block
-
-    async def _next_events(self, connection: Connection, splitter: sse.EventSplitter, candidate: Candidate) -> bytes:
-        """b"" at the end of the stream."""
-        timeout = candidate.backend.settings.idle_timeout_s
-        while data := await connection.read(timeout):
-            if block := splitter.feed(data):
-                return block
-        return b""
-
-    def _event_error(self, candidate: Candidate, block: bytes) -> Exception:
-        for event in sse.events(block):
-            if sse.is_error(event):
-                return stream_error(event)
-        return Broken("finish_reason abort: the engine is shutting down")
-
-    async def _send_good_events(self, block: bytes, editor: Editor | None) -> None:
+    async def _show_good_events(self, block: bytes, editor: Editor | None) -> None:
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):
                 return
-            await self._send_body(editor.edit(event) if editor else event)
+            await self._show(editor.edit(event) if editor else event)
 
-    def _poster(self, candidate: Candidate) -> Post:
-        """Asks small questions of the same replica while its slot is ours."""
-        pool = candidate.replica.pool
-        limit = candidate.backend.settings.first_byte_timeout_s
+    # a stream that broke
 
-        async def post(path: str, body: Json) -> tuple[int, Any]:
-            payload = orjson.dumps(body)
-            start = b"POST %b HTTP/1.1\r\n%b" % (path.encode(), candidate.replica.head)
-            connection = await pool.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(payload), payload), limit)
-            try:
-                return connection.status, orjson.loads(await connection.read_all(limit))
-            except orjson.JSONDecodeError:
-                raise Broken(f"{path} did not answer with JSON") from None
-            finally:
-                pool.release(connection)
+    @property
+    def why_final(self) -> str | None:
+        """Why a break would be the end of the stream."""
+        return continuation.why_not(self.call.features, self.call.body)
 
-        return post
+    async def _mend(self, error: UpstreamFailed) -> None:
+        """The stream goes on elsewhere. Where it cannot, an error event ends it, unless only its usage is missing."""
+        self.broken = None
+        shown = None
+        try:
+            shown = self._shown()
+            self.remaining = self._successors(shown)
+            if not continuation.is_whole(shown, self.call.features):
+                await self._attempt_each(self._go_on)
+            else:
+                await self._send_body(sse.DONE, more=False)
+        except (UpstreamFailed, ProxyError) as last:
+            if shown is not None and self._shown().finish is not None:
+                await self._send_body(continuation.note(f"no usage: {last}") + sse.DONE, more=False)
+                return
+            self.broken = error
+            await self._send_body(self._broken_event(error, last), more=False)
+
+    def _shown(self) -> continuation.Shown:
+        """Raises Broken where it cannot be gone on with."""
+        if self.retained is None:
+            raise Broken(self.why_final or "it has not begun")
+        if self.retained.over:
+            raise Broken("the answer is too long to be kept")
+        return continuation.read_shown(self.retained.all())
+
+    def _successors(self, shown: continuation.Shown) -> list[Candidate]:
+        """Who may go on, by a plan made now: much may have changed since the stream began. Raises ProxyError."""
+        features = self.call.features
+        longer = replace(features, prompt_tokens=features.prompt_tokens + estimate_tokens(shown.text))
+        plan = self.gateway.plan(longer)
+        if plan.error is not None:
+            raise plan.error
+        failed = {candidate.replica for candidate, _ in self.failures}
+        return [
+            candidate
+            for candidate in plan.candidates
+            if candidate.replica not in failed
+            and continuation.can_continue(candidate.backend.dialect, features, candidate.backend.template)
+        ]
+
+    async def _go_on(self, candidate: Candidate) -> None:
+        """Raises UpstreamFailed; what it has shown by then is shown, and the next goes on from there."""
+        shown = self._shown()
+        dialect, template = candidate.backend.dialect, candidate.backend.template
+        request = self._request(candidate)
+        spent = await continuation.tokens_of(dialect, request, shown, partial(ask, candidate.replica))
+        left = continuation.tokens_left(request.features, spent)
+        over = shown.finish is not None or (left is not None and left <= 0)
+        seam = Seam(shown, spent, request.features, quiet=over)
+        if over and shown.finish is None:
+            await self._show(seam.event("", "length"))
+        if over and not request.features.include_usage:
+            await self._send_body(sse.DONE, more=False)
+            return
+        async with self._prepare(candidate, continuation.request_for(dialect, request, shown, left, template)) as again:
+            block = await again.first_events()
+            self.continued += 1
+            await self._send_body(continuation.note(f"{candidate.replica.name} goes on; {self._reason(candidate)}"))
+            await self._relay(again, block, seam.after(editor_for(dialect, again.request)), finished=int(over))
 
     # to the client
 
@@ -367,19 +375,27 @@ class Relay:
             ]
         return headers
 
-    async def _start(self, candidate: Candidate, kind: bytes, extra: list[tuple[bytes, bytes]]) -> None:
+    async def _start(self, kind: bytes, extra: list[tuple[bytes, bytes]]) -> None:
         self.first_output = time.perf_counter()
         self.status = 200
         headers = [(b"content-type", kind), *self.headers(), *extra]
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
 
+    async def _show(self, block: bytes) -> None:
+        if self.retained is not None:
+            self.retained.add(block)
+        await self.send({"type": "http.response.body", "body": block, "more_body": True})
+
     async def _send_body(self, data: bytes, more: bool = True) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def _send_whole(self, candidate: Candidate, data: bytes) -> None:
-        await self._start(candidate, JSON, [(b"content-length", b"%d" % len(data))])
+    async def _send_whole(self, data: bytes) -> None:
+        await self._start(JSON, [(b"content-length", b"%d" % len(data))])
         await self._send_body(data, more=False)
 
-    def _broken_event(self, candidate: Candidate, error: UpstreamFailed) -> bytes:
-        message = f"{candidate.replica.name} failed in the middle of the answer: {error}"
+    def _broken_event(self, error: UpstreamFailed, last: Exception) -> bytes:
+        broke = self.failures[0][0].replica.name if self.failures else "the backend"
+        message = f"{broke} failed in the middle of the answer: {error}"
+        if last is not error:
+            message += f"; the answer could not go on elsewhere: {last}"
         return GatewayFailed(message, code="stream_broken").event()

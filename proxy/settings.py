@@ -21,6 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from proxy.template import load_template
+
 DEFAULT_CONFIG = Path("xgen-proxy.toml")
 
 DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
@@ -75,6 +77,11 @@ class BackendSettings(BaseModel, extra="forbid"):
         " --n_ctx, and counting a chat's tokens leaves its cache alone.",
     )
     api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
+    chat_template: Path | None = Field(
+        None,
+        description="llama-cpp-python only: a tokenizer_config.json with the model's chat_template. With it a chat that"
+        " broke off elsewhere goes on here; `make run` sets it.",
+    )
     tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
     images: bool | None = Field(None, description="Can it read images? Unset: what the dialect or the replica says.")
     embeddings: bool | None = Field(None, description="Can it embed? Unset: what the dialect or the replica says.")
@@ -95,6 +102,13 @@ class BackendSettings(BaseModel, extra="forbid"):
         if len(set(urls)) < len(urls):
             raise ValueError("the same URL is listed twice")
         return urls
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_that_works(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            load_template(path)
+        return path
 
     @model_validator(mode="after")
     def _embeddings_that_work(self) -> BackendSettings:
@@ -119,6 +133,9 @@ class Routing(BaseModel, extra="forbid"):
     load_limit: float = Field(1.0, gt=0, description="Rule 6: at or over this load short work spills to the CPU.")
     waiting_full: float = Field(5.0, gt=0, description="Rule 5: this many waiting requests are load 1.")
     kv_full: float = Field(0.8, gt=0, le=1, description="Rule 5: this share of KV cache used is load 1.")
+    continuation: bool = Field(
+        True, description="A stream that breaks goes on elsewhere. A client opts out with `X-Continuation: none`."
+    )
     max_attempts: int = Field(4, ge=1, description="Most candidates in a plan, and so most attempts.")
 
 
@@ -161,6 +178,9 @@ class Settings(BaseSettings):
     scrape_interval_s: float = Field(1.0, gt=0, description="Between two looks at a replica's load, with jitter.")
     scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
     stale_after_s: float = Field(5.0, gt=0, description="Load older than this counts as saturated.")
+    probe_interval_s: float = Field(
+        30.0, ge=0, description="One silent for so long is asked for a token: a hung engine answers looks. 0: never."
+    )
     drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
     log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
 

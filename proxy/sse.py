@@ -5,11 +5,13 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from proxy.errors import Broken
 
 DONE = b"data: [DONE]\n\n"
+ROLE = re.compile(rb'"delta": ?\{"role": ?"assistant"(?:, ?"content": ?(?:""|null))?\}')
 MAX_EVENT = 8 * 1024 * 1024  # an event that never ends must not fill the memory
 
 
@@ -49,6 +51,11 @@ def is_error(block: bytes) -> bool:
 def finishes(block: bytes) -> int:
     """How many choices end in this block. Inside a JSON string the quotes would be escaped."""
     return block.count(b'"finish_reason":"') + block.count(b'"finish_reason": "')
+
+
+def only_role(block: bytes) -> bool:
+    """Is it a single chunk that says no more than whose turn it is?"""
+    return block.count(b"data: {") == 1 and ROLE.search(block) is not None and not finishes(block)
 
 
 def is_abort(block: bytes) -> bool:

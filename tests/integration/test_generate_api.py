@@ -61,7 +61,7 @@ def fresh(fakes: tuple[FakeUpstream, FakeUpstream], door: RunningProxy) -> None:
         fake.talks.clear()
         fake.scripts.clear()
     for replica in door.gateway.fleet.replicas:
-        replica.failures_in_a_row = 0
+        replica.breaker.failures = 0
 
 
 def generate(door: RunningProxy, path: str = "/generate", **fields: Any) -> httpx.Response:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from proxy import fleet
+from proxy import breaker
 from proxy.fleet import Replica, State
 from proxy.load import parse_metrics
 from tests.integration.conftest import RunningProxy, backend, chat, get, wait_until
-from tests.integration.fake import METRICS, FakeUpstream, Script, Talk, status, whole
+from tests.integration.fake import METRICS, FakeUpstream, Script, Talk, good, status, whole
 
 Start = Callable[..., RunningProxy]
 
@@ -197,32 +197,96 @@ def test_those_that_a_look_has_seen_are_no_longer_added(start: Start, gpu: Upstr
 # who answers looks but fails requests
 
 
-def test_suspect_after_three_failures_and_up_again_by_a_good_answer(
+async def counts_probes(talk: Talk) -> None:
+    assert talk.json["max_tokens"] == 1
+    await talk.answer(200, whole("1", finish="length"))
+
+
+def test_open_after_three_failures_and_closed_again_by_a_probe(
     start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "SUSPECT_S", 0.3)
+    monkeypatch.setattr(breaker, "OPEN_S", 0.3)
     proxy = start(backends={"vllm": backend(gpu)})
     gpu.scripts += [status(500)] * 3
     assert [chat(proxy).status_code for _ in range(3)] == [502] * 3
-    assert (only(proxy).state, only(proxy).up) == ("suspect", False)
+    assert (only(proxy).state, only(proxy).up, only(proxy).breaker.state) == ("suspect", False, "open")
     assert only(proxy).why.startswith("3 requests failed in a row, the last one: says 500")
     assert chat(proxy).status_code == 503
     looks(gpu, 2)
     assert only(proxy).state == "suspect", "an answer to a look is no answer to a request"
+    gpu.scripts.append(counts_probes)
     wait_until(lambda: only(proxy).up)
+    assert [talk.path for talk in gpu.talks][3:] == ["/v1/completions"]
     assert chat(proxy).status_code == 200
-    assert (only(proxy).state, only(proxy).failures_in_a_row) == ("up", 0)
+    assert (only(proxy).state, only(proxy).breaker.failures, only(proxy).breaker.state) == ("up", 0, "closed")
 
 
-def test_suspect_again_by_one_more_failure(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "SUSPECT_S", 0.2)
+def test_a_failed_probe_opens_it_for_longer(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "OPEN_S", 0.05)
     proxy = start(backends={"vllm": backend(gpu)})
-    gpu.scripts += [status(500)] * 4
+    gpu.default = status(500)
     for _ in range(3):
         chat(proxy)
-    wait_until(lambda: only(proxy).up)
-    assert chat(proxy).status_code == 502
+    wait_until(lambda: len(gpu.talks) >= 5)
+    assert only(proxy).state == "suspect"
+    assert {talk.path for talk in gpu.talks[3:]} == {"/v1/completions"}
+
+
+def test_where_tokens_may_cost_money_nobody_probes(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "OPEN_S", 0.2)
+    proxy = start(backends={"other": backend(gpu, dialect="openai")}, probe_interval_s=0.05)
+    gpu.scripts += [status(500)] * 3
+    for _ in range(3):
+        chat(proxy)
     assert not only(proxy).up
+    wait_until(lambda: only(proxy).up)
+    looks(gpu, 3)
+    assert len(gpu.talks) == 3
+
+
+def test_a_hung_engine_that_answers_looks_is_found_by_a_probe(start: Start, gpu: Upstream, cpu: FakeUpstream) -> None:
+    """As vLLM's API process does for a stopped engine: 200 and headers, then nothing."""
+
+    async def hangs(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.until_client_leaves()
+
+    gpu.default = hangs
+    backends = {"vllm": backend(gpu, first_byte_timeout_s=0.2), "llama_cpp": backend(cpu, path="cpu")}
+    proxy = start(backends=backends, probe_interval_s=0.1)
+    hung = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend.name == "vllm")
+    wait_until(lambda: not hung.up)
+    assert hung.why.startswith("no token for a probe: nothing more came within")
+    answer = chat(proxy)
+    assert (answer.headers["x-backend"], answer.headers["x-attempts"]) == ("llama_cpp", "1")
+    gpu.default = good
+    hung.breaker._until = 0.0
+    wait_until(lambda: hung.up)
+
+
+def test_who_talks_is_not_probed(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, probe_interval_s=0.4)
+    only(proxy).heard()
+    for _ in range(8):
+        assert chat(proxy).status_code == 200
+        looks(gpu, 2)
+    assert not any(talk.path == "/v1/completions" for talk in gpu.talks)
+
+
+def test_who_comes_back_gets_its_slots_bit_by_bit(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = start(backends={"vllm": backend(gpu, slots=100)})
+    assert only(proxy).room == 100 + 16
+    gpu.kill()
+    wait_until(lambda: only(proxy).state == "down")
+    gpu.start()
+    wait_until(lambda: only(proxy).up)
+    assert 10 <= only(proxy).room < 100
+    monkeypatch.setattr(breaker, "SLOW_START_S", 0.0)
+    assert only(proxy).room == 116
 
 
 @pytest.mark.parametrize("script", [status(400), status(429), status(503)])
@@ -231,7 +295,7 @@ def test_refusing_and_being_busy_are_no_failures(start: Start, gpu: Upstream, sc
     proxy = start(backends={"vllm": backend(gpu)})
     for _ in range(4):
         chat(proxy)
-    assert (only(proxy).state, only(proxy).failures_in_a_row) == ("up", 0)
+    assert (only(proxy).state, only(proxy).breaker.failures) == ("up", 0)
 
 
 def test_good_answers_between_failures_keep_it_up(start: Start, gpu: Upstream) -> None:
@@ -254,7 +318,7 @@ def test_who_waits_for_a_replica_that_becomes_suspect_goes_on(start: Start, gpu:
     backends = {"big": backend(gpu, dialect="openai", slots=1), "small": backend(cpu, path="cpu")}
     proxy = start(backends=backends)
     big = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend.name == "big")
-    big.failures_in_a_row = 2
+    big.breaker.failures = 2
     answers: list[str] = []
     threads = [
         threading.Thread(target=lambda: answers.append(chat(proxy, max_tokens=2000).headers["x-backend"]))

@@ -114,7 +114,7 @@ def test_a_fault_of_our_own_is_told_in_shape(
     async def fault(*_: object) -> None:
         raise ZeroDivisionError("SECRET")
 
-    monkeypatch.setattr(Relay, "_try", fault)
+    monkeypatch.setattr(Relay, "_answer", fault)
     answer = chat(door, model="shared", stream=stream, headers={"x-request-id": "find-me"})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "api_error"

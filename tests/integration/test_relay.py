@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
@@ -119,65 +118,6 @@ def test_a_slow_first_byte_fails_over(start, gpu: FakeUpstream, cpu: FakeUpstrea
     answer = chat(proxy, stream=True)
     assert text_of(answer) == "hello"
     assert answer.headers["x-route-reason"] == f"fallback: vllm@127.0.0.1:{gpu.port} timed_out"
-
-
-async def breaks_off(talk: Talk) -> None:
-    talk.reset()
-
-
-async def error_in_the_middle(talk: Talk) -> None:
-    await talk.chunk(f"data: {json.dumps(delta('lo'))}\n\ndata: {json.dumps(ERROR_500)}\n\ndata: [DONE]\n\n".encode())
-    await talk.end(done=False)
-
-
-async def aborted(talk: Talk) -> None:
-    await talk.event(delta("lo"))
-    await talk.event(delta(finish="abort"))
-    await talk.end()
-
-
-async def no_finish(talk: Talk) -> None:
-    await talk.event(delta("lo"))
-    await talk.end()
-
-
-async def ends_without_done_and_finish(talk: Talk) -> None:
-    await talk.event(delta("lo"))
-    await talk.end(done=False)
-
-
-async def half_an_event_more(talk: Talk) -> None:
-    await talk.event(delta("lo"))
-    await half_an_event(talk)
-
-
-AFTER_COMMIT = [breaks_off, error_in_the_middle, aborted, no_finish, ends_without_done_and_finish, half_an_event_more]
-
-
-@pytest.mark.parametrize("rest", AFTER_COMMIT)
-def test_a_break_after_the_commit_is_one_error_event_and_no_done(
-    proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream, rest: Script
-) -> None:
-    seen = threading.Event()
-
-    async def script(talk: Talk) -> None:
-        await talk.start_stream()
-        await talk.event(delta("hel"))
-        assert await asyncio.to_thread(seen.wait, 10)
-        await rest(talk)
-
-    gpu.scripts.append(script)
-    events = []
-    body = {**CHAT, "stream": True}
-    with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json=body, timeout=20) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                events.append(json.loads(line[6:]))
-                seen.set()
-    *good_events, error = events
-    assert "".join(event["choices"][0]["delta"]["content"] for event in good_events) in ("hel", "hello")
-    assert error["error"]["code"] == "stream_broken"
-    assert cpu.talks == []
 
 
 def test_everything_failed(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:

@@ -44,7 +44,7 @@ def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
 @pytest.fixture(autouse=True)
 def nobody_is_suspect(door: RunningProxy) -> None:
     for replica in door.gateway.fleet.replicas:
-        replica.failures_in_a_row = 0
+        replica.breaker.failures = 0
 
 
 Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -9,7 +9,7 @@ from proxy.features import NEEDS, Features
 
 AT_REST = Features(
     endpoint="chat", model="m", prompt_words=5, prompt_tokens=7, max_tokens=None, stream=False, include_usage=False,
-    needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, hinted=False,
+    needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True, hinted=False,
 )  # fmt: skip
 
 
