@@ -25,8 +25,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ Where --vllm, --vllm-model and --gguf are left out, XGEN_TEST_VLLM, XGEN_TEST_VL
 EVENTS = ("kill-engine", "kill-api", "hang-engine", "terminate")
 CONCURRENCY = 12
 HANG_S = 20.0  # how long a hung engine is left alone before it is killed: the proxy's timeouts are shorter
+PREY, PREY_S = 2, 30.0  # an event waits for so many streams that it can cut, for so long; then it takes what there is
 RESTART_S = 45.0  # what vLLM takes to come back, measured 35 to 60; only the pace depends on it
 HUNG_S = 150.0  # a request that takes longer is lost: a minute in the queue, every timeout, and the generation itself
 # Short, so that a hang is found within the storm. An answer of the stopped engine never comes; 12 requests at once keep
@@ -97,11 +98,15 @@ class Answer:
 
 @dataclass
 class Strike:
-    """One event. Times are seconds since the storm began; `restored`: vLLM answers again."""
+    """One event. `busy`: requests on vLLM then; `streaming`: those of them whose client had seen a part of the answer.
+
+    Times are seconds since the storm began; `restored`: vLLM answers again.
+    """
 
     name: str
     at: float
     busy: int
+    streaming: int
     restored: float = 0.0
 
 
@@ -126,7 +131,8 @@ class Storm:
     def report(self) -> str:
         lines = [f"seed {self.seed}: {len(self.answers)} requests, {self.seconds:.0f} s", "", self._table(), ""]
         lines += [
-            f"{strike.at:6.1f} s  {strike.name}, {strike.busy} requests on vLLM; back at {strike.restored:.1f} s"
+            f"{strike.at:6.1f} s  {strike.name} with {strike.busy} requests on vLLM, {strike.streaming} amid a stream;"
+            f" back at {strike.restored:.1f} s"
             for strike in self.strikes
         ]
         lines += [
@@ -198,12 +204,14 @@ class Saboteur:
 
 
 class Client:
-    """Sends requests and judges what comes. `started` counts them for the saboteur."""
+    """Sends requests and judges what comes. `streaming`: those whose stream from vLLM has begun and not ended."""
 
     def __init__(self, url: str, storm: Storm, began: float) -> None:
         self.storm = storm
         self.began = began
         self.started = 0
+        self.streaming: set[int] = set()
+        self.prey = asyncio.Event()  # set while PREY streams or more can be cut
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
 
@@ -229,9 +237,23 @@ class Client:
     async def _exchange(self, request: Request) -> tuple[str, httpx.Headers]:
         headers = {"x-request-id": request_id(request)}
         async with self.http.stream("POST", request.path, json=request.body, headers=headers) as answer:
-            body = await answer.aread()
+            on_vllm = request.stream and answer.headers.get("x-backend") == "vllm"
+            with self._counted(request) if on_vllm else nullcontext():
+                body = await answer.aread()
         judge = judge_stream if request.stream else judge_whole
         return judge(answer.status_code, body, request.body), answer.headers
+
+    @contextmanager
+    def _counted(self, request: Request) -> Iterator[None]:
+        self.streaming.add(request.number)
+        if len(self.streaming) >= PREY:
+            self.prey.set()
+        try:
+            yield
+        finally:
+            self.streaming.discard(request.number)
+            if len(self.streaming) < PREY:
+                self.prey.clear()
 
 
 def request_id(request: Request) -> str:
@@ -298,16 +320,15 @@ class Director:
             await asyncio.sleep(gap * self.random.uniform(0.5, 1.5))
 
     async def _strike(self, event: str, delay: float) -> None:
-        """At a moment when vLLM has something to lose."""
+        """At a moment when vLLM has something to lose that clients have seen."""
         await asyncio.sleep(delay)
-        replica: dict[str, Any] = {}
-        async with asyncio.timeout(60):
-            while not replica.get("in_flight"):
-                replica = await asyncio.to_thread(self.saboteur.replica)
-        strike = Strike(event, time.monotonic() - self.client.began, replica["in_flight"])
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.client.prey.wait(), PREY_S)
+        busy = (await asyncio.to_thread(self.saboteur.replica))["in_flight"]
+        strike = Strike(event, time.monotonic() - self.client.began, busy, len(self.client.streaming))
         self.storm.strikes.append(strike)
         self.saboteur.strike(event)
-        progress(f"{strike.at:.1f} s: {event}, {strike.busy} requests on vLLM")
+        progress(f"{strike.at:.1f} s: {event}, {strike.busy} requests on vLLM, {strike.streaming} amid a stream")
         await asyncio.sleep(HANG_S if event == "hang-engine" else 10.0 if event == "terminate" else 3.0)
         await asyncio.to_thread(self.saboteur.restore)
         strike.restored = time.monotonic() - self.client.began
