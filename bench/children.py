@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def told_port(process: subprocess.Popen[bytes], log: Path, seconds: float = 30) 
             return int(found[1])
         time.sleep(0.02)
     raise Failed(f"{log.stem} does not listen; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def until_ready(port: int, seconds: float = 30) -> None:
+    """Until the proxy on this port knows a backend. Raises Failed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # HTTPError is one: 503 until then
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
+            return
+        time.sleep(0.05)
+    raise Failed(f"the proxy is not ready after {seconds:g} s")
 
 
 def pin(cores: str) -> None:

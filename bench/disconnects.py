@@ -45,6 +45,8 @@ XGEN_TEST_GGUF, XGEN_TEST_VLLM and XGEN_TEST_VLLM_MODEL stand for the flags of t
 MOMENTS = ("reading the prompt", "before the first token", "amid the answer", "in the queue")
 NAMES = ("llama-server", "llama-cpp-python", "vllm")
 POLL_S = 0.01
+READING_S = 0.2  # into the reading of a long prompt, which takes seconds
+SETTLE_S = 1.0
 PATIENCE_S = 120.0
 SENTENCE = "The town lies at a bend of the river and its people have lived from fishing and from trade for long. "
 LONG = SENTENCE * 60  # 1,200 words, 1,300 tokens: seconds of reading on a CPU
@@ -101,12 +103,23 @@ class Subject:
     def is_busy(self) -> bool:
         return self.busy(self.backend.port)
 
-    def until_free(self) -> None:
-        """llama-cpp-python needs one question only: the answer comes when its lock is free."""
-        if self.name == "llama-cpp-python":
-            ask(self.backend.port, "/v1/models")
-        else:
-            poll(lambda: not self.is_busy())
+    def until_free(self) -> float:
+        """The moment (time.perf_counter) from which on it is free. What was on its way when the client left may reach it
+        later, and vLLM's gauges follow its steps: free is who stays so for SETTLE_S."""
+        while True:
+            if self.name == "llama-cpp-python":
+                ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
+            else:
+                poll(lambda: not self.is_busy())
+            free = time.perf_counter()
+            try:
+                poll(self.is_busy, SETTLE_S)
+            except TimeoutError:
+                return free
+
+    def until_counted_out(self) -> float:
+        poll(lambda: self.in_flight() == 0)
+        return time.perf_counter()
 
 
 @dataclass
@@ -145,10 +158,9 @@ def send(port: int, request: dict[str, Any]) -> socket.socket:
 
 def wait_for_moment(subject: Subject, moment: str, stream: bool, connection: socket.socket) -> None:
     """Returns when it has come. Raises AssertionError where it was missed."""
-    if moment == "reading the prompt":
-        poll(subject.is_busy)
-    elif moment == "before the first token":
+    if moment in ("reading the prompt", "before the first token"):
         poll(lambda: subject.in_flight() > 0)
+        time.sleep(READING_S if moment == "reading the prompt" else 0)
     elif stream:
         received = b""
         while received.count(b"data: {") < 5:
@@ -170,14 +182,9 @@ def time_both(subject: Subject, leave: Callable[[], None]) -> tuple[float, float
     with ThreadPoolExecutor(2) as threads:
         left = time.perf_counter()
         leave()
-
-        def timed(wait: Callable[[], None]) -> float:
-            wait()
-            return (time.perf_counter() - left) * 1e3
-
-        proxy = threads.submit(timed, lambda: poll(lambda: subject.in_flight() == 0))
-        backend = threads.submit(timed, subject.until_free)
-        return proxy.result(), backend.result()
+        proxy = threads.submit(subject.until_counted_out)
+        backend = threads.submit(subject.until_free)
+        return (proxy.result() - left) * 1e3, (backend.result() - left) * 1e3
 
 
 def leave_once(subject: Subject, moment: str, stream: bool, row: Row) -> None:
@@ -282,12 +289,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            with running(name, options, Path(folder)) as subject:
-                rows += measure(subject, options.repeats)
-    print(f"milliseconds, min / median / max of {options.repeats}\n")
-    print(table(rows))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in options.only:
+                with running(name, options, Path(folder)) as subject:
+                    rows.extend(measure(subject, options.repeats))
+    finally:  # what was measured until something failed, too
+        print(f"milliseconds, min / median / max of {options.repeats}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

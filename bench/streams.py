@@ -20,9 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,15 +131,6 @@ async def measure(port: int, options: argparse.Namespace, pid: int | None) -> Ro
     return result
 
 
-def wait_ready(port: int) -> None:
-    for _ in range(300):
-        with suppress(OSError, urllib.error.HTTPError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
-            return
-        time.sleep(0.1)
-    raise children.Failed("the proxy never got ready")
-
-
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[Round], list[Round]]:
     """(direct, through), as many of each as repeats."""
     with ExitStack() as stack:
@@ -154,7 +143,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Round], list[Ro
         slots = {"XGEN_BACKENDS__VLLM__SLOTS": str(options.streams)}
         proxy = stack.enter_context(children.running(command, log, options.subject_cores, slots))
         port = children.told_port(proxy, log)
-        wait_ready(port)
+        children.until_ready(port)
         direct: list[Round] = []
         through: list[Round] = []
         for number in range(options.repeats):
