@@ -104,7 +104,7 @@ class Subject:
         return self.busy(self.backend.port)
 
     def until_free(self) -> float:
-        """The moment (time.perf_counter) from which on it is free. What was on its way when the client left may reach it
+        """The moment (time.perf_counter) from which on it is free. What was on its way as the client left may reach it
         later, and vLLM's gauges follow its steps: free is who stays so for SETTLE_S."""
         while True:
             if self.name == "llama-cpp-python":
