@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,25 @@ def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapp
 
 
 def bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
-    """One panel beside the other: {what: {name: (least, median, most)}}; the whiskers are least and most."""
+    """One panel beside the other: {what: {name: (least, median, most)}}; the whiskers are least and most. A bar that is
+    far longer than the rest is cut, and its number tells how long it is."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, (label, values) in zip(axes[0], panels.items(), strict=True):
-        names = list(values)[::-1]
-        middle = [values[name][1] for name in names]
-        spread = [
-            [values[name][1] - values[name][0] for name in names],
-            [values[name][2] - values[name][1] for name in names],
-        ]
-        axis.barh(names, middle, xerr=spread, capsize=3)
+        low, middle, high = zip(*list(values.values())[::-1], strict=True)
+        below = [b - a for a, b in zip(low, middle, strict=True)]
+        above = [b - a for a, b in zip(middle, high, strict=True)]
+        bar = axis.barh(list(values)[::-1], middle, xerr=[below, above], capsize=3, height=0.5)
+        end = min(max(high) * 1.25, max(statistics.median(middle) * 3, 0.0) or max(high) * 1.25)
+        axis.set_xlim(min(0.0, *low), end)
+        for patch, value in zip(bar, middle, strict=True):
+            axis.text(min(max(value, 0.0), end * 0.7), patch.get_y() - 0.2, f" {number(value)}", fontsize=9)
         axis.set_xlabel(label)
     _save(plt, figure, title, path)
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _save(plt: Any, figure: Any, title: str, path: Path) -> None:
