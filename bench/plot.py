@@ -29,9 +29,9 @@ def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapp
         for name, values in series.items():
             axis.plot(x, values, label=name, linewidth=1)
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(max(values) for values in series.values()) * 1.1)
         if len(series) > 1:
-            axis.legend(loc="lower right")
+            axis.legend(loc="upper right")
     axes[-1, 0].set_xlabel(x_label)
     _save(plt, figure, title, path)
 
