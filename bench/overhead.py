@@ -1,10 +1,12 @@
 """What a proxy costs: CPU per request and per streamed chunk, and added latency, side by side with its peers.
 
+    make bench
     python -m bench.overhead --repeats 3 --peers vllm-router=/path/to/vllm-router sglang-router=/path/to/sglang-router
 
-One run, rotated repeats: an nginx upstream (1 KB JSON; 100 SSE chunks, one each 10 ms) and wrk on one core, the subject
-alone on the other, its CPU read from /proc. Needs nginx with the echo module, wrk, and two cores that nobody else uses.
-Subjects: direct, nginx proxy_pass, each peer that is named, Starlette + httpx, and xgen-proxy with everything on.
+One run, rotated repeats: an nginx upstream (1 KB JSON; 100 SSE chunks, one each 10 ms), wrk as the load, the subject
+alone on its core, its CPU read from /proc. Needs nginx with the echo module, wrk, and two cores that nobody else uses;
+with three or more, give upstream and load one each. Subjects: direct, nginx proxy_pass, each peer that is named,
+Starlette + httpx, and xgen-proxy with everything on. Shown are the median, and least and most, of the repeats.
 """
 
 from __future__ import annotations
@@ -12,25 +14,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
-import shlex
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from backends.environment import free_port
+from bench import children, plot, procfs
 
-TICK = os.sysconf("SC_CLK_TCK")
+EXAMPLES = """\
+examples:
+  on two cores, with a plot:
+    python -m bench.overhead --peers vllm-router=.venv/bin/vllm-router --plot overhead.svg
+  on a machine with more: subject, upstream and load apart
+    python -m bench.overhead --subject-cores 2 --upstream-cores 4 --load-cores 6,8
+  only us and the floor, quickly:
+    python -m bench.overhead --repeats 1 --seconds 3 --only 'nginx proxy_pass' xgen-proxy
+"""
 CHUNKS = 100
-SUBJECT_CORE, LOAD_CORE = "0", "1"
 
 ANSWER = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
@@ -47,12 +56,12 @@ def chunk(finish: str | None = None) -> str:
     return "data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":"))
 
 
-def upstream_config(port: int, folder: Path) -> str:
+def upstream_config(port: int, workers: int, folder: Path) -> str:
     events = "".join(f"echo '{chunk()}'; echo; echo_flush; echo_sleep 0.01;\n" for _ in range(CHUNKS - 1))
     models = '{"object":"list","data":[{"id":"m","object":"model","max_model_len":8192}]}'
     return f"""
 load_module modules/ngx_http_echo_module.so;
-worker_processes 1; daemon off; pid {folder}/upstream.pid; error_log {folder}/upstream.log crit;
+worker_processes {workers}; daemon off; pid {folder}/upstream.pid; error_log {folder}/upstream.log crit;
 events {{ worker_connections 8192; }}
 http {{
   access_log off; keepalive_requests 100000000; client_body_temp_path {folder}/body; default_type application/json;
@@ -101,98 +110,89 @@ class Subject:
     errors: int = 0
 
 
-def process_tree(root: int) -> list[int]:
-    pids, seen = [root], []
-    while pids:
-        pid = pids.pop()
-        seen.append(pid)
-        with contextlib.suppress(OSError):
-            pids += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return seen
+@dataclass
+class Bench:
+    """Where everything runs. Cores as taskset takes them."""
+
+    folder: Path
+    seconds: int
+    upstream: int
+    subject_cores: str
+    load_cores: str
 
 
-def cpu_seconds(root: int) -> float:
-    total = 0
-    for pid in process_tree(root):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
-    return total / TICK
-
-
-def rss_mb(root: int) -> float:
-    total = 0
-    for pid in process_tree(root):
-        with contextlib.suppress(OSError):
-            total += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
-    return total / 1024
-
-
-@contextlib.contextmanager
-def running(command: list[str], core: str, log: Path, url: str) -> Iterator[int]:
-    with log.open("ab") as file:
-        process = subprocess.Popen(["taskset", "-c", core, *command], stdout=file, stderr=file, start_new_session=True)
-    try:
-        until_answers(url, process, log)
-        yield process.pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def count(cores: str) -> int:
+    """Of such as "1" or "2-4,6"."""
+    ranges = [each.partition("-") for each in cores.split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
 
 
 def until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """By a real request, since a peer that listens may not know its upstream yet."""
+    """By a real request, since a peer that listens may not know its upstream yet. Raises Failed."""
     body = (REQUEST % "").encode()
-    for _ in range(600):
-        if process.poll() is not None:
-            sys.exit(f"it ended at once: {log.read_text()[-2000:]}")
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             request = urllib.request.Request(url, body, {"content-type": "application/json"})
             with urllib.request.urlopen(request, timeout=2) as answer:
                 if answer.status == 200:
                     return
         time.sleep(0.1)
-    sys.exit(f"it never answered: {log.read_text()[-2000:]}")
+    raise children.Failed(f"{log.stem} does not answer; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def wrk(url: str, body: str, connections: int, seconds: int, folder: Path) -> tuple[int, float, float, int]:
+def wrk(bench: Bench, url: str, body: str, connections: int, seconds: int) -> tuple[int, float, float, int]:
     """(requests, requests a second, p50 latency in ms, errors)."""
-    script = folder / "wrk.lua"
+    script = bench.folder / "wrk.lua"
     script.write_text(
         f"wrk.method='POST'; wrk.headers['content-type']='application/json'; wrk.body={json.dumps(body)}\n"
         "function done(s, l, r) local e = s.errors\n"
         "io.write(string.format('RESULT %d %f %f %d\\n', s.requests, s.requests / s.duration * 1e6,"
         " l:percentile(50) / 1000, e.connect + e.read + e.write + e.status + e.timeout)) end\n"
     )
-    command = ["taskset", "-c", LOAD_CORE, "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
+    threads = min(count(bench.load_cores), connections)
+    command = ["taskset", "-c", bench.load_cores, "wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}s"]
+    command += ["--timeout", "30s"]
     output = subprocess.run([*command, "-s", str(script), url], capture_output=True, text=True, check=True).stdout
     _, requests, rate, p50, errors = re.search(r"RESULT.*", output)[0].split()  # type: ignore[index]
     return int(requests), float(rate), float(p50), int(errors)
 
 
-def measure(subject: Subject, upstream: int, seconds: int, folder: Path) -> None:
+def measure(bench: Bench, subject: Subject) -> None:
     if subject.command is None:
-        url = f"http://127.0.0.1:{upstream}"
-        subject.p50_ms.append(wrk(f"{url}/v1/chat/completions", REQUEST % "", 1, seconds, folder)[2])
+        url = f"http://127.0.0.1:{bench.upstream}/v1/chat/completions"
+        subject.p50_ms.append(wrk(bench, url, REQUEST % "", 1, bench.seconds)[2])
         return
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    log = folder / f"{subject.name}.log"
-    with running(subject.command(port), SUBJECT_CORE, log, f"{url}/v1/chat/completions") as pid:
-        wrk(f"{url}/v1/chat/completions", REQUEST % "", 32, 1, folder)  # warm
-        before = cpu_seconds(pid)
-        requests, rate, _, errors = wrk(f"{url}/v1/chat/completions", REQUEST % "", 32, seconds, folder)
-        subject.json_us.append((cpu_seconds(pid) - before) / requests * 1e6)
-        subject.rps.append(rate)
-        subject.errors += errors
-        subject.p50_ms.append(wrk(f"{url}/v1/chat/completions", REQUEST % "", 1, seconds, folder)[2])
-        before = cpu_seconds(pid)
-        body = '{"model":"m","prompt":"Hello","max_tokens":100,"stream":true}'
-        streams, _, _, errors = wrk(f"{url}/v1/completions", body, 200, max(seconds, 5), folder)
-        subject.chunk_us.append((cpu_seconds(pid) - before) / max(streams * CHUNKS, 1) * 1e6)
-        subject.errors += errors
-        subject.rss_mb.append(rss_mb(pid))
+    log = bench.folder / f"{subject.name}.log"
+    with children.running(subject.command(port), log, bench.subject_cores) as process:
+        until_answers(f"{url}/v1/chat/completions", process, log)
+        measure_whole(bench, subject, f"{url}/v1/chat/completions", process.pid)
+        measure_streams(bench, subject, f"{url}/v1/completions", process.pid)
+        subject.rss_mb.append(procfs.rss_mb(process.pid))
+
+
+def measure_whole(bench: Bench, subject: Subject, url: str, pid: int) -> None:
+    wrk(bench, url, REQUEST % "", 32, 1)  # warm
+    before = procfs.cpu_seconds(pid)
+    requests, rate, _, errors = wrk(bench, url, REQUEST % "", 32, bench.seconds)
+    subject.json_us.append((procfs.cpu_seconds(pid) - before) / requests * 1e6)
+    subject.rps.append(rate)
+    subject.errors += errors
+    subject.p50_ms.append(wrk(bench, url, REQUEST % "", 1, bench.seconds)[2])
+
+
+def measure_streams(bench: Bench, subject: Subject, url: str, pid: int) -> None:
+    body = '{"model":"m","prompt":"Hello","max_tokens":100,"stream":true}'
+    before = procfs.cpu_seconds(pid)
+    streams, _, _, errors = wrk(bench, url, body, 200, max(bench.seconds, 5))
+    subject.chunk_us.append((procfs.cpu_seconds(pid) - before) / max(streams * CHUNKS, 1) * 1e6)
+    subject.errors += errors
+
+
+def peer(line: list[str], port: int) -> list[str]:
+    return [*line, "--prometheus-port", str(free_port()), "--port", str(port)]
 
 
 def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject]:
@@ -207,8 +207,8 @@ def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject
     found = [Subject("direct", None), Subject("nginx proxy_pass", nginx)]
     for name, path in peers.items():
         line = [path, *(["launch"] if "sglang" in name else []), "--host", "127.0.0.1", "--worker-urls", target]
-        line += ["--policy", "round_robin", "--prometheus-port"]
-        found.append(Subject(name, lambda port, line=line: [*line, str(free_port()), "--port", str(port)]))
+        line += ["--policy", "round_robin"]
+        found.append(Subject(name, partial(peer, line)))
     httpx = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "bench.httpx_relay:app", "--port"]
     found.append(Subject("Starlette + httpx", lambda port: ["env", f"UPSTREAM={target}", *httpx, str(port)]))
     us = [python, "-m", "proxy.cli", "serve", "--vllm", target, "--port"]
@@ -234,29 +234,68 @@ def table(found: list[Subject]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw(found: list[Subject], options: argparse.Namespace) -> None:
+    direct = statistics.median(found[0].p50_ms)
+    figures: dict[str, Callable[[Subject], list[float]]] = {
+        "CPU µs per 1 KB request": lambda each: each.json_us,
+        "CPU µs per streamed chunk": lambda each: each.chunk_us,
+        "added latency p50, ms": lambda each: [value - direct for value in each.p50_ms],
+    }
+    panels = {
+        label: {each.name: spread_of(values(each)) for each in found[1:] if values(each)}
+        for label, values in figures.items()
+    }
+    plot.bars(options.plot, f"what a proxy costs: median, least and most of {options.repeats} rotated repeats", panels)
+
+
+def spread_of(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.median(values), max(values)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5, help="of each load")
+    parser.add_argument("--seconds", type=int, default=5, help="of each load (%(default)s)")
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--only", nargs="*", help="these subjects, and direct")
+    parser.add_argument("--subject-cores", default="0", help="as taskset takes them (%(default)s)")
+    parser.add_argument("--upstream-cores", default="1", help="nginx, a worker for each (%(default)s)")
+    parser.add_argument("--load-cores", default="1", help="wrk, a thread for each (%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        upstream = free_port()
-        config = folder / "upstream.conf"
-        config.write_text(upstream_config(upstream, folder))
-        url = f"http://127.0.0.1:{upstream}/v1/chat/completions"
-        with running(shlex.split(f"nginx -c {config}"), LOAD_CORE, folder / "nginx.log", url):
-            found = subjects(dict(peer.split("=", 1) for peer in options.peers), upstream, folder)
-            if options.only:
-                found = [each for each in found if each.name in ("direct", *options.only)]
-            for repeat in range(options.repeats):
-                turn = repeat % len(found)
-                for each in found[turn:] + found[:turn]:
-                    print(f"repeat {repeat + 1}: {each.name}", file=sys.stderr, flush=True)
-                    measure(each, upstream, options.seconds, folder)
+    for tool in ("nginx", "wrk", "taskset"):
+        if not shutil.which(tool):
+            parser.error(f"there is no {tool}. On Debian: apt install nginx-light libnginx-mod-http-echo wrk")
+    return options
+
+
+def run(bench: Bench, options: argparse.Namespace) -> list[Subject]:
+    config = bench.folder / "upstream.conf"
+    config.write_text(upstream_config(bench.upstream, count(options.upstream_cores), bench.folder))
+    log = bench.folder / "nginx.log"
+    with children.running(["nginx", "-c", str(config)], log, options.upstream_cores) as process:
+        until_answers(f"http://127.0.0.1:{bench.upstream}/v1/chat/completions", process, log)
+        found = subjects(dict(each.split("=", 1) for each in options.peers), bench.upstream, bench.folder)
+        if options.only:
+            found = [each for each in found if each.name in ("direct", *options.only)]
+        for repeat in range(options.repeats):
+            turn = repeat % len(found)
+            for each in found[turn:] + found[:turn]:
+                print(f"overhead: {each.name}, {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+                measure(bench, each)
+    return found
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options.seconds, free_port(), options.subject_cores, options.load_cores)
+        found = run(bench, options)
     print(table(found))
+    if options.plot:
+        draw(found, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh SET: brings .venv to requirements/SET.txt (cpu, native or dev), hashes checked; done before, it takes no time.
-# Sets add up, since the locks agree on every version; dev holds cpu and native.
+# install.sh SET: brings .venv to requirements/SET.txt (cpu, native, dev or bench), hashes checked; done before, it takes no
+# time. Sets add up, since the locks agree on every version; dev holds cpu and native.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 set=$1
@@ -12,7 +12,7 @@ installed() { [ -e "$venv/.installed-$1-$(hash_of "$1")" ] && "$venv/bin/python"
 
 exec 9<requirements
 flock 9 # of two makes at once, the second waits
-if installed "$set" || installed dev; then exit 0; fi
+if installed "$set" || { [ "$set" != bench ] && installed dev; }; then exit 0; fi
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"
@@ -22,7 +22,8 @@ command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11
     die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
 [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 2000000 ] ||
     die "Less than 2 GB is free on the disk of $PWD: too little to install. Make room and run make again."
-if [ "$set" != native ]; then # llama-cpp-python has no wheels
+compiles() { case $set in cpu | dev) true ;; *) false ;; esac; } # llama-cpp-python, which has no wheels
+if compiles; then
     command -v "${CXX:-c++}" g++ clang++ >/dev/null ||
         die "There is no C++ compiler, and llama-cpp-python is compiled on install. On Debian and Ubuntu: apt install build-essential
 Or take llama.cpp's own server, which comes compiled: make run ENGINE=llama-server"
@@ -44,7 +45,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 failed() { die "The install failed, the lines above say why. Nothing half-done is used: put that right and run make again."; }
 
 pip install -q --require-hashes -r requirements/build.txt || failed
-[ "$set" = native ] || echo "make: llama-cpp-python is compiled, unless pip keeps a wheel of it from an earlier time: 5 to 20 minutes"
+! compiles || echo "make: llama-cpp-python is compiled, unless pip keeps a wheel of it from an earlier time: 5 to 20 minutes"
 pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt" || failed
 pip install -q --no-deps --no-build-isolation -e . || failed
 rm "$venv/.installing"

@@ -1,0 +1,478 @@
+"""A storm: vLLM and llama.cpp behind a proxy, all real, under mixed load, while vLLM is killed, hung and restarted.
+
+    python -m bench.chaos --seed 1 --requests 200 --vllm PATH/TO/vllm --vllm-model DIR --gguf FILE
+
+It shows that no request is lost. A seeded mix (chat and completions, streams and whole answers, short and long prompts,
+8 to 60 tokens, 12 at once) runs all the time; at seeded moments, while requests are on it, vLLM's engine is killed, its
+API server is killed, its engine is stopped so that it hangs, and it gets a SIGTERM. Each time it is started again while
+requests go on. Every answer is judged as by a client that trusts nobody (bench/judge.py). Nothing may be left
+afterwards: no slot, nobody in the queue, no socket. Ends with 1 unless every request completed and nothing is left.
+
+The seed settles the requests, the order of the events and the moments, counted in requests; the engines' own timing is
+theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench import procfs
+from bench.judge import judge_stream, judge_whole
+from tests.e2e import servers
+from tests.e2e.servers import MODEL, Server, until
+
+EXAMPLES = """\
+examples:
+  the whole storm, some 6 minutes:
+    python -m bench.chaos --seed 1 --requests 200 --vllm .venv-vllm/bin/vllm --vllm-model models/smollm2-hf \\
+        --gguf models/SmolLM2-135M-Instruct.Q4_1.gguf
+  one event, with the default CPU backend:
+    python -m bench.chaos --requests 40 --events kill-engine --engine llama-cpp-python
+Where --vllm, --vllm-model and --gguf are left out, XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF are taken.
+"""
+EVENTS = ("kill-engine", "kill-api", "hang-engine", "terminate")
+CONCURRENCY = 12
+HANG_S = 20.0  # how long a hung engine is left alone before it is killed: the proxy's timeouts are shorter
+PREY, PREY_S = 2, 30.0  # an event waits for so many streams that it can cut, for so long; then it takes what there is
+RESTART_S = 45.0  # what vLLM takes to come back, measured 35 to 60; only the pace depends on it
+HUNG_S = 150.0  # a request that takes longer is lost: a minute in the queue, every timeout, and the generation itself
+# Short, so that a hang is found within the storm. An answer of the stopped engine never comes; 12 requests at once keep
+# the CPU build below a second from chunk to chunk.
+TIMEOUTS = {
+    "XGEN_BACKENDS__VLLM__IDLE_TIMEOUT_S": "4",
+    "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "8",
+    "XGEN_BACKENDS__VLLM__TOTAL_TIMEOUT_S": "60",
+    "XGEN_LOG_FORMAT": "json",
+}
+OUTCOMES = ("complete", "continued", "failed over", "4xx", "5xx", "error event", "malformed", "cut", "hung")
+GOOD = OUTCOMES[:3]
+
+TOPICS = ("a river", "the sea", "a bridge", "bread", "the moon", "a library", "winter", "an old clock", "a train")
+FILLER = "The town lies at a bend of the river, and its people have lived from fishing and from trade for long. "
+
+
+@dataclass
+class Request:
+    number: int
+    path: str
+    body: dict[str, Any]
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body["stream"])
+
+    @property
+    def kind(self) -> str:
+        return f"{'chat' if 'messages' in self.body else 'completions'}, {'stream' if self.stream else 'whole'}"
+
+
+@dataclass
+class Answer:
+    """`wrong`: "" if complete. `attempts`: as the proxy's header told, before anything was relayed."""
+
+    request: Request
+    outcome: str
+    wrong: str
+    backend: str
+    attempts: int
+    began: float
+    seconds: float
+
+
+@dataclass
+class Strike:
+    """One event. `busy`: requests on vLLM then; `streaming`: those of them whose client had seen a part of the answer.
+
+    Times are seconds since the storm began; `restored`: vLLM answers again.
+    """
+
+    name: str
+    at: float
+    busy: int
+    streaming: int
+    restored: float = 0.0
+
+
+@dataclass
+class Storm:
+    """What came of it."""
+
+    seed: int
+    answers: list[Answer] = field(default_factory=list)
+    strikes: list[Strike] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def lost(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.outcome not in GOOD]
+
+    @property
+    def ok(self) -> bool:
+        return not self.lost and not self.left
+
+    def report(self) -> str:
+        lines = [f"seed {self.seed}: {len(self.answers)} requests, {self.seconds:.0f} s", "", self._table(), ""]
+        lines += [
+            f"{strike.at:6.1f} s  {strike.name} with {strike.busy} requests on vLLM, {strike.streaming} amid a stream;"
+            f" back at {strike.restored:.1f} s"
+            for strike in self.strikes
+        ]
+        lines += [
+            f"LOST #{answer.request.number} ({answer.request.kind}, {answer.backend}, began at {answer.began:.1f} s,"
+            f" {answer.seconds:.1f} s): {answer.wrong}"
+            for answer in self.lost
+        ]
+        lines += [f"LEFT BEHIND: {each}" for each in self.left]
+        complete = len(self.answers) - len(self.lost)
+        lines += ["", f"{complete} of {len(self.answers)} complete, {len(self.left)} things left behind"]
+        return "\n".join(lines)
+
+    def _table(self) -> str:
+        rows = [["", *OUTCOMES, "all"]]
+        for kind in [*sorted({answer.request.kind for answer in self.answers}), "all"]:
+            count = Counter(answer.outcome for answer in self.answers if kind in (answer.request.kind, "all"))
+            rows.append([kind, *(str(count[outcome]) for outcome in OUTCOMES), str(count.total())])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def make_request(number: int, random: random.Random) -> Request:
+    words = f"Write about {random.choice(TOPICS)}, number {number}. "
+    prompt = words + FILLER * (random.randint(6, 9) if random.random() < 0.25 else 0)  # over and under 100 words
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": random.randint(8, 60), "stream": random.random() < 0.6}
+    body |= {"temperature": random.choice([0, 0.7]), "seed": number}
+    if body["stream"] and random.random() < 0.4:
+        body["stream_options"] = {"include_usage": True}
+    if random.random() < 0.6:
+        return Request(number, "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]})
+    return Request(number, "/v1/completions", {**body, "prompt": prompt})
+
+
+class Saboteur:
+    """Does one thing to vLLM at a time and brings it back."""
+
+    def __init__(self, vllm: Server, proxy_url: str) -> None:
+        self.vllm = vllm
+        self.proxy_url = proxy_url
+
+    def engine(self) -> int:
+        """The engine's process. Raises AssertionError where there is none."""
+        assert self.vllm.process
+        for pid in servers.members(self.vllm.process.pid):
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        raise AssertionError("vLLM has no process named EngineCore")
+
+    def strike(self, event: str) -> None:
+        assert self.vllm.process
+        if event == "kill-engine":
+            os.kill(self.engine(), signal.SIGKILL)
+        elif event == "kill-api":
+            os.kill(self.vllm.process.pid, signal.SIGKILL)
+        elif event == "hang-engine":
+            os.kill(self.engine(), signal.SIGSTOP)
+        else:
+            os.kill(self.vllm.process.pid, signal.SIGTERM)
+
+    def restore(self) -> None:
+        """Up again, whatever is left of it gone first, and known to the proxy to be up."""
+        self.vllm.kill9()
+        self.vllm.start().wait_ready()
+        until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
+
+    def replica(self) -> dict[str, Any]:
+        status = httpx.get(self.proxy_url + "/models/status", timeout=10).json()
+        return next(dict(each["replicas"][0]) for each in status["backends"] if each["name"] == "vllm")
+
+
+class Client:
+    """Sends requests and judges what comes. `streaming`: those whose stream from vLLM has begun and not ended."""
+
+    def __init__(self, url: str, storm: Storm, began: float) -> None:
+        self.storm = storm
+        self.began = began
+        self.started = 0
+        self.streaming: set[int] = set()
+        self.prey = asyncio.Event()  # set while PREY streams or more can be cut
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self.http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+
+    async def send(self, request: Request) -> None:
+        self.started += 1
+        began = time.monotonic()
+        headers: httpx.Headers = httpx.Headers()
+        try:
+            async with asyncio.timeout(HUNG_S):
+                wrong, headers = await self._exchange(request)
+            outcome = outcome_of(wrong, headers)
+        except TimeoutError:
+            outcome = wrong = "hung"
+        except httpx.HTTPError as error:
+            outcome, wrong = "cut", f"{error!r}"
+        self.storm.answers.append(
+            Answer(
+                request, outcome, wrong, headers.get("x-backend", "none"), int(headers.get("x-attempts", 0)),
+                began - self.began, time.monotonic() - began,
+            )
+        )  # fmt: skip
+
+    async def _exchange(self, request: Request) -> tuple[str, httpx.Headers]:
+        headers = {"x-request-id": request_id(request)}
+        async with self.http.stream("POST", request.path, json=request.body, headers=headers) as answer:
+            on_vllm = request.stream and answer.headers.get("x-backend") == "vllm"
+            with self._counted(request) if on_vllm else nullcontext():
+                body = await answer.aread()
+        judge = judge_stream if request.stream else judge_whole
+        return judge(answer.status_code, body, request.body), answer.headers
+
+    @contextmanager
+    def _counted(self, request: Request) -> Iterator[None]:
+        self.streaming.add(request.number)
+        if len(self.streaming) >= PREY:
+            self.prey.set()
+        try:
+            yield
+        finally:
+            self.streaming.discard(request.number)
+            if len(self.streaming) < PREY:
+                self.prey.clear()
+
+
+def request_id(request: Request) -> str:
+    return f"chaos-{request.number}"
+
+
+def outcome_of(wrong: str, headers: httpx.Headers) -> str:
+    if not wrong:
+        return "failed over" if int(headers.get("x-attempts", 1)) > 1 else "complete"
+    if re.match(r"[45]\d\d:", wrong):
+        return f"{wrong[0]}xx"
+    return "error event" if wrong.startswith("error event") else "malformed"
+
+
+def mark_continued(storm: Storm, log: Path) -> None:
+    """A complete answer with more failed attempts than its headers knew of was continued: only the log can tell."""
+    failed: Counter[str] = Counter()
+    for line in log.read_text().splitlines():
+        if line.startswith("{"):
+            record = json.loads(line)
+            failed[record.get("request_id", "")] += record["message"] == "attempt failed"
+    for answer in storm.answers:
+        if answer.outcome in GOOD and failed[request_id(answer.request)] >= max(answer.attempts, 1):
+            answer.outcome = "continued"
+
+
+class Director:
+    """Spreads the requests over the events: each has its share of them, and strikes when a seeded part of it has been
+    sent. What is left goes out partly at once, into the ruins, and partly over the time that vLLM takes to return."""
+
+    def __init__(self, storm: Storm, client: Client, saboteur: Saboteur, requests: int, events: list[str]) -> None:
+        self.storm, self.client, self.saboteur = storm, client, saboteur
+        self.events = events
+        self.random = random.Random(storm.seed)
+        self.requests = [make_request(number, self.random) for number in range(requests)]
+        self.busy = asyncio.Semaphore(CONCURRENCY)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        share = len(self.requests) // len(self.events)
+        for index, event in enumerate(self.events):
+            last = index == len(self.events) - 1
+            part = self.requests[index * share :] if last else self.requests[index * share : (index + 1) * share]
+            await self._act(event, part)
+        await asyncio.gather(*self.tasks)
+
+    async def _act(self, event: str, part: list[Request]) -> None:
+        before = int(len(part) * self.random.uniform(0.3, 0.5))
+        into_ruins = before + (len(part) - before) // 2
+        delay = self.random.uniform(0, 1.5)
+        await self._send(part[:before])
+        strike = asyncio.create_task(self._strike(event, delay))
+        await self._send(part[before:into_ruins])
+        gap = RESTART_S / max(1, len(part) - into_ruins)
+        await self._send(part[into_ruins:], gap)
+        await strike
+
+    async def _send(self, requests: list[Request], gap: float = 0.0) -> None:
+        for request in requests:
+            await self.busy.acquire()
+            task = asyncio.create_task(self.client.send(request))
+            self.tasks.add(task)
+            task.add_done_callback(lambda _: self.busy.release())
+            await asyncio.sleep(gap * self.random.uniform(0.5, 1.5))
+
+    async def _strike(self, event: str, delay: float) -> None:
+        """At a moment when vLLM has something to lose that clients have seen."""
+        await asyncio.sleep(delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.client.prey.wait(), PREY_S)
+        busy = (await asyncio.to_thread(self.saboteur.replica))["in_flight"]
+        strike = Strike(event, time.monotonic() - self.client.began, busy, len(self.client.streaming))
+        self.storm.strikes.append(strike)
+        self.saboteur.strike(event)
+        progress(f"{strike.at:.1f} s: {event}, {strike.busy} requests on vLLM, {strike.streaming} amid a stream")
+        await asyncio.sleep(HANG_S if event == "hang-engine" else 10.0 if event == "terminate" else 3.0)
+        await asyncio.to_thread(self.saboteur.restore)
+        strike.restored = time.monotonic() - self.client.began
+        progress(f"{strike.restored:.1f} s: vLLM answers again")
+
+
+def progress(text: str) -> None:
+    print(f"chaos: {text}", file=sys.stderr, flush=True)
+
+
+async def tell(client: Client, total: int) -> None:
+    while True:
+        await asyncio.sleep(5)
+        done, lost = len(client.storm.answers), len(client.storm.lost)
+        at = time.monotonic() - client.began
+        progress(f"{at:.0f} s: {client.started} of {total} sent, {done} answered, {lost} lost")
+
+
+async def blow(storm: Storm, url: str, requests: int, events: list[str], vllm: Server) -> None:
+    began = time.monotonic()
+    client = Client(url, storm, began)
+    director = Director(storm, client, Saboteur(vllm, url), requests, events)
+    telling = asyncio.create_task(tell(client, requests))
+    try:
+        await director.run()
+    finally:
+        telling.cancel()
+        await client.http.aclose()
+    storm.seconds = time.monotonic() - began
+
+
+def gauges(url: str) -> dict[str, float]:
+    """The gauges that must be 0 when nothing is going on."""
+    page = httpx.get(url + "/metrics", timeout=10).text
+    found = re.findall(r"^(xgen_(?:replica_in_flight|queue_requests)\S*) (\S+)$", page, re.M)
+    assert found, "no such gauges"
+    return {name: float(value) for name, value in found}
+
+
+def what_is_left(look: Callable[[], list[str]], seconds: float) -> list[str]:
+    """What `look` still finds after `seconds`; nothing as soon as it finds nothing."""
+    deadline = time.monotonic() + seconds
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def held_slots(url: str) -> list[str]:
+    return [f"{name} is {value:g}" for name, value in gauges(url).items() if value]
+
+
+def held_sockets(pid: int, ports: set[int]) -> list[str]:
+    """Those to backends that are gone, and those of clients that are gone. A probe of a dead backend is SYN_SENT."""
+    return [
+        f"socket {each.local} -> {each.remote} {each.state}"
+        for each in procfs.sockets(pid)
+        if each.remote and each.state != "SYN_SENT" and (each.remote in ports or each.local in ports)
+    ]
+
+
+def run(
+    seed: int,
+    requests: int,
+    events: list[str],
+    vllm: Server,
+    llama: Server,
+    folder: Path,
+    after: Callable[[], None] | None = None,
+) -> Storm:
+    """A storm over servers that run already, and a proxy of its own; vLLM runs again afterwards. `after` is called when
+    all is answered, before the sockets are counted: what stops the backends makes the count exact."""
+    storm = Storm(seed)
+    log = folder / f"chaos-proxy-{seed}.log"
+    flags = ["--vllm", vllm.url, "--llama-cpp", llama.url, "--engine", llama.name]
+    proxy = servers.proxy(log, *flags, env=TIMEOUTS)
+    try:
+        proxy.start().wait_ready()
+        saboteur = Saboteur(vllm, proxy.url)
+        until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
+        asyncio.run(blow(storm, proxy.url, requests, events, vllm))
+        mark_continued(storm, log)
+        storm.left += what_is_left(lambda: held_slots(proxy.url), 5)
+        ports = {proxy.port}
+        if after:
+            after()
+            ports |= {vllm.port, llama.port}
+        assert proxy.process
+        pid = proxy.process.pid
+        storm.left += what_is_left(lambda: held_sockets(pid, ports), 10)
+    finally:
+        proxy.stop()
+    return storm
+
+
+def start_all(options: argparse.Namespace, folder: Path, stack: ExitStack) -> tuple[Server, Server]:
+    llama_log = folder / "llama.log"
+    starter: Callable[..., Server] = (
+        servers.llama_server if options.engine == "llama-server" else servers.llama_cpp_python
+    )
+    llama = starter(llama_log, options.gguf)
+    vllm = servers.vllm(folder / "vllm.log", options.vllm, options.vllm_model)
+    for server in (llama, vllm):
+        stack.callback(server.kill9)
+        progress(f"starting {server.name}")
+        server.start()
+    for server in (llama, vllm):
+        server.wait_ready()
+    return vllm, llama
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=200, help="over the whole storm (%(default)s)")
+    parser.add_argument(
+        "--events", nargs="+", choices=EVENTS, help="in this order (default: all four, in the order the seed gives)"
+    )
+    for name, what in {
+        "vllm": "the vllm executable (its CPU build will do)",
+        "vllm-model": "the model directory for it",
+        "gguf": "the model file for llama.cpp",
+    }.items():
+        variable = "XGEN_TEST_" + name.upper().replace("-", "_")
+        parser.add_argument(
+            f"--{name}", default=os.environ.get(variable), required=variable not in os.environ, help=what
+        )
+    parser.add_argument("--engine", choices=["llama-server", "llama-cpp-python"], default="llama-server")
+    parser.add_argument("--logs", type=Path, help="keep the servers' and the proxy's logs in this directory")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    events = options.events or random.Random(options.seed).sample(EVENTS, len(EVENTS))
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = options.logs or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        vllm, llama = start_all(options, folder, stack)
+        storm = run(options.seed, options.requests, events, vllm, llama, folder, after=stack.close)
+    print(storm.report())
+    return 0 if storm.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

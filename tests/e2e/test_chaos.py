@@ -1,0 +1,17 @@
+"""A small storm: vLLM's engine is killed under load, and no request is lost. The large one: `python -m bench.chaos`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import chaos
+from tests.e2e.servers import Server
+
+
+@pytest.mark.timeout(600)  # vLLM takes 35 s to come back, or two minutes on a busy machine
+def test_no_request_is_lost(vllm_server: Server, llama_server: Server, tmp_path: Path) -> None:
+    storm = chaos.run(1, 30, ["kill-engine"], vllm_server, llama_server, tmp_path)
+    assert len(storm.answers) == 30
+    assert storm.ok, storm.report()
