@@ -3,22 +3,25 @@ never logged."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.admission import Admission
 from proxy.errors import UpstreamFailed
 from proxy.fleet import Fleet
 from proxy.policy import Candidate
+from proxy.series import Counts, Times
 
 if TYPE_CHECKING:
     from proxy.gateway import Call
@@ -54,42 +57,43 @@ class FleetGauges(Collector):
         yield queued
 
 
-class Telemetry:
+class Telemetry(Collector):
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
-        registry = self.registry = CollectorRegistry()
-        registry.register(FleetGauges(fleet, admission))
-        self.requests = Counter(
-            "xgen_requests", "Requests by what became of them.",
-            ["endpoint", "backend", "status", "reason"], registry=registry,
-        )  # fmt: skip
-        self.failures = Counter(
-            "xgen_attempt_failures", "Attempts that failed, whatever the client saw.",
-            ["backend", "replica", "outcome"], registry=registry,
-        )  # fmt: skip
-        self.left = Counter("xgen_clients_left", "Requests whose client went away first.", registry=registry)
-        self.duration = Histogram(
-            "xgen_request_seconds", "From the request to the end of the answer.",
-            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self.first_output = Histogram(
+        self.requests = Counts(
+            "xgen_requests", "Requests by what became of them.", ["endpoint", "backend", "status", "reason"]
+        )
+        self.failures = Counts(
+            "xgen_attempt_failures", "Attempts that failed, whatever the client saw.", ["backend", "replica", "outcome"]
+        )
+        self.continuations = Counts(
+            "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"]
+        )
+        self.left = Counts("xgen_clients_left", "Requests whose client went away first.")
+        self.duration = Times(
+            "xgen_request_seconds", "From the request to the end of the answer.", SECONDS, ["endpoint", "backend"]
+        )
+        self.first_output = Times(
             "xgen_first_output_seconds", "From the request to the first byte of the answer (TTFT for streams).",
-            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
+            SECONDS, ["endpoint", "backend"],
         )  # fmt: skip
-        self.overhead = Histogram(
+        self.overhead = Times(
             "xgen_overhead_seconds", "Until the first output, less the waiting for slots and backends.",
-            buckets=OVERHEAD_SECONDS, registry=registry,
+            OVERHEAD_SECONDS,
         )  # fmt: skip
+        self._registry = CollectorRegistry()
+        self._registry.register(FleetGauges(fleet, admission))
+        self._registry.register(self)
 
-        # labels() takes a lock and joins strings each time; the label sets are bounded, so that the cache is too
-        self._requests = cache(self.requests.labels)
-        self._duration = cache(self.duration.labels)
-        self._first_output = cache(self.first_output.labels)
+    def collect(self) -> Iterator[Metric]:
+        for series in vars(self).values():
+            if isinstance(series, Counts | Times):
+                yield series.family()
 
     def page(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
 
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
-        self.failures.labels(candidate.backend.name, candidate.replica.name, error.outcome).inc()
+        self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
         log.warning("attempt failed", extra={"fields": {
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
         }})  # fmt: skip
@@ -100,13 +104,15 @@ class Telemetry:
         backend = relay.candidate.backend.name if relay.candidate else "none"
         reason = relay.candidate.reason.partition(":")[0] if relay.candidate else "none"
         endpoint = call.features.endpoint
-        self._requests(endpoint, backend, str(status), reason).inc()
-        self._duration(endpoint, backend).observe(now - call.started)
+        self.requests.add(endpoint, backend, str(status), reason)
+        self.duration.add(now - call.started, endpoint, backend)
         if relay.first_output:
-            self._first_output(endpoint, backend).observe(relay.first_output - call.started)
-            self.overhead.observe(max(relay.first_output - call.started - relay.waited, 0.0))
+            self.first_output.add(relay.first_output - call.started, endpoint, backend)
+            self.overhead.add(max(relay.first_output - call.started - relay.waited, 0.0))
+        if relay.broken or relay.continued:
+            self.continuations.add("none" if relay.broken else backend)
         if status == 499:
-            self.left.inc()
+            self.left.add()
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra={"fields": self._fields(call, relay, status, now)})
 
@@ -120,6 +126,7 @@ class Telemetry:
             "replica": candidate.replica.name if candidate else None,
             "reason": candidate.reason if candidate else None,
             "attempts": relay.attempts,
+            "continued": relay.continued,
             "broken": relay.broken.why if relay.broken else None,
             "stream": call.features.stream,
             "prompt_words": call.features.prompt_words,
@@ -128,10 +135,40 @@ class Telemetry:
         }
 
 
+class Lines(logging.Handler):
+    """To stderr, all lines of one turn of the event loop in one write: a write for each would cost more than the rest
+    of the line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[str] = []
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without a lock, which appending to a list does not need."""
+        self._waiting.append(self.format(record))
+        if len(self._waiting) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:  # no loop runs in this thread
+                self.flush()
+        return True
+
+    def flush(self) -> None:
+        lines, self._waiting = self._waiting, []
+        if lines:
+            sys.stderr.write("\n".join(lines) + "\n")
+            sys.stderr.flush()
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -152,7 +189,7 @@ class PlainFormatter(logging.Formatter):
 def set_up_logging(log_format: str) -> None:
     """To stderr; stdout is for what commands print."""
     plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler()
+    handler = Lines()
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("httpx", "httpcore", "uvicorn.access"):
