@@ -79,13 +79,10 @@ class CancelWhenGone:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._gone = self._over = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("must run in a task")
-        self._task = task
         self._watch: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
         self._start = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
 
     def _begin(self) -> None:
@@ -94,18 +91,18 @@ class CancelWhenGone:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._over:
+        if not self._over and self._task is not None:
             self._gone = True
             self._task.cancel()
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over = True
         self._start.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        if self._gone:
+        if self._gone and self._task is not None:
             self._task.uncancel()
             raise ClientLeft from None
 

@@ -32,6 +32,21 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 
 
+BLANK = logging.makeLogRecord({"name": log.name}).__dict__
+
+
+def tell(level: int, message: str, fields: dict[str, Any]) -> None:
+    """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
+    record = logging.LogRecord.__new__(logging.LogRecord)
+    now = time.time()
+    record.__dict__.update(BLANK)
+    record.__dict__.update(
+        levelno=level, levelname=logging.getLevelName(level), msg=message, created=now, msecs=now % 1 * 1000,
+        fields=fields,
+    )  # fmt: skip
+    log.handle(record)
+
+
 class FleetGauges(Collector):
     """Read off the fleet when scraped, so that they cannot drift from it and vanish with a removed replica."""
 
@@ -94,9 +109,9 @@ class Telemetry(Collector):
 
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
         self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
-        log.warning("attempt failed", extra={"fields": {
+        tell(logging.WARNING, "attempt failed", {
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
-        }})  # fmt: skip
+        })  # fmt: skip
 
     def finished(self, call: Call, relay: Relay, status: int) -> None:
         """`status`: 499 when the client left."""
@@ -114,7 +129,7 @@ class Telemetry(Collector):
         if status == 499:
             self.left.add()
         if log.isEnabledFor(logging.INFO):
-            log.info("request", extra={"fields": self._fields(call, relay, status, now)})
+            tell(logging.INFO, "request", self._fields(call, relay, status, now))
 
     def _fields(self, call: Call, relay: Relay, status: int, now: float) -> dict[str, Any]:
         candidate = relay.candidate
