@@ -7,6 +7,7 @@ serve again, else closed, which cancels the request upstream.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,10 @@ class Attempt:
                 self.replica.heard()
                 return held
 
-    async def next_events(self) -> bytes:
-        """b"" at the end of the stream. Raises UpstreamFailed."""
+    async def next_events(self, take: Callable[[bytes], bool] | None = None) -> bytes:
+        """b"" at the end of the stream; what `take` takes is passed over. Raises UpstreamFailed."""
         timeout = self.backend.settings.idle_timeout_s
-        while data := await self.connection.read(timeout):
+        while data := await self.connection.read(timeout, take=take):
             if block := self.splitter.feed(data):
                 self.replica.heard()
                 return block

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from proxy import sse
 from proxy.client import read_body, read_json
 from proxy.errors import BadRequest, GatewayFailed
 from proxy.gateway import Call, Gateway
-from proxy.openai_api import Generate
+from proxy.openai_api import Generate, answer
 
 
 class GenerateRequest(BaseModel):
@@ -57,8 +57,8 @@ class GenerateEndpoint(Generate):
         body = to_completion(request, self.always_streams or request.stream)
         return self.gateway.call(id, self.endpoint, orjson.dumps(body), body, headers)
 
-    def shape(self, call: Call, send: Send) -> Send:
-        return TokenStream(send) if call.features.stream else WholeText(send)
+    async def answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(self.gateway, call, receive, TokenStream(send) if call.features.stream else WholeText(send))
 
 
 class WholeText:

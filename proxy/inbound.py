@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
 from proxy.settings import Limits
+from proxy.wire import EXTENSION
 
 HEAD_LIMIT = 64 * 1024
 HEAD_S = 30.0  # from the connection, or from the first byte of a later request
@@ -70,6 +71,7 @@ class Inbound(HttpToolsProtocol):
         if self._timer is not None:
             self._stop_timer()
         super().on_headers_complete()
+        self.scope["extensions"] = {EXTENSION: self.cycle}  # type: ignore[dict-item]  # its task has not run yet
 
     @property
     def _body_s(self) -> float:

@@ -18,6 +18,7 @@ from proxy.errors import ClientLeft, InternalError, MethodNotAllowed, ModelNotFo
 from proxy.features import Endpoint
 from proxy.gateway import Call, Gateway
 from proxy.relay import Relay
+from proxy.wire import Wire, wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,25 +47,24 @@ class Generate:
         except ClientLeft:
             pass
         else:
-            await answer(self.gateway, call, receive, self.shape(call, send))
+            await self.answer(call, scope, receive, send)
 
-    def shape(self, call: Call, send: Send) -> Send:
-        """Where another API's answer looks different."""
-        return send
+    async def answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(self.gateway, call, receive, send, wire_of(scope))
 
     async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
         raw = await read_body(receive, headers, self.gateway.settings.limits)
         return self.gateway.call(id, self.endpoint, raw, read_json(raw, headers), headers)
 
 
-async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send) -> None:
+async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wire: Wire | None = None) -> None:
     """Plans, relays and accounts one call; stops everything when its client leaves."""
     relay: Relay | None = None
     try:
-        relay = Relay(gateway, call, gateway.plan(call.features), send)
+        relay = Relay(gateway, call, gateway.plan(call.features), send, wire)
         with CancelWhenGone(receive):
             await relay.run()
-        status = relay.status
+        status = relay.reply.status
     except ClientLeft:
         status = CLIENT_LEFT
     except ProxyError as error:
@@ -78,7 +78,7 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send) -> 
 
 async def fail(call: Call, relay: Relay | None, send: Send, error: ProxyError) -> int:
     """As an answer, or as the last event of a stream that has begun."""
-    if relay is not None and relay.status:
+    if relay is not None and relay.reply.status:
         await send({"type": "http.response.body", "body": error.event()})
     else:
         await send_error(send, error, relay.headers() if relay else [(b"x-request-id", call.id.encode())])

@@ -44,38 +44,34 @@ from proxy.errors import (
 from proxy.features import estimate_tokens
 from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
+from proxy.reply import Reply
 from proxy.retained import Retained
+from proxy.wire import Wire
 
-EVENT_STREAM = b"text/event-stream; charset=utf-8"
-STREAM_HEADERS = [(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")]
-JSON = b"application/json"
 PATIENCE = 5  # times the queue's timeout: who has seen half an answer waits longer for the rest
 
 Work = Callable[[Candidate], Awaitable[None]]
 
 
 class Relay:
-    """One request on its way. After run(): `status`, `candidate`, `failures`, `attempts`, `first_output`, `broken` and
-    `continued` tell what happened."""
+    """One request on its way. After run(): `reply`, `candidate`, `failures`, `attempts`, `broken` and `continued` tell
+    what happened."""
 
     __slots__ = (
-        "attempts", "broken", "call", "candidate", "continued", "failures", "first_output", "gateway", "plan",
-        "remaining", "retained", "send", "status", "waited",
+        "attempts", "broken", "call", "candidate", "continued", "failures", "gateway", "plan", "remaining", "reply",
+        "waited",
     )  # fmt: skip
 
-    def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send) -> None:
+    def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send, wire: Wire | None = None) -> None:
         self.gateway = gateway
         self.call = call
         self.plan = plan
-        self.send = send
+        self.reply = Reply(send, wire)
         self.remaining = list(plan.candidates)
         self.candidate: Candidate | None = None
         self.failures: list[tuple[Candidate, UpstreamFailed]] = []
         self.attempts = 0
-        self.status = 0  # 0: nothing sent yet; not 0: committed
         self.waited = 0.0  # seconds spent waiting for slots and backends
-        self.first_output = 0.0  # time.perf_counter()
-        self.retained: Retained | None = None  # None: a break cannot be mended
         self.broken: UpstreamFailed | None = None  # after the commit, and not mended
         self.continued = 0  # how often the stream went on elsewhere
 
@@ -154,7 +150,7 @@ class Relay:
         """On the first free candidate of the plan's next tier. A tier that is all down is passed over."""
         tier = self.remaining[0].tier
         began = time.perf_counter()
-        begun = self.status != 0
+        begun = self.reply.status != 0
         try:
             return await self.gateway.admission.acquire(
                 [candidate for candidate in self.remaining if candidate.tier == tier],
@@ -212,10 +208,10 @@ class Relay:
             data = as_events(attempt.request, data) + sse.DONE
         self.waited += waited  # an attempt that fails counts all of its time
         if attempt.request.features.stream:
-            await self._start(EVENT_STREAM, STREAM_HEADERS)
-            await self._send_body(data, more=False)
+            await self.reply.start(self.headers())
+            await self.reply.end(data)
         else:
-            await self._send_whole(data)
+            await self.reply.whole(self.headers(), data)
 
     async def _collect(self, attempt: Attempt) -> None:
         """A stream put together to the whole answer: llama.cpp cancels only streams."""
@@ -235,24 +231,25 @@ class Relay:
         await aggregate.finish(attempt.post)
         self.waited += time.perf_counter() - attempt.began
         attempt.ending = done
-        await self._send_whole(orjson.dumps(aggregate.result()))
+        await self.reply.whole(self.headers(), orjson.dumps(aggregate.result()))
 
     async def _stream(self, attempt: Attempt) -> None:
         block = await attempt.first_events()
         self.waited += time.perf_counter() - attempt.began
         if self.why_final is None:
-            self.retained = Retained()
-        await self._start(EVENT_STREAM, STREAM_HEADERS)
+            self.reply.retained = Retained()
+        await self.reply.start(self.headers())
         try:
             await self._relay(attempt, block, editor_for(attempt.backend.dialect, attempt.request))
         except UpstreamFailed as error:
             self.broken = error
         except ProxyError as error:  # the backend's verdict on the request came late
-            await self._send_body(error.event(), more=False)
+            await self.reply.end(error.event())
 
     async def _relay(self, attempt: Attempt, block: bytes, editor: Editor | None, finished: int = 0) -> None:
         """`finished`: how many choices had their finish_reason before."""
         request = attempt.request
+        passing = self.reply.passing(attempt) if editor is None else None
         done = False
         while block:
             if sse.is_error(block) or sse.is_abort(block):
@@ -263,13 +260,13 @@ class Relay:
                 block = editor.edit(block)
             if block:
                 finished += sse.finishes(block)
-                await self._show(block)
+                await self.reply.show(block)
             if editor and editor.done:
                 attempt.stop()
             if done or (editor and editor.done):
                 break
             try:
-                block = await attempt.next_events()
+                block = await attempt.next_events(passing)
             except UpstreamFailed:
                 if finished < request.choices or request.features.include_usage:
                     raise
@@ -278,13 +275,13 @@ class Relay:
             raise Broken("the stream ended without a finish_reason")
         tail = await editor.finish(attempt.post) if editor else b""
         attempt.ending = done
-        await self._send_body(tail + sse.DONE, more=False)
+        await self.reply.end(tail + sse.DONE)
 
     async def _show_good_events(self, block: bytes, editor: Editor | None) -> None:
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):
                 return
-            await self._show(editor.edit(event) if editor else event)
+            await self.reply.show(editor.edit(event) if editor else event)
 
     # a stream that broke
 
@@ -303,21 +300,21 @@ class Relay:
             if not continuation.is_whole(shown, self.call.features):
                 await self._attempt_each(self._go_on)
             else:
-                await self._send_body(sse.DONE, more=False)
+                await self.reply.end(sse.DONE)
         except (UpstreamFailed, ProxyError) as last:
             if shown is not None and self._shown().finish is not None:
-                await self._send_body(continuation.note(f"no usage: {last}") + sse.DONE, more=False)
+                await self.reply.end(continuation.note(f"no usage: {last}") + sse.DONE)
                 return
             self.broken = error
-            await self._send_body(self._broken_event(error, last), more=False)
+            await self.reply.end(self._broken_event(error, last))
 
     def _shown(self) -> continuation.Shown:
         """Raises Broken where it cannot be gone on with."""
-        if self.retained is None:
+        if self.reply.retained is None:
             raise Broken(self.why_final or "it has not begun")
-        if self.retained.over:
+        if self.reply.retained.over:
             raise Broken("the answer is too long to be kept")
-        return continuation.read_shown(self.retained.all())
+        return continuation.read_shown(self.reply.retained.all())
 
     def _successors(self, shown: continuation.Shown) -> list[Candidate]:
         """Who may go on, by a plan made now: much may have changed since the stream began. Raises ProxyError."""
@@ -344,14 +341,14 @@ class Relay:
         over = shown.finish is not None or (left is not None and left <= 0)
         seam = Seam(shown, spent, request.features, quiet=over)
         if over and shown.finish is None:
-            await self._show(seam.event("", "length"))
+            await self.reply.show(seam.event("", "length"))
         if over and not request.features.include_usage:
-            await self._send_body(sse.DONE, more=False)
+            await self.reply.end(sse.DONE)
             return
         async with self._prepare(candidate, continuation.request_for(dialect, request, shown, left, template)) as again:
             block = await again.first_events()
             self.continued += 1
-            await self._send_body(continuation.note(f"{candidate.replica.name} goes on; {self._reason(candidate)}"))
+            await self.reply.say(continuation.note(f"{candidate.replica.name} goes on; {self._reason(candidate)}"))
             await self._relay(again, block, seam.after(editor_for(dialect, again.request)), finished=int(over))
 
     # to the client
@@ -374,24 +371,6 @@ class Relay:
                 (b"x-overhead-ms", b"%.2f" % max(overhead_ms, 0.0)),
             ]
         return headers
-
-    async def _start(self, kind: bytes, extra: list[tuple[bytes, bytes]]) -> None:
-        self.first_output = time.perf_counter()
-        self.status = 200
-        headers = [(b"content-type", kind), *self.headers(), *extra]
-        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def _show(self, block: bytes) -> None:
-        if self.retained is not None:
-            self.retained.add(block)
-        await self.send({"type": "http.response.body", "body": block, "more_body": True})
-
-    async def _send_body(self, data: bytes, more: bool = True) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def _send_whole(self, data: bytes) -> None:
-        await self._start(JSON, [(b"content-length", b"%d" % len(data))])
-        await self._send_body(data, more=False)
 
     def _broken_event(self, error: UpstreamFailed, last: Exception) -> bytes:
         broke = self.failures[0][0].replica.name if self.failures else "the backend"

@@ -39,6 +39,11 @@ class EventSplitter:
         return data[:end]
 
 
+def are_ordinary(data: bytes) -> bool:
+    """Whole events, each of which goes on with an unfinished choice? No error, no end, no usage is among them."""
+    return data.endswith(b"\n\n") and data.count(b"data: ") == data.count(b'"finish_reason":null')
+
+
 def has_line(block: bytes, start: bytes) -> bool:
     """Is there a line that begins so? JSON escapes newlines, so that nothing a model writes can look like a line."""
     return block.startswith(start) or b"\n" + start in block

@@ -121,9 +121,9 @@ class Telemetry(Collector):
         endpoint = call.features.endpoint
         self.requests.add(endpoint, backend, str(status), reason)
         self.duration.add(now - call.started, endpoint, backend)
-        if relay.first_output:
-            self.first_output.add(relay.first_output - call.started, endpoint, backend)
-            self.overhead.add(max(relay.first_output - call.started - relay.waited, 0.0))
+        if relay.reply.first_output:
+            self.first_output.add(relay.reply.first_output - call.started, endpoint, backend)
+            self.overhead.add(max(relay.reply.first_output - call.started - relay.waited, 0.0))
         if relay.broken or relay.continued:
             self.continuations.add("none" if relay.broken else backend)
         if status == 499:
@@ -145,7 +145,7 @@ class Telemetry(Collector):
             "broken": relay.broken.why if relay.broken else None,
             "stream": call.features.stream,
             "prompt_words": call.features.prompt_words,
-            "first_output_s": round(relay.first_output - call.started, 4) if relay.first_output else None,
+            "first_output_s": round(relay.reply.first_output - call.started, 4) if relay.reply.first_output else None,
             "duration_s": round(now - call.started, 4),
         }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import cast
 
 import httptools
@@ -33,8 +34,9 @@ class Connection(asyncio.Protocol):
     """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
 
     __slots__ = (
-        "_chunks", "_error", "_expires", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size", "_total",
-        "_transport", "_waiter", "complete", "exchanges", "framed", "headers", "idle_since", "status", "touched",
+        "_chunks", "_error", "_expires", "_heard", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size",
+        "_take", "_timer", "_total", "_transport", "_waiter", "complete", "exchanges", "framed", "headers",
+        "idle_since", "status", "touched",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
@@ -47,6 +49,8 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._paused = False
+        self._take: Callable[[bytes], bool] | None = None
+        self._heard = 0.0  # loop time of what it took last
         self._keep_alive = False
         self._total = self._expires = math.inf  # seconds the exchange may take, loop time when they are over
         self.status = 0
@@ -72,7 +76,26 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._fail(Broken(f"not HTTP: {error}"))
             self.close()
-        self._wake()
+        if self._take is None or not self._chunks or not self._take(self._joined()):
+            self._wake()
+        else:
+            self._emptied()
+            self._heard = self._loop.time()
+            if self.complete:
+                self._wake()
+
+    def _joined(self) -> bytes:
+        chunks = self._chunks
+        if len(chunks) > 1:
+            chunks[:] = [b"".join(chunks)]
+        return chunks[0]
+
+    def _emptied(self) -> None:
+        self._chunks.clear()
+        self._size = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
 
     def eof_received(self) -> None:
         return None  # closes the transport, which calls connection_lost
@@ -155,22 +178,24 @@ class Connection(asyncio.Protocol):
         while not self.status:
             await self._arrival(deadline - self._loop.time(), timeout)
 
-    async def read(self, timeout: float, limit: float | None = None) -> bytes:
+    async def read(
+        self, timeout: float, limit: float | None = None, take: Callable[[bytes], bool] | None = None
+    ) -> bytes:
         """All body bytes that have come since the last call; b"" at the end. Raises TimedOut, Broken.
 
-        `limit`: the seconds that the message names, where `timeout` is what is left of them.
+        `limit`: the seconds that the message names, where `timeout` is what is left of them. `take` is called with what
+        comes meanwhile, as it comes, and says whether it takes it; what it does not take is returned.
         """
         while not self._chunks:
             if self.complete:
                 return b""
-            await self._arrival(timeout, limit or timeout)
-        chunks = self._chunks
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        self._size = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
+            self._take = take
+            try:
+                await self._arrival(timeout, limit or timeout)
+            finally:
+                self._take = None
+        data = self._joined()
+        self._emptied()
         return data
 
     async def read_all(self, timeout: float, limit: int = 64 * 1024 * 1024) -> bytes:
@@ -193,16 +218,29 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
         waiter = self._waiter = self._loop.create_future()
-        left = self._expires - self._loop.time()
-        if left < timeout:
-            timer = self._loop.call_later(left, self._expire, "the answer took more than", self._total)
-        else:
-            timer = self._loop.call_later(timeout, self._expire, "nothing more came within", limit)
+        self._heard = -math.inf
+        self._watch(timeout, limit)
         try:
             await waiter
         finally:
-            timer.cancel()
+            self._timer.cancel()
             self._waiter = None
+
+    def _watch(self, timeout: float, limit: float) -> None:
+        """Arms the timer for the end of the silence, or of the whole exchange where that comes first."""
+        left = self._expires - self._loop.time()
+        if left < timeout:
+            self._timer = self._loop.call_later(left, self._expire, "the answer took more than", self._total)
+        else:
+            self._timer = self._loop.call_later(timeout, self._silent, limit)
+
+    def _silent(self, limit: float) -> None:
+        """What was taken since the waiting began puts it off: so a chunk costs no timer."""
+        left = self._heard + limit - self._loop.time()
+        if left > 0:
+            self._watch(left, limit)
+        else:
+            self._expire("nothing more came within", limit)
 
     def _expire(self, what: str, seconds: float) -> None:
         if self._waiter is not None and not self._waiter.done():
