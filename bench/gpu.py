@@ -96,7 +96,7 @@ def model_at(url: str) -> str:
 
 @contextmanager
 def load_client(python: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [python, str(Path(__file__).with_name("vllm_client.py"))]
+    command = [python, "-P", str(Path(__file__).with_name("vllm_client.py"))]
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=0
