@@ -178,6 +178,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Load]:
             longest = max(longest, time.monotonic() - start)
             if options.json:
                 options.json.write_text(json.dumps([asdict(load) for load in session.loads], indent=1))
+            progress(f"so far\n{table(session.loads)}")
         return session.loads
 
 
