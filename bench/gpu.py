@@ -165,8 +165,9 @@ def run(options: argparse.Namespace, folder: Path) -> list[Load]:
         children.until_ready(port)
         urls = {DIRECT: options.url, THROUGH: f"http://127.0.0.1:{port}"}
         session = Session(options, model_at(options.url), client, urls, proxy.pid)
+        top = max(options.levels, key=lambda level: level.streams)
         for where in urls:  # the first time kernels and connections are made
-            measure(session, where, options.levels[-1], options.repeats, folder)
+            measure(session, where, Level(top.streams, min(top.prompts, 2 * top.streams)), options.repeats, folder)
         longest = 0.0
         for rotation in range(options.repeats):
             start = time.monotonic()
@@ -260,7 +261,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
-        loads = run(options, Path(folder))
+        try:
+            loads = run(options, Path(folder))
+        except (children.Failed, OSError) as error:
+            sys.exit(f"gpu: {error}")
     if not loads:
         sys.exit("the time was up before the first rotation")
     print(table(loads))

@@ -268,7 +268,10 @@ def main() -> int:
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the proxy's log")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        streams, killed, metrics = run(options, Path(folder))
+        try:
+            streams, killed, metrics = run(options, Path(folder))
+        except (children.Failed, OSError) as error:
+            sys.exit(f"gpu_kill: {error}")
     print(report(streams, killed, metrics))
     if options.json:
         options.json.write_text(as_json(streams, killed))
