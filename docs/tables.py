@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from prometheus_client import Counter, Histogram
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -27,6 +26,7 @@ from proxy.effective import env_name  # noqa: E402
 from proxy.features import NEEDS  # noqa: E402
 from proxy.fleet import Fleet  # noqa: E402
 from proxy.presets import BY_TASK, PRESETS  # noqa: E402
+from proxy.series import Counts, Times  # noqa: E402
 from proxy.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
 from proxy.telemetry import FleetGauges, Telemetry  # noqa: E402
 
@@ -67,11 +67,11 @@ def metrics() -> Iterator[Row]:
     admission = Admission(0, 0)
     for family in FleetGauges(fleet, admission).collect():
         yield f"`{family.name}`", family.type, ", ".join(family.samples[0].labels), family.documentation
-    for metric in vars(Telemetry(fleet, admission)).values():
-        if isinstance(metric, Counter | Histogram):
-            family = next(iter(metric.describe()))
+    for series in vars(Telemetry(fleet, admission)).values():
+        if isinstance(series, Counts | Times):
+            family = series.family()
             name = f"{family.name}_total" if family.type == "counter" else family.name
-            yield f"`{name}`", family.type, ", ".join(metric._labelnames), family.documentation
+            yield f"`{name}`", family.type, ", ".join(series.labels), family.documentation
 
 
 def rules() -> Iterator[Row]:

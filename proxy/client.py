@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from starlette.types import Message, Receive, Send
 
-from proxy.errors import BadRequest, ClientLeft, ClientTooSlow, ProxyError, TooLarge, UnsupportedMedia
+from proxy.errors import BadRequest, ClientLeft, ProxyError, TooLarge, UnsupportedMedia
 from proxy.settings import Limits
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -25,15 +25,11 @@ def request_id(headers: Mapping[bytes, bytes]) -> str:
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limits: Limits) -> bytes:
-    """Raises TooLarge, ClientTooSlow, ClientLeft."""
+    """Raises TooLarge, and ClientLeft also where the body did not come in time (proxy/inbound.py)."""
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > limits.body_bytes:
         raise TooLarge(f"the request body has {int(length)} bytes; the limit is {limits.body_bytes}")
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            return await _read(receive, limits.body_bytes)
-    except TimeoutError:
-        raise ClientTooSlow(f"the request body did not arrive within {limits.body_timeout_s:g} s") from None
+    return await _read(receive, limits.body_bytes)
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -68,39 +64,45 @@ def read_json(raw: bytes, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
     return body
 
 
+WATCH_AFTER_S = 0.02  # most small answers are done by then, and a task to watch would cost them a tenth of their CPU
+
+
 class CancelWhenGone:
     """Cancels the task in it when its client leaves, wherever it waits, and raises ClientLeft at the end.
 
-    One task waits on receive(); polling is_disconnected() misses clients in some stacks:
+    One task waits on receive(), from a moment after the start; polling is_disconnected() misses clients in some stacks:
     https://github.com/vllm-project/vllm/issues/10087
     """
 
-    __slots__ = ("_gone", "_over", "_receive", "_task", "_watch")
+    __slots__ = ("_gone", "_over", "_receive", "_start", "_task", "_watch")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._gone = self._over = False
+        self._watch: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("must run in a task")
-        self._task = task
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._start = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+
+    def _begin(self) -> None:
         self._watch = asyncio.create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._over:
+        if not self._over and self._task is not None:
             self._gone = True
             self._task.cancel()
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over = True
-        self._watch.cancel()
-        if self._gone:
+        self._start.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._gone and self._task is not None:
             self._task.uncancel()
             raise ClientLeft from None
 

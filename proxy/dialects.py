@@ -23,7 +23,7 @@ Name = Literal["vllm", "llama-server", "llama-cpp-python", "openai"]
 Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """`body`: the client's JSON without our hints and with presets filled in. `raw`: the client's own bytes where they
     still say the same as `body`, else None. `alias`: the public model name the answer must carry. `served`: the name

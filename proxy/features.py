@@ -37,6 +37,7 @@ NEEDS = frozenset(get_args(Need))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback",
          "continuation": b"x-continuation"}  # fmt: skip
+HINT_HEADERS = frozenset(HINTS.values())
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
 WORDS_SAMPLE = 100_000  # characters; thresholds are far below
@@ -47,7 +48,7 @@ PROMPT_FIELD: dict[Endpoint, str] = {"chat": "messages", "completions": "prompt"
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen=True would make one three times as dear; nobody changes one
 class Features:
     """`prompt_tokens` is an estimate (see estimate_tokens); `max_tokens` is None where the client set none."""
 
@@ -72,10 +73,8 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
     check_size(body, limits)
     check_ranges(body)
     texts = list(_texts(body, endpoint, limits))
-    urgency, task_type = _hint(body, headers, "urgency"), _hint(body, headers, "task_type")
-    if urgency is not None and urgency not in URGENCIES:
-        raise BadRequest(f"urgency must be high, normal or low, not {shown(urgency)}", param="urgency")
-    backend = _hint(body, headers, "backend")
+    hints = _hints(body, headers)
+    urgency, task_type, backend = hints.get("urgency"), hints.get("task_type"), hints.get("backend")
     ids = _token_ids(body, endpoint)
     return Features(
         endpoint=endpoint,
@@ -89,17 +88,23 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
         backend=None if backend in (None, "auto") else backend,
         urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
         task_type=task_type,
-        fallback=_wanted(body, headers, "fallback"),
-        continuation=_wanted(body, headers, "continuation"),
+        fallback=hints.get("fallback") != "none",
+        continuation=hints.get("continuation") != "none",
         hinted=urgency is not None or task_type is not None,
     )
 
 
-def _wanted(body: Json, headers: Mapping[bytes, bytes], hint: str) -> bool:
-    value = _hint(body, headers, hint)
-    if value not in (None, "auto", "none"):
-        raise BadRequest(f"{hint} must be none or auto, not {shown(value)}", param=hint)
-    return value != "none"
+def _hints(body: Json, headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    """Those that are given. Raises BadRequest."""
+    if HINTS.keys().isdisjoint(body) and HINT_HEADERS.isdisjoint(headers):
+        return {}
+    hints = {name: value for name in HINTS if (value := _hint(body, headers, name))}
+    if hints.get("urgency", "normal") not in URGENCIES:
+        raise BadRequest(f"urgency must be high, normal or low, not {shown(hints['urgency'])}", param="urgency")
+    for name in ("fallback", "continuation"):
+        if hints.get(name, "auto") not in ("auto", "none"):
+            raise BadRequest(f"{name} must be none or auto, not {shown(hints[name])}", param=name)
+    return hints
 
 
 def strip_hints(body: Json) -> Json:

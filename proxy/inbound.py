@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol, with what it leaves open closed.
 
 - The head of a request has no limit there, neither of bytes nor of time, and one header of 100 MB stops the whole loop.
+- Nor has its body a limit of time. Here a body that comes with its head, as nearly all do, costs no timer.
 - Java's HTTP client asks with each POST whether HTTP/2 may be spoken (`Upgrade: h2c`), and uvicorn then loses the body.
   A server may ignore the question: https://www.rfc-editor.org/rfc/rfc9110#section-7.8
 - A client that stops reading is waited for without end there, and would keep its backend's slot.
@@ -16,6 +17,7 @@ from http import HTTPStatus
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
+from proxy.settings import Limits
 
 HEAD_LIMIT = 64 * 1024
 HEAD_S = 30.0  # from the connection, or from the first byte of a later request
@@ -54,6 +56,8 @@ class Inbound(HttpToolsProtocol):
         super().data_received(data)
         if self._begun:
             self._watch_head(len(data))
+        elif self._in_body and self._timer is None:
+            self._timer = self.loop.call_later(self._body_s, self._too_slow)
 
     def on_message_begin(self) -> None:
         self._begun = True
@@ -67,8 +71,14 @@ class Inbound(HttpToolsProtocol):
             self._stop_timer()
         super().on_headers_complete()
 
+    @property
+    def _body_s(self) -> float:
+        limits: Limits = self.app.gateway.settings.limits  # the app is proxy/app.py's Front
+        return limits.body_timeout_s
+
     def on_message_complete(self) -> None:
         self._in_body = False
+        self._stop_timer()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -87,18 +97,21 @@ class Inbound(HttpToolsProtocol):
         self._timer = None
         if self._begun:
             self._refuse(ClientTooSlow(f"the request's headers did not arrive within {HEAD_S:g} s"))
+        elif self._in_body:
+            self._refuse(ClientTooSlow(f"the request body did not arrive within {self._body_s:g} s"))
         else:
             self.transport.close()
 
     def _refuse(self, error: ProxyError) -> None:
-        """Ends the connection. While an answer to an earlier request runs on it nothing may be said in between."""
-        self._begun = False
-        if self.cycle is None or self.cycle.response_complete:
+        """Ends the connection. While an answer runs on it nothing may be said in between."""
+        answers = self.cycle is not None and not self.cycle.response_complete
+        if not answers or (self._in_body and not self.cycle.response_started):
             body = error.body()
             headers = {**dict(error.headers()), b"connection": b"close", b"content-length": b"%d" % len(body)}
             start = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
             lines = [start, *(b"%b: %b" % header for header in headers.items()), b"", body]
             self.transport.write(b"\r\n".join(lines))
+        self._begun = False
         self.transport.close()
 
     def _stop_stall(self) -> None:

@@ -62,7 +62,7 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send) -> 
     relay: Relay | None = None
     try:
         relay = Relay(gateway, call, gateway.plan(call.features), send)
-        async with CancelWhenGone(receive):
+        with CancelWhenGone(receive):
             await relay.run()
         status = relay.status
     except ClientLeft:

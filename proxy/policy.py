@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context, re
 ESTIMATE_MARGIN = 2.0  # a prompt is called too long only if half of its estimated tokens would still be too many
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Candidate:
     """Candidates of one `tier` are equally right: the first with a free slot takes the request. The next tier is for
     failures only: full replicas of an earlier tier are waited for."""
@@ -48,7 +48,7 @@ class Rejection:
     code: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
     """`error` says why, where there is no candidate."""
 

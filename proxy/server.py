@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import socket
 from collections.abc import Callable
@@ -76,4 +77,13 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     host, port = sock.getsockname()[:2]
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server = Server(config_for(app, settings), app)
+    spare_the_collector()
     server.run(sockets=[sock])
+
+
+def spare_the_collector() -> None:
+    """What is loaded now stays, and requests leave no circles behind: without this, looking for some took 13 % of the
+    CPU of a small request. https://docs.python.org/3/library/gc.html#gc.freeze"""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

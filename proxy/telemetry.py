@@ -3,22 +3,25 @@ never logged."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.admission import Admission
 from proxy.errors import UpstreamFailed
 from proxy.fleet import Fleet
 from proxy.policy import Candidate
+from proxy.series import Counts, Times
 
 if TYPE_CHECKING:
     from proxy.gateway import Call
@@ -27,6 +30,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("xgen_proxy.request")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
+
+
+BLANK = logging.makeLogRecord({"name": log.name}).__dict__
+
+
+def tell(level: int, message: str, fields: dict[str, Any]) -> None:
+    """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
+    record = logging.LogRecord.__new__(logging.LogRecord)
+    now = time.time()
+    record.__dict__.update(BLANK)
+    record.__dict__.update(
+        levelno=level, levelname=logging.getLevelName(level), msg=message, created=now, msecs=now % 1 * 1000,
+        fields=fields,
+    )  # fmt: skip
+    log.handle(record)
 
 
 class FleetGauges(Collector):
@@ -54,45 +72,46 @@ class FleetGauges(Collector):
         yield queued
 
 
-class Telemetry:
+class Telemetry(Collector):
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
-        registry = self.registry = CollectorRegistry()
-        registry.register(FleetGauges(fleet, admission))
-        self.requests = Counter(
-            "xgen_requests", "Requests by what became of them.",
-            ["endpoint", "backend", "status", "reason"], registry=registry,
-        )  # fmt: skip
-        self.failures = Counter(
-            "xgen_attempt_failures", "Attempts that failed, whatever the client saw.",
-            ["backend", "replica", "outcome"], registry=registry,
-        )  # fmt: skip
-        self.left = Counter("xgen_clients_left", "Requests whose client went away first.", registry=registry)
-        self.duration = Histogram(
-            "xgen_request_seconds", "From the request to the end of the answer.",
-            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self.first_output = Histogram(
+        self.requests = Counts(
+            "xgen_requests", "Requests by what became of them.", ["endpoint", "backend", "status", "reason"]
+        )
+        self.failures = Counts(
+            "xgen_attempt_failures", "Attempts that failed, whatever the client saw.", ["backend", "replica", "outcome"]
+        )
+        self.continuations = Counts(
+            "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"]
+        )
+        self.left = Counts("xgen_clients_left", "Requests whose client went away first.")
+        self.duration = Times(
+            "xgen_request_seconds", "From the request to the end of the answer.", SECONDS, ["endpoint", "backend"]
+        )
+        self.first_output = Times(
             "xgen_first_output_seconds", "From the request to the first byte of the answer (TTFT for streams).",
-            ["endpoint", "backend"], buckets=SECONDS, registry=registry,
+            SECONDS, ["endpoint", "backend"],
         )  # fmt: skip
-        self.overhead = Histogram(
+        self.overhead = Times(
             "xgen_overhead_seconds", "Until the first output, less the waiting for slots and backends.",
-            buckets=OVERHEAD_SECONDS, registry=registry,
+            OVERHEAD_SECONDS,
         )  # fmt: skip
+        self._registry = CollectorRegistry()
+        self._registry.register(FleetGauges(fleet, admission))
+        self._registry.register(self)
 
-        # labels() takes a lock and joins strings each time; the label sets are bounded, so that the cache is too
-        self._requests = cache(self.requests.labels)
-        self._duration = cache(self.duration.labels)
-        self._first_output = cache(self.first_output.labels)
+    def collect(self) -> Iterator[Metric]:
+        for series in vars(self).values():
+            if isinstance(series, Counts | Times):
+                yield series.family()
 
     def page(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
 
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
-        self.failures.labels(candidate.backend.name, candidate.replica.name, error.outcome).inc()
-        log.warning("attempt failed", extra={"fields": {
+        self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
+        tell(logging.WARNING, "attempt failed", {
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
-        }})  # fmt: skip
+        })  # fmt: skip
 
     def finished(self, call: Call, relay: Relay, status: int) -> None:
         """`status`: 499 when the client left."""
@@ -100,15 +119,17 @@ class Telemetry:
         backend = relay.candidate.backend.name if relay.candidate else "none"
         reason = relay.candidate.reason.partition(":")[0] if relay.candidate else "none"
         endpoint = call.features.endpoint
-        self._requests(endpoint, backend, str(status), reason).inc()
-        self._duration(endpoint, backend).observe(now - call.started)
+        self.requests.add(endpoint, backend, str(status), reason)
+        self.duration.add(now - call.started, endpoint, backend)
         if relay.first_output:
-            self._first_output(endpoint, backend).observe(relay.first_output - call.started)
-            self.overhead.observe(max(relay.first_output - call.started - relay.waited, 0.0))
+            self.first_output.add(relay.first_output - call.started, endpoint, backend)
+            self.overhead.add(max(relay.first_output - call.started - relay.waited, 0.0))
+        if relay.broken or relay.continued:
+            self.continuations.add("none" if relay.broken else backend)
         if status == 499:
-            self.left.inc()
+            self.left.add()
         if log.isEnabledFor(logging.INFO):
-            log.info("request", extra={"fields": self._fields(call, relay, status, now)})
+            tell(logging.INFO, "request", self._fields(call, relay, status, now))
 
     def _fields(self, call: Call, relay: Relay, status: int, now: float) -> dict[str, Any]:
         candidate = relay.candidate
@@ -120,6 +141,7 @@ class Telemetry:
             "replica": candidate.replica.name if candidate else None,
             "reason": candidate.reason if candidate else None,
             "attempts": relay.attempts,
+            "continued": relay.continued,
             "broken": relay.broken.why if relay.broken else None,
             "stream": call.features.stream,
             "prompt_words": call.features.prompt_words,
@@ -128,10 +150,40 @@ class Telemetry:
         }
 
 
+class Lines(logging.Handler):
+    """To stderr, all lines of one turn of the event loop in one write: a write for each would cost more than the rest
+    of the line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[str] = []
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without a lock, which appending to a list does not need."""
+        self._waiting.append(self.format(record))
+        if len(self._waiting) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:  # no loop runs in this thread
+                self.flush()
+        return True
+
+    def flush(self) -> None:
+        lines, self._waiting = self._waiting, []
+        if lines:
+            sys.stderr.write("\n".join(lines) + "\n")
+            sys.stderr.flush()
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -152,7 +204,7 @@ class PlainFormatter(logging.Formatter):
 def set_up_logging(log_format: str) -> None:
     """To stderr; stdout is for what commands print."""
     plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler()
+    handler = Lines()
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("httpx", "httpcore", "uvicorn.access"):

@@ -1,0 +1,145 @@
+"""Real streams of real servers that are cut in the middle and go on on real servers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.cutter import Cutter
+from tests.e2e.door import GREEDY, NEVER_ENDING, Json, chat
+from tests.e2e.servers import MODEL, Proxy, Server, until
+
+LENGTH = 16
+CUTS = [1, 5, LENGTH - 2]
+CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
+TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
+REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
+
+
+@dataclass
+class Pair:
+    """`first` is cut, `second` goes on; both may be the same server."""
+
+    proxy: Proxy
+    cutter: Cutter
+
+    def ask(self, path: str, cut_after: int | None) -> tuple[str, Json, str]:
+        """(text, usage, all that came). One good answer between two cuts keeps the breaker closed."""
+        good = httpx.post(self.proxy.url + path, json={**REQUESTS[path], "max_tokens": 1}, timeout=120)
+        assert good.headers["x-backend"] == "first", good.text
+        self.cutter.cut_after = cut_after
+        body = {**REQUESTS[path], "stream": True, "stream_options": {"include_usage": True}}
+        answer = httpx.post(self.proxy.url + path, json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return *read(answer.text), answer.text
+
+
+def read(answer: str) -> tuple[str, Json]:
+    """Of a stream that looks as if it had never broken."""
+    events = [line[6:] for line in answer.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", answer
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1, answer
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"], answer
+    if "delta" in choices[0]:
+        assert sum("role" in choice["delta"] for choice in choices) == 1, answer
+        return "".join(choice["delta"].get("content") or "" for choice in choices), chunks[-1]["usage"]
+    return "".join(choice["text"] for choice in choices), chunks[-1]["usage"]
+
+
+@pytest.fixture(scope="module")
+def template(gguf: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "tokenizer_config.json"
+    subprocess.run([sys.executable, "-m", "backends.llama_cpp.template", gguf, str(path)], check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(
+    request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy], template: Path
+) -> Iterator[Callable[[str, str], Pair]]:
+    """pair(first, second): names of fixtures."""
+    made: dict[tuple[str, str], Pair] = {}
+
+    def make(first: str, second: str) -> Pair:
+        if (first, second) not in made:
+            one: Server = request.getfixturevalue(first)
+            other: Server = request.getfixturevalue(second)
+            cutter = Cutter(one.url)
+            env = settings("first", cutter.url, one, "gpu", template)
+            env |= settings("second", other.url, other, "cpu", template)
+            proxy = start_proxy(env=env)
+            until(lambda: all_up(proxy), 60, "both backends to be up")
+            made[first, second] = Pair(proxy, cutter)
+        return made[first, second]
+
+    yield make
+    for each in made.values():
+        each.proxy.stop()
+        each.cutter.close()
+
+
+def all_up(proxy: Proxy) -> bool:
+    backends = httpx.get(f"{proxy.url}/models/status", timeout=10).json()["backends"]
+    return all(replica["up"] for backend in backends for replica in backend["replicas"])
+
+
+def settings(name: str, url: str, server: Server, path: str, template: Path) -> dict[str, Any]:
+    dialect = "vllm" if server.name == "vLLM" else server.name
+    values = {"urls": url, "dialect": dialect, "path": path, "context": "2048"}
+    if dialect == "llama-cpp-python":
+        values["chat_template"] = str(template)
+    return {f"XGEN_BACKENDS__{name.upper()}__{key.upper()}": value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], engine: str, path: str) -> None:
+    """Unsampled, the text is the very one that the unbroken stream has: nothing lost, nothing doubled, and the model
+    saw what it had said as its own."""
+    both = pair(engine, engine)
+    text, usage, _ = both.ask(path, None)
+    for cut in CUTS:
+        before = both.cutter.cuts
+        again, counted, answer = both.ask(path, cut)
+        assert both.cutter.cuts == before + 1
+        assert again == text, f"cut after {cut} events"
+        counts = [(each["prompt_tokens"], each["completion_tokens"], each["total_tokens"]) for each in (usage, counted)]
+        assert counts[0] == counts[1], f"cut after {cut} events: {answer}"
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("vllm_server", "llama_cpp_python"), ("vllm_server", "llama_server"), ("llama_server", "vllm_server")],
+)
+def test_another_engine_goes_on(pair: Callable[[str, str], Pair], first: str, second: str, path: str) -> None:
+    """Its numbers differ in the last digits, so that it may choose other words; what was shown stays shown."""
+    both = pair(first, second)
+    whole, usage, _ = both.ask(path, None)
+    for cut in CUTS[1:]:
+        text, counted, answer = both.ask(path, cut)
+        shown = read_shown(answer)
+        assert shown
+        assert whole.startswith(shown)
+        assert text.startswith(shown)
+        assert text != shown
+        assert counted["prompt_tokens"] == usage["prompt_tokens"]
+        assert abs(counted["completion_tokens"] - LENGTH) <= 1, "it may read the seam otherwise than it was written"
+
+
+def read_shown(answer: str) -> str:
+    """The text before the note that tells who went on."""
+    lines = answer.partition("\n: ")[0].splitlines()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: ")]
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
