@@ -50,7 +50,7 @@ ROLE, WORD = {"role": "assistant"}, {"content": " sea"}
 
 
 def test_a_stall_is_the_longest_silence_after_the_kill() -> None:
-    assert stream([0.0, 5.0, 5.5, 8.0, 8.5], WORD).stall(killed=6.0) == 2.5  # not the 5 s before it
+    assert stream([0.0, 5.0, 5.5, 8.0, 8.5], WORD).stall(killed=6.0) == 2.0  # not the 5 s before it
     assert stream([0.0, 5.0, 9.0], WORD).stall(killed=6.0) == 3.0  # from the kill on, not from what came before
     assert stream([0.0, 1.0], WORD).stall(killed=6.0) == 0.0
 
