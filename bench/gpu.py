@@ -96,7 +96,7 @@ def model_at(url: str) -> str:
 
 @contextmanager
 def load_client(python: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [python, str(Path(__file__).with_name("vllm_client.py"))]
+    command = [python, "-P", str(Path(__file__).with_name("vllm_client.py"))]
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=0
@@ -165,8 +165,9 @@ def run(options: argparse.Namespace, folder: Path) -> list[Load]:
         children.until_ready(port)
         urls = {DIRECT: options.url, THROUGH: f"http://127.0.0.1:{port}"}
         session = Session(options, model_at(options.url), client, urls, proxy.pid)
+        top = max(options.levels, key=lambda level: level.streams)
         for where in urls:  # the first time kernels and connections are made
-            measure(session, where, options.levels[-1], options.repeats, folder)
+            measure(session, where, Level(top.streams, min(top.prompts, 2 * top.streams)), options.repeats, folder)
         longest = 0.0
         for rotation in range(options.repeats):
             start = time.monotonic()
@@ -178,6 +179,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Load]:
             longest = max(longest, time.monotonic() - start)
             if options.json:
                 options.json.write_text(json.dumps([asdict(load) for load in session.loads], indent=1))
+            progress(f"so far\n{table(session.loads)}")
         return session.loads
 
 
@@ -259,7 +261,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
-        loads = run(options, Path(folder))
+        try:
+            loads = run(options, Path(folder))
+        except (children.Failed, OSError) as error:
+            sys.exit(f"gpu: {error}")
     if not loads:
         sys.exit("the time was up before the first rotation")
     print(table(loads))

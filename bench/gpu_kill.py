@@ -136,27 +136,18 @@ def kill(engine: int, streams: list[Stream]) -> float:
 def engine_of(url: str) -> int:
     """The engine process of the vLLM server that listens there, which is a child of it. Raises Failed."""
     mine = listening_sockets(urlsplit(url).port or 80)
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    servers = {pid for pid in pids if holds(pid, mine)}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(ENGINE) and ancestors(pid) & servers:
-                return pid
+    for server in [pid for pid in procfs.parents() if holds(pid, mine)]:
+        for pid in procfs.process_tree(server):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(ENGINE):
+                    return pid
     raise children.Failed(f"no process {ENGINE.decode()} belongs to {url}")
 
 
 def holds(pid: int, sockets: set[str]) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it has just ended
         return any(f"socket:[{inode}]" in sockets for inode in procfs.held_inodes(pid))
     return False
-
-
-def ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        found.add(pid)
-    return found
 
 
 def start_cpu(stack: ExitStack, model: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -277,7 +268,10 @@ def main() -> int:
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the proxy's log")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        streams, killed, metrics = run(options, Path(folder))
+        try:
+            streams, killed, metrics = run(options, Path(folder))
+        except (children.Failed, OSError) as error:
+            sys.exit(f"gpu_kill: {error}")
     print(report(streams, killed, metrics))
     if options.json:
         options.json.write_text(as_json(streams, killed))

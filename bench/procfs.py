@@ -23,13 +23,24 @@ class Socket:
 
 
 def process_tree(root: int) -> list[int]:
-    pids, seen = [root], []
-    while pids:
-        pid = pids.pop()
-        seen.append(pid)
-        with contextlib.suppress(OSError):
-            pids += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return seen
+    """The process and all that descend from it. /proc/PID/task/PID/children would tell, but not every kernel has it."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents().items():
+        children.setdefault(parent, []).append(pid)
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def parents() -> dict[int, int]:
+    """Of every process that there is."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has just ended
+                found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
 
 
 def cpu_seconds(root: int) -> float:

@@ -1,8 +1,8 @@
 """vLLM's own load generator, kept running between loads: bench/gpu.py starts it with vLLM's Python.
 
-A line on stdin is a JSON list of the options of `vllm bench serve`; the line that answers it on stdout is the JSON that
---save-result would write. Importing vLLM takes ten seconds, longer than most loads: once is enough. What vLLM prints
-goes to stderr.
+A line on stdin is a JSON list of options; the line that answers it on stdout is what `vllm bench serve` saves of a run
+with them. It is the command itself, run again and again in one process: importing vLLM takes ten seconds, longer than
+most loads. What it prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -11,18 +11,27 @@ import importlib
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def bench_serve(vllm: Callable[[], None], options: list[str]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        saved = ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
+        sys.argv = ["vllm", "bench", "serve", *options, *saved]
+        vllm()
+        return json.loads(Path(folder, "result.json").read_text())
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve = importlib.import_module("vllm.benchmarks.serve")
-    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
-    serve.add_cli_args(parser)
+    vllm = importlib.import_module("vllm.entrypoints.cli.main").main
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        result = serve.main(parser.parse_args(json.loads(line)))
-        print(json.dumps(result, default=float), file=answers, flush=True)
+        print(json.dumps(bench_serve(vllm, json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
