@@ -5,6 +5,7 @@
 - Java's HTTP client asks with each POST whether HTTP/2 may be spoken (`Upgrade: h2c`), and uvicorn then loses the body.
   A server may ignore the question: https://www.rfc-editor.org/rfc/rfc9110#section-7.8
 - A client that stops reading is waited for without end there, and would keep its backend's slot.
+- A client that leaves is told only to the request that came last, which with pipelining is not the one that runs.
 - What is not HTTP at all gets its 400 in OpenAI's shape too.
 """
 
@@ -14,7 +15,8 @@ import asyncio
 import re
 from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
 from proxy.settings import Limits
@@ -27,6 +29,7 @@ UPGRADE = re.compile(rb"\r\nUpgrade:", re.IGNORECASE)
 
 
 class Inbound(HttpToolsProtocol):
+    _running: RequestResponseCycle | None = None
     _begun = False  # a head has begun and has not ended
     _in_body = False
     _head = 0  # bytes
@@ -41,6 +44,13 @@ class Inbound(HttpToolsProtocol):
         self._stop_timer()
         self._stop_stall()
         super().connection_lost(exc)
+        if self._running is not None and self._running is not self.cycle:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         self._stall = self.loop.call_later(STALL_S, self.transport.abort)

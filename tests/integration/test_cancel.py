@@ -326,6 +326,21 @@ def test_whatever_happens_nothing_is_left(start: Start, gpu: FakeUpstream, cpu: 
     wait_until(lambda: held(proxy) == 0, seconds=5)
 
 
+def test_leaving_with_another_request_waiting_behind(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    """Pipelined: the one that runs is not the last that came."""
+    gpu.scripts.append(midway)
+    client = ask(proxy)
+    try:
+        assert client.recv(65536)
+        body = json.dumps(CHAT).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        client.sendall(head + body)
+    finally:
+        client.close()
+    wait_until(lambda: held(proxy) == 0, seconds=5)
+    wait_until(lambda: left(proxy))
+
+
 # CancelWhenGone itself
 
 
