@@ -99,10 +99,10 @@ class Attempt:
             raise Broken("finish_reason abort: the engine is shutting down")
         return data
 
-    async def first_events(self) -> bytes:
+    async def first_events(self, *, past_role: bool = False) -> bytes:
         """Waits for the first real output: the commit point. vLLM sends 200 and headers before it has accepted
-        anything, and a chunk that only names the role is no output yet. Raises what an error event or an empty stream
-        means."""
+        anything. `past_role`: a chunk that only names the role is no output either. Raises what an error event or an
+        empty stream means."""
         held = b""
         while True:
             data = await self.connection.read(self._left, self.limit)
@@ -112,7 +112,7 @@ class Attempt:
             if sse.is_error(block) or sse.is_abort(block):
                 raise self.verdict(block)
             held += block
-            if sse.has_line(block, b"data: {") and not sse.only_role(held):
+            if sse.has_line(block, b"data: {") and not (past_role and sse.only_role(held)):
                 self.replica.heard()
                 return held
 

@@ -234,9 +234,10 @@ class Relay:
         await self.reply.whole(self.headers(), orjson.dumps(aggregate.result()))
 
     async def _stream(self, attempt: Attempt) -> None:
-        block = await attempt.first_events()
+        mendable = self.why_final is None
+        block = await attempt.first_events(past_role=not mendable)  # who could not go on is shown as little as can be
         self.waited += time.perf_counter() - attempt.began
-        if self.why_final is None:
+        if mendable:
             self.reply.retained = Retained()
         await self.reply.start(self.headers())
         try:
@@ -249,7 +250,7 @@ class Relay:
     async def _relay(self, attempt: Attempt, block: bytes, editor: Editor | None, finished: int = 0) -> None:
         """`finished`: how many choices had their finish_reason before."""
         request = attempt.request
-        passing = self.reply.passing(attempt) if editor is None else None
+        passing = self.reply.passing(attempt) if editor is None and request.choices == 1 else None
         done = False
         while block:
             if sse.is_error(block) or sse.is_abort(block):

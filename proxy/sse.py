@@ -40,7 +40,7 @@ class EventSplitter:
 
 
 def are_ordinary(data: bytes) -> bool:
-    """Whole events, each of which goes on with an unfinished choice? No error, no end, no usage is among them."""
+    """Whole events, each of which goes on with the one choice, unfinished? No error, end or usage is among them."""
     return data.endswith(b"\n\n") and data.count(b"data: ") == data.count(b'"finish_reason":null')
 
 

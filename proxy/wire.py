@@ -62,7 +62,10 @@ class Wire:
         lines += [b"%b: %b\r\n" % header for header in headers]
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
-        return b"HTTP/1.1 200 OK\r\n%b%b" % (b"".join(lines), rest)
+        head = b"".join(lines)
+        if head.count(b"\n") != len(lines):
+            raise ValueError("a header with a line break in it")
+        return b"HTTP/1.1 200 OK\r\n%b%b" % (head, rest)
 
 
 def wire_of(scope: Scope) -> Wire | None:
