@@ -15,7 +15,7 @@ import pytest
 from starlette.routing import Route
 
 from backends import local
-from proxy import admission, cli, errors, fleet, health
+from proxy import admission, breaker, budget, cli, errors, health
 from proxy.app import create_app
 from proxy.effective import env_name, explain, load
 from proxy.errors import GatewayFailed, ProxyError, Refused
@@ -253,7 +253,7 @@ def test_request_headers() -> None:
 
 def test_answer_headers() -> None:
     told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
-    files = ("relay.py", "errors.py", "client.py", "openai_api.py")
+    files = ("relay.py", "reply.py", "errors.py", "client.py", "openai_api.py")
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
     assert told == sent, "docs/api.md has other answer headers than the code"
 
@@ -328,7 +328,9 @@ def test_outcomes() -> None:
     ("page", "phrase"),
     [
         (ROUTING, f"counts as come {admission.HEAD_START_S['high']:g} s\n  earlier"),
-        (ROUTING, f"is left alone for {fleet.SUSPECT_S:g} s"),
+        (ROUTING, f"gets none for {breaker.OPEN_S:g} s"),
+        (ROUTING, f"up to {breaker.LONGEST_OPEN_S:g} s"),
+        (ROUTING, f"bit by bit over {breaker.SLOW_START_S:g} s"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
         (README, f"while its load is under {Settings().routing.urgent_load:g}"),
@@ -343,5 +345,5 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert fleet.SUSPECT_AFTER == health.MISSES_BEFORE_DOWN == 3, "routing.md says three, twice"
+    assert breaker.FAILURES == health.MISSES_BEFORE_DOWN == budget.AT_LEAST == 3, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"
