@@ -293,7 +293,7 @@ def _needs(body: Json, endpoint: Endpoint) -> frozenset[Need]:
     if endpoint == "embeddings":
         return frozenset({"embeddings"})
     needs: set[Need] = {"images"} if endpoint == "chat" and _has_media(body) else set()
-    if not body.keys() & NEED_FIELDS:
+    if NEED_FIELDS.isdisjoint(body):
         return frozenset(needs)
     if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
         needs.add("n")

@@ -72,8 +72,9 @@ class Gateway:
 
     def _check_model(self, model: str | None) -> None:
         """A name is unknown for certain only when every backend has told its names."""
-        if any(model in backend.models for backend in self.fleet.backends):
-            return
+        for backend in self.fleet.backends:
+            if model in backend.models:
+                return
         silent = [backend.name for backend in self.fleet.backends if not backend.models]
         if silent:
             raise Unavailable(

@@ -17,6 +17,7 @@ SCHEMA_FIELDS = (
     "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar",  # vLLM's
     "json_schema", "grammar",  # llama-server's
 )  # fmt: skip
+SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
 
 
 def check_size(body: dict[str, Any], limits: Limits) -> None:
@@ -58,6 +59,8 @@ def check_schemas(body: dict[str, Any], limits: Limits) -> None:
 
 def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
     """(where, schema) of everything that an engine would turn into a grammar."""
+    if SCHEMA_NAMES.isdisjoint(body):  # as in most requests, and this is asked of each
+        return []
     return [(name, body[name]) for name in SCHEMA_FIELDS if body.get(name)]
 
 
