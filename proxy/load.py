@@ -53,7 +53,7 @@ def parse_metrics(page: str) -> Gauges:
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoadParts:
     """`total` is the worst of the ratios: 0 idle, 1 full, more when overfull. `age_s`: of the scrape, if any."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -94,9 +96,20 @@ def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> D
 
 
 @pytest.fixture(scope="session")
-def fleet(vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy]) -> Door:
+def template(gguf: str, logs: Path) -> Path:
+    """The model's chat template, as `make run` hands it to the proxy."""
+    path = logs / "tokenizer_config.json"
+    subprocess.run([sys.executable, "-m", "backends.llama_cpp.template", gguf, str(path)], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fleet(
+    vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path
+) -> Door:
     """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
     flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
-    proxy = start_proxy(*flags, env={"XGEN_BACKENDS__VLLM__SLOTS": "4"})
+    env = {"XGEN_BACKENDS__VLLM__SLOTS": "4", "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE": str(template)}
+    proxy = start_proxy(*flags, env=env)
     proxy.wait_ready()
     return Door("fleet", "vllm", proxy, vllm_server)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +53,6 @@ def read(answer: str) -> tuple[str, Json]:
         assert sum("role" in choice["delta"] for choice in choices) == 1, answer
         return "".join(choice["delta"].get("content") or "" for choice in choices), chunks[-1]["usage"]
     return "".join(choice["text"] for choice in choices), chunks[-1]["usage"]
-
-
-@pytest.fixture(scope="module")
-def template(gguf: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "tokenizer_config.json"
-    subprocess.run([sys.executable, "-m", "backends.llama_cpp.template", gguf, str(path)], check=True)
-    return path
 
 
 @pytest.fixture(scope="module")
