@@ -402,6 +402,7 @@ def run(
     all is answered, before the sockets are counted: what stops the backends makes the count exact."""
     storm = Storm(seed)
     log = folder / f"chaos-proxy-{seed}.log"
+    log.unlink(missing_ok=True)  # the port is read from it
     flags = ["--vllm", vllm.url, "--llama-cpp", llama.url, "--engine", llama.name]
     proxy = servers.proxy(log, *flags, env=TIMEOUTS)
     try:
