@@ -33,7 +33,7 @@ from typing import Any
 
 import httpx
 
-from bench import procfs
+from bench import children, procfs
 from bench.judge import judge_stream, judge_whole
 from tests.e2e import servers
 from tests.e2e.servers import MODEL, Server, until
@@ -69,6 +69,7 @@ GOOD = OUTCOMES[:3]
 
 TOPICS = ("a river", "the sea", "a bridge", "bread", "the moon", "a library", "winter", "an old clock", "a train")
 FILLER = "The town lies at a bend of the river, and its people have lived from fishing and from trade for long. "
+LONG = FILLER * 7  # 140 words
 
 
 @dataclass
@@ -165,8 +166,9 @@ class Storm:
 
 def make_request(number: int, random: random.Random) -> Request:
     words = f"Write about {random.choice(TOPICS)}, number {number}."
-    # Over and under 100 words. What all share comes first, so that engines read it once: a CPU is slow at it.
-    prompt = FILLER * (random.randint(6, 9) if random.random() < 0.25 else 0) + words
+    # Over or under 100 words. What all the long ones share comes first, so that an engine reads it once: a CPU that is
+    # shared reads 30 tokens a second.
+    prompt = LONG + words if random.random() < 0.25 else words
     body: dict[str, Any] = {"model": MODEL, "max_tokens": random.randint(8, 60), "stream": random.random() < 0.6}
     body |= {"temperature": random.choice([0, 0.7]), "seed": number}
     if body["stream"] and random.random() < 0.4:
@@ -179,8 +181,12 @@ def make_request(number: int, random: random.Random) -> Request:
 def warm(vllm: Server) -> None:
     """The first requests take the CPU build many times as long as later ones, longer than the timeouts here allow."""
     for number in (-1, -2):
-        body = {"model": MODEL, "prompt": FILLER * 9 + str(number), "max_tokens": 4}
-        httpx.post(vllm.url + "/v1/completions", json=body, timeout=HUNG_S).raise_for_status()
+        for path, prompt in (
+            ("/v1/completions", {"prompt": f"{LONG}{number}"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"{LONG}{number}"}]}),
+        ):
+            body = {"model": MODEL, **prompt, "max_tokens": 4}
+            httpx.post(vllm.url + path, json=body, timeout=HUNG_S).raise_for_status()
 
 
 class Saboteur:
@@ -488,6 +494,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    children.end_on_sigterm()
     events = options.events or random.Random(options.seed).sample(EVENTS, len(EVENTS))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = options.logs or Path(scratch)

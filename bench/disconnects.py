@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import children
 from tests.e2e import servers
 from tests.e2e.door import NEVER_ENDING
 from tests.e2e.servers import MODEL, Proxy, Server, until
@@ -288,6 +289,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    children.end_on_sigterm()
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
