@@ -49,16 +49,16 @@ Where --vllm, --vllm-model and --gguf are left out, XGEN_TEST_VLLM, XGEN_TEST_VL
 """
 CONCURRENCY = 12
 # How long the ruins stay before they are cleared away: a hung engine longer than the proxy's timeouts.
-RUIN_S = {"kill-engine": 3.0, "kill-api": 3.0, "hang-engine": 20.0, "terminate": 10.0}
+RUIN_S = {"kill-engine": 3.0, "kill-api": 3.0, "hang-engine": 30.0, "terminate": 10.0}
 EVENTS = tuple(RUIN_S)
 PREY, PREY_S = 2, 30.0  # an event waits for so many streams that it can cut, for so long; then it takes what there is
+ARRIVAL_S = 0.5  # mean time between two requests, while fewer than CONCURRENCY run: 12 prompts at once stun a CPU
 RESTART_S = 45.0  # what vLLM takes to come back, measured 35 to 60; only the pace depends on it
 HUNG_S = 300.0  # a request that takes longer is lost: the queue, every timeout, and the generation itself take less
-# Short, so that a hang is found within the storm. An answer of the stopped engine never comes; 12 requests at once keep
-# the CPU build below a second from chunk to chunk.
+# Short, so that a hang is found within the storm; the CPU build takes up to a second from chunk to chunk of 12 streams.
 TIMEOUTS = {
     "XGEN_BACKENDS__VLLM__IDLE_TIMEOUT_S": "4",
-    "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "8",
+    "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "15",
     "XGEN_BACKENDS__VLLM__TOTAL_TIMEOUT_S": "60",
     # Both engines share two cores here: while vLLM is away all wait for llama.cpp, and waiting is not being lost.
     "XGEN_LIMITS__QUEUE_TIMEOUT_S": "180",
@@ -306,8 +306,7 @@ def mark_continued(storm: Storm, log: Path) -> None:
 
 class Director:
     """Spreads the requests over the events: each has its share of them, and strikes when a seeded part of it has been
-    sent and CONCURRENCY of them run. Of the rest, half go out at once, into the ruins, and half over the time that vLLM
-    takes to return."""
+    sent. Of the rest, half go out around that moment, and half over the time that vLLM takes to return."""
 
     def __init__(self, storm: Storm, client: Client, saboteur: Saboteur, requests: int, events: list[str]) -> None:
         self.storm, self.client, self.saboteur = storm, client, saboteur
@@ -327,13 +326,13 @@ class Director:
 
     async def _act(self, event: str, part: list[Request]) -> None:
         before = int(len(part) * self.random.uniform(0.3, 0.5))
-        into_ruins = before + (len(part) - before) // 2
-        await self._send(part[:before])
-        strike = await self._strike(event, self.random.uniform(0, 1.5))
+        around = before + (len(part) - before) // 2
+        await self._send(part[:before], ARRIVAL_S)
+        striking = asyncio.create_task(self._strike(event, self.random.uniform(0, 1.5)))
+        await self._send(part[before:around], ARRIVAL_S)
+        strike = await striking
         restoring = asyncio.create_task(self._restore(strike))
-        await self._send(part[before:into_ruins])
-        gap = RESTART_S / max(1, len(part) - into_ruins)
-        await self._send(part[into_ruins:], gap)
+        await self._send(part[around:], RESTART_S / max(1, len(part) - around))
         await restoring
 
     async def _send(self, requests: list[Request], gap: float = 0.0) -> None:
