@@ -33,7 +33,7 @@ from typing import Any
 
 import httpx
 
-from bench import procfs
+from bench import children, procfs
 from bench.judge import judge_stream, judge_whole
 from tests.e2e import servers
 from tests.e2e.servers import MODEL, Server, until
@@ -47,18 +47,21 @@ examples:
     python -m bench.chaos --requests 40 --events kill-engine --engine llama-cpp-python
 Where --vllm, --vllm-model and --gguf are left out, XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF are taken.
 """
-EVENTS = ("kill-engine", "kill-api", "hang-engine", "terminate")
 CONCURRENCY = 12
-HANG_S = 20.0  # how long a hung engine is left alone before it is killed: the proxy's timeouts are shorter
+# How long the ruins stay before they are cleared away: a hung engine longer than the proxy's timeouts.
+RUIN_S = {"kill-engine": 3.0, "kill-api": 3.0, "hang-engine": 30.0, "terminate": 10.0}
+EVENTS = tuple(RUIN_S)
 PREY, PREY_S = 2, 30.0  # an event waits for so many streams that it can cut, for so long; then it takes what there is
+ARRIVAL_S = 0.5  # mean time between two requests, while fewer than CONCURRENCY run: 12 prompts at once stun a CPU
 RESTART_S = 45.0  # what vLLM takes to come back, measured 35 to 60; only the pace depends on it
-HUNG_S = 150.0  # a request that takes longer is lost: a minute in the queue, every timeout, and the generation itself
-# Short, so that a hang is found within the storm. An answer of the stopped engine never comes; 12 requests at once keep
-# the CPU build below a second from chunk to chunk.
+HUNG_S = 300.0  # a request that takes longer is lost: the queue, every timeout, and the generation itself take less
+# Short, so that a hang is found within the storm; the CPU build takes up to a second from chunk to chunk of 12 streams.
 TIMEOUTS = {
     "XGEN_BACKENDS__VLLM__IDLE_TIMEOUT_S": "4",
-    "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "8",
+    "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "15",
     "XGEN_BACKENDS__VLLM__TOTAL_TIMEOUT_S": "60",
+    # Both engines share two cores here: while vLLM is away all wait for llama.cpp, and waiting is not being lost.
+    "XGEN_LIMITS__QUEUE_TIMEOUT_S": "180",
     "XGEN_LOG_FORMAT": "json",
 }
 OUTCOMES = ("complete", "continued", "failed over", "4xx", "5xx", "error event", "malformed", "cut", "hung")
@@ -66,6 +69,7 @@ GOOD = OUTCOMES[:3]
 
 TOPICS = ("a river", "the sea", "a bridge", "bread", "the moon", "a library", "winter", "an old clock", "a train")
 FILLER = "The town lies at a bend of the river, and its people have lived from fishing and from trade for long. "
+LONG = FILLER * 7  # 140 words
 
 
 @dataclass
@@ -126,7 +130,12 @@ class Storm:
 
     @property
     def ok(self) -> bool:
-        return not self.lost and not self.left
+        return not self.lost and not self.left and not self.missed
+
+    @property
+    def missed(self) -> list[Strike]:
+        """Events that hit nothing, and so showed nothing."""
+        return [strike for strike in self.strikes if not strike.busy]
 
     def report(self) -> str:
         lines = [f"seed {self.seed}: {len(self.answers)} requests, {self.seconds:.0f} s", "", self._table(), ""]
@@ -141,6 +150,7 @@ class Storm:
             for answer in self.lost
         ]
         lines += [f"LEFT BEHIND: {each}" for each in self.left]
+        lines += [f"MISSED: {strike.name} at {strike.at:.1f} s hit no request" for strike in self.missed]
         complete = len(self.answers) - len(self.lost)
         lines += ["", f"{complete} of {len(self.answers)} complete, {len(self.left)} things left behind"]
         return "\n".join(lines)
@@ -155,8 +165,10 @@ class Storm:
 
 
 def make_request(number: int, random: random.Random) -> Request:
-    words = f"Write about {random.choice(TOPICS)}, number {number}. "
-    prompt = words + FILLER * (random.randint(6, 9) if random.random() < 0.25 else 0)  # over and under 100 words
+    words = f"Write about {random.choice(TOPICS)}, number {number}."
+    # Over or under 100 words. What all the long ones share comes first, so that an engine reads it once: a CPU that is
+    # shared reads 30 tokens a second.
+    prompt = LONG + words if random.random() < 0.25 else words
     body: dict[str, Any] = {"model": MODEL, "max_tokens": random.randint(8, 60), "stream": random.random() < 0.6}
     body |= {"temperature": random.choice([0, 0.7]), "seed": number}
     if body["stream"] and random.random() < 0.4:
@@ -164,6 +176,17 @@ def make_request(number: int, random: random.Random) -> Request:
     if random.random() < 0.6:
         return Request(number, "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]})
     return Request(number, "/v1/completions", {**body, "prompt": prompt})
+
+
+def warm(vllm: Server) -> None:
+    """The first requests take the CPU build many times as long as later ones, longer than the timeouts here allow."""
+    for number in (-1, -2):
+        for path, prompt in (
+            ("/v1/completions", {"prompt": f"{LONG}{number}"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"{LONG}{number}"}]}),
+        ):
+            body = {"model": MODEL, **prompt, "max_tokens": 4}
+            httpx.post(vllm.url + path, json=body, timeout=HUNG_S).raise_for_status()
 
 
 class Saboteur:
@@ -196,6 +219,7 @@ class Saboteur:
         """Up again, whatever is left of it gone first, and known to the proxy to be up."""
         self.vllm.kill9()
         self.vllm.start().wait_ready()
+        warm(self.vllm)
         until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
 
     def replica(self) -> dict[str, Any]:
@@ -282,7 +306,7 @@ def mark_continued(storm: Storm, log: Path) -> None:
 
 class Director:
     """Spreads the requests over the events: each has its share of them, and strikes when a seeded part of it has been
-    sent. What is left goes out partly at once, into the ruins, and partly over the time that vLLM takes to return."""
+    sent. Of the rest, half go out around that moment, and half over the time that vLLM takes to return."""
 
     def __init__(self, storm: Storm, client: Client, saboteur: Saboteur, requests: int, events: list[str]) -> None:
         self.storm, self.client, self.saboteur = storm, client, saboteur
@@ -302,14 +326,14 @@ class Director:
 
     async def _act(self, event: str, part: list[Request]) -> None:
         before = int(len(part) * self.random.uniform(0.3, 0.5))
-        into_ruins = before + (len(part) - before) // 2
-        delay = self.random.uniform(0, 1.5)
-        await self._send(part[:before])
-        strike = asyncio.create_task(self._strike(event, delay))
-        await self._send(part[before:into_ruins])
-        gap = RESTART_S / max(1, len(part) - into_ruins)
-        await self._send(part[into_ruins:], gap)
-        await strike
+        around = before + (len(part) - before) // 2
+        await self._send(part[:before], ARRIVAL_S)
+        striking = asyncio.create_task(self._strike(event, self.random.uniform(0, 1.5)))
+        await self._send(part[before:around], ARRIVAL_S)
+        strike = await striking
+        restoring = asyncio.create_task(self._restore(strike))
+        await self._send(part[around:], RESTART_S / max(1, len(part) - around))
+        await restoring
 
     async def _send(self, requests: list[Request], gap: float = 0.0) -> None:
         for request in requests:
@@ -319,7 +343,7 @@ class Director:
             task.add_done_callback(lambda _: self.busy.release())
             await asyncio.sleep(gap * self.random.uniform(0.5, 1.5))
 
-    async def _strike(self, event: str, delay: float) -> None:
+    async def _strike(self, event: str, delay: float) -> Strike:
         """At a moment when vLLM has something to lose that clients have seen."""
         await asyncio.sleep(delay)
         with suppress(TimeoutError):
@@ -329,7 +353,10 @@ class Director:
         self.storm.strikes.append(strike)
         self.saboteur.strike(event)
         progress(f"{strike.at:.1f} s: {event}, {strike.busy} requests on vLLM, {strike.streaming} amid a stream")
-        await asyncio.sleep(HANG_S if event == "hang-engine" else 10.0 if event == "terminate" else 3.0)
+        return strike
+
+    async def _restore(self, strike: Strike) -> None:
+        await asyncio.sleep(RUIN_S[strike.name])
         await asyncio.to_thread(self.saboteur.restore)
         strike.restored = time.monotonic() - self.client.began
         progress(f"{strike.restored:.1f} s: vLLM answers again")
@@ -402,12 +429,14 @@ def run(
     all is answered, before the sockets are counted: what stops the backends makes the count exact."""
     storm = Storm(seed)
     log = folder / f"chaos-proxy-{seed}.log"
+    log.unlink(missing_ok=True)  # the port is read from it
     flags = ["--vllm", vllm.url, "--llama-cpp", llama.url, "--engine", llama.name]
     proxy = servers.proxy(log, *flags, env=TIMEOUTS)
     try:
         proxy.start().wait_ready()
         saboteur = Saboteur(vllm, proxy.url)
         until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
+        warm(vllm)
         asyncio.run(blow(storm, proxy.url, requests, events, vllm))
         mark_continued(storm, log)
         storm.left += what_is_left(lambda: held_slots(proxy.url), 5)
@@ -464,6 +493,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    children.end_on_sigterm()
     events = options.events or random.Random(options.seed).sample(EVENTS, len(EVENTS))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = options.logs or Path(scratch)

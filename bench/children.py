@@ -61,6 +61,11 @@ def until_ready(port: int, seconds: float = 30) -> None:
     raise Failed(f"the proxy is not ready after {seconds:g} s")
 
 
+def end_on_sigterm() -> None:
+    """Tidily, as by Ctrl-C: what was started is ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def pin(cores: str) -> None:
     """This process too."""
     subprocess.run(["taskset", "-a", "-cp", cores, str(os.getpid())], check=True, capture_output=True)

@@ -5,8 +5,9 @@
 Every backend that is named, streams and whole answers, and four moments: while the backend reads a long prompt, before
 the first token of a short one, amid the answer, and while the request waits in the proxy's queue. Real servers, one at
 a time, a real proxy, and a raw socket that is closed. Times are milliseconds from the closing until whoever is asked
-says "free", so that they contain one poll (some 10 ms). The proxy is asked for its gauges, llama-server for its /slots,
-vLLM for its gauges, and llama-cpp-python, which tells nothing, for its list of models, since that waits for its lock.
+says "free", so that they contain one poll (some 10 ms). The proxy and vLLM are asked for their gauges, and
+llama-cpp-python, which tells nothing, for its list of models, since that waits for its lock. llama-server is not asked,
+since questions keep it from noticing that a client has left: its CPU time is watched, and /slots must agree then.
 A request in the queue has no slot yet; what is timed is its place there, and the backend must never have seen it.
 """
 
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import children, procfs
 from tests.e2e import servers
 from tests.e2e.door import NEVER_ENDING
 from tests.e2e.servers import MODEL, Proxy, Server, until
@@ -46,7 +48,8 @@ MOMENTS = ("reading the prompt", "before the first token", "amid the answer", "i
 NAMES = ("llama-server", "llama-cpp-python", "vllm")
 POLL_S = 0.01
 READING_S = 0.2  # into the reading of a long prompt, which takes seconds
-SETTLE_S = 1.0
+SETTLE_S = 1.5
+QUIET_S, QUIET_CPU_S = 0.4, 0.02  # without more CPU than that for so long: a scrape is answered in less
 PATIENCE_S = 120.0
 SENTENCE = "The town lies at a bend of the river and its people have lived from fishing and from trade for long. "
 LONG = SENTENCE * 60  # 1,200 words, 1,300 tokens: seconds of reading on a CPU
@@ -104,18 +107,35 @@ class Subject:
         return self.busy(self.backend.port)
 
     def until_free(self) -> float:
-        """The moment (time.perf_counter) from which on it is free. What was on its way as the client left may reach it
+        """The moment (time.perf_counter) from which on it is free. What was on its way then may reach it
         later, and vLLM's gauges follow its steps: free is who stays so for SETTLE_S."""
         while True:
-            if self.name == "llama-cpp-python":
-                ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
-            else:
-                poll(lambda: not self.is_busy())
-            free = time.perf_counter()
+            free = self._until_looks_free()
             try:
-                poll(self.is_busy, SETTLE_S)
+                poll(self.is_busy, SETTLE_S, SETTLE_S if self.name == "llama-server" else POLL_S)
             except TimeoutError:
                 return free
+
+    def _until_looks_free(self) -> float:
+        if self.name == "llama-server":
+            return self._until_quiet()
+        if self.name == "llama-cpp-python":
+            ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
+        else:
+            poll(lambda: not self.is_busy())
+        return time.perf_counter()
+
+    def _until_quiet(self) -> float:
+        """llama-server notices that a client has left only when a second passes in which nobody asks it anything. So it
+        is not asked, but watched: from when on does it use no CPU?"""
+        assert self.backend.process
+        pid, since, before = self.backend.process.pid, time.perf_counter(), -1.0
+        while time.perf_counter() - since < QUIET_S:
+            used = procfs.cpu_seconds(pid)
+            if used - before > QUIET_CPU_S:
+                since, before = time.perf_counter(), used
+            time.sleep(POLL_S)
+        return since
 
     def until_counted_out(self) -> float:
         poll(lambda: self.in_flight() == 0)
@@ -133,12 +153,12 @@ class Row:
     backend: list[float]
 
 
-def poll(look: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
+def poll(look: Callable[[], bool], seconds: float = PATIENCE_S, every: float = POLL_S) -> None:
     deadline = time.monotonic() + seconds
     while not look():
         if time.monotonic() > deadline:
             raise TimeoutError(f"nothing within {seconds:g} s")
-        time.sleep(POLL_S)
+        time.sleep(every)
 
 
 def body(prompt: str, stream: bool) -> dict[str, Any]:
@@ -288,6 +308,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    children.end_on_sigterm()
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -290,6 +290,7 @@ def run(bench: Bench, options: argparse.Namespace) -> list[Subject]:
 
 def main() -> None:
     options = parse()
+    children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.seconds, free_port(), options.subject_cores, options.load_cores)
         found = run(bench, options)

@@ -277,6 +277,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()
+    children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         soak = run(options, Path(folder))
     print(soak.report())

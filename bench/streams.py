@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--upstream-cores", default="1")
     parser.add_argument("--client-cores", default="1")
     options = parser.parse_args()
+    children.end_on_sigterm()
     children.pin(options.client_cores)
     with tempfile.TemporaryDirectory() as folder:
         direct, through = run(options, Path(folder))
