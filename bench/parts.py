@@ -1,0 +1,132 @@
+"""What a request costs the proxy apart from moving its bytes: reading it, deciding, accounting; and how decide() grows.
+
+    python -m bench.parts
+
+Each part is called in a loop, in this process, on a fleet that is up; shown are the median and the least and most of
+the repeats, in microseconds. The bytes themselves, client to upstream and back: python -m bench.overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import orjson
+from starlette.types import Message
+
+from proxy.client import CancelWhenGone, read_json, request_id
+from proxy.dialects import Probe
+from proxy.gateway import Gateway
+from proxy.policy import decide
+from proxy.relay import Relay
+from proxy.settings import Settings
+from proxy.telemetry import JsonFormatter
+
+RAW = b'{"model":"m","messages":[{"role":"user","content":"Hello, how are you today?"}],"max_tokens":64}'
+HEADERS = {b"host": b"x", b"content-type": b"application/json", b"content-length": b"96"}
+CALLS = 2000
+SIZES = (1, 10, 100, 1000, 10_000)
+NAME = "m"
+
+
+def gateway(replicas: int) -> Gateway:
+    """A GPU and a CPU backend of so many replicas each, all of them up."""
+    urls = [[f"http://127.0.0.{path}:{port + 1}" for port in range(replicas)] for path in (1, 2)]
+    backends = {"vllm": {"urls": urls[0]}, "llama_cpp": {"urls": urls[1]}}
+    made = Gateway(Settings(backends=backends))
+    for backend in made.fleet.backends:
+        for replica in backend.replicas:
+            replica.probe = Probe((NAME,), 8192)
+            replica.turn("up", "")
+        backend.learn(backend.replicas[0], Probe((NAME,), 8192))
+    return made
+
+
+def measure(call: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds a call, of each repeat."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found.append((time.perf_counter() - began) / CALLS * 1e6)
+    return found
+
+
+class Quiet(logging.Handler):
+    """Formats each line and keeps none."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        return bool(JsonFormatter().format(record))
+
+
+async def parts(repeats: int) -> list[tuple[str, list[float]]]:
+    made = gateway(1)
+    body = orjson.loads(RAW)
+    call = made.call("id", "chat", RAW, body, HEADERS)
+    relay = Relay(made, call, made.plan(call.features), send)
+    relay.candidate = relay.plan.candidates[0]
+    relay.reply.first_output = time.perf_counter()
+
+    def watch() -> None:
+        with CancelWhenGone(receive):
+            pass
+
+    return [
+        ("read: JSON, features, limits", measure(lambda: made.call("i", "chat", RAW, read_json(RAW, HEADERS), HEADERS), repeats)),
+        ("request id", measure(lambda: request_id(HEADERS), repeats)),
+        ("decide", measure(lambda: made.plan(call.features), repeats)),
+        ("watch for the client", measure(watch, repeats)),
+        ("answer's headers", measure(relay.headers, repeats)),
+        ("metrics and log line", measure(lambda: made.telemetry.finished(call, relay, 200), repeats)),
+    ]  # fmt: skip
+
+
+async def receive() -> Message:
+    raise AssertionError("nobody is waited for")
+
+
+async def send(message: Message) -> None:
+    raise AssertionError("nothing is sent")
+
+
+def growth(repeats: int) -> list[tuple[str, list[float]]]:
+    found = []
+    for size in SIZES:
+        made = gateway(size)
+        call = made.call("id", "chat", RAW, orjson.loads(RAW), HEADERS)
+        rng = random.Random(1)
+        fleet, routing = made.fleet.backends, made.settings.routing
+        times = measure(lambda: decide(call.features, fleet, routing, rng), repeats)  # noqa: B023
+        found.append((f"decide() with 2 x {size:,} replicas", times))
+    return found
+
+
+def shown(rows: list[tuple[str, list[float]]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        f"{name.ljust(width)}  {statistics.median(times):6.1f} ({min(times):.1f} to {max(times):.1f}) us"
+        for name, times in rows
+    )
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    logging.basicConfig(level=logging.INFO, handlers=[Quiet()], force=True)
+    gc.collect()
+    gc.freeze()  # as the server does
+    rows = await parts(repeats)
+    rows.append(("all of these", [sum(times) for times in zip(*(times for _, times in rows), strict=True)]))
+    print(shown(rows), shown(growth(repeats)), sep="\n\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
