@@ -74,12 +74,15 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     relay.candidate = relay.plan.candidates[0]
     relay.reply.first_output = time.perf_counter()
 
+    def read() -> object:
+        return made.call("id", "chat", RAW, read_json(RAW, HEADERS), HEADERS)
+
     def watch() -> None:
         with CancelWhenGone(receive):
             pass
 
     return [
-        ("read: JSON, features, limits", measure(lambda: made.call("i", "chat", RAW, read_json(RAW, HEADERS), HEADERS), repeats)),
+        ("read: JSON, features, limits", measure(read, repeats)),
         ("request id", measure(lambda: request_id(HEADERS), repeats)),
         ("decide", measure(lambda: made.plan(call.features), repeats)),
         ("watch for the client", measure(watch, repeats)),

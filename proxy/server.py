@@ -82,8 +82,8 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
 
 
 def spare_the_collector() -> None:
-    """What is loaded now stays, and going through it took 13 % of the CPU of a small request. What requests leave behind
-    in circles, failed ones above all, is little to look through. https://docs.python.org/3/library/gc.html#gc.freeze"""
+    """What is loaded now stays, and going through it took 13 % of the CPU of a small request. What requests leave in
+    circles, failed ones above all, is little to look through. https://docs.python.org/3/library/gc.html#gc.freeze"""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
