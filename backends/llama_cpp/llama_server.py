@@ -12,7 +12,10 @@ import os
 import shutil
 import signal
 import sys
+import time
 from typing import Any
+
+LOG_S = 0.5  # for llama.cpp's own thread to write why it did not start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +76,7 @@ def main() -> None:
     try:
         server = xllamacpp.Server(params(flags))
     except RuntimeError as error:
+        time.sleep(LOG_S)
         sys.exit(f"llama_server: {error}")
     print(f"listening on {server.listening_address}", flush=True)
     while True:
