@@ -61,10 +61,16 @@ class Replica:
         return self.backend.settings.slots or reported or self.backend.dialect.slots
 
     @property
-    def room(self) -> int:
-        """How many requests it may have at once now. After a return or a failure its slots are given out slowly."""
+    def open_slots(self) -> int:
+        """After a return or a failure its slots are given out slowly."""
         share = self.breaker.share(time.monotonic())
-        return self.slots + self.backend.dialect.margin if share == 1.0 else max(1, int(self.slots * share))
+        return self.slots if share == 1.0 else max(1, int(self.slots * share))
+
+    @property
+    def room(self) -> int:
+        """How many requests it may have at once now."""
+        slots, now = self.slots, self.open_slots
+        return now if now < slots else slots + self.backend.dialect.margin
 
     @property
     def has_room(self) -> bool:
@@ -74,7 +80,7 @@ class Replica:
     def load_parts(self) -> LoadParts:
         return load_of(
             in_flight=self.in_flight,
-            slots=min(self.slots, self.room),
+            slots=self.open_slots,
             scraped=self.scraped,
             sent_since_scrape=self.sent_since_scrape,
             now=time.monotonic(),

@@ -188,8 +188,9 @@ def _rank(features: Features, live: list[Backend], picks: dict[str, list[Replica
     long = _long(features, routing)
     if long:
         return _tiers([gpus, cpus], long)
-    gpus.sort(key=lambda backend: picks[backend.name][0].load)
-    load = picks[gpus[0].name][0].load
+    loads = {backend.name: picks[backend.name][0].load for backend in gpus}
+    gpus.sort(key=lambda backend: loads[backend.name])
+    load = loads[gpus[0].name]
     urgent = features.urgency == "high"
     limit = routing.urgent_load if urgent else routing.load_limit
     word = "urgent" if urgent else "default"
