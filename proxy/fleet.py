@@ -22,7 +22,6 @@ class Replica:
 
     `state`: starting (never seen), up, suspect (answers looks but fails requests: its breaker is not closed), down
     (does not answer). `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
-    `last_output`: time.monotonic() of the last byte of an answer.
     """
 
     def __init__(self, backend: Backend, url: str, settings: Settings) -> None:
@@ -40,7 +39,7 @@ class Replica:
         self.scraped: Load | None = None
         self.probe: Probe | None = None
         self.breaker = Breaker()
-        self.last_output = time.monotonic()
+        self.heard()
         self.head = self._head(parts.netloc)
 
     def _head(self, netloc: str) -> bytes:
@@ -101,7 +100,8 @@ class Replica:
         return changed
 
     def heard(self) -> None:
-        self.last_output = time.monotonic()
+        """It has said something."""
+        self.pool.heard = time.monotonic()
 
     def succeeded(self) -> None:
         self.breaker.succeeded()

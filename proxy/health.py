@@ -84,7 +84,7 @@ class Monitor:
     def _probe_when_due(self, replica: Replica) -> None:
         now = time.monotonic()
         every = self.settings.probe_interval_s
-        silent = every and replica.up and now - replica.last_output >= every and replica.has_room
+        silent = every and replica.up and now - replica.pool.heard >= every and replica.has_room
         if not replica.backend.dialect.probed:
             if replica.breaker.try_again(now):  # a token may cost money there: the next request is the trial
                 replica.returned("left alone for a while")

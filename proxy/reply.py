@@ -76,12 +76,11 @@ class Reply:
         whether it has taken them."""
         if self._wire is None:
             return None
-        wire, splitter, replica, retained = self._wire, attempt.splitter, attempt.replica, self.retained
+        wire, splitter, retained = self._wire, attempt.splitter, self.retained
 
         def take(data: bytes) -> bool:
             if splitter.rest or not sse.are_ordinary(data) or wire.slow:
                 return False
-            replica.heard()
             if retained is not None:
                 retained.add(data)
             wire.chunk(data)

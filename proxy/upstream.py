@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
             self._wake()
         else:
             self._emptied()
-            self._heard = self._loop.time()
+            self._heard = self._pool.heard = self._loop.time()
             if self.complete:
                 self._wake()
 
@@ -258,13 +258,15 @@ class Connection(asyncio.Protocol):
 
 
 class Pool:
-    """Connections to one server. `opened` counts them over its life; `live` are open now, idle ones included."""
+    """Connections to one server. `opened` counts them over its life; `live` are open now, idle ones included. `heard`:
+    when part of an answer was last passed on, loop time, which is time.monotonic()'s."""
 
     def __init__(self, host: str, port: int, *, connect_timeout_s: float = 2.0) -> None:
         self.host = host
         self.port = port
         self.connect_timeout_s = connect_timeout_s
         self.opened = 0
+        self.heard = 0.0
         self.live: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._ending: dict[Connection, asyncio.TimerHandle] = {}
