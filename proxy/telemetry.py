@@ -37,6 +37,8 @@ BLANK = logging.makeLogRecord({"name": log.name}).__dict__
 
 def tell(level: int, message: str, fields: dict[str, Any]) -> None:
     """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
+    if not log.isEnabledFor(level):
+        return
     record = logging.LogRecord.__new__(logging.LogRecord)
     now = time.time()
     record.__dict__.update(BLANK)
