@@ -1,13 +1,14 @@
-"""A client leaves: how long until the proxy has counted its request out, and until the backend's slot is really free?
+"""A client leaves: how long until the proxy has counted its request out, and until the backend is really free?
 
     python -m bench.disconnects --gguf FILE --vllm PATH/TO/vllm --vllm-model DIR
 
 Every backend that is named, streams and whole answers, and four moments: while the backend reads a long prompt, before
 the first token of a short one, amid the answer, and while the request waits in the proxy's queue. Real servers, one at
-a time, a real proxy, and a raw socket that is closed. Times are milliseconds from the closing until whoever is asked
-says "free", so that they contain one poll (some 10 ms). The proxy and vLLM are asked for their gauges, and
-llama-cpp-python, which tells nothing, for its list of models, since that waits for its lock. llama-server is not asked,
-since questions keep it from noticing that a client has left: its CPU time is watched, and /slots must agree then.
+a time, a real proxy, and a raw socket that is closed. Times are milliseconds from the closing; polls are 10 ms apart.
+The proxy is asked for its gauges. Of the backends each is asked in the way that was seen to tell the truth:
+llama-cpp-python for its list of models, which waits for its lock; llama-server not at all, since questions keep an
+abandoned request alive, but its CPU time is watched; vLLM for its gauges, and then for a token, since they stand still
+while it reads a prompt.
 A request in the queue has no slot yet; what is timed is its place there, and the backend must never have seen it.
 """
 
@@ -49,7 +50,7 @@ NAMES = ("llama-server", "llama-cpp-python", "vllm")
 POLL_S = 0.01
 READING_S = 0.2  # into the reading of a long prompt, which takes seconds
 SETTLE_S = 1.5
-QUIET_S, QUIET_CPU_S = 0.4, 0.02  # without more CPU than that for so long: a scrape is answered in less
+QUIET_S, QUIET_CPU_S = 0.4, 0.02  # no more CPU than that for so long: a scrape takes less
 PATIENCE_S = 120.0
 SENTENCE = "The town lies at a bend of the river and its people have lived from fishing and from trade for long. "
 LONG = SENTENCE * 60  # 1,200 words, 1,300 tokens: seconds of reading on a CPU
@@ -88,6 +89,23 @@ def llama_cpp_python_busy(port: int) -> bool:
     return True
 
 
+def make_token(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    content = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 1})
+    connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
+    connection.getresponse().read()
+    connection.close()
+
+
+def token_seconds(port: int) -> float:
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        make_token(port)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
 @dataclass
 class Subject:
     """A backend with a proxy of one slot in front, so that the queue is easily reached."""
@@ -96,6 +114,7 @@ class Subject:
     backend: Server
     proxy: Proxy
     busy: Callable[[int], bool]
+    token_s: float = 0.0  # what one token takes when it is idle, on vLLM
 
     def in_flight(self) -> float:
         return gauge(ask(self.proxy.port, "/metrics"), "xgen_replica_in_flight")
@@ -107,23 +126,31 @@ class Subject:
         return self.busy(self.backend.port)
 
     def until_free(self) -> float:
-        """The moment (time.perf_counter) from which on it is free. What was on its way then may reach it
-        later, and vLLM's gauges follow its steps: free is who stays so for SETTLE_S."""
+        """The moment (time.perf_counter) from which on it is free. What was on its way then may reach it later: free is
+        who stays so for SETTLE_S."""
         while True:
             free = self._until_looks_free()
             try:
-                poll(self.is_busy, SETTLE_S, SETTLE_S if self.name == "llama-server" else POLL_S)
+                poll(self.is_busy, SETTLE_S, POLL_S if self.name == "vllm" else SETTLE_S)
             except TimeoutError:
                 return free
 
     def _until_looks_free(self) -> float:
         if self.name == "llama-server":
             return self._until_quiet()
-        if self.name == "llama-cpp-python":
-            ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
-        else:
-            poll(lambda: not self.is_busy())
+        if self.name == "vllm":
+            return self._until_steps()
+        ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
         return time.perf_counter()
+
+    def _until_steps(self) -> float:
+        """vLLM's gauges stand still while a step lasts, and reading a long prompt is one step. Where they say that it
+        is free, it has to make one token: free is it when it can, as fast as when it is idle."""
+        poll(lambda: not self.is_busy())
+        free = time.perf_counter()
+        make_token(self.backend.port)
+        took = time.perf_counter() - free
+        return free if took < 3 * self.token_s else free + took - self.token_s
 
     def _until_quiet(self) -> float:
         """llama-server notices that a client has left only when a second passes in which nobody asks it anything. So it
@@ -267,7 +294,8 @@ def running(name: str, options: argparse.Namespace, folder: Path) -> Iterator[Su
         backend.start().wait_ready()
         proxy.start()
         until(proxy.is_ready, 60, "the proxy to be ready")
-        yield Subject(name, backend, proxy, busy)
+        token_s = token_seconds(backend.port) if name == "vllm" else 0.0
+        yield Subject(name, backend, proxy, busy, token_s)
     finally:
         proxy.stop()
         backend.stop()
