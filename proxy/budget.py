@@ -15,13 +15,14 @@ from proxy.errors import QueueFull
 
 SHARE = 0.2
 AT_LEAST = 3
+PATIENCE = 5  # times the queue's timeout: to be told to come again after a failure of ours is to be lost
 
 
 class RetryBudget:
     """`async with budget:` around the retries of one request. `in_flight`: requests now; the gateway's own count."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, queue_timeout_s: float) -> None:
+        self.timeout_s = queue_timeout_s * PATIENCE
         self.in_flight = 0
         self.retrying = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -31,7 +32,7 @@ class RetryBudget:
         return self.retrying < max(AT_LEAST, SHARE * self.in_flight)
 
     async def __aenter__(self) -> None:
-        """Raises QueueFull after `timeout_s` seconds."""
+        """Raises QueueFull when it has waited too long."""
         if self._waiting or not self._room:
             await self._wait()
         else:

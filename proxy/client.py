@@ -102,8 +102,9 @@ class CancelWhenGone:
         self._start.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        if self._gone and self._task is not None:
-            self._task.uncancel()
+        task, self._task, self._watch = self._task, None, None  # each holds the other
+        if self._gone and task is not None:
+            task.uncancel()
             raise ClientLeft from None
 
 

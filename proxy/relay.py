@@ -26,6 +26,7 @@ from proxy import continuation, sse
 from proxy.aggregate import Aggregate
 from proxy.answers import as_events, repair_whole
 from proxy.attempt import Attempt, ask
+from proxy.budget import PATIENCE
 from proxy.continuation import Seam
 from proxy.dialects import Request
 from proxy.editors import Editor, editor_for
@@ -47,8 +48,6 @@ from proxy.policy import Candidate, Plan
 from proxy.reply import Reply
 from proxy.retained import Retained
 from proxy.wire import Wire
-
-PATIENCE = 5  # times the queue's timeout: who has seen half an answer waits longer for the rest
 
 Work = Callable[[Candidate], Awaitable[None]]
 
@@ -84,6 +83,8 @@ class Relay:
             await self._run()
         finally:
             self.gateway.retries.in_flight -= 1
+            for _, error in self.failures:  # its frames hold us, we hold it: memory would wait for the collector
+                error.__traceback__ = None
 
     async def _run(self) -> None:
         try:
@@ -150,7 +151,7 @@ class Relay:
         """On the first free candidate of the plan's next tier. A tier that is all down is passed over."""
         tier = self.remaining[0].tier
         began = time.perf_counter()
-        begun = self.reply.status != 0
+        begun = self.reply.status != 0  # who has seen half an answer waits longer for the rest
         try:
             return await self.gateway.admission.acquire(
                 [candidate for candidate in self.remaining if candidate.tier == tier],
