@@ -93,7 +93,8 @@ def load_of(
     if age > stale_after_s:
         return LoadParts(max(busy / slots, 1.0), busy, slots, scraped.waiting, scraped.kv, age, True)
     if scraped.running is not None:
-        busy = max(busy, scraped.running + (scraped.waiting or 0) + sent_since_scrape)
+        new = min(sent_since_scrape, in_flight)  # what was sent since and is answered already is no load
+        busy = max(busy, scraped.running + (scraped.waiting or 0) + new)
     waiting = (scraped.waiting or 0) / routing.waiting_full
     kv = (scraped.kv or 0) / routing.kv_full
     return LoadParts(max(busy / slots, waiting, kv), busy, slots, scraped.waiting, scraped.kv, age, False)

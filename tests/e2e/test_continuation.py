@@ -32,10 +32,11 @@ class Pair:
 
     def ask(self, path: str, cut_after: int | None) -> tuple[str, Json, str]:
         """(text, usage, all that came). One good answer between two cuts keeps the breaker closed."""
-        good = httpx.post(self.proxy.url + path, json={**REQUESTS[path], "max_tokens": 1}, timeout=120)
+        first = {**REQUESTS[path], "backend": "first"}
+        good = httpx.post(self.proxy.url + path, json={**first, "max_tokens": 1}, timeout=120)
         assert good.headers["x-backend"] == "first", good.text
         self.cutter.cut_after = cut_after
-        body = {**REQUESTS[path], "stream": True, "stream_options": {"include_usage": True}}
+        body = {**first, "stream": True, "stream_options": {"include_usage": True}}
         answer = httpx.post(self.proxy.url + path, json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         return *read(answer.text), answer.text

@@ -179,11 +179,26 @@ def test_no_page_is_no_load(start: Start, gpu: Upstream) -> None:
 
 
 def test_requests_sent_since_the_look_are_added_to_it(start: Start, gpu: Upstream) -> None:
+    gpu.running = 3
     proxy = start(backends={"vllm": backend(gpu, slots=10)}, scrape_interval_s=3600)
-    for sent in (1, 2):
-        assert chat(proxy).status_code == 200
-        assert only(proxy).sent_since_scrape == sent
-    assert only(proxy).load == pytest.approx(0.2)
+    release = threading.Event()
+
+    async def holds(talk: Talk) -> None:
+        await asyncio.to_thread(release.wait, 10)
+        await good(talk)
+
+    gpu.default = holds
+    threads = [threading.Thread(target=lambda: chat(proxy)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(gpu.talks) == 2)
+    assert only(proxy).load == pytest.approx(0.5)
+    release.set()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: only(proxy).in_flight == 0)
+    assert only(proxy).sent_since_scrape == 2
+    assert only(proxy).load == pytest.approx(0.3), "what is answered already is no load"
 
 
 def test_those_that_a_look_has_seen_are_no_longer_added(start: Start, gpu: Upstream) -> None:
