@@ -36,8 +36,8 @@ class Wire:
     def start(self, headers: Headers) -> None:
         cycle = self._cycle
         if not cycle.disconnected:
-            cycle.chunked_encoding = True
             self._write(self._head(headers, b"transfer-encoding: chunked\r\n\r\n"))
+            cycle.chunked_encoding = True
 
     def chunk(self, data: bytes) -> None:
         if not self._cycle.disconnected:
@@ -55,16 +55,16 @@ class Wire:
         cycle.on_response()
 
     def _head(self, headers: Headers, rest: bytes) -> bytes:
+        """Raises ValueError, having changed nothing."""
         cycle = self._cycle
-        cycle.response_started = True
-        cycle.waiting_for_100_continue = False
-        lines = [b"%b: %b\r\n" % header for header in cycle.default_headers]
-        lines += [b"%b: %b\r\n" % header for header in headers]
+        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines):
             raise ValueError("a header with a line break in it")
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
         return b"HTTP/1.1 200 OK\r\n%b%b" % (head, rest)
 
 
