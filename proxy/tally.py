@@ -39,6 +39,8 @@ class Tally:
         """Raises UpstreamFailed."""
         prompt = await self._prompt_tokens(post)
         completion = await self._completion_tokens(post)
+        limit = self.request.features.max_tokens  # the model may write a character in fewer tokens than the tokenizer
+        completion = completion if limit is None else min(completion, limit)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def _prompt_tokens(self, post: Post) -> int:
