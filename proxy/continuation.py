@@ -232,4 +232,3 @@ def note(text: str) -> bytes:
 def is_whole(shown: Shown, features: Features) -> bool:
     """Has everything been shown but the closing `[DONE]`?"""
     return shown.finish is not None and (shown.usage or not features.include_usage)
-

@@ -102,6 +102,9 @@ class Monitor:
                 raise Broken(f"says {status}")
         except UpstreamFailed as error:
             self._failed_probe(replica, error)
+        except Exception as error:  # a fault of ours: half-open must not last for ever
+            log.exception("probing %s", replica.name)
+            self._failed_probe(replica, Broken(repr(error)))
         else:
             replica.heard()
             if replica.state == "suspect":

@@ -16,7 +16,8 @@ class Tally:
 
     Completion tokens: it sends a chunk for each token, but holds tokens back until their bytes are whole characters. So
     a chunk of ASCII is one token, and stretches of other text are tokenized by the replica. Exact, unless the model
-    wrote a character in other tokens than the tokenizer does, which sampling at a high temperature can bring about.
+    wrote a character in other tokens than the tokenizer does: then off by one, mostly. They may be more than
+    max_tokens, as by the replica's own count: it never ends within a character.
 
     Prompt tokens: of a completion, the tokenizer's count. A chat's template only the replica knows. Made too long by a
     known number of words, a chat is refused with its count before the cache is touched; asked twice, with twice the
@@ -39,8 +40,6 @@ class Tally:
         """Raises UpstreamFailed."""
         prompt = await self._prompt_tokens(post)
         completion = await self._completion_tokens(post)
-        limit = self.request.features.max_tokens  # the model may write a character in fewer tokens than the tokenizer
-        completion = completion if limit is None else min(completion, limit)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def _prompt_tokens(self, post: Post) -> int:

@@ -104,9 +104,7 @@ def template(gguf: str, logs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fleet(
-    vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path
-) -> Door:
+def fleet(vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path) -> Door:
     """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
     flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
     env = {"XGEN_BACKENDS__VLLM__SLOTS": "4", "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE": str(template)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from tests.e2e.servers import CONTEXT, Server
@@ -107,6 +108,24 @@ def steady(answer: Any) -> Any:
     return round(answer, 6) if isinstance(answer, float) else answer
 
 
+def without_usage(answer: dict[str, Any]) -> Any:
+    return steady({key: value for key, value in answer.items() if key != "usage"})
+
+
+def assert_same_usage(counted: dict[str, int], own: dict[str, Any]) -> None:
+    """Exactly; but where text is not ASCII a model may write a character in other tokens than its tokenizer does, and
+    which text it writes depends on the machine: there, one token in sixteen may be counted wrong.
+    """
+    usage = own["usage"]
+    tokens, wrong = usage["completion_tokens"], counted["completion_tokens"] - usage["completion_tokens"]
+    assert abs(wrong) <= (0 if orjson.dumps(own["choices"]).isascii() else 1 + tokens // 16)
+    assert counted == {
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": tokens + wrong,
+        "total_tokens": usage["total_tokens"] + wrong,
+    }
+
+
 @pytest.mark.parametrize(("endpoint", "name", "body"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_llama_cpp_python(llama_cpp_python: Server, endpoint: Any, name: str, body: dict[str, Any]) -> None:
     through = Through("llama-cpp-python", llama_cpp_python.url, context=CONTEXT)
@@ -117,11 +136,12 @@ def test_llama_cpp_python(llama_cpp_python: Server, endpoint: Any, name: str, bo
     own = through.own(endpoint, **body)
     assert own.status_code == 200, own.text
     whole = through.ask(endpoint, **body)
-    assert steady(whole) == steady(own.json())
+    assert without_usage(whole) == without_usage(own.json())
+    assert_same_usage(whole["usage"], own.json())
     assert whole["model"] == "public"
 
     chunks = through.stream(endpoint, **body, stream_options={"include_usage": True})
-    assert chunks[-1]["usage"] == own.json()["usage"]
+    assert_same_usage(chunks[-1]["usage"], own.json())
     assert chunks[-1]["choices"] == []
     choice = own.json()["choices"][0]
     assert text_of(chunks) == (choice["text"] if endpoint == "completions" else choice["message"]["content"] or "")

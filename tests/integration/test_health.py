@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from proxy import breaker
+from proxy import breaker, health
+from proxy.dialects import Json
 from proxy.fleet import Replica, State
 from proxy.load import parse_metrics
 from tests.integration.conftest import RunningProxy, backend, chat, get, wait_until
@@ -247,6 +249,27 @@ def test_a_failed_probe_opens_it_for_longer(start: Start, gpu: Upstream, monkeyp
     assert {talk.path for talk in gpu.talks[3:]} == {"/v1/completions"}
 
 
+def test_a_fault_of_ours_in_a_probe_is_told_and_probed_again(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(breaker, "OPEN_S", 0.05)
+    ask, faults = health.ask, [RuntimeError("ours")]
+
+    async def faulty(replica: Replica, path: str, body: Json) -> tuple[int, Any]:
+        if faults:
+            raise faults.pop()
+        return await ask(replica, path, body)
+
+    monkeypatch.setattr(health, "ask", faulty)
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.scripts += [status(500)] * 3
+    for _ in range(3):
+        chat(proxy)
+    wait_until(lambda: only(proxy).up)
+    assert not faults
+    assert "RuntimeError: ours" in caplog.text
+
+
 def test_where_tokens_may_cost_money_nobody_probes(
     start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,9 +313,7 @@ def test_who_talks_is_not_probed(start: Start, gpu: Upstream) -> None:
     assert not any(talk.path == "/v1/completions" for talk in gpu.talks)
 
 
-def test_who_comes_back_gets_its_slots_bit_by_bit(
-    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_comes_back_gets_its_slots_bit_by_bit(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = start(backends={"vllm": backend(gpu, slots=100)})
     assert only(proxy).room == 100 + 16
     gpu.kill()
