@@ -57,7 +57,7 @@ class Admission:
         return await self._wait(candidates, urgency, self.timeout_s * patience)
 
     def _take(self, candidate: C) -> C:
-        candidate.replica.in_flight += 1
+        candidate.replica.hold()
         candidate.replica.sent_since_scrape += 1
         return candidate
 
@@ -91,7 +91,7 @@ class Admission:
             self.release(waiter.future.result().replica)
 
     def release(self, replica: Replica) -> None:
-        replica.in_flight -= 1
+        replica.let_go()
         self.offer(replica)
 
     def offer(self, replica: Replica) -> None:

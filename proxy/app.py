@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -18,16 +18,23 @@ from proxy.errors import ClientLeft, MethodNotAllowed, NotFound, ProxyError
 from proxy.gateway import Gateway
 from proxy.generate_api import GenerateEndpoint
 from proxy.openai_api import Generate
+from proxy.reload import Reloader
 from proxy.settings import Settings
 
 
-def create_app(settings: Settings) -> Front:
+def create_app(settings: Settings, read_again: Callable[[], Settings] | None = None) -> Front:
+    """`read_again`: the settings as they are written by then, for reloads; raises ConfigError."""
     gateway = Gateway(settings)
+    reloader = Reloader(gateway, read_again) if read_again else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await gateway.start()
+        if reloader:
+            reloader.start()
         yield
+        if reloader:
+            await reloader.stop()
         await gateway.stop()
 
     app = Starlette(

@@ -48,6 +48,10 @@ class Breaker:
         self._until = now + min(OPEN_S * 2**self._opened, LONGEST_OPEN_S)
         self._opened += 1
 
+    def doubt(self) -> None:
+        """Open until a probe, which is due at once: for one that nobody knows yet."""
+        self.state, self._until = "open", -math.inf
+
     def succeeded(self) -> None:
         """A request was answered. What was sent before the breaker opened does not close it."""
         self.failures = 0

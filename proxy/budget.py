@@ -22,10 +22,14 @@ class RetryBudget:
     """`async with budget:` around the retries of one request. `in_flight`: requests now; the gateway's own count."""
 
     def __init__(self, queue_timeout_s: float) -> None:
-        self.timeout_s = queue_timeout_s * PATIENCE
+        self.queue_timeout_s = queue_timeout_s
         self.in_flight = 0
         self.retrying = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def timeout_s(self) -> float:
+        return self.queue_timeout_s * PATIENCE
 
     @property
     def _room(self) -> bool:

@@ -150,8 +150,7 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     use_file(arguments.config)
-    settings = load(flags_of(arguments))
-    serve(settings, announce=lambda url: print(f"listening on {url}", flush=True))
+    serve(lambda: load(flags_of(arguments)), announce=lambda url: print(f"listening on {url}", flush=True))
     return 0
 
 

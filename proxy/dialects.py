@@ -82,7 +82,8 @@ class Dialect:
     probe_paths: tuple[str, ...]
     continues_chat: bool = False  # takes the beginning of the assistant's message as such
     continues_text: bool = False
-    probed: bool = False  # by a token now and then; not where tokens may cost money
+    probed: bool = False  # asked for a token when in doubt; not where tokens may cost money
+    hides_hangs: bool = False  # a process of its own answers looks for the engine
     tokenize: bool = False  # counts tokens for us where it sends no usage
     request_id: bool = True  # False: answers 400 to an X-Request-Id that is not a UUID
 
@@ -120,6 +121,7 @@ VLLM = Dialect(
     continues_chat=True,
     continues_text=True,
     probed=True,
+    hides_hangs=True,
 )
 
 LLAMA_SERVER = Dialect(

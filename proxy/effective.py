@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
-from proxy.settings import Settings, config_file
+from proxy.settings import URL_FORMS, Settings, config_file, secrets_dir, secrets_source
 
-NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_TEST_")  # the file's own name, and what the tests are told
+NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_TEST_")  # the file's own name, and what the tests are told
 
 
 class ConfigError(Exception):
@@ -39,6 +39,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
 def _read(flags: Mapping[str, Any], path: Path) -> Settings:
     try:
         _check_names((name.upper() for name in DotEnvSettingsSource(Settings).env_vars), "in .env,")
+        _check_names((name.upper() for name in secrets_source(Settings).env_vars), f"in {secrets_dir()},")
         return Settings(**flags)
     except ValidationError as error:
         raise ConfigError("\n".join(_problem(each) for each in error.errors())) from None
@@ -66,7 +67,7 @@ def _problem(error: Any) -> str:
     if error["type"] == "missing" and setting.endswith("dialect"):
         message = "say what it speaks: vllm, llama-cpp-python, llama-server or openai"
     elif error["type"] in ("missing", "too_short") and setting.endswith("urls"):
-        message = "say where it is: http://HOST:PORT, several with commas"
+        message = f"say where it is: {URL_FORMS}; several with commas"
     elif error["type"] == "extra_forbidden":
         message = "there is no such setting"
     return f"{setting}: {message} (set it by flag, in the environment as {env_name(setting)}, or in {config_file()})"
@@ -92,6 +93,7 @@ def _origins(flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
         ("flag", flags),
         ("environment", EnvSettingsSource(Settings)()),
         (".env", DotEnvSettingsSource(Settings)()),
+        (str(secrets_dir()), secrets_source(Settings)()),
         (str(path), file),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 from typing import Literal
@@ -14,38 +15,49 @@ from proxy.settings import BackendSettings, Settings
 from proxy.template import load_template
 from proxy.upstream import Pool
 
-State = Literal["starting", "up", "suspect", "down"]
+State = Literal["starting", "up", "suspect", "down", "leaving"]
 
 
 class Replica:
     """One server process.
 
     `state`: starting (never seen), up, suspect (answers looks but fails requests: its breaker is not closed), down
-    (does not answer). `in_flight`: requests of ours that hold one of its slots; only Admission changes it.
+    of its slots; only hold() and let_go() change it. `late`: it came when others were there already.
+    of its slots; only hold() and let_go() change it. `late`: it came when others were there already.
     """
 
-    def __init__(self, backend: Backend, url: str, settings: Settings) -> None:
+    def __init__(self, backend: Backend, url: str, *, late: bool = False) -> None:
         parts = urlsplit(url)
         self.backend = backend
         self.url = url
         self.name = f"{backend.name}@{parts.netloc}"
-        self.settings = settings
+        self.late = late
         self.pool = Pool(parts.hostname or "", parts.port or 80, connect_timeout_s=backend.settings.connect_timeout_s)
         self.state: State = "starting"
         self.why = "not seen yet"
         self.since = time.monotonic()
         self.in_flight = 0
+        self.emptied = asyncio.Event()
         self.sent_since_scrape = 0
         self.scraped: Load | None = None
         self.probe: Probe | None = None
         self.breaker = Breaker()
         self.heard()
-        self.head = self._head(parts.netloc)
+        self.configure()
 
-    def _head(self, netloc: str) -> bytes:
+    def configure(self) -> None:
+        """Takes what its backend's settings say now."""
+        self.pool.connect_timeout_s = self.backend.settings.connect_timeout_s
+        self.head = self._head()
+
+    def _head(self) -> bytes:
         """The request headers that are the same for every request; hop-by-hop and client headers are never copied."""
         key = self.backend.settings.api_key
-        lines = [f"host: {netloc}", "content-type: application/json", "accept: application/json, text/event-stream"]
+        lines = [
+            f"host: {urlsplit(self.url).netloc}",
+            "content-type: application/json",
+            "accept: application/json, text/event-stream",
+        ]
         if key is not None:
             lines.append(f"authorization: Bearer {key.get_secret_value()}")
         return ("\r\n".join(lines) + "\r\n").encode()
@@ -75,16 +87,31 @@ class Replica:
     def has_room(self) -> bool:
         return self.in_flight < self.room
 
+    def hold(self) -> None:
+        self.in_flight += 1
+        self.backend.in_flight += 1
+
+    def let_go(self) -> None:
+        self.in_flight -= 1
+        self.backend.in_flight -= 1
+        if not self.in_flight:
+            self.emptied.set()
+
+    def leave(self) -> None:
+        self.turn("leaving", "no longer listed")
+        self.emptied.clear()
+
     @property
     def load_parts(self) -> LoadParts:
+        shared = self.backend.shared
         return load_of(
             in_flight=self.in_flight,
             slots=self.open_slots,
             scraped=self.scraped,
             sent_since_scrape=self.sent_since_scrape,
             now=time.monotonic(),
-            stale_after_s=self.settings.stale_after_s,
-            routing=self.settings.routing,
+            stale_after_s=shared.stale_after_s,
+            routing=shared.routing,
         )
 
     @property
@@ -92,7 +119,9 @@ class Replica:
         return self.load_parts.total
 
     def turn(self, state: State, why: str) -> bool:
-        """Returns whether the state changed."""
+        """Returns whether the state changed. One that is leaving does so until it is listed again."""
+        if self.state == "leaving":
+            return False
         changed = state != self.state
         if changed:
             self.since = time.monotonic()
@@ -111,9 +140,14 @@ class Replica:
         if self.breaker.failed(time.monotonic()) and self.state != "down":
             self.turn("suspect", f"{self.breaker.failures} requests failed in a row, the last one: {why}")
 
+    def doubted(self, why: str) -> None:
+        """It answers looks, but gets no requests before it has answered a probe, which is due at once."""
+        self.turn("suspect", why)
+        self.breaker.doubt()
+
     def returned(self, why: str) -> None:
         """It was down or suspect, or is new, and works."""
-        if self.state != "starting":
+        if self.late or self.state != "starting":
             self.breaker.close(time.monotonic())
         self.heard()
         self.turn("up", why)
@@ -121,20 +155,53 @@ class Replica:
 
 class Backend:
     """Interchangeable replicas of one engine. What it knows of models, context and
-    capabilities is kept when the replicas are down, so that "does not exist" and "not running now" stay apart."""
+    capabilities is kept when the replicas are down, so that "does not exist" and "not running now" stay apart.
 
-    def __init__(self, name: str, settings: BackendSettings, all_settings: Settings) -> None:
+    `shared`: the settings that are not of one backend. `in_flight`: of all its replicas. `leaving`: by URL, replicas
+    that are no longer listed and still have something to end.
+    """
+
+    def __init__(self, name: str, settings: BackendSettings, shared: Settings) -> None:
         self.name = name
-        self.settings = settings
-        self.path = settings.path
         self.dialect: Dialect = DIALECTS[settings.dialect]
+        self.in_flight = 0
+        self.replicas: tuple[Replica, ...] = ()
+        self.leaving: dict[str, Replica] = {}
+        self.configure(settings, shared)
+        self.settle([url for url in settings.urls if url.startswith("http://")])
+
+    def configure(self, settings: BackendSettings, shared: Settings) -> None:
+        """`settings.dialect` is the same as ever: another one is another backend."""
+        self.settings, self.shared = settings, shared
+        self.path = settings.path
+        self.template = load_template(settings.chat_template) if settings.chat_template else None
         self.context = settings.context
         self.models = frozenset(settings.models)
         self.can = self._can(self.dialect.can)
-        self.template = load_template(settings.chat_template) if settings.chat_template else None
-        self.replicas = tuple(
-            sorted((Replica(self, url, all_settings) for url in settings.urls), key=lambda replica: replica.name)
-        )
+        for replica in self.replicas:
+            replica.configure()
+        self._know()
+
+    def settle(self, urls: Iterable[str], *, late: bool = False) -> list[Replica]:
+        """Its replicas are those at `urls` from now on. Returns those that go, each to be ended once it holds nothing.
+        `late`: who comes is given work slowly."""
+        now, wanted = {replica.url: replica for replica in self.replicas}, set(urls)
+        if now.keys() == wanted:
+            return []
+        come = [self._returning(url) or Replica(self, url, late=late) for url in sorted(wanted - now.keys())]
+        gone = [now[url] for url in sorted(now.keys() - wanted)]
+        for replica in gone:
+            replica.leave()
+            self.leaving[replica.url] = replica
+        stay = [replica for replica in self.replicas if replica.url in wanted]
+        self.replicas = tuple(sorted([*stay, *come], key=lambda replica: replica.name))
+        return gone
+
+    def _returning(self, url: str) -> Replica | None:
+        replica = self.leaving.pop(url, None)
+        if replica is not None:
+            replica.state, replica.why = "starting", "listed again"
+        return replica
 
     def _can(self, base: frozenset[str]) -> frozenset[str]:
         for need in ("tools", "images", "embeddings"):
@@ -147,9 +214,15 @@ class Backend:
         return self.settings.models.get(alias, alias)
 
     def learn(self, replica: Replica, probe: Probe) -> None:
-        """Replicas are interchangeable: the backend can do what each of them can."""
         replica.probe = probe
-        probes = [other.probe for other in self.replicas if other.probe]
+        self._know()
+
+    def _know(self) -> None:
+        """Replicas are interchangeable: the backend can do what each of them can. What it knew of those that are gone
+        holds until another one tells."""
+        probes = [replica.probe for replica in self.replicas if replica.probe]
+        if not probes:
+            return
         if not self.settings.models:
             self.models = frozenset(name for each in probes for name in each.models)
         if self.settings.context is None:
@@ -162,6 +235,21 @@ class Fleet:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.backends = tuple(Backend(name, backend, settings) for name, backend in sorted(settings.backends.items()))
+
+    def configure(self, settings: Settings) -> list[Backend]:
+        """Takes new settings; who is there already and is still wanted stays as it is. Returns the backends that are no
+        longer there, all of their replicas leaving."""
+        old, self.settings = {backend.name: backend for backend in self.backends}, settings
+        kept = []
+        for name, wanted in sorted(settings.backends.items()):
+            backend = old.get(name)
+            if backend is None or backend.settings.dialect != wanted.dialect:
+                backend = Backend(name, wanted, settings)
+            else:
+                backend.configure(wanted, settings)
+            kept.append(backend)
+        self.backends = tuple(kept)
+        return [backend for backend in old.values() if backend not in kept]
 
     @property
     def replicas(self) -> Iterable[Replica]:
@@ -185,5 +273,6 @@ class Fleet:
         return None
 
     def close(self) -> None:
-        for replica in self.replicas:
-            replica.pool.close()
+        for backend in self.backends:
+            for replica in (*backend.replicas, *backend.leaving.values()):
+                replica.pool.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from proxy.admission import Admission
 from proxy.budget import RetryBudget
+from proxy.discovery import Discovery
 from proxy.errors import ModelNotFound, Unavailable
 from proxy.features import Endpoint, Features, read_features, strip_hints
 from proxy.fleet import Fleet
@@ -40,8 +41,9 @@ class Gateway:
         self.fleet = Fleet(settings)
         self.admission = Admission(settings.limits.queue, settings.limits.queue_timeout_s)
         self.retries = RetryBudget(settings.limits.queue_timeout_s)
-        self.monitor = Monitor(self.fleet, self.admission)
         self.telemetry = Telemetry(self.fleet, self.admission)
+        self.monitor = Monitor(self.fleet, self.admission, self.telemetry.forget)
+        self.discovery = Discovery(self.fleet, self.monitor)
         self.draining = False
         self.started = int(time.time())  # unix seconds
         self._random = random.Random()
@@ -88,9 +90,20 @@ class Gateway:
     def ready(self) -> bool:
         return not self.draining and any(replica.up for replica in self.fleet.replicas)
 
+    def configure(self, settings: Settings) -> None:
+        """Takes new settings; what is in flight goes on."""
+        self.settings = settings
+        self.admission.limit = settings.limits.queue
+        self.admission.timeout_s = self.retries.queue_timeout_s = settings.limits.queue_timeout_s
+        for backend in self.fleet.configure(settings):
+            self.monitor.settle(backend, [], late=True)
+        self.discovery.look_soon()
+
     async def start(self) -> None:
         self.monitor.start()
+        await self.discovery.start()
 
     async def stop(self) -> None:
+        await self.discovery.stop()
         await self.monitor.stop()
         self.fleet.close()

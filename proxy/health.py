@@ -4,9 +4,9 @@ A look is one GET that takes no lock and waits for no slot. /metrics is both the
 engine has one; llama-cpp-python has only the sign of life. What a replica can do (models, context, slots) is asked when
 it comes up, holding a slot, since llama-cpp-python's /v1/models waits for its lock.
 
-A hung engine answers looks: vLLM's API process does so for a stopped engine, with gauges that stand still. So a replica
-that has said nothing for a while is asked for one token now and then, and one whose breaker is open before it gets
-requests again.
+vLLM's API process answers looks for an engine that hangs, with gauges that stand still. So a vLLM that has said nothing
+for a while is asked for one token now and then; not llama.cpp, which hangs as a whole, and where the token would cost a
+chat that pauses its place in the cache. Any engine is asked for one before it gets requests again that failed many.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import httpx
@@ -24,8 +25,9 @@ from proxy.admission import Admission
 from proxy.attempt import ask
 from proxy.dialects import Probe
 from proxy.errors import Broken, ConnectFailed, UpstreamFailed
-from proxy.fleet import Fleet, Replica
+from proxy.fleet import Backend, Fleet, Replica
 from proxy.load import Load, parse_metrics
+from proxy.settings import Settings
 
 log = logging.getLogger("xgen_proxy.health")
 
@@ -34,23 +36,63 @@ MISSES_BEFORE_DOWN = 3  # a busy server may miss a look; a refused connection is
 
 
 class Monitor:
-    def __init__(self, fleet: Fleet, admission: Admission) -> None:
+    """`forget`: told the name of each replica that is gone for good."""
+
+    def __init__(self, fleet: Fleet, admission: Admission, forget: Callable[[str], None]) -> None:
         self.fleet = fleet
         self.admission = admission
-        self.settings = fleet.settings
-        self._client = httpx.AsyncClient(timeout=self.settings.scrape_timeout_s, trust_env=False)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._forget = forget
+        self._client = httpx.AsyncClient(trust_env=False)
+        self._watching: dict[Replica, asyncio.Task[None]] = {}
         self._probing: dict[Replica, asyncio.Task[None]] = {}
+        self._ending: dict[Replica, asyncio.Task[None]] = {}
+
+    @property
+    def settings(self) -> Settings:
+        return self.fleet.settings
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self.fleet.replicas]
+        for backend in self.fleet.backends:
+            self._watch_each(backend)
 
     async def stop(self) -> None:
-        tasks = [*self._tasks, *self._probing.values()]
+        tasks = [*self._watching.values(), *self._probing.values(), *self._ending.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+
+    def _start(
+        self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
+    ) -> None:
+        task = tasks[replica] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: tasks.pop(replica) if tasks.get(replica) is task else None)
+
+    def settle(self, backend: Backend, urls: Iterable[str], *, late: bool) -> None:
+        """The backend's replicas are those at `urls` from now on: who comes is looked at, who goes may end its work."""
+        gone = backend.settle(urls, late=late)
+        self._watch_each(backend)
+        for replica in gone:
+            log.info("%s is no longer listed: %d requests end there", replica.name, replica.in_flight)
+            self._watching.pop(replica).cancel()
+            self._start(self._ending, replica, self._end(replica))
+        if gone:
+            self.admission.gone()
+
+    def _watch_each(self, backend: Backend) -> None:
+        for replica in backend.replicas:
+            if replica not in self._watching:
+                if replica in self._ending:
+                    self._ending[replica].cancel()
+                log.info("%s is listed", replica.name)
+                self._start(self._watching, replica, self._watch(replica))
+
+    async def _end(self, replica: Replica) -> None:
+        if replica.in_flight:
+            await replica.emptied.wait()
+        del replica.backend.leaving[replica.url]
+        replica.pool.close()
+        self._forget(replica.name)
 
     async def _watch(self, replica: Replica) -> None:
         misses = 0
@@ -83,19 +125,17 @@ class Monitor:
 
     def _probe_when_due(self, replica: Replica) -> None:
         now = time.monotonic()
-        every = self.settings.probe_interval_s
-        silent = every and replica.up and now - replica.pool.heard >= every and replica.has_room
-        if not replica.backend.dialect.probed:
+        dialect, every = replica.backend.dialect, self.settings.probe_interval_s
+        silent = dialect.hides_hangs and every and replica.up and now - replica.pool.heard >= every and replica.has_room
+        if not dialect.probed:
             if replica.breaker.try_again(now):  # a token may cost money there: the next request is the trial
                 replica.returned("left alone for a while")
         elif replica not in self._probing and (silent or replica.breaker.try_again(now)):
-            task = asyncio.create_task(self._probe(replica))
-            self._probing[replica] = task
-            task.add_done_callback(lambda _: self._probing.pop(replica, None))
+            self._start(self._probing, replica, self._probe(replica))
 
     async def _probe(self, replica: Replica) -> None:
         """One token, for nobody. Any answer but a 5xx shows that the engine runs."""
-        replica.in_flight += 1
+        replica.hold()
         try:
             status, _ = await ask(replica, "/v1/completions", {**PROBE, "model": self._served(replica)})
             if status >= 500 and status != 503:
@@ -127,15 +167,24 @@ class Monitor:
         return replica.backend.served(min(replica.backend.models, default=""))
 
     async def _discover(self, replica: Replica) -> None:
-        replica.in_flight += 1
+        replica.hold()
         try:
             answers = {path: await self._json(replica, path) for path in replica.backend.dialect.probe_paths}
         finally:
-            replica.in_flight -= 1
+            replica.let_go()
         probe: Probe = replica.backend.dialect.read_probe(answers)
         replica.backend.learn(replica, probe)
-        replica.returned("answers")
-        log.info("%s is up: models %s, context %s", replica.name, sorted(probe.models), replica.backend.context)
+        if replica.late and replica.state == "starting" and replica.backend.dialect.probed:
+            replica.doubted("new here: asked for a token first")
+        else:
+            replica.returned("answers")
+        log.info(
+            "%s is %s: models %s, context %s",
+            replica.name,
+            replica.state,
+            sorted(probe.models),
+            replica.backend.context,
+        )
 
     def down(self, replica: Replica, why: str) -> None:
         if replica.turn("down", why):
@@ -146,7 +195,7 @@ class Monitor:
     async def _get(self, replica: Replica, path: str) -> httpx.Response:
         key = replica.backend.settings.api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-        answer = await self._client.get(replica.url + path, headers=headers)
+        answer = await self._client.get(replica.url + path, headers=headers, timeout=self.settings.scrape_timeout_s)
         if answer.status_code in (401, 403):
             raise ValueError(f"{path} says {answer.status_code}: set the backend's api_key")
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -44,19 +45,22 @@ async def metrics(request: Request) -> Response:
 
 async def status(request: Request) -> Response:
     gateway = gateway_of(request)
-    replicas = list(gateway.fleet.replicas)
-    memory = await run_in_threadpool(lambda: [memory_of(each.pool.host, each.pool.port) for each in replicas])
-    used = dict(zip((each.name for each in replicas), memory, strict=True))
+    shown = [(backend, (*backend.replicas, *backend.leaving.values())) for backend in gateway.fleet.backends]
+    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in shown for replica in replicas])
     return JSONResponse({
         "default_model": gateway.fleet.default_model,
         "models": gateway.fleet.models,
         "queued": len(gateway.admission.waiting),
         "draining": gateway.draining,
-        "backends": [backend_status(backend, used) for backend in gateway.fleet.backends],
+        "backends": [backend_status(backend, replicas, memory) for backend, replicas in shown],
     })  # fmt: skip
 
 
-def backend_status(backend: Backend, used: dict[str, Memory]) -> dict[str, Any]:
+def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
+    return {each: memory_of(each.pool.host, each.pool.port) for each in replicas}
+
+
+def backend_status(backend: Backend, replicas: Iterable[Replica], memory: dict[Replica, Memory]) -> dict[str, Any]:
     return {
         "name": backend.name,
         "path": backend.path,
@@ -64,7 +68,7 @@ def backend_status(backend: Backend, used: dict[str, Memory]) -> dict[str, Any]:
         "models": {name: backend.served(name) for name in sorted(backend.models)},
         "context": backend.context,
         "can": sorted(backend.can),
-        "replicas": [replica_status(replica, used[replica.name]) for replica in backend.replicas],
+        "replicas": [replica_status(replica, memory[replica]) for replica in replicas],
     }
 
 

@@ -26,6 +26,12 @@ class Counts:
     def add(self, *labels: str) -> None:
         self.values[labels] = self.values.get(labels, 0.0) + 1.0
 
+    def forget(self, label: str, value: str) -> None:
+        """Drops the rows in which `label` has this value."""
+        if label in self.labels:
+            at = self.labels.index(label)
+            self.values = {labels: count for labels, count in self.values.items() if labels[at] != value}
+
     def family(self) -> Metric:
         family = CounterMetricFamily(self.name, self.help, labels=self.labels)
         for labels, value in self.values.items():

@@ -69,11 +69,12 @@ def config_for(app: Front, settings: Settings) -> uvicorn.Config:
     )  # fmt: skip
 
 
-def serve(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Returns when a signal has ended it. Raises PortTaken."""
+def serve(read: Callable[[], Settings], announce: Callable[[str], None]) -> None:
+    """`read` is called again for each reload. Returns when a signal has ended it. Raises ConfigError, PortTaken."""
+    settings = read()
     set_up_logging(settings.log_format)
     sock = listen(settings.host, settings.port)
-    app = create_app(settings)
+    app = create_app(settings, read)
     host, port = sock.getsockname()[:2]
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server = Server(config_for(app, settings), app)

@@ -1,7 +1,8 @@
 """Every knob: its unit, its default, its reason.
 
-Values come, strongest first, from command-line flags, environment (`XGEN_…`, nested with `__`), `.env`, and a TOML
-file (`--config`, `XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` prints each value with where it came from.
+Values come, strongest first, from command-line flags, environment (`XGEN_…`, nested with `__`), `.env`, files in
+/run/secrets (or XGEN_SECRETS_DIR) that are named like the variables in lower case, and a TOML file (`--config`,
+`XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` prints each value with where it came from.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NestedSecretsSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
@@ -24,6 +27,7 @@ from pydantic_settings import (
 from proxy.template import load_template
 
 DEFAULT_CONFIG = Path("xgen-proxy.toml")
+DEFAULT_SECRETS = Path("/run/secrets")  # where compose puts them
 
 DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
 Path_ = Literal["gpu", "cpu"]
@@ -41,10 +45,14 @@ def split_commas(value: Any) -> Any:
 def check_url(url: str) -> str:
     scheme, _, rest = url.partition("://")
     host = rest.rstrip("/")
-    if scheme != "http" or not host or "/" in host or "@" in host or "?" in host or not _has_good_port(url):
+    forms = {"http": _has_good_port, "dns": _has_a_port, "srv": _is_a_name}
+    if not host or set(host) & set("/@?#") or scheme not in forms or not forms[scheme](url):
         shown = repr(url) if "@" not in url else "what is set"  # it may have a password in it
-        raise ValueError(f"{shown} is not a backend URL; write http://HOST:PORT (no path, no credentials, no TLS)")
-    return f"http://{host}"
+        raise ValueError(f"{shown} is not a backend URL; write {URL_FORMS} (no path, no credentials, no TLS)")
+    return f"{scheme}://{host}"
+
+
+URL_FORMS = "http://HOST:PORT, dns://HOST:PORT for each address of the name, or srv://NAME for its SRV records"
 
 
 def _has_good_port(url: str) -> bool:
@@ -54,13 +62,25 @@ def _has_good_port(url: str) -> bool:
         return False
 
 
+def _has_a_port(url: str) -> bool:
+    return _has_good_port(url) and urlsplit(url).port is not None
+
+
+def _is_a_name(url: str) -> bool:
+    return ":" not in urlsplit(url).netloc
+
+
 Urls = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
 
 
 class BackendSettings(BaseModel, extra="forbid"):
     """One backend: a set of interchangeable replicas of one engine."""
 
-    urls: Urls = Field(min_length=1, description="http://HOST:PORT of each replica, comma-separated.")
+    urls: Urls = Field(
+        min_length=1,
+        description="http://HOST:PORT of each replica, comma-separated. dns://HOST:PORT: one at each address of the"
+        " name, srv://NAME: one for each SRV record; looked up every 2 s.",
+    )
     dialect: DialectName = Field(description="What the servers speak.")
     path: Path_ = Field(description="gpu is preferred for long work; cpu is the safety net.")
     models: dict[str, str] = Field(
@@ -179,7 +199,9 @@ class Settings(BaseSettings):
     scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
     stale_after_s: float = Field(5.0, gt=0, description="Load older than this counts as saturated.")
     probe_interval_s: float = Field(
-        30.0, ge=0, description="One silent for so long is asked for a token: a hung engine answers looks. 0: never."
+        30.0,
+        ge=0,
+        description="A vLLM silent so long is asked for a token: when its engine hangs, it answers looks. 0: never.",
     )
     drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
     log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
@@ -213,8 +235,23 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls, config_file())
+        secrets = secrets_source(settings_cls)
+        toml = TomlConfigSettingsSource(settings_cls, config_file())
+        return init_settings, env_settings, dotenv_settings, secrets, toml
 
 
 def config_file() -> Path:
     return Path(os.environ.get("XGEN_CONFIG", DEFAULT_CONFIG))
+
+
+def secrets_dir() -> Path:
+    return Path(os.environ.get("XGEN_SECRETS_DIR", DEFAULT_SECRETS))
+
+
+def secrets_source(settings: type[BaseSettings]) -> NestedSecretsSettingsSource:
+    return NestedSecretsSettingsSource(SecretsSettingsSource(settings), secrets_dir(), secrets_dir_missing="ok")
+
+
+def sources() -> list[Path]:
+    """The files that settings come from, whether they are there or not."""
+    return [config_file(), Path(".env"), *sorted(secrets_dir().glob("xgen_*"))]

@@ -85,6 +85,7 @@ class Telemetry(Collector):
         self.continuations = Counts(
             "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"]
         )
+        self.reloads = Counts("xgen_config_reloads", "New settings that were taken, or refused.", ["result"])
         self.left = Counts("xgen_clients_left", "Requests whose client went away first.")
         self.duration = Times(
             "xgen_request_seconds", "From the request to the end of the answer.", SECONDS, ["endpoint", "backend"]
@@ -105,6 +106,12 @@ class Telemetry(Collector):
         for series in vars(self).values():
             if isinstance(series, Counts | Times):
                 yield series.family()
+
+    def forget(self, replica: str) -> None:
+        """The series of a replica that is gone."""
+        for series in vars(self).values():
+            if isinstance(series, Counts):
+                series.forget("replica", replica)
 
     def page(self) -> bytes:
         return generate_latest(self._registry)

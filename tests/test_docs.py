@@ -306,7 +306,7 @@ def test_generate_fields() -> None:
 def test_fields_of_the_fleet() -> None:
     backend = Fleet(Settings(backends=LLAMA_CPP)).backends[0]
     memory = Memory(process_rss_bytes=None, model_file_bytes=None)
-    status: dict[str, Any] = backend_status(backend, {replica.name: memory for replica in backend.replicas})
+    status: dict[str, Any] = backend_status(backend, backend.replicas, dict.fromkeys(backend.replicas, memory))
     section = API.read_text().partition("## The fleet")[2].partition("\n## ")[0]
     told = set(ticked(section))
     replica = status["replicas"][0]

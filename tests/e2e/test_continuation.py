@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,18 @@ class Pair:
     cutter: Cutter
 
     def ask(self, path: str, cut_after: int | None) -> tuple[str, Json, str]:
-        """(text, usage, all that came). One good answer between two cuts keeps the breaker closed."""
+        """(text, usage, all that came). Asked again where there was nothing to cut: when vLLM is slow to send, it puts
+        several tokens into one event."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            cuts = self.cutter.cuts
+            answer = self._ask(path, cut_after)
+            if cut_after is None or self.cutter.cuts > cuts:
+                return *read(answer), answer
+        raise AssertionError(f"no answer had more than {cut_after} events:\n{answer}")
+
+    def _ask(self, path: str, cut_after: int | None) -> str:
+        """One good answer between two cuts keeps the breaker closed."""
         first = {**REQUESTS[path], "backend": "first"}
         good = httpx.post(self.proxy.url + path, json={**first, "max_tokens": 1}, timeout=120)
         assert good.headers["x-backend"] == "first", good.text
@@ -39,7 +51,7 @@ class Pair:
         body = {**first, "stream": True, "stream_options": {"include_usage": True}}
         answer = httpx.post(self.proxy.url + path, json=body, timeout=120)
         assert answer.status_code == 200, answer.text
-        return *read(answer.text), answer.text
+        return answer.text
 
 
 def read(answer: str) -> tuple[str, Json]:
@@ -102,9 +114,7 @@ def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], 
     both = pair(engine, engine)
     text, usage, _ = both.ask(path, None)
     for cut in CUTS:
-        before = both.cutter.cuts
         again, counted, answer = both.ask(path, cut)
-        assert both.cutter.cuts == before + 1
         assert again == text, f"cut after {cut} events"
         counts = [(each["prompt_tokens"], each["completion_tokens"], each["total_tokens"]) for each in (usage, counted)]
         assert counts[0] == counts[1], f"cut after {cut} events: {answer}"

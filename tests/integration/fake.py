@@ -117,6 +117,7 @@ class FakeUpstream:
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
     port: int = 0
+    host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -127,11 +128,11 @@ class FakeUpstream:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Also after kill(): on the same port."""
-        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        self._server = self._run(asyncio.start_server(self._serve, self.host, self.port))
         self.port = self._server.sockets[0].getsockname()[1]
 
     def kill(self) -> None:

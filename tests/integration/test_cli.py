@@ -172,8 +172,8 @@ def test_serve_when_the_port_is_taken_says_by_whom(run: Cli, monkeypatch: pytest
 def test_serve_hands_its_settings_on(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
 
-    def serve(settings: Settings, announce: Callable[[str], None]) -> None:
-        served.append(settings)
+    def serve(read: Callable[[], Settings], announce: Callable[[str], None]) -> None:
+        served.append(read())
         announce("http://127.0.0.1:1234")
 
     monkeypatch.setattr(cli, "serve", serve)

@@ -304,6 +304,14 @@ def test_a_hung_engine_that_answers_looks_is_found_by_a_probe(start: Start, gpu:
     wait_until(lambda: hung.up)
 
 
+@pytest.mark.parametrize("dialect", ["llama-server", "llama-cpp-python"])
+def test_a_silent_llama_cpp_keeps_its_cache(start: Start, gpu: Upstream, dialect: str) -> None:
+    """It hangs as a whole, and a probe would take the place of a chat that pauses."""
+    start(backends={"cpu": backend(gpu, dialect=dialect)}, probe_interval_s=0.05)
+    looks(gpu, 10)
+    assert gpu.talks == []
+
+
 def test_who_talks_is_not_probed(start: Start, gpu: Upstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, probe_interval_s=0.4)
     only(proxy).heard()

@@ -189,7 +189,7 @@ def test_what_it_announces(monkeypatch: pytest.MonkeyPatch, name: tuple[Any, ...
     monkeypatch.setattr(server, "set_up_logging", lambda log_format: None)
     monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
     told: list[str] = []
-    server.serve(Settings(), told.append)
+    server.serve(Settings, told.append)
     assert told == [url]
 
 
