@@ -36,11 +36,12 @@ Need = Literal[
 NEEDS = frozenset(get_args(Need))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback",
-         "continuation": b"x-continuation"}  # fmt: skip
+         "continuation": b"x-continuation", "session_id": b"x-session-id"}  # fmt: skip
 HINT_HEADERS = frozenset(HINTS.values())
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
 WORDS_SAMPLE = 100_000  # characters; thresholds are far below
+PREFIX_CHARACTERS = 512  # of a text, that tell one conversation from another
 INT32_MAX = 2**31 - 1  # llama.cpp reads a larger limit as a negative one, which is none
 
 PROMPT_FIELD: dict[Endpoint, str] = {"chat": "messages", "completions": "prompt", "embeddings": "input"}
@@ -66,6 +67,8 @@ class Features:
     fallback: bool
     continuation: bool  # a stream that breaks may go on elsewhere
     hinted: bool  # the client gave an urgency or a task type: presets apply
+    session: str | None  # requests of one session share a beginning
+    prefix: str  # how the prompt begins, up to and with the first message of the user
 
 
 def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint, limits: Limits) -> Features:
@@ -91,7 +94,16 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
         fallback=hints.get("fallback") != "none",
         continuation=hints.get("continuation") != "none",
         hinted=urgency is not None or task_type is not None,
+        session=hints.get("session_id") or _get(body, "prompt_cache_key", str),
+        prefix=_prefix(body, texts),
     )
+
+
+def _prefix(body: Json, texts: list[str]) -> str:
+    """The same for every turn of a conversation."""
+    first = (body.get("messages") or [{}])[0]
+    own = 2 if first.get("role") in ("system", "developer") else 1
+    return "\n".join(text[:PREFIX_CHARACTERS] for text in texts[:own])
 
 
 def _hints(body: Json, headers: Mapping[bytes, bytes]) -> dict[str, str]:

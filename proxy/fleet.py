@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from proxy.breaker import Breaker
 from proxy.dialects import DIALECTS, Dialect, Probe
 from proxy.load import Load, LoadParts, load_of
+from proxy.ring import Ring
 from proxy.settings import BackendSettings, Settings
 from proxy.template import load_template
 from proxy.upstream import Pool
@@ -22,7 +23,7 @@ class Replica:
     """One server process.
 
     `state`: starting (never seen), up, suspect (answers looks but fails requests: its breaker is not closed), down
-    of its slots; only hold() and let_go() change it. `late`: it came when others were there already.
+    (does not answer), leaving (no longer listed: it ends what it began). `in_flight`: requests of ours that hold one
     of its slots; only hold() and let_go() change it. `late`: it came when others were there already.
     """
 
@@ -167,6 +168,7 @@ class Backend:
         self.in_flight = 0
         self.replicas: tuple[Replica, ...] = ()
         self.leaving: dict[str, Replica] = {}
+        self.ring: Ring[Replica] = Ring(())
         self.configure(settings, shared)
         self.settle([url for url in settings.urls if url.startswith("http://")])
 
@@ -195,6 +197,7 @@ class Backend:
             self.leaving[replica.url] = replica
         stay = [replica for replica in self.replicas if replica.url in wanted]
         self.replicas = tuple(sorted([*stay, *come], key=lambda replica: replica.name))
+        self.ring = Ring(self.replicas)
         return gone
 
     def _returning(self, url: str) -> Replica | None:

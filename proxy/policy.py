@@ -7,24 +7,31 @@
 5. Load is the worst of in-flight, waiting and KV usage (proxy/load.py).
 6. Short work goes to the CPU while the GPU is at or over its load limit.
 7. A backend must be able to do the request: model, capabilities, context length.
-8. Within a backend: the less loaded of two random replicas (https://ieeexplore.ieee.org/document/963420).
+8. Within a backend: the replica where the session, or a prompt that begins alike, is at home and so in the cache, unless
+   it has more than its share to do; else the less loaded of two random ones.
 9. The others, in order, are the fallback plan; the CPU is last and always there, unless `fallback: none`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy.errors import BadRequest, ProxyError, Unavailable
 from proxy.features import PROMPT_FIELD, Features, shown
 from proxy.settings import Routing
 
-if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context, replicas; and name, up, load of each
+if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context,
+    # replicas, ring and in_flight; and name, up, load and in_flight of each
     from proxy.fleet import Backend, Replica
 
+SHARE = 1.25  # of what each replica would hold if all held the same; the paper's trade of balance for staying at home
+WALK = 8  # replicas along the ring: of those that are no further, one can nearly always take it
+PREFIX_WORDS = 50  # of a shorter prompt there is little in a cache: vLLM keeps blocks of 16 tokens
 ESTIMATE_MARGIN = 2.0  # a prompt is called too long only if half of its estimated tokens would still be too many
 
 
@@ -65,9 +72,9 @@ def decide(features: Features, backends: Sequence[Backend], routing: Routing, rn
         return Plan((), tuple(rejections), error)
     if not able:
         return Plan((), tuple(rejections), _unable_error(features, backends, rejections))
-    picks = {backend.name: _pick(backend, routing.max_attempts, rng) for backend in able}
-    rejections += [Rejection(backend.name, "no replica is up") for backend in able if not picks[backend.name]]
-    live = [backend for backend in able if picks[backend.name]]
+    picks = {backend.name: _pick(features, backend, routing.max_attempts, rng) for backend in able}
+    rejections += [Rejection(backend.name, "no replica is up") for backend in able if not picks[backend.name].replicas]
+    live = [backend for backend in able if picks[backend.name].replicas]
     ranked = _rank(features, live, picks, routing)
     if not features.fallback:
         ranked = ranked[:1]
@@ -147,23 +154,57 @@ def _down_error(features: Features, rejections: list[Rejection]) -> ProxyError:
 # rule 8: which replicas
 
 
-def _pick(backend: Backend, most: int, rng: random.Random) -> list[Replica]:
-    """Up to `most` live replicas (two at least, to choose from), the less loaded of two random ones first.
+class Pick(NamedTuple):
+    """`why` is said of the first replica, where there was a choice."""
 
-    Replicas are drawn by position, so that a thousand cost no more than two; only when the draw meets a dead one are
-    the rest looked through.
-    """
-    replicas, most = backend.replicas, max(most, 2)
-    if len(replicas) == 1:
-        return list(replicas) if replicas[0].up else []
+    replicas: list[Replica]
+    why: str = ""
+
+
+def _pick(features: Features, backend: Backend, most: int, rng: random.Random) -> Pick:
+    """Up to `most` live replicas, two at least to choose from: the home first, then the less loaded of two."""
+    if len(backend.replicas) == 1:
+        return Pick([each for each in backend.replicas if each.up])
+    live = _draw(backend.replicas, max(most, 2), rng)
+    if len(live) < 2:
+        return Pick(live)
+    if live[1].load < live[0].load:
+        live[0], live[1] = live[1], live[0]
+    key, what = _home_key(features)
+    home = _home(backend, key) if key else None
+    if home is None:
+        return Pick(live, "less loaded of two")
+    others = [each for each in live if each is not home]
+    return Pick([home, *others][:most], f"home of its {what}")
+
+
+def _draw(replicas: Sequence[Replica], most: int, rng: random.Random) -> list[Replica]:
+    """Replicas are drawn by position, so that a thousand cost no more than two; only when the draw meets a dead one are
+    the rest looked through. The less loaded of two: https://ieeexplore.ieee.org/document/963420"""
     drawn = rng.sample(range(len(replicas)), min(most, len(replicas)))
     live = [replicas[index] for index in drawn if replicas[index].up]
     if len(live) < len(drawn) < len(replicas):
         live = [replica for replica in replicas if replica.up]
         live = rng.sample(live, min(most, len(live)))
-    if len(live) > 1 and live[1].load < live[0].load:
-        live[0], live[1] = live[1], live[0]
     return live
+
+
+def _home_key(features: Features) -> tuple[str, str]:
+    if features.session:
+        return features.session, "session"
+    if features.prompt_words >= PREFIX_WORDS:
+        return features.prefix, "prompt"
+    return "", ""
+
+
+def _home(backend: Backend, key: str) -> Replica | None:
+    """Consistent hashing with bounded loads, https://arxiv.org/abs/1608.01350: the first on the ring that holds less
+    than its share and a quarter of our requests, and is not full with those of others."""
+    share = math.ceil(SHARE * (backend.in_flight + 1) / len(backend.replicas))
+    for replica in islice(backend.ring.walk(key), WALK):
+        if replica.up and replica.in_flight < share and replica.load < 1:
+            return replica
+    return None
 
 
 # rules 1 to 6: in which order
@@ -172,7 +213,7 @@ def _pick(backend: Backend, most: int, rng: random.Random) -> list[Replica]:
 Ranked = list[tuple["Backend", str, int]]  # backend, reason, tier
 
 
-def _rank(features: Features, live: list[Backend], picks: dict[str, list[Replica]], routing: Routing) -> Ranked:
+def _rank(features: Features, live: list[Backend], picks: dict[str, Pick], routing: Routing) -> Ranked:
     if features.backend is not None:
         chosen = [backend for backend in live if backend.name == features.backend]
         others = [backend for backend in live if backend.name != features.backend]
@@ -188,7 +229,7 @@ def _rank(features: Features, live: list[Backend], picks: dict[str, list[Replica
     long = _long(features, routing)
     if long:
         return _tiers([gpus, cpus], long)
-    loads = {backend.name: picks[backend.name][0].load for backend in gpus}
+    loads = {backend.name: picks[backend.name].replicas[0].load for backend in gpus}
     gpus.sort(key=lambda backend: loads[backend.name])
     load = loads[gpus[0].name]
     urgent = features.urgency == "high"
@@ -220,16 +261,19 @@ def _tiers(tiers: list[list[Backend]], reason: str) -> Ranked:
 # rule 9: the plan
 
 
-def _candidates(ranked: Ranked, picks: dict[str, list[Replica]], most: int) -> tuple[Candidate, ...]:
+def _candidates(ranked: Ranked, picks: dict[str, Pick], most: int) -> tuple[Candidate, ...]:
     """At most `most`; each backend gets one place before any gets two, so that the safety net is never crowded out."""
     if len(ranked) > most:  # the last is the safety net, but the first is the choice
         ranked = [*ranked[: most - 1], ranked[-1]] if most > 1 else ranked[:1]
     spare = most - len(ranked)
     candidates: list[Candidate] = []
     for backend, reason, tier in ranked:
-        replicas = picks[backend.name][: 1 + spare]
+        pick = picks[backend.name]
+        replicas = pick.replicas[: 1 + spare]
         spare -= len(replicas) - 1
         candidates += [Candidate(backend, replica, reason, tier) for replica in replicas]
+        if pick.why:
+            candidates[-len(replicas)].reason += f"; {pick.why}"
     return tuple(candidates)
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proxy.features import NEEDS, Features
+from proxy.ring import Ring
 
 AT_REST = Features(
     endpoint="chat", model="m", prompt_words=5, prompt_tokens=7, max_tokens=None, stream=False, include_usage=False,
     needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True, hinted=False,
+    session=None, prefix="hi",
 )  # fmt: skip
 
 
@@ -22,6 +24,7 @@ class FakeReplica:
     name: str
     load: float = 0.0
     up: bool = True
+    in_flight: int = 0
 
 
 @dataclass
@@ -37,6 +40,11 @@ class FakeBackend:
     def __post_init__(self) -> None:
         if not self.replicas:
             self.replicas = (FakeReplica(f"{self.name}-0", self.load),)
+        self.ring = Ring(self.replicas)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(replica.in_flight for replica in self.replicas)
 
 
 def gpu(load: float = 0.0, **values: Any) -> FakeBackend:

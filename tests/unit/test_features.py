@@ -28,7 +28,7 @@ def test_a_plain_request() -> None:
     assert features == Features(
         endpoint="chat", model="m", prompt_words=3, prompt_tokens=4, max_tokens=7, stream=True, include_usage=True,
         needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True,
-        hinted=False,
+        hinted=False, session=None, prefix="one two three",
     )  # fmt: skip
 
 
@@ -131,8 +131,27 @@ def test_hints_come_from_the_body_or_else_from_headers() -> None:
     assert read({"urgency": "low"}, headers).urgency == "low"
 
 
+def test_a_session_is_told_by_hint_or_by_openais_own_field() -> None:
+    assert read({"session_id": "a", "prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "a"
+    assert read({"prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "c"
+    assert read({"prompt_cache_key": "b"}).session == "b"
+    with pytest.raises(BadRequest, match="prompt_cache_key must be a string"):
+        read({"prompt_cache_key": 1})
+
+
+def test_a_conversation_begins_alike_in_every_turn() -> None:
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Six."}
+    first = read({"messages": [system, USER]}).prefix
+    assert first == "Be brief.\none two three"
+    assert read({"messages": [system, USER, answer, {"role": "user", "content": "And?"}]}).prefix == first
+    assert read({"messages": [USER, answer]}).prefix == "one two three"
+    assert len(read({"prompt": "word " * 5000}, endpoint="completions").prefix) == 512
+    assert read({"prompt": [1, 2, 3]}, endpoint="completions").prefix == ""
+
+
 def test_hints_are_taken_out_and_nothing_else() -> None:
-    assert strip_hints({"a": 1, "backend": "x", "urgency": "high", "task_type": "t", "fallback": "none"}) == {"a": 1}
+    hints = {"backend": "x", "urgency": "high", "task_type": "t", "fallback": "none", "session_id": "s"}
+    assert strip_hints({"a": 1, **hints}) == {"a": 1}
     body = {"a": 1}
     assert strip_hints(body) is body
 

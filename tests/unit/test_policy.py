@@ -137,6 +137,60 @@ def test_the_less_loaded_of_two_goes_first() -> None:
         assert [candidate.replica.name for candidate in decided.candidates] == ["b", "a"]
 
 
+def some(count: int) -> tuple[FakeReplica, ...]:
+    return tuple(FakeReplica(f"r{n}") for n in range(count))
+
+
+def first(backend: FakeBackend, seed: int = 0, **values: Any) -> str:
+    return plan([backend], seed=seed, **values).candidates[0].replica.name
+
+
+def homes(backend: FakeBackend) -> dict[str, str]:
+    return {key: first(backend, session=key) for key in map(str, range(200))}
+
+
+def test_a_session_stays_at_home() -> None:
+    backend = gpu(replicas=some(4))
+    assert len({first(backend, seed, session="a") for seed in range(20)}) == 1
+    assert set(homes(backend).values()) == {"r0", "r1", "r2", "r3"}
+    assert plan([backend], session="a").candidates[0].reason.endswith("; home of its session")
+
+
+def test_a_prompt_that_begins_alike_stays_at_home_if_there_is_enough_of_it() -> None:
+    backend = gpu(replicas=some(4))
+    assert len({first(backend, seed, prefix="Once", prompt_words=50) for seed in range(20)}) == 1
+    assert plan([backend], prefix="Once", prompt_words=50).candidates[0].reason.endswith("; home of its prompt")
+    assert len({first(backend, seed, prefix="Once", prompt_words=49) for seed in range(100)}) == 4
+    assert plan([backend], prefix="Once", prompt_words=49).candidates[0].reason.endswith("; less loaded of two")
+
+
+def test_who_comes_or_goes_moves_only_its_own_sessions() -> None:
+    before, after = homes(gpu(replicas=some(5))), homes(gpu(replicas=some(4)))
+    moved = {key for key in before if before[key] != after[key]}
+    assert moved == {key for key in before if before[key] == "r4"}
+
+
+def test_a_home_with_more_than_its_share_sends_on_always_to_the_same() -> None:
+    replicas = some(4)
+    backend = gpu(replicas=replicas)
+    home = first(backend, session="a")
+    busy = next(each for each in replicas if each.name == home)
+    busy.in_flight = 1
+    assert len({first(backend, seed, session="a") for seed in range(20)} - {home}) == 1
+    for each in replicas:
+        each.in_flight = 4
+    assert first(backend, session="a") == home, "5.3 is its share and a quarter of 17"
+    busy.load = 1.0
+    assert first(backend, session="a") != home, "others fill it"
+    busy.load, busy.up = 0.0, False
+    assert first(backend, session="a") != home
+
+
+def test_where_nobody_near_on_the_ring_has_room_two_are_drawn() -> None:
+    full = tuple(FakeReplica(f"r{n}", 1.0 + n, in_flight=9) for n in range(3))
+    assert plan([gpu(replicas=full)], session="a").candidates[0].reason.endswith("; less loaded of two")
+
+
 def test_dead_replicas_are_passed_over() -> None:
     replicas = tuple(FakeReplica(f"r{n}", up=n == 7) for n in range(10))
     for seed in range(20):
