@@ -58,7 +58,6 @@ class Admission:
 
     def _take(self, candidate: C) -> C:
         candidate.replica.hold()
-        candidate.replica.sent_since_scrape += 1
         return candidate
 
     async def _wait(self, candidates: Sequence[C], urgency: Urgency, timeout_s: float) -> C:

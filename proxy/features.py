@@ -95,14 +95,13 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
         continuation=hints.get("continuation") != "none",
         hinted=urgency is not None or task_type is not None,
         session=hints.get("session_id") or _get(body, "prompt_cache_key", str),
-        prefix=_prefix(body, texts),
+        prefix=_prefix(body, endpoint, texts),
     )
 
 
-def _prefix(body: Json, texts: list[str]) -> str:
+def _prefix(body: Json, endpoint: Endpoint, texts: list[str]) -> str:
     """The same for every turn of a conversation."""
-    first = (body.get("messages") or [{}])[0]
-    own = 2 if first.get("role") in ("system", "developer") else 1
+    own = 2 if endpoint == "chat" and body["messages"][0]["role"] in ("system", "developer") else 1
     return "\n".join(text[:PREFIX_CHARACTERS] for text in texts[:own])
 
 

@@ -39,7 +39,6 @@ class Replica:
         self.since = time.monotonic()
         self.in_flight = 0
         self.emptied = asyncio.Event()
-        self.sent_since_scrape = 0
         self.scraped: Load | None = None
         self.probe: Probe | None = None
         self.breaker = Breaker()
@@ -109,7 +108,6 @@ class Replica:
             in_flight=self.in_flight,
             slots=self.open_slots,
             scraped=self.scraped,
-            sent_since_scrape=self.sent_since_scrape,
             now=time.monotonic(),
             stale_after_s=shared.stale_after_s,
             routing=shared.routing,

@@ -111,13 +111,13 @@ class Monitor:
             await asyncio.sleep(self.settings.scrape_interval_s * random.uniform(0.9, 1.1))
 
     async def look(self, replica: Replica) -> None:
-        sent = replica.sent_since_scrape
+        before = replica.in_flight
         page = await self._get(replica, replica.backend.dialect.look_path)
         if page.status_code >= 500:
             raise ValueError(f"{page.url.path} says {page.status_code}")
         if replica.backend.dialect.has_metrics and page.status_code == 200:
-            replica.scraped = Load(**parse_metrics(page.text), at=time.monotonic())
-            replica.sent_since_scrape -= sent
+            ours = max(before, replica.in_flight)  # who came or went meanwhile is not to be taken for another's
+            replica.scraped = Load(**parse_metrics(page.text), at=time.monotonic(), ours=ours)
         if replica.state in ("starting", "down"):
             await self._discover(replica)
         self.admission.offer(replica)

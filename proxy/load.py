@@ -23,13 +23,15 @@ Gauges = dict[str, float | None]
 class Load:
     """Read off a metrics page at `at` (seconds, time.monotonic()). None: the page does not tell; never 0 for unknown.
 
-    `running`, `waiting`: requests, over all engines of the server. `kv`: share of the KV cache in use, 0 to 1.
+    `running`, `waiting`: requests, over all engines of the server. `kv`: share of the KV cache in use, 0 to 1. `ours`:
+    requests that we had there ourselves.
     """
 
     running: float | None
     waiting: float | None
     kv: float | None
     at: float
+    ours: int = 0
 
 
 def parse_metrics(page: str) -> Gauges:
@@ -74,16 +76,15 @@ def load_of(
     in_flight: int,
     slots: int,
     scraped: Load | None,
-    sent_since_scrape: int,
     now: float,
     stale_after_s: float,
     routing: Routing,
 ) -> LoadParts:
     """Rule 5: the worst of in-flight/slots, waiting/5 and KV usage/0.8.
 
-    In-flight is the larger of our own count and the scraped running + waiting with what we sent since: the scrape holds
-    most of ours already, so that adding the two would count twice. A gauge that is not there decides nothing. A scrape
-    older than `stale_after_s` means saturated, and its gauges count no more: what was sent since only grows.
+    In-flight is our own count now and, of the scraped running + waiting, what was not ours then: a proxy that is alone
+    has an exact count, one of several is wrong only by what others did since (bench/herding.py). A gauge that is not
+    there decides nothing. A scrape older than `stale_after_s` means saturated, and its gauges count no more.
     https://gateway-api-inference-extension.sigs.k8s.io
     """
     if scraped is None:
@@ -93,8 +94,7 @@ def load_of(
     if age > stale_after_s:
         return LoadParts(max(busy / slots, 1.0), busy, slots, scraped.waiting, scraped.kv, age, True)
     if scraped.running is not None:
-        new = min(sent_since_scrape, in_flight)  # what was sent since and is answered already is no load
-        busy = max(busy, scraped.running + (scraped.waiting or 0) + new)
+        busy += max(0, scraped.running + (scraped.waiting or 0) - scraped.ours)
     waiting = (scraped.waiting or 0) / routing.waiting_full
     kv = (scraped.kv or 0) / routing.kv_full
     return LoadParts(max(busy / slots, waiting, kv), busy, slots, scraped.waiting, scraped.kv, age, False)

@@ -7,8 +7,8 @@
 5. Load is the worst of in-flight, waiting and KV usage (proxy/load.py).
 6. Short work goes to the CPU while the GPU is at or over its load limit.
 7. A backend must be able to do the request: model, capabilities, context length.
-8. Within a backend: the replica where the session, or a prompt that begins alike, is at home and so in the cache, unless
-   it has more than its share to do; else the less loaded of two random ones.
+8. Within a backend: the replica where the session, or a prompt that begins alike, is at home and so in the cache, but
+   not one that has more than its share to do; else the less loaded of the two with the fewest requests of ours.
 9. The others, in order, are the fallback plan; the CPU is last and always there, unless `fallback: none`.
 """
 
@@ -19,16 +19,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy.errors import BadRequest, ProxyError, Unavailable
 from proxy.features import PROMPT_FIELD, Features, shown
 from proxy.settings import Routing
 
+in_flight = attrgetter("in_flight")
+
 if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context,
     # replicas, ring and in_flight; and name, up, load and in_flight of each
     from proxy.fleet import Backend, Replica
 
+WINDOW = 64  # replicas to choose from; with two, several proxies make three times the queue (bench/herding.py)
 SHARE = 1.25  # of what each replica would hold if all held the same; the paper's trade of balance for staying at home
 WALK = 8  # replicas along the ring: of those that are no further, one can nearly always take it
 PREFIX_WORDS = 50  # of a shorter prompt there is little in a cache: vLLM keeps blocks of 16 tokens
@@ -168,8 +172,6 @@ def _pick(features: Features, backend: Backend, most: int, rng: random.Random) -
     live = _draw(backend.replicas, max(most, 2), rng)
     if len(live) < 2:
         return Pick(live)
-    if live[1].load < live[0].load:
-        live[0], live[1] = live[1], live[0]
     key, what = _home_key(features)
     home = _home(backend, key) if key else None
     if home is None:
@@ -179,14 +181,21 @@ def _pick(features: Features, backend: Backend, most: int, rng: random.Random) -
 
 
 def _draw(replicas: Sequence[Replica], most: int, rng: random.Random) -> list[Replica]:
-    """Replicas are drawn by position, so that a thousand cost no more than two; only when the draw meets a dead one are
-    the rest looked through. The less loaded of two: https://ieeexplore.ieee.org/document/963420"""
-    drawn = rng.sample(range(len(replicas)), min(most, len(replicas)))
-    live = [replicas[index] for index in drawn if replicas[index].up]
-    if len(live) < len(drawn) < len(replicas):
+    """Up to `most` live ones, those with the fewest requests of ours first: of all that is known that count alone is
+    never old. Of the first two the less loaded one, by all that is known (https://ieeexplore.ieee.org/document/963420).
+
+    Of many, a window at a random place is looked at; only when most of it is dead, the rest.
+    """
+    start = rng.randrange(len(replicas)) if replicas else 0
+    turned = (*replicas[start : start + WINDOW], *replicas[: max(0, start + WINDOW - len(replicas))])[: len(replicas)]
+    live = [replica for replica in turned if replica.up]
+    if len(live) < most and len(turned) < len(replicas):
         live = [replica for replica in replicas if replica.up]
-        live = rng.sample(live, min(most, len(live)))
-    return live
+        rng.shuffle(live)
+    live.sort(key=in_flight)
+    if len(live) > 1 and live[1].load < live[0].load:
+        live[0], live[1] = live[1], live[0]
+    return live[:most]
 
 
 def _home_key(features: Features) -> tuple[str, str]:

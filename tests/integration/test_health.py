@@ -15,6 +15,7 @@ from proxy.fleet import Replica, State
 from proxy.load import parse_metrics
 from tests.integration.conftest import RunningProxy, backend, chat, get, wait_until
 from tests.integration.fake import METRICS, FakeUpstream, Script, Talk, good, status, whole
+from tests.integration.test_server import Streaming
 
 Start = Callable[..., RunningProxy]
 
@@ -199,16 +200,20 @@ def test_requests_sent_since_the_look_are_added_to_it(start: Start, gpu: Upstrea
     for thread in threads:
         thread.join()
     wait_until(lambda: only(proxy).in_flight == 0)
-    assert only(proxy).sent_since_scrape == 2
     assert only(proxy).load == pytest.approx(0.3), "what is answered already is no load"
 
 
-def test_those_that_a_look_has_seen_are_no_longer_added(start: Start, gpu: Upstream) -> None:
+def test_ours_that_a_look_has_seen_are_not_taken_for_others(start: Start, gpu: Upstream) -> None:
     proxy = start(backends={"vllm": backend(gpu, slots=10)})
-    for _ in range(2):
-        assert chat(proxy).status_code == 200
-    wait_until(lambda: only(proxy).sent_since_scrape == 0)
-    assert only(proxy).load == 0
+    streaming = Streaming(gpu)
+    streaming.start(proxy.url)
+    gpu.running = 3  # ours, and two of somebody else
+    wait_until(lambda: only(proxy).load == pytest.approx(0.3))
+    gpu.running = 2
+    streaming.let_go.set()
+    streaming.thread.join(20)
+    wait_until(lambda: only(proxy).in_flight == 0)
+    assert only(proxy).load == pytest.approx(0.2)
 
 
 # who answers looks but fails requests
@@ -313,12 +318,14 @@ def test_a_silent_llama_cpp_keeps_its_cache(start: Start, gpu: Upstream, dialect
 
 
 def test_who_talks_is_not_probed(start: Start, gpu: Upstream) -> None:
-    proxy = start(backends={"vllm": backend(gpu)}, probe_interval_s=0.4)
-    only(proxy).heard()
-    for _ in range(8):
-        assert chat(proxy).status_code == 200
-        looks(gpu, 2)
-    assert not any(talk.path == "/v1/completions" for talk in gpu.talks)
+    proxy = start(backends={"vllm": backend(gpu)}, probe_interval_s=3600)
+    before = only(proxy).pool.heard
+    assert chat(proxy).status_code == 200
+    assert only(proxy).pool.heard > before
+    looks(gpu, 3)
+    assert [talk.path for talk in gpu.talks] == ["/v1/chat/completions"]
+    only(proxy).pool.heard -= 3600
+    wait_until(lambda: [talk.path for talk in gpu.talks][1:] == ["/v1/completions"])
 
 
 def test_who_comes_back_gets_its_slots_bit_by_bit(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:

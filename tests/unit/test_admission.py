@@ -47,9 +47,9 @@ async def test_a_free_slot_is_taken_at_once_in_the_order_of_the_plan() -> None:
     admission = Admission(10, 10)
     plan = [Want(first), Want(second)]
     assert [(await admission.acquire(plan, "normal")).replica for _ in range(2)] == [first, second]
-    assert (first.in_flight, first.sent_since_scrape) == (1, 1)
+    assert (first.in_flight, first.backend.in_flight) == (1, 1)
     admission.release(first)
-    assert (first.in_flight, first.sent_since_scrape) == (0, 1)
+    assert (first.in_flight, first.backend.in_flight) == (0, 0)
 
 
 async def test_a_replica_that_is_down_is_passed_over() -> None:

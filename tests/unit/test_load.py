@@ -47,12 +47,11 @@ def test_what_is_not_there_is_unknown_not_zero() -> None:
     assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
 
 
-def load(in_flight: int = 0, scraped: Load | None = None, sent: int = 0, now: float = 0.0) -> float:
+def load(in_flight: int = 0, scraped: Load | None = None, now: float = 0.0) -> float:
     parts = load_of(
         in_flight=in_flight,
         slots=10,
         scraped=scraped,
-        sent_since_scrape=sent,
         now=now,
         stale_after_s=5,
         routing=Routing(),
@@ -60,29 +59,31 @@ def load(in_flight: int = 0, scraped: Load | None = None, sent: int = 0, now: fl
     return parts.total
 
 
-def scrape(running: float | None = None, waiting: float | None = None, kv: float | None = None) -> Load:
-    return Load(running, waiting, kv, at=0.0)
+def scrape(running: float | None = None, waiting: float | None = None, kv: float | None = None, ours: int = 0) -> Load:
+    return Load(running, waiting, kv, at=0.0, ours=ours)
 
 
 PARTS = [
-    (0, None, 0, 0.0),
-    (5, None, 0, 0.5),  # without a scrape our own count decides
-    (5, scrape(), 0, 0.5),  # and where the page does not tell
-    (5, scrape(running=3), 0, 0.5),  # the larger of the two, never the sum
-    (5, scrape(running=8), 0, 0.8),
-    (5, scrape(running=8), 1, 0.9),  # what we sent since is not on the page yet
-    (0, scrape(running=2, waiting=2), 0, 0.4),
-    (0, scrape(waiting=4), 0, 0.8),
-    (0, scrape(waiting=5), 0, 1.0),
-    (0, scrape(kv=0.4), 0, 0.5),
-    (0, scrape(kv=0.8), 0, 1.0),
-    (15, None, 0, 1.5),
+    (0, None, 0.0),
+    (5, None, 0.5),  # without a scrape our own count decides
+    (5, scrape(), 0.5),  # and where the page does not tell
+    (5, scrape(running=5, ours=5), 0.5),  # ours are on the page too, and count once
+    (5, scrape(running=3, ours=5), 0.5),  # the page may not have all of them yet
+    (5, scrape(running=8, ours=5), 0.8),  # the others' are added
+    (6, scrape(running=8, ours=5), 0.9),  # and what we sent since
+    (1, scrape(running=8, ours=5), 0.4),  # what has been answered since is no load
+    (0, scrape(running=2, waiting=2), 0.4),
+    (0, scrape(waiting=4), 0.8),
+    (0, scrape(waiting=5), 1.0),
+    (0, scrape(kv=0.4), 0.5),
+    (0, scrape(kv=0.8), 1.0),
+    (15, None, 1.5),
 ]
 
 
-@pytest.mark.parametrize(("in_flight", "scraped", "sent", "expected"), PARTS)
-def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Load | None, sent: int, expected: float) -> None:
-    assert load(in_flight, scraped, sent) == pytest.approx(expected)
+@pytest.mark.parametrize(("in_flight", "scraped", "expected"), PARTS)
+def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Load | None, expected: float) -> None:
+    assert load(in_flight, scraped) == pytest.approx(expected)
 
 
 def test_stale_is_saturated() -> None:
@@ -91,7 +92,7 @@ def test_stale_is_saturated() -> None:
 
 
 def test_of_a_stale_scrape_only_our_own_count_is_left() -> None:
-    assert load(3, scrape(running=50, waiting=9, kv=1.0), sent=5000, now=5.1) == 1.0
+    assert load(3, scrape(running=50, waiting=9, kv=1.0), now=5.1) == 1.0
     assert load(15, scrape(running=0), now=5.1) == 1.5
 
 
@@ -99,8 +100,7 @@ def test_parts_are_told() -> None:
     parts = load_of(
         in_flight=1,
         slots=4,
-        scraped=scrape(2, 1, 0.2),
-        sent_since_scrape=0,
+        scraped=scrape(2, 1, 0.2, ours=1),
         now=0.5,
         stale_after_s=5,
         routing=Routing(),
