@@ -20,6 +20,7 @@ from proxy.generate_api import GenerateEndpoint
 from proxy.openai_api import Generate
 from proxy.reload import Reloader
 from proxy.settings import Settings
+from proxy.telemetry import CLIENT_LEFT
 
 
 def create_app(settings: Settings, read_again: Callable[[], Settings] | None = None) -> Front:
@@ -94,4 +95,4 @@ async def show_http_error(request: Request, error: Exception) -> Response:
 
 async def show_nobody(request: Request, error: Exception) -> Response:
     """The client left while it sent its body: what is answered goes nowhere, and is no fault of the proxy's."""
-    return Response(status_code=openai_api.CLIENT_LEFT)
+    return Response(status_code=CLIENT_LEFT)

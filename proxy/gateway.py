@@ -72,6 +72,13 @@ class Gateway:
         self._check_model(features.model)
         return decide(features, self.fleet.backends, self.settings.routing, self._random)
 
+    def good_plan(self, features: Features) -> Plan:
+        """Raises ProxyError where it has no candidate."""
+        plan = self.plan(features)
+        if plan.error is not None:
+            raise plan.error
+        return plan
+
     def _check_model(self, model: str | None) -> None:
         """A name is unknown for certain only when every backend has told its names."""
         for backend in self.fleet.backends:

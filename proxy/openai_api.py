@@ -18,13 +18,13 @@ from proxy.errors import ClientLeft, InternalError, MethodNotAllowed, ModelNotFo
 from proxy.features import Endpoint
 from proxy.gateway import Call, Gateway
 from proxy.relay import Relay
+from proxy.telemetry import CLIENT_LEFT
 from proxy.wire import Wire, wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 log = logging.getLogger("xgen_proxy")
-CLIENT_LEFT = 499  # nginx's number for it; nobody sees it but metrics and logs
 
 
 class Generate:
@@ -44,6 +44,7 @@ class Generate:
             call = await self.read(id, headers, receive)
         except ProxyError as error:
             await send_error(send, error, [(b"x-request-id", id.encode())])
+            self.gateway.telemetry.refused(id, self.endpoint, error)
         except ClientLeft:
             pass
         else:
@@ -60,20 +61,25 @@ class Generate:
 async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wire: Wire | None = None) -> None:
     """Plans, relays and accounts one call; stops everything when its client leaves."""
     relay: Relay | None = None
+    error: ProxyError | None = None
     try:
-        relay = Relay(gateway, call, gateway.plan(call.features), send, wire)
+        relay = Relay(gateway, call, gateway.good_plan(call.features), send, wire)
         with CancelWhenGone(receive):
             await relay.run()
         status = relay.reply.status
     except ClientLeft:
         status = CLIENT_LEFT
-    except ProxyError as error:
-        status = await fail(call, relay, send, error)
+    except ProxyError as known:
+        error = known
     except Exception:
         log.exception("request %s", call.id)
-        status = await fail(call, relay, send, InternalError(f"a fault of the proxy's own; its log has {call.id}"))
+        error = InternalError(f"a fault of the proxy's own; its log has {call.id}")
+    if error is not None:
+        status = await fail(call, relay, send, error)
     if relay is not None:
-        gateway.telemetry.finished(call, relay, status)
+        gateway.telemetry.finished(call, relay, status, error)
+    elif error is not None:
+        gateway.telemetry.refused(call.id, call.features.endpoint, error)
 
 
 async def fail(call: Call, relay: Relay | None, send: Send, error: ProxyError) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.logs import JsonFormatter, PlainFormatter
 from proxy.settings import Settings
-from proxy.telemetry import JsonFormatter, PlainFormatter
 from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
 from tests.integration.fake import FakeUpstream, Talk, delta, status
 
@@ -90,25 +90,33 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_good_request(door: RunningProxy, log: pytest.LogCaptureFixture, stream: bool) -> None:
+def test_a_good_request(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture, stream: bool
+) -> None:
     watch = Watch(door)
     answer = chat(door, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
     assert answer.status_code == 200
     wait_until(lambda: lines(log))
     changes = watch.changes()
-    duration = changes.pop("xgen_request_seconds_sum")
-    first = changes.pop("xgen_first_output_seconds_sum")
+    duration = changes.pop("xgen_request_duration_seconds_sum")
+    first = changes.pop("xgen_time_to_first_token_seconds_sum")
     overhead = changes.pop("xgen_overhead_seconds_sum")
     where = {"endpoint": "chat", "backend": "vllm", "by": "1.0"}
-    assert changes == {
-        "xgen_requests_total": {**where, "status": "200", "reason": "default"},
-        "xgen_request_seconds_count": where,
-        "xgen_first_output_seconds_count": where,
+    replica = f"vllm@127.0.0.1:{fakes[0].port}"
+    expected = {
+        "xgen_requests_total": {**where, "replica": replica, "model": "m", "status": "200", "reason": "default"},
+        "xgen_request_duration_seconds_count": where,
+        "xgen_time_to_first_token_seconds_count": where,
         "xgen_overhead_seconds_count": {"by": "1.0"},
     }
-    assert isinstance(duration, dict)
-    assert isinstance(first, dict)
-    assert isinstance(overhead, dict)
+    if stream:
+        gap = changes.pop("xgen_inter_chunk_seconds_sum")
+        assert isinstance(gap, dict)
+        assert 0 < float(gap["by"]) < float(duration["by"])
+        expected["xgen_inter_chunk_seconds_count"] = {"backend": "vllm", "by": "1.0"}
+    else:
+        assert changes.pop("xgen_tokens_total") == {"backend": "vllm", "model": "m", "type": "output", "by": "1.0"}
+    assert changes == expected
     assert 0 < float(overhead["by"]) <= float(first["by"]) <= float(duration["by"]) < 20
     [line] = lines(log)
     expected = {
@@ -209,7 +217,7 @@ def test_a_client_that_leaves(
         assert client.recv(65536)
     wait_until(lambda: lines(log))
     changes = watch.changes()
-    assert changes["xgen_clients_left_total"] == {"by": "1.0"}
+    assert changes["xgen_cancellations_total"] == {"stage": "answering", "by": "1.0"}
     requests = changes["xgen_requests_total"]
     assert isinstance(requests, dict)
     assert requests["status"] == "499"
