@@ -62,8 +62,10 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 class Quiet(logging.Handler):
     """Formats each line and keeps none."""
 
+    line = JsonFormatter()
+
     def handle(self, record: logging.LogRecord) -> bool:
-        return bool(JsonFormatter().format(record))
+        return bool(self.line.format(record))
 
 
 async def parts(repeats: int) -> list[tuple[str, list[float]]]:

@@ -7,12 +7,15 @@ import asyncio
 import logging
 import sys
 import time
+import traceback
 from functools import lru_cache
 from typing import Any
 
 import orjson
 
 log = logging.getLogger("xgen_proxy.request")
+LEVELS = {level: logging.getLevelName(level) for level in (logging.INFO, logging.WARNING)}
+NOTHING: dict[str, Any] = {}
 BLANK = logging.makeLogRecord({"name": log.name}).__dict__
 
 
@@ -22,11 +25,10 @@ def tell(level: int, message: str, fields: dict[str, Any]) -> None:
         return
     record = logging.LogRecord.__new__(logging.LogRecord)
     now = time.time()
-    record.__dict__.update(BLANK)
-    record.__dict__.update(
-        levelno=level, levelname=logging.getLevelName(level), msg=message, created=now, msecs=now % 1 * 1000,
-        fields=fields,
-    )  # fmt: skip
+    record.__dict__ = {
+        **BLANK, "levelno": level, "levelname": LEVELS[level], "msg": message, "created": now,
+        "msecs": now % 1 * 1000, "fields": fields,
+    }  # fmt: skip
     log.handle(record)
 
 
@@ -62,23 +64,38 @@ def _second(seconds: int) -> str:
 
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        created = record.created
         line = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03}Z",
+            "time": f"{_second(int(created))}.{int(created % 1 * 1000):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            "message": record.getMessage() if record.args else record.msg,
+            **record.__dict__.get("fields", NOTHING),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = frames_of(record.exc_info[1])
         return orjson.dumps(line, default=str).decode()
 
 
 class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items() if value is not None)
+        fields = " ".join(f"{key}={_plain(value)}" for key, value in record.__dict__.get("fields", NOTHING).items())
         line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {fields}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return f"{line}\n{frames_of(record.exc_info[1])}" if record.exc_info else line
+
+
+def _plain(value: object) -> str:
+    return orjson.dumps(value).decode() if isinstance(value, list) else str(value)
+
+
+def frames_of(error: BaseException | None) -> str:
+    """A traceback without the message, which may repeat what the client sent; but for the operating system's errors."""
+    parts: list[str] = []
+    while error is not None:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        parts.append(f"{frames}{type(error).__qualname__}" + (f": {error}" if isinstance(error, OSError) else ""))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nand then\n".join(reversed(parts))
 
 
 def set_up_logging(log_format: str) -> None:

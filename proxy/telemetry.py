@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.admission import Admission
-from proxy.errors import ProxyError, QueueFull, UpstreamFailed
+from proxy.errors import ProxyError, QueueFull, Refused, UpstreamFailed
 from proxy.fleet import Backend, Fleet
 from proxy.gauges import FleetGauges
 from proxy.logs import log, tell
@@ -112,9 +112,16 @@ class Telemetry(Collector):
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
         })  # fmt: skip
 
-    def refused(self, request_id: str, endpoint: str, error: ProxyError) -> None:
-        """Before there was a plan."""
-        self.refusals.add(endpoint, error.code or error.type)
+    def refused(
+        self, request_id: str, endpoint: str, error: ProxyError, client: str | None, key: str | None = None
+    ) -> None:
+        """Before there was a plan. The message is not told: it says what the client sent."""
+        code = error.code or error.type
+        self.refusals.add(endpoint, code)
+        line = {"request_id": request_id, "endpoint": endpoint, "status": error.status, "code": code}
+        line |= {"client": client} if client is not None else {}
+        line |= {"key": key} if key is not None else {}
+        tell(logging.INFO, "refused", line)
 
     def finished(self, call: Call, relay: Relay, status: int, error: ProxyError | None = None) -> None:
         """`status`: CLIENT_LEFT when the client left. `error`: what the client was shown instead of an answer."""
@@ -141,7 +148,7 @@ class Telemetry(Collector):
         if status == CLIENT_LEFT:
             self.cancellations.add("answering" if reply.status else "queued" if relay.left_queue else "waiting")
         if log.isEnabledFor(logging.INFO):
-            tell(logging.INFO, "request", self._fields(call, relay, status, now))
+            tell(logging.INFO, "request", self._line(call, relay, status, error, now))
 
     def _answered(self, backend: Backend, call: Call, relay: Relay, status: int, now: float) -> None:
         if backend is not relay.plan.candidates[0].backend:
@@ -155,20 +162,49 @@ class Telemetry(Collector):
         if retained is not None and status == 200 and relay.broken is None and (chunks := retained.count) > 1:
             self.gaps.add((now - relay.reply.first_output) / (chunks - 1), backend.name)
 
-    def _fields(self, call: Call, relay: Relay, status: int, now: float) -> dict[str, Any]:
-        candidate = relay.candidate
-        return {
+    def _line(self, call: Call, relay: Relay, status: int, error: ProxyError | None, now: float) -> dict[str, Any]:
+        """What is not known is left out."""
+        features, reply, candidate, size = call.features, relay.reply, relay.candidate, relay.reply.size
+        line: dict[str, Any] = {
             "request_id": call.id,
-            "endpoint": call.features.endpoint,
+            "endpoint": features.endpoint,
             "model": call.alias,
+            "stream": features.stream,
+            "prompt_words": features.prompt_words,
             "status": status,
-            "replica": candidate.replica.name if candidate else None,
-            "reason": candidate.reason if candidate else None,
             "attempts": relay.attempts,
-            "continued": relay.continued,
-            "broken": relay.broken.why if relay.broken else None,
-            "stream": call.features.stream,
-            "prompt_words": call.features.prompt_words,
-            "first_output_s": round(relay.reply.first_output - call.started, 4) if relay.reply.first_output else None,
-            "duration_s": round(now - call.started, 4),
+            "duration_s": int((now - call.started) * 1e4) / 1e4,
         }
+        if call.client is not None:
+            line["client"] = call.client
+        if call.key is not None:
+            line["key"] = call.key
+        if candidate is not None:
+            line["backend"] = candidate.backend.name
+            line["replica"] = candidate.replica.name
+            line["reason"] = candidate.reason
+        if reply.first_output:
+            line["ttft_s"] = int((reply.first_output - call.started) * 1e4) / 1e4
+        if relay.usage is not None:
+            line["tokens_in"], line["tokens_out"] = relay.usage
+        if size is not None:
+            line["bytes_out"] = size
+        if relay.queued:
+            line["queue_s"] = int(relay.queued * 1e4) / 1e4
+        if error is not None or relay.failures:
+            line |= _what_failed(relay, error)
+        return line
+
+
+def _what_failed(relay: Relay, error: ProxyError | None) -> dict[str, Any]:
+    """In our own words: a backend's may repeat the prompt."""
+    line: dict[str, Any] = {}
+    if error is not None:
+        line["code"] = "refused" if isinstance(error, Refused) else error.code or error.type
+    if relay.failures:
+        line["failed"] = [{"replica": each.replica.name, "outcome": why.outcome} for each, why in relay.failures]
+    if relay.continued:
+        line["continued"] = relay.continued
+    if relay.broken is not None:
+        line["broken"] = relay.broken.why
+    return line

@@ -29,7 +29,8 @@ from tests import documents
 from tests.documents import PAGES, README, ROOT, commands, inline, name, table_rows, ticked
 
 DOCS = ROOT / "docs"
-API, METRICS, ROUTING, CONFIGURATION = DOCS / "api.md", DOCS / "metrics.md", DOCS / "routing.md", DOCS / "configuration.md"
+API, METRICS = DOCS / "api.md", DOCS / "metrics.md"
+ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
 ids = pytest.mark.parametrize("page", PAGES, ids=name)
 
