@@ -23,10 +23,10 @@ from starlette.types import Message
 from proxy.client import CancelWhenGone, read_json, request_id
 from proxy.dialects import Probe
 from proxy.gateway import Gateway
+from proxy.logs import JsonFormatter
 from proxy.policy import decide
 from proxy.relay import Relay
 from proxy.settings import Settings
-from proxy.telemetry import JsonFormatter
 
 RAW = b'{"model":"m","messages":[{"role":"user","content":"Hello, how are you today?"}],"max_tokens":64}'
 HEADERS = {b"host": b"x", b"content-type": b"application/json", b"content-length": b"96"}
@@ -62,8 +62,10 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 class Quiet(logging.Handler):
     """Formats each line and keeps none."""
 
+    line = JsonFormatter()
+
     def handle(self, record: logging.LogRecord) -> bool:
-        return bool(JsonFormatter().format(record))
+        return bool(self.line.format(record))
 
 
 async def parts(repeats: int) -> list[tuple[str, list[float]]]:

@@ -25,10 +25,10 @@ from proxy.dialects import DIALECTS  # noqa: E402
 from proxy.effective import env_name  # noqa: E402
 from proxy.features import NEEDS  # noqa: E402
 from proxy.fleet import Fleet  # noqa: E402
+from proxy.gauges import FleetGauges  # noqa: E402
 from proxy.presets import BY_TASK, PRESETS  # noqa: E402
-from proxy.series import Counts, Times  # noqa: E402
 from proxy.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
-from proxy.telemetry import FleetGauges, Telemetry  # noqa: E402
+from proxy.telemetry import Telemetry  # noqa: E402
 
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -65,13 +65,12 @@ def metrics() -> Iterator[Row]:
     yield "metric", "type", "labels", "meaning"
     fleet = Fleet(Settings(backends={"llama_cpp": {"urls": ["http://127.0.0.1:1"], "dialect": "llama-server"}}))
     admission = Admission(0, 0)
-    for family in FleetGauges(fleet, admission).collect():
-        yield f"`{family.name}`", family.type, ", ".join(family.samples[0].labels), family.documentation
-    for series in vars(Telemetry(fleet, admission)).values():
-        if isinstance(series, Counts | Times):
-            family = series.family()
-            name = f"{family.name}_total" if family.type == "counter" else family.name
-            yield f"`{name}`", family.type, ", ".join(series.labels), family.documentation
+    for gauge in FleetGauges(fleet, admission).collect():
+        yield f"`{gauge.name}`", gauge.type, ", ".join(gauge._labelnames), gauge.documentation
+    for series in Telemetry(fleet, admission).all():
+        family = series.family()
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        yield f"`{name}`", family.type, ", ".join(series.labels), family.documentation
 
 
 def rules() -> Iterator[Row]:

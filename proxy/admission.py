@@ -14,9 +14,9 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from proxy.errors import ConnectFailed, QueueFull
+from proxy.errors import ConnectFailed, QueueFull, QueueTimeout
 from proxy.features import Urgency
 from proxy.fleet import Replica
 
@@ -32,17 +32,17 @@ C = TypeVar("C", bound=HasReplica)
 
 
 @dataclass(order=True, slots=True)
-class Waiter:
+class Waiter(Generic[C]):
     key: tuple[float, int]
-    candidates: Sequence[HasReplica] = field(compare=False)
-    future: asyncio.Future[HasReplica] = field(compare=False)
+    candidates: Sequence[C] = field(compare=False)
+    future: asyncio.Future[C] = field(compare=False)
 
 
 class Admission:
     def __init__(self, limit: int, timeout_s: float) -> None:
         self.limit = limit
         self.timeout_s = timeout_s
-        self.waiting: list[Waiter] = []
+        self.waiting: list[Waiter[Any]] = []
         self._ticket = itertools.count()
 
     async def acquire(self, candidates: Sequence[C], urgency: Urgency, patience: float = 1) -> C:
@@ -51,16 +51,21 @@ class Admission:
         `patience`: how many times the usual limit it waits. Raises QueueFull (the queue is full, or time is up) and
         ConnectFailed (every candidate is down).
         """
-        for candidate in candidates:  # a slot that is free here is one that nobody in the queue could use
+        return self.take(candidates) or await self.wait(self.line_up(candidates, urgency), patience)
+
+    def take(self, candidates: Sequence[C]) -> C | None:
+        """A slot without waiting: one that is free here is one that nobody in the queue could use."""
+        for candidate in candidates:
             if candidate.replica.up and candidate.replica.has_room:
                 return self._take(candidate)
-        return await self._wait(candidates, urgency, self.timeout_s * patience)
+        return None
 
     def _take(self, candidate: C) -> C:
         candidate.replica.hold()
         return candidate
 
-    async def _wait(self, candidates: Sequence[C], urgency: Urgency, timeout_s: float) -> C:
+    def line_up(self, candidates: Sequence[C], urgency: Urgency) -> Waiter[C]:
+        """A place in the queue, for wait(). Raises QueueFull, and ConnectFailed where every candidate is down."""
         if not any(candidate.replica.up for candidate in candidates):
             raise ConnectFailed("down")
         if len(self.waiting) >= self.limit:
@@ -71,12 +76,17 @@ class Admission:
         key = (loop.time() - HEAD_START_S[urgency], next(self._ticket))
         waiter = Waiter(key, candidates, loop.create_future())
         bisect.insort(self.waiting, waiter)
+        return waiter
+
+    async def wait(self, waiter: Waiter[C], patience: float = 1) -> C:
+        """Leaves the queue on every way out. Raises QueueTimeout, ConnectFailed."""
+        timeout_s = self.timeout_s * patience
         try:
             async with asyncio.timeout(timeout_s):
-                return await waiter.future  # type: ignore[return-value]  # one of `candidates`
+                return await waiter.future
         except TimeoutError:
             self._give_back(waiter)
-            raise QueueFull(f"no slot came free within {timeout_s:g} s; try again later", retry_after=5) from None
+            raise QueueTimeout(f"no slot came free within {timeout_s:g} s; try again later", retry_after=5) from None
         except asyncio.CancelledError:
             self._give_back(waiter)
             raise
@@ -84,7 +94,7 @@ class Admission:
             if waiter in self.waiting:
                 self.waiting.remove(waiter)
 
-    def _give_back(self, waiter: Waiter) -> None:
+    def _give_back(self, waiter: Waiter[C]) -> None:
         """A slot that was granted in the very moment in which the waiting ended otherwise."""
         if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
             self.release(waiter.future.result().replica)

@@ -18,8 +18,10 @@ from proxy.errors import ClientLeft, MethodNotAllowed, NotFound, ProxyError
 from proxy.gateway import Gateway
 from proxy.generate_api import GenerateEndpoint
 from proxy.openai_api import Generate
+from proxy.peer import client_address
 from proxy.reload import Reloader
 from proxy.settings import Settings
+from proxy.telemetry import CLIENT_LEFT
 
 
 def create_app(settings: Settings, read_again: Callable[[], Settings] | None = None) -> Front:
@@ -77,7 +79,10 @@ async def show_proxy_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ProxyError):
         raise error
     headers = {name.decode(): value.decode() for name, value in error.headers()}
-    headers["x-request-id"] = request_id(dict(request.scope["headers"]))
+    id = headers["x-request-id"] = request_id(dict(request.scope["headers"]))
+    gateway: Gateway = request.app.state.gateway
+    client = client_address(request.scope, gateway.settings.trusted_proxies)
+    gateway.telemetry.refused(id, "other", error, client)
     return Response(error.body(), error.status, headers)
 
 
@@ -94,4 +99,4 @@ async def show_http_error(request: Request, error: Exception) -> Response:
 
 async def show_nobody(request: Request, error: Exception) -> Response:
     """The client left while it sent its body: what is answered goes nowhere, and is no fault of the proxy's."""
-    return Response(status_code=openai_api.CLIENT_LEFT)
+    return Response(status_code=CLIENT_LEFT)

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from types import TracebackType
 
-from proxy.errors import QueueFull
+from proxy.errors import QueueTimeout
 
 SHARE = 0.2
 AT_LEAST = 3
@@ -36,7 +36,7 @@ class RetryBudget:
         return self.retrying < max(AT_LEAST, SHARE * self.in_flight)
 
     async def __aenter__(self) -> None:
-        """Raises QueueFull when it has waited too long."""
+        """Raises QueueTimeout when it has waited too long."""
         if self._waiting or not self._room:
             await self._wait()
         else:
@@ -54,7 +54,7 @@ class RetryBudget:
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
-                raise QueueFull(
+                raise QueueTimeout(
                     f"a backend failed, and no retry was free within {self.timeout_s:g} s; try again later",
                     retry_after=5,
                 ) from None

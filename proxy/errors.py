@@ -11,7 +11,8 @@
     │   ├── UnsupportedMedia  415
     │   └── HeadTooLarge      431
     ├── Refused               4xx  a backend's own verdict on the request, in OpenAI's shape
-    ├── QueueFull             429  waited for a slot and none came free
+    ├── QueueFull             429  too many wait for a slot
+    │   └── QueueTimeout      429  waited for a slot and none came free
     ├── Unavailable           503  no backend can answer now
     ├── GatewayFailed    502, 504  every candidate was tried and failed
     └── InternalError         500  a fault of the proxy's own; the log has the trace
@@ -27,6 +28,8 @@ Error body: https://platform.openai.com/docs/guides/error-codes
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import orjson
 
@@ -152,6 +155,11 @@ class QueueFull(ProxyError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    reason = "queue_full"  # the word in metrics
+
+
+class QueueTimeout(QueueFull):
+    reason = "queue_timeout"
 
 
 class Unavailable(ProxyError):
@@ -204,3 +212,14 @@ class Broken(UpstreamFailed):
 
 class ClientLeft(Exception):
     """The client is gone; whatever runs for it must stop."""
+
+
+def all_failed(tried: Iterable[tuple[str, UpstreamFailed]]) -> ProxyError:
+    """502, or 504 when time ran out, or 503 when all were busy or down; with what was tried, in words. `tried`: names
+    of replicas, and what became of them."""
+    tried = list(tried)
+    told = "; ".join(f"{name}: {error}" for name, error in tried)
+    message = f"every backend that could answer was tried and failed ({told})"
+    if all(isinstance(error, Busy | ConnectFailed | Unable) for _, error in tried):
+        return Unavailable(message, code="all_backends_failed", retry_after=2)
+    return GatewayFailed(message, status=504 if isinstance(tried[-1][1], TimedOut) else 502)

@@ -24,7 +24,8 @@ from proxy.telemetry import Telemetry
 @dataclass(slots=True)
 class Call:
     """One request, parsed. `body` is without hints and with presets; `raw` is the client's own bytes while they still
-    say the same as `body`, else None. `alias` is the public model name. `started`: time.perf_counter()."""
+    say the same as `body`, else None. `alias` is the public model name. `started`: time.perf_counter(). `client`: its
+    address. `key`: the first 8 hex digits of the hash of the key it came in with, None without keys."""
 
     id: str
     features: Features
@@ -32,6 +33,8 @@ class Call:
     raw: bytes | None
     alias: str
     trace: bytes = b""
+    client: str | None = None
+    key: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -71,6 +74,13 @@ class Gateway:
     def plan(self, features: Features) -> Plan:
         self._check_model(features.model)
         return decide(features, self.fleet.backends, self.settings.routing, self._random)
+
+    def good_plan(self, features: Features) -> Plan:
+        """Raises ProxyError where it has no candidate."""
+        plan = self.plan(features)
+        if plan.error is not None:
+            raise plan.error
+        return plan
 
     def _check_model(self, model: str | None) -> None:
         """A name is unknown for certain only when every backend has told its names."""

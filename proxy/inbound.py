@@ -18,6 +18,7 @@ from http import HTTPStatus
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from proxy.client import request_id
 from proxy.errors import BadRequest, ClientTooSlow, HeadTooLarge, ProxyError
 from proxy.settings import Limits
 from proxy.wire import EXTENSION
@@ -116,6 +117,7 @@ class Inbound(HttpToolsProtocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Ends the connection. While an answer runs on it nothing may be said in between."""
+        self.app.gateway.telemetry.refused(request_id({}), "other", error, self.client[0] if self.client else None)
         answers = self.cycle is not None and not self.cycle.response_complete
         if not answers or (self._in_body and not self.cycle.response_started):
             body = error.body()

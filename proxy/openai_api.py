@@ -17,14 +17,15 @@ from proxy.client import CancelWhenGone, read_body, read_json, request_id, send_
 from proxy.errors import ClientLeft, InternalError, MethodNotAllowed, ModelNotFound, ProxyError
 from proxy.features import Endpoint
 from proxy.gateway import Call, Gateway
+from proxy.peer import client_address
 from proxy.relay import Relay
+from proxy.telemetry import CLIENT_LEFT
 from proxy.wire import Wire, wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 log = logging.getLogger("xgen_proxy")
-CLIENT_LEFT = 499  # nginx's number for it; nobody sees it but metrics and logs
 
 
 class Generate:
@@ -37,16 +38,21 @@ class Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         id = request_id(headers)
+        settings = self.gateway.settings
+        client = client_address(scope, settings.trusted_proxies)
+        key = None
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(scope["path"], scope["method"], "POST")
-            check_key(headers, self.gateway.settings.api_keys)
+            key = check_key(headers, settings.api_keys)
             call = await self.read(id, headers, receive)
         except ProxyError as error:
             await send_error(send, error, [(b"x-request-id", id.encode())])
+            self.gateway.telemetry.refused(id, self.endpoint, error, client, key)
         except ClientLeft:
             pass
         else:
+            call.client, call.key = client, key
             await self.answer(call, scope, receive, send)
 
     async def answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,20 +66,25 @@ class Generate:
 async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wire: Wire | None = None) -> None:
     """Plans, relays and accounts one call; stops everything when its client leaves."""
     relay: Relay | None = None
+    error: ProxyError | None = None
     try:
-        relay = Relay(gateway, call, gateway.plan(call.features), send, wire)
+        relay = Relay(gateway, call, gateway.good_plan(call.features), send, wire)
         with CancelWhenGone(receive):
             await relay.run()
         status = relay.reply.status
     except ClientLeft:
         status = CLIENT_LEFT
-    except ProxyError as error:
-        status = await fail(call, relay, send, error)
+    except ProxyError as known:
+        error = known
     except Exception:
         log.exception("request %s", call.id)
-        status = await fail(call, relay, send, InternalError(f"a fault of the proxy's own; its log has {call.id}"))
+        error = InternalError(f"a fault of the proxy's own; its log has {call.id}")
+    if error is not None:
+        status = await fail(call, relay, send, error)
     if relay is not None:
-        gateway.telemetry.finished(call, relay, status)
+        gateway.telemetry.finished(call, relay, status, error)
+    elif error is not None:
+        gateway.telemetry.refused(call.id, call.features.endpoint, error, call.client, call.key)
 
 
 async def fail(call: Call, relay: Relay | None, send: Send, error: ProxyError) -> int:

@@ -13,6 +13,7 @@ attempt outlives it but its failure and what the client has been shown.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -37,28 +38,27 @@ from proxy.errors import (
     ConnectFailed,
     GatewayFailed,
     ProxyError,
-    TimedOut,
     Unable,
-    Unavailable,
     UpstreamFailed,
+    all_failed,
 )  # fmt: skip
 from proxy.features import estimate_tokens
 from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
 from proxy.reply import Reply
 from proxy.retained import Retained
+from proxy.usage import Usage, usage_at_end, usage_of
 from proxy.wire import Wire
 
 Work = Callable[[Candidate], Awaitable[None]]
 
 
 class Relay:
-    """One request on its way. After run(): `reply`, `candidate`, `failures`, `attempts`, `broken` and `continued` tell
-    what happened."""
+    """One request on its way. After run() all but `remaining` tells what happened."""
 
     __slots__ = (
-        "attempts", "broken", "call", "candidate", "continued", "failures", "gateway", "plan", "remaining", "reply",
-        "waited",
+        "attempts", "broken", "call", "candidate", "continued", "failures", "gateway", "left_queue", "plan", "queued",
+        "remaining", "reply", "usage", "waited",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send, wire: Wire | None = None) -> None:
@@ -71,13 +71,14 @@ class Relay:
         self.failures: list[tuple[Candidate, UpstreamFailed]] = []
         self.attempts = 0
         self.waited = 0.0  # seconds spent waiting for slots and backends
+        self.queued = 0.0  # of these, seconds in the queue for a slot
+        self.left_queue = False  # the client left while the request was in it
+        self.usage: Usage | None = None  # where the backend told and it costs nothing to know
         self.broken: UpstreamFailed | None = None  # after the commit, and not mended
         self.continued = 0  # how often the stream went on elsewhere
 
     async def run(self) -> None:
-        """Raises ProxyError where nothing has been sent: the plan's error, Refused, or that every attempt failed."""
-        if self.plan.error is not None:
-            raise self.plan.error
+        """Raises ProxyError where nothing has been sent: Refused, no slot, or that every attempt failed."""
         self.gateway.retries.in_flight += 1
         try:
             await self._run()
@@ -101,7 +102,7 @@ class Relay:
             try:
                 await self._attempt_each(self._answer)
             except UpstreamFailed:
-                raise self._all_failed() from None
+                raise all_failed((candidate.replica.name, error) for candidate, error in self.failures) from None
 
     async def _attempt_each(self, work: Work) -> None:
         """Until one candidate can. Raises UpstreamFailed, the last one's."""
@@ -122,6 +123,8 @@ class Relay:
         replica = candidate.replica
         self.candidate = candidate
         self.remaining.remove(candidate)
+        if self.attempts:
+            self.gateway.telemetry.retries.add(candidate.backend.name)
         self.attempts += 1
         began = time.perf_counter()
         try:
@@ -150,31 +153,31 @@ class Relay:
     async def _take_slot(self) -> Candidate:
         """On the first free candidate of the plan's next tier. A tier that is all down is passed over."""
         tier = self.remaining[0].tier
-        began = time.perf_counter()
-        begun = self.reply.status != 0  # who has seen half an answer waits longer for the rest
+        candidates = [candidate for candidate in self.remaining if candidate.tier == tier]
+        taken = self.gateway.admission.take(candidates)
+        if taken is not None:
+            return taken
         try:
-            return await self.gateway.admission.acquire(
-                [candidate for candidate in self.remaining if candidate.tier == tier],
-                "high" if begun else self.call.features.urgency,
-                PATIENCE if begun else 1,
-            )
+            return await self._wait_for_slot(candidates)
         except ConnectFailed as error:
-            for candidate in self.remaining:
-                if candidate.tier == tier:
-                    self.failures.append((candidate, error))
+            self.failures += [(candidate, error) for candidate in candidates]
             self.remaining = [candidate for candidate in self.remaining if candidate.tier != tier]
             raise
-        finally:
-            self.waited += time.perf_counter() - began
 
-    def _all_failed(self) -> ProxyError:
-        """502, or 504 when time ran out, or 503 when all were busy or down; with what was tried, in words."""
-        errors = [error for _, error in self.failures]
-        tried = "; ".join(f"{candidate.replica.name}: {error}" for candidate, error in self.failures)
-        message = f"every backend that could answer was tried and failed ({tried})"
-        if all(isinstance(error, Busy | ConnectFailed | Unable) for error in errors):
-            return Unavailable(message, code="all_backends_failed", retry_after=2)
-        return GatewayFailed(message, status=504 if isinstance(errors[-1], TimedOut) else 502)
+    async def _wait_for_slot(self, candidates: list[Candidate]) -> Candidate:
+        begun = self.reply.status != 0  # who has seen half an answer waits longer for the rest
+        admission = self.gateway.admission
+        waiter = admission.line_up(candidates, "high" if begun else self.call.features.urgency)
+        began = time.perf_counter()
+        try:
+            return await admission.wait(waiter, PATIENCE if begun else 1)
+        except asyncio.CancelledError:
+            self.left_queue = True
+            raise
+        finally:
+            waited = time.perf_counter() - began
+            self.queued += waited
+            self.waited += waited
 
     # an answer, in one of three ways
 
@@ -205,6 +208,7 @@ class Relay:
         data = await attempt.whole()
         waited = time.perf_counter() - attempt.began
         data = repair_whole(attempt.backend.dialect, attempt.request, data)
+        self.usage = usage_at_end(data)
         if attempt.request.features.stream:
             data = as_events(attempt.request, data) + sse.DONE
         self.waited += waited  # an attempt that fails counts all of its time
@@ -232,7 +236,9 @@ class Relay:
         await aggregate.finish(attempt.post)
         self.waited += time.perf_counter() - attempt.began
         attempt.ending = done
-        await self.reply.whole(self.headers(), orjson.dumps(aggregate.result()))
+        answer = aggregate.result()
+        self.usage = usage_of(answer)
+        await self.reply.whole(self.headers(), orjson.dumps(answer))
 
     async def _stream(self, attempt: Attempt) -> None:
         mendable = self.why_final is None
@@ -253,6 +259,7 @@ class Relay:
         request = attempt.request
         passing = self.reply.passing(attempt) if editor is None and request.choices == 1 else None
         done = False
+        last = b""
         while block:
             if sse.is_error(block) or sse.is_abort(block):
                 await self._show_good_events(block, editor)
@@ -262,6 +269,7 @@ class Relay:
                 block = editor.edit(block)
             if block:
                 finished += sse.finishes(block)
+                last = block
                 await self.reply.show(block)
             if editor and editor.done:
                 attempt.stop()
@@ -277,6 +285,8 @@ class Relay:
             raise Broken("the stream ended without a finish_reason")
         tail = await editor.finish(attempt.post) if editor else b""
         attempt.ending = done
+        if request.features.include_usage:
+            self.usage = usage_at_end(last + tail)
         await self.reply.end(tail + sse.DONE)
 
     async def _show_good_events(self, block: bytes, editor: Editor | None) -> None:
@@ -322,9 +332,7 @@ class Relay:
         """Who may go on, by a plan made now: much may have changed since the stream began. Raises ProxyError."""
         features = self.call.features
         longer = replace(features, prompt_tokens=features.prompt_tokens + estimate_tokens(shown.text))
-        plan = self.gateway.plan(longer)
-        if plan.error is not None:
-            raise plan.error
+        plan = self.gateway.good_plan(longer)
         failed = {candidate.replica for candidate, _ in self.failures}
         return [
             candidate

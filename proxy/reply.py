@@ -24,7 +24,7 @@ class Reply:
     """`status`: 0 until something has been sent. `first_output`: when that was, time.perf_counter(). `retained`: what
     was shown of a stream; None where a break cannot be mended anyway."""
 
-    __slots__ = ("_send", "_wire", "first_output", "retained", "status")
+    __slots__ = ("_send", "_size", "_wire", "first_output", "retained", "status")
 
     def __init__(self, send: Send, wire: Wire | None) -> None:
         self._send = send
@@ -32,6 +32,12 @@ class Reply:
         self.status = 0
         self.first_output = 0.0
         self.retained: Retained | None = None
+        self._size: int | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the answer, but for the closing `[DONE]`; None where nobody has counted them."""
+        return self._size if self.retained is None else self.retained.size
 
     def _begin(self) -> None:
         self.first_output = time.perf_counter()
@@ -39,6 +45,7 @@ class Reply:
 
     async def whole(self, headers: Headers, data: bytes) -> None:
         self._begin()
+        self._size = len(data)
         headers = [JSON, *headers]
         if self._wire is not None and not self._wire.slow:
             self._wire.whole(headers, data)

@@ -12,11 +12,12 @@ class Retained:
     """Events as they were sent, in order. add() is called for every chunk and does next to nothing; all() is called
     when something broke. `over`: there was more than is kept."""
 
-    __slots__ = ("_blocks", "_folded", "_folder", "_size", "over", "total")
+    __slots__ = ("_blocks", "_folded", "_folder", "_folds", "_size", "over", "total")
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
         self._size = 0
+        self._folds = 0  # blocks in what is folded, or dropped
         self._folder: zlib._Compress | None = None
         self._folded: list[bytes] = []
         self.total = 0
@@ -28,8 +29,19 @@ class Retained:
         if self._size > FOLD:
             self._fold()
 
+    @property
+    def count(self) -> int:
+        """Of the blocks that were added."""
+        return self._folds + len(self._blocks)
+
+    @property
+    def size(self) -> int:
+        """Of all that was added, in bytes."""
+        return self.total + self._size
+
     def _fold(self) -> None:
         self.total += self._size
+        self._folds += len(self._blocks)
         if self.total > MOST:
             self.over = True
             self._folded.clear()

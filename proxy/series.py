@@ -26,6 +26,9 @@ class Counts:
     def add(self, *labels: str) -> None:
         self.values[labels] = self.values.get(labels, 0.0) + 1.0
 
+    def add_many(self, count: float, *labels: str) -> None:
+        self.values[labels] = self.values.get(labels, 0.0) + count
+
     def forget(self, label: str, value: str) -> None:
         """Drops the rows in which `label` has this value."""
         if label in self.labels:

@@ -13,9 +13,9 @@ import uvicorn
 
 from proxy.app import Front, create_app
 from proxy.inbound import Inbound
+from proxy.logs import set_up_logging
 from proxy.memory import listener
 from proxy.settings import Settings
-from proxy.telemetry import set_up_logging
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to us (60 s), so that it is never we who cut one

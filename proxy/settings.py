@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -193,6 +194,10 @@ class Settings(BaseSettings):
         default_factory=list,
         description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is asked.",
     )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
+        default=(),
+        description="IP networks, comma-separated, whose X-Forwarded-For is believed when the log names the client.",
+    )
     routing: Routing = Routing()
     limits: Limits = Limits()
     scrape_interval_s: float = Field(1.0, gt=0, description="Between two looks at a replica's load, with jitter.")
@@ -225,6 +230,11 @@ class Settings(BaseSettings):
             if len(key) != 64 or not set(key.lower()) <= set("0123456789abcdef"):
                 raise ValueError("each entry is the SHA-256 of a key in hex, never the key; `xgen-proxy key` makes one")
         return [key.lower() for key in keys]
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_network(network)) for network in networks)
 
     @classmethod
     def settings_customise_sources(

@@ -3,23 +3,20 @@ never logged."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.admission import Admission
-from proxy.errors import UpstreamFailed
-from proxy.fleet import Fleet
+from proxy.errors import ProxyError, QueueFull, Refused, UpstreamFailed
+from proxy.fleet import Backend, Fleet
+from proxy.gauges import FleetGauges
+from proxy.logs import log, tell
 from proxy.policy import Candidate
 from proxy.series import Counts, Times
 
@@ -27,94 +24,87 @@ if TYPE_CHECKING:
     from proxy.gateway import Call
     from proxy.relay import Relay
 
-log = logging.getLogger("xgen_proxy.request")
+CLIENT_LEFT = 499  # nginx's number for it; nobody sees it but metrics and logs
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
-
-
-BLANK = logging.makeLogRecord({"name": log.name}).__dict__
-
-
-def tell(level: int, message: str, fields: dict[str, Any]) -> None:
-    """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
-    if not log.isEnabledFor(level):
-        return
-    record = logging.LogRecord.__new__(logging.LogRecord)
-    now = time.time()
-    record.__dict__.update(BLANK)
-    record.__dict__.update(
-        levelno=level, levelname=logging.getLevelName(level), msg=message, created=now, msecs=now % 1 * 1000,
-        fields=fields,
-    )  # fmt: skip
-    log.handle(record)
-
-
-class FleetGauges(Collector):
-    """Read off the fleet when scraped, so that they cannot drift from it and vanish with a removed replica."""
-
-    def __init__(self, fleet: Fleet, admission: Admission) -> None:
-        self.fleet = fleet
-        self.admission = admission
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        labels = ["backend", "replica"]
-        up = GaugeMetricFamily("xgen_replica_up", "1: the replica takes requests.", labels=labels)
-        load = GaugeMetricFamily("xgen_replica_load", "0 idle, 1 full; see routing rule 5.", labels=labels)
-        in_flight = GaugeMetricFamily("xgen_replica_in_flight", "Requests that hold one of its slots.", labels=labels)
-        slots = GaugeMetricFamily("xgen_replica_slots", "Requests it runs at once.", labels=labels)
-        for replica in self.fleet.replicas:
-            names = [replica.backend.name, replica.name]
-            up.add_metric(names, float(replica.up))
-            load.add_metric(names, replica.load)
-            in_flight.add_metric(names, replica.in_flight)
-            slots.add_metric(names, replica.slots)
-        yield from (up, load, in_flight, slots)
-        queued = GaugeMetricFamily("xgen_queue_requests", "Requests that wait for a slot.")
-        queued.add_metric([], len(self.admission.waiting))
-        yield queued
 
 
 class Telemetry(Collector):
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
+        self._fleet = fleet
         self.requests = Counts(
-            "xgen_requests", "Requests by what became of them.", ["endpoint", "backend", "status", "reason"]
+            "xgen_requests", "Requests that had a plan, by what became of them.",
+            ["endpoint", "backend", "replica", "model", "status", "reason"],
+        )  # fmt: skip
+        self.refusals = Counts(
+            "xgen_refused_requests", "Requests that were refused before there was a plan.", ["endpoint", "code"]
         )
         self.failures = Counts(
             "xgen_attempt_failures", "Attempts that failed, whatever the client saw.", ["backend", "replica", "outcome"]
         )
+        self.retries = Counts("xgen_retries", "Attempts after a request's first.", ["backend"])
+        self.fallbacks = Counts(
+            "xgen_fallbacks", "Answered by another backend (`to`) than the plan's first.", ["backend", "to"]
+        )
         self.continuations = Counts(
             "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"]
         )
+        self.cancellations = Counts(
+            "xgen_cancellations", "Requests whose client left: in the queue, before the first output, or after it.",
+            ["stage"],
+        )  # fmt: skip
+        self.rejections = Counts(
+            "xgen_admission_rejections", "Requests without a slot: the queue was full, or the wait too long.",
+            ["reason"],
+        )  # fmt: skip
+        self.tokens = Counts(
+            "xgen_tokens", "Tokens, where the backend told: of whole answers, and of streams with include_usage.",
+            ["backend", "model", "type"],
+        )  # fmt: skip
         self.reloads = Counts("xgen_config_reloads", "New settings that were taken, or refused.", ["result"])
-        self.left = Counts("xgen_clients_left", "Requests whose client went away first.")
         self.duration = Times(
-            "xgen_request_seconds", "From the request to the end of the answer.", SECONDS, ["endpoint", "backend"]
-        )
+            "xgen_request_duration_seconds", "From the request to the end of the answer.", SECONDS,
+            ["endpoint", "backend"],
+        )  # fmt: skip
         self.first_output = Times(
-            "xgen_first_output_seconds", "From the request to the first byte of the answer (TTFT for streams).",
+            "xgen_time_to_first_token_seconds",
+            "From the request to the first output of a stream, or to the whole answer.",
             SECONDS, ["endpoint", "backend"],
+        )  # fmt: skip
+        self.gaps = Times(
+            "xgen_inter_chunk_seconds",
+            "The mean gap between two chunks of a stream, one value a stream, of those that could go on elsewhere.",
+            GAP_SECONDS, ["backend"],
         )  # fmt: skip
         self.overhead = Times(
             "xgen_overhead_seconds", "Until the first output, less the waiting for slots and backends.",
             OVERHEAD_SECONDS,
         )  # fmt: skip
+        self.queue_wait = Times(
+            "xgen_queue_wait_seconds", "In the queue for a slot, of those that had to wait.", SECONDS, ["urgency"]
+        )
         self._registry = CollectorRegistry()
         self._registry.register(FleetGauges(fleet, admission))
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        for series in vars(self).values():
-            if isinstance(series, Counts | Times):
-                yield series.family()
+        for series in self.all():
+            yield series.family()
+
+    def all(self) -> Iterator[Counts | Times]:
+        return (series for series in vars(self).values() if isinstance(series, Counts | Times))
 
     def forget(self, replica: str) -> None:
         """The series of a replica that is gone."""
-        for series in vars(self).values():
+        for series in self.all():
             if isinstance(series, Counts):
                 series.forget("replica", replica)
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
+
+    # what happens
 
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamFailed) -> None:
         self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
@@ -122,102 +112,99 @@ class Telemetry(Collector):
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.why,
         })  # fmt: skip
 
-    def finished(self, call: Call, relay: Relay, status: int) -> None:
-        """`status`: 499 when the client left."""
+    def refused(
+        self, request_id: str, endpoint: str, error: ProxyError, client: str | None, key: str | None = None
+    ) -> None:
+        """Before there was a plan. The message is not told: it says what the client sent."""
+        code = error.code or error.type
+        self.refusals.add(endpoint, code)
+        line = {"request_id": request_id, "endpoint": endpoint, "status": error.status, "code": code}
+        line |= {"client": client} if client is not None else {}
+        line |= {"key": key} if key is not None else {}
+        tell(logging.INFO, "refused", line)
+
+    def finished(self, call: Call, relay: Relay, status: int, error: ProxyError | None = None) -> None:
+        """`status`: CLIENT_LEFT when the client left. `error`: what the client was shown instead of an answer."""
         now = time.perf_counter()
-        backend = relay.candidate.backend.name if relay.candidate else "none"
-        reason = relay.candidate.reason.partition(":")[0] if relay.candidate else "none"
+        candidate, reply = relay.candidate, relay.reply
+        if candidate is None:
+            backend = replica = reason = "none"
+        else:
+            backend, replica = candidate.backend.name, candidate.replica.name
+            reason = candidate.reason.partition(":")[0]
         endpoint = call.features.endpoint
-        self.requests.add(endpoint, backend, str(status), reason)
+        self.requests.add(endpoint, backend, replica, call.alias, str(status), reason)
         self.duration.add(now - call.started, endpoint, backend)
-        if relay.reply.first_output:
-            self.first_output.add(relay.reply.first_output - call.started, endpoint, backend)
-            self.overhead.add(max(relay.reply.first_output - call.started - relay.waited, 0.0))
-        if relay.broken or relay.continued:
-            self.continuations.add("none" if relay.broken else backend)
-        if status == 499:
-            self.left.add()
+        if reply.first_output:
+            first = reply.first_output - call.started
+            self.first_output.add(first, endpoint, backend)
+            self.overhead.add(max(first - relay.waited, 0.0))
+            if candidate is not None:
+                self._answered(candidate.backend, call, relay, status, now)
+        if isinstance(error, QueueFull):
+            self.rejections.add(error.reason)
+        if relay.queued:
+            self.queue_wait.add(relay.queued, call.features.urgency)
+        if status == CLIENT_LEFT:
+            self.cancellations.add("answering" if reply.status else "queued" if relay.left_queue else "waiting")
         if log.isEnabledFor(logging.INFO):
-            tell(logging.INFO, "request", self._fields(call, relay, status, now))
+            tell(logging.INFO, "request", self._line(call, relay, status, error, now))
 
-    def _fields(self, call: Call, relay: Relay, status: int, now: float) -> dict[str, Any]:
-        candidate = relay.candidate
-        return {
+    def _answered(self, backend: Backend, call: Call, relay: Relay, status: int, now: float) -> None:
+        if backend is not relay.plan.candidates[0].backend:
+            self.fallbacks.add(relay.plan.candidates[0].backend.name, backend.name)
+        if relay.broken or relay.continued:
+            self.continuations.add("none" if relay.broken else backend.name)
+        if relay.usage is not None:
+            self.tokens.add_many(relay.usage[0], backend.name, call.alias, "input")
+            self.tokens.add_many(relay.usage[1], backend.name, call.alias, "output")
+        retained = relay.reply.retained
+        if retained is not None and status == 200 and relay.broken is None and (chunks := retained.count) > 1:
+            self.gaps.add((now - relay.reply.first_output) / (chunks - 1), backend.name)
+
+    def _line(self, call: Call, relay: Relay, status: int, error: ProxyError | None, now: float) -> dict[str, Any]:
+        """What is not known is left out."""
+        features, reply, candidate, size = call.features, relay.reply, relay.candidate, relay.reply.size
+        line: dict[str, Any] = {
             "request_id": call.id,
-            "endpoint": call.features.endpoint,
+            "endpoint": features.endpoint,
             "model": call.alias,
+            "stream": features.stream,
+            "prompt_words": features.prompt_words,
             "status": status,
-            "replica": candidate.replica.name if candidate else None,
-            "reason": candidate.reason if candidate else None,
             "attempts": relay.attempts,
-            "continued": relay.continued,
-            "broken": relay.broken.why if relay.broken else None,
-            "stream": call.features.stream,
-            "prompt_words": call.features.prompt_words,
-            "first_output_s": round(relay.reply.first_output - call.started, 4) if relay.reply.first_output else None,
-            "duration_s": round(now - call.started, 4),
+            "duration_s": int((now - call.started) * 1e4) / 1e4,
         }
+        if call.client is not None:
+            line["client"] = call.client
+        if call.key is not None:
+            line["key"] = call.key
+        if candidate is not None:
+            line["backend"] = candidate.backend.name
+            line["replica"] = candidate.replica.name
+            line["reason"] = candidate.reason
+        if reply.first_output:
+            line["ttft_s"] = int((reply.first_output - call.started) * 1e4) / 1e4
+        if relay.usage is not None:
+            line["tokens_in"], line["tokens_out"] = relay.usage
+        if size is not None:
+            line["bytes_out"] = size
+        if relay.queued:
+            line["queue_s"] = int(relay.queued * 1e4) / 1e4
+        if error is not None or relay.failures:
+            line |= _what_failed(relay, error)
+        return line
 
 
-class Lines(logging.Handler):
-    """To stderr, all lines of one turn of the event loop in one write: a write for each would cost more than the rest
-    of the line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiting: list[str] = []
-
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Without a lock, which appending to a list does not need."""
-        self._waiting.append(self.format(record))
-        if len(self._waiting) == 1:
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:  # no loop runs in this thread
-                self.flush()
-        return True
-
-    def flush(self) -> None:
-        lines, self._waiting = self._waiting, []
-        if lines:
-            sys.stderr.write("\n".join(lines) + "\n")
-            sys.stderr.flush()
-
-
-@lru_cache(maxsize=1)
-def _second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-class JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
-
-
-class PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items() if value is not None)
-        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {fields}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-def set_up_logging(log_format: str) -> None:
-    """To stderr; stdout is for what commands print."""
-    plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
-    handler = Lines()
-    handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for name in ("httpx", "httpcore", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Nobody formats these, and finding them costs more than the line: docs.python.org/3/howto/logging.html#optimization
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+def _what_failed(relay: Relay, error: ProxyError | None) -> dict[str, Any]:
+    """In our own words: a backend's may repeat the prompt."""
+    line: dict[str, Any] = {}
+    if error is not None:
+        line["code"] = "refused" if isinstance(error, Refused) else error.code or error.type
+    if relay.failures:
+        line["failed"] = [{"replica": each.replica.name, "outcome": why.outcome} for each, why in relay.failures]
+    if relay.continued:
+        line["continued"] = relay.continued
+    if relay.broken is not None:
+        line["broken"] = relay.broken.why
+    return line

@@ -29,7 +29,8 @@ from tests import documents
 from tests.documents import PAGES, README, ROOT, commands, inline, name, table_rows, ticked
 
 DOCS = ROOT / "docs"
-API, ROUTING, CONFIGURATION = DOCS / "api.md", DOCS / "routing.md", DOCS / "configuration.md"
+API, METRICS = DOCS / "api.md", DOCS / "metrics.md"
+ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
 ids = pytest.mark.parametrize("page", PAGES, ids=name)
 
@@ -318,7 +319,7 @@ def test_fields_of_the_fleet() -> None:
 
 def test_outcomes() -> None:
     outcomes = {each.outcome for each in errors.UpstreamFailed.__subclasses__()}
-    assert all(f"`{outcome}`" in API.read_text() for outcome in outcomes)
+    assert all(f"`{outcome}`" in METRICS.read_text() for outcome in outcomes)
 
 
 # Numbers that the text repeats

@@ -38,7 +38,7 @@ def held(proxy: RunningProxy) -> int:
 
 
 def left(proxy: RunningProxy) -> bool:
-    return "\nxgen_clients_left_total 1.0" in get(f"{proxy.url}/metrics").text
+    return "\nxgen_cancellations_total{" in get(f"{proxy.url}/metrics").text
 
 
 async def silent(talk: Talk) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.logs import JsonFormatter, PlainFormatter
 from proxy.settings import Settings
-from proxy.telemetry import JsonFormatter, PlainFormatter
 from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
 from tests.integration.fake import FakeUpstream, Talk, delta, status
 
@@ -90,36 +90,45 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_good_request(door: RunningProxy, log: pytest.LogCaptureFixture, stream: bool) -> None:
+def test_a_good_request(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture, stream: bool
+) -> None:
     watch = Watch(door)
     answer = chat(door, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
     assert answer.status_code == 200
     wait_until(lambda: lines(log))
     changes = watch.changes()
-    duration = changes.pop("xgen_request_seconds_sum")
-    first = changes.pop("xgen_first_output_seconds_sum")
+    duration = changes.pop("xgen_request_duration_seconds_sum")
+    first = changes.pop("xgen_time_to_first_token_seconds_sum")
     overhead = changes.pop("xgen_overhead_seconds_sum")
     where = {"endpoint": "chat", "backend": "vllm", "by": "1.0"}
-    assert changes == {
-        "xgen_requests_total": {**where, "status": "200", "reason": "default"},
-        "xgen_request_seconds_count": where,
-        "xgen_first_output_seconds_count": where,
+    replica = f"vllm@127.0.0.1:{fakes[0].port}"
+    grown: dict[str, Any] = {
+        "xgen_requests_total": {**where, "replica": replica, "model": "m", "status": "200", "reason": "default"},
+        "xgen_request_duration_seconds_count": where,
+        "xgen_time_to_first_token_seconds_count": where,
         "xgen_overhead_seconds_count": {"by": "1.0"},
     }
-    assert isinstance(duration, dict)
-    assert isinstance(first, dict)
-    assert isinstance(overhead, dict)
+    for name in ("xgen_inter_chunk_seconds_sum", "xgen_inter_chunk_seconds_count"):
+        changes.pop(name, None)  # the fake's events may come in one piece
+    if not stream:
+        assert changes.pop("xgen_tokens_total") == {"backend": "vllm", "model": "m", "type": "output", "by": "1.0"}
+    assert changes == grown
     assert 0 < float(overhead["by"]) <= float(first["by"]) <= float(duration["by"]) < 20
     [line] = lines(log)
-    expected = {
+    expected: dict[str, Any] = {
         "level": "info", "logger": "xgen_proxy.request", "message": "request", "request_id": "good-1",
-        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "broken": None, "stream": stream,
-        "prompt_words": 1,
+        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "stream": stream, "prompt_words": 1,
+        "backend": "vllm", "replica": replica, "client": "127.0.0.1",
     }  # fmt: skip
-    assert {name: line[name] for name in expected} == expected
-    assert line["replica"].startswith("vllm@")
-    assert line["reason"].startswith("default: GPU load")
-    assert 0 <= line["first_output_s"] <= line["duration_s"] < 20
+    if stream:
+        expected["bytes_out"] = len(answer.content.removesuffix(b"data: [DONE]\n\n"))
+    else:
+        expected |= {"bytes_out": len(answer.content), "tokens_in": 3, "tokens_out": 1}
+    assert line.pop("time")
+    assert line.pop("reason").startswith("default: GPU load")
+    assert 0 <= line.pop("ttft_s") <= line.pop("duration_s") < 20
+    assert line == expected
 
 
 def test_failing_over(
@@ -140,6 +149,7 @@ def test_failing_over(
     assert (attempt["level"], attempt["outcome"], attempt["replica"]) == ("warning", "broken", name)
     assert attempt["request_id"] == request["request_id"]
     assert request["attempts"] == 2
+    assert request["failed"] == [{"replica": name, "outcome": "broken"}]
 
 
 def test_everything_failed(
@@ -153,7 +163,10 @@ def test_everything_failed(
     requests = watch.changes()["xgen_requests_total"]
     assert isinstance(requests, dict)
     assert requests["status"] == "503"
-    assert lines(log)[-1]["first_output_s"] is None
+    line = lines(log)[-1]
+    assert (line["code"], line["attempts"]) == ("all_backends_failed", 2)
+    assert [each["outcome"] for each in line["failed"]] == ["busy", "busy"]
+    assert "ttft_s" not in line
 
 
 def test_a_broken_stream(
@@ -209,7 +222,7 @@ def test_a_client_that_leaves(
         assert client.recv(65536)
     wait_until(lambda: lines(log))
     changes = watch.changes()
-    assert changes["xgen_clients_left_total"] == {"by": "1.0"}
+    assert changes["xgen_cancellations_total"] == {"stage": "answering", "by": "1.0"}
     requests = changes["xgen_requests_total"]
     assert isinstance(requests, dict)
     assert requests["status"] == "499"
@@ -267,7 +280,9 @@ def test_json_lines() -> None:
 def test_json_lines_hold_tracebacks() -> None:
     text = formatted(JsonFormatter(), error=True)
     assert text.count("\n") == 1
-    assert "ZeroDivisionError: why" in json.loads(text)["exception"]
+    exception = json.loads(text)["exception"]
+    assert exception.endswith("\nZeroDivisionError")
+    assert "in formatted\n" in exception
 
 
 def test_json_lines_hold_anything() -> None:
@@ -275,10 +290,10 @@ def test_json_lines_hold_anything() -> None:
 
 
 def test_plain_lines() -> None:
-    text = formatted(PlainFormatter(), fields={"a": 1, "b": None, "c": "x"})
+    text = formatted(PlainFormatter(), fields={"a": 1, "b": [{"d": "y"}], "c": "x"})
     assert text[2] == text[5] == ":"
-    assert text[8:] == " message é\n a=1 c=x\n"
-    assert "ZeroDivisionError: why" in formatted(PlainFormatter(), error=True)
+    assert text[8:] == ' message é\n a=1 b=[{"d":"y"}] c=x\n'
+    assert formatted(PlainFormatter(), error=True).endswith("\nZeroDivisionError\n")
 
 
 def test_what_a_backend_says_is_not_logged(

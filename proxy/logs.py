@@ -1,0 +1,111 @@
+"""How log lines are written: JSON for machines, plain for a terminal, all lines of one turn of the event loop at
+once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+import traceback
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+log = logging.getLogger("xgen_proxy.request")
+LEVELS = {level: logging.getLevelName(level) for level in (logging.INFO, logging.WARNING)}
+NOTHING: dict[str, Any] = {}
+BLANK = logging.makeLogRecord({"name": log.name}).__dict__
+
+
+def tell(level: int, message: str, fields: dict[str, Any]) -> None:
+    """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
+    if not log.isEnabledFor(level):
+        return
+    record = logging.LogRecord.__new__(logging.LogRecord)
+    now = time.time()
+    record.__dict__ = {
+        **BLANK, "levelno": level, "levelname": LEVELS[level], "msg": message, "created": now,
+        "msecs": now % 1 * 1000, "fields": fields,
+    }  # fmt: skip
+    log.handle(record)
+
+
+class Lines(logging.Handler):
+    """To stderr, all lines of one turn of the event loop in one write: a write for each would cost more than the rest
+    of the line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[str] = []
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without a lock, which appending to a list does not need."""
+        self._waiting.append(self.format(record))
+        if len(self._waiting) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:  # no loop runs in this thread
+                self.flush()
+        return True
+
+    def flush(self) -> None:
+        lines, self._waiting = self._waiting, []
+        if lines:
+            sys.stderr.write("\n".join(lines) + "\n")
+            sys.stderr.flush()
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        created = record.created
+        line = {
+            "time": f"{_second(int(created))}.{int(created % 1 * 1000):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage() if record.args else record.msg,
+            **record.__dict__.get("fields", NOTHING),
+        }
+        if record.exc_info:
+            line["exception"] = frames_of(record.exc_info[1])
+        return orjson.dumps(line, default=str).decode()
+
+
+class PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{key}={_plain(value)}" for key, value in record.__dict__.get("fields", NOTHING).items())
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {fields}".rstrip()
+        return f"{line}\n{frames_of(record.exc_info[1])}" if record.exc_info else line
+
+
+def _plain(value: object) -> str:
+    return orjson.dumps(value).decode() if isinstance(value, list) else str(value)
+
+
+def frames_of(error: BaseException | None) -> str:
+    """A traceback without the message, which may repeat what the client sent; but for the operating system's errors."""
+    parts: list[str] = []
+    while error is not None:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        parts.append(f"{frames}{type(error).__qualname__}" + (f": {error}" if isinstance(error, OSError) else ""))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nand then\n".join(reversed(parts))
+
+
+def set_up_logging(log_format: str) -> None:
+    """To stderr; stdout is for what commands print."""
+    plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
+    handler = Lines()
+    handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("httpx", "httpcore", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Nobody formats these, and finding them costs more than the line: docs.python.org/3/howto/logging.html#optimization
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
