@@ -1,0 +1,316 @@
+"""Every expression that an alert, a recording rule or a panel has is asked of a real Prometheus, which scrapes a proxy
+under load: it must find something. And promtool runs the rules' own tests."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.documents import ROOT
+from tests.e2e import prometheus
+from tests.e2e.conftest import unavailable
+from tests.e2e.prometheus import DEPLOYED, Prometheus, promtool
+from tests.e2e.servers import Proxy, until
+from tests.integration.fake import FakeUpstream, Talk, delta, good, status
+
+RULES = [
+    rule
+    for file in sorted((DEPLOYED / "rules").glob("*.yml"))
+    for group in yaml.safe_load(file.read_text())["groups"]
+    for rule in group["rules"]
+]
+RECORDED = [rule for rule in RULES if "record" in rule]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+BOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "xgen-proxy.json").read_text())
+SHOWN = [
+    pytest.param(target["expr"], target.get("legendFormat", ""), id=f"{panel['title']} {target['refId']}")
+    for panel in BOARD["panels"]
+    for target in panel.get("targets", [])
+]
+SELECTOR = re.compile(r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|path:\w+:\w+|vllm:\w+)(?:\{[^}]*\})?)(?![\w(])")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docker() -> None:
+    why = prometheus.why_not()
+    if why:
+        unavailable(f"NOT TESTED WITH PROMETHEUS: {why}")
+
+
+# promtool
+
+
+def test_promtool_takes_the_configuration() -> None:
+    done = promtool("check", "config", "--lint-fatal", "prometheus.yml")
+    assert done.returncode == 0, done.stdout
+    assert "2 rule files found" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["recording.yml", "alerts.yml"])
+def test_promtool_takes_the_rules(file: str) -> None:
+    done = promtool("check", "rules", "--lint=all", "--lint-fatal", f"rules/{file}")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", sorted((DEPLOYED / "tests").glob("*.yml")), ids=lambda file: file.stem)
+def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
+    done = promtool("test", "rules", f"tests/{file.name}")
+    assert done.returncode == 0, done.stdout
+
+
+# The loaded stack
+
+
+class Engine(FakeUpstream):
+    """A scripted engine with the metrics page of a real one."""
+
+    page = ""
+
+    async def _look(self, talk: Talk) -> None:
+        if talk.path == "/metrics":
+            head = f"content-type: text/plain; version=0.0.4\r\ncontent-length: {len(self.page)}\r\n\r\n"
+            await talk.send(f"HTTP/1.1 200 OK\r\n{head}{self.page}".encode())
+        elif talk.path == "/props":  # llama-server's
+            await talk.answer(200, {"total_slots": 2})
+        else:
+            await super()._look(talk)
+
+
+def asked(talk: Talk) -> str:
+    messages = talk.json.get("messages") or [{}]
+    return str(messages[0].get("content", ""))
+
+
+async def gpu_script(talk: Talk) -> None:
+    """What the first message says is what happens."""
+    if asked(talk) == "fail":
+        await status(500)(talk)
+    elif asked(talk) == "break":
+        await talk.start_stream()
+        await talk.event(delta("Once "))
+        talk.reset()
+    else:
+        await cpu_script(talk)
+
+
+async def cpu_script(talk: Talk) -> None:
+    if asked(talk) in ("hold", "silent"):
+        if asked(talk) == "hold":
+            await talk.start_stream()
+            await talk.event(delta("wait "))
+        await talk.until_client_leaves()
+    else:
+        await good(talk)
+
+
+@dataclass
+class Load:
+    """All that can befall requests, again and again."""
+
+    proxy: Proxy
+    config: Path
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False))  # nothing here has TLS
+
+    def round(self) -> None:
+        for prompt in ("hello", "fail", "hello", "break", "hello"):
+            assert self.ask(prompt, stream=True).status_code == 200
+            assert self.ask("hello").status_code == 200
+        assert self.ask("a " * 200).status_code == 200
+        assert self.ask("break", {"X-Continuation": "none"}, stream=True).status_code == 200
+        assert self.ask("hello", temperature="hot").status_code == 400
+        assert self.ask("hello", model="unknown").status_code == 404
+        self.leave("silent")
+        self.crowd()
+        self.reload()
+
+    def ask(self, prompt: str, headers: Any = None, timeout: float = 20, **fields: Any) -> httpx.Response:
+        return self.client.post(**self.request(prompt, **fields), headers=headers, timeout=timeout)
+
+    def request(self, prompt: str, **fields: Any) -> dict[str, Any]:
+        body = {"model": "m", "messages": [{"role": "user", "content": prompt}], **fields}
+        return {"url": f"{self.proxy.url}/v1/chat/completions", "json": body}
+
+    def leave(self, prompt: str, **fields: Any) -> None:
+        with pytest.raises(httpx.TimeoutException):
+            self.ask(prompt, timeout=0.2, **fields)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """One slot of the CPU is taken. Its client leaves in mid-answer."""
+        with self.client.stream("POST", **self.request("hold", stream=True, **ON_CPU), timeout=20) as answer:
+            pieces = answer.iter_raw()  # when it is thrown away, the connection is
+            assert next(pieces)
+            yield
+
+    def crowd(self) -> None:
+        """Two slots, two places in the queue, little patience: of three one is turned away at once and two
+        when their time is up; one leaves while it waits; and one waits and is served."""
+        with ThreadPoolExecutor() as pool, self.held():
+            with self.held():
+                crowd = [pool.submit(self.ask, "hello", **ON_CPU) for _ in range(3)]
+                assert [each.result().status_code for each in crowd] == [429, 429, 429]
+                self.leave("hello", **ON_CPU)
+                lucky = pool.submit(self.ask, "hello", **ON_CPU)
+                until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
+            assert lucky.result().status_code == 200
+
+    def all_up(self) -> bool:
+        return all(replica["up"] for backend in self.status()["backends"] for replica in backend["replicas"])
+
+    def status(self) -> Any:
+        return self.client.get(f"{self.proxy.url}/models/status", timeout=10).json()
+
+    def reload(self) -> None:
+        good_settings = self.config.read_text()
+        assert self.proxy.process
+        self.config.write_text("nonsense = 1\n")
+        refused = 'xgen_config_reloads_total{result="refused"}'
+        before = self.told(refused)
+        self.proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: self.told(refused) > before, 10, "the settings to be refused")
+        self.config.write_text(good_settings)
+
+    def told(self, series: str) -> float:
+        """The proxy's own word."""
+        page = self.client.get(f"{self.proxy.url}/metrics", timeout=10).text
+        found = re.search(rf"^{re.escape(series)} (\S+)", page, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+ON_CPU = {"backend": "llama_cpp", "fallback": "none"}
+SETTINGS = """
+scrape_interval_s = 0.2
+[backends.vllm]
+urls = ["{gpu}"]
+[backends.llama_cpp]
+urls = ["{cpu}"]
+dialect = "llama-server"
+[limits]
+queue = 2
+queue_timeout_s = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[tuple[Engine, Engine]]:
+    gpu, cpu = Engine(default=gpu_script), Engine(default=cpu_script)
+    gpu.page = (ROOT / "tests/fixtures/metrics/vllm-0.32.0-metrics-loaded.txt").read_text()
+    cpu.page = "llamacpp:requests_processing 1\nllamacpp:requests_deferred 0\n"
+    yield gpu, cpu
+    gpu.close()
+    cpu.close()
+
+
+@pytest.fixture(scope="module")
+def load(engines: tuple[Engine, Engine], start_proxy: Callable[..., Proxy], tmp_path_factory: Any) -> Iterator[Load]:
+    config = tmp_path_factory.mktemp("monitored") / "xgen-proxy.toml"
+    gpu, cpu = engines
+    config.write_text(SETTINGS.format(gpu=gpu.url, cpu=cpu.url))
+    load = Load(start_proxy(env={"XGEN_CONFIG": str(config)}), config)
+    until(load.all_up, 30, "both engines to be up")
+    yield load
+    load.proxy.stop()
+
+
+@pytest.fixture(scope="module")
+def scraping(
+    engines: tuple[Engine, Engine], load: Load, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    gpu, cpu = engines
+    server = Prometheus(
+        tmp_path_factory.mktemp("prometheus"),
+        {
+            "proxy": [f"127.0.0.1:{load.proxy.port}"],
+            "vllm": [f"127.0.0.1:{gpu.port}"],
+            "llama-cpp": [f"127.0.0.1:{cpu.port}"],
+        },
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@dataclass
+class Loaded:
+    """A Prometheus that looks at a stack under load."""
+
+    server: Prometheus
+    working: Future[None]
+
+    def find(self, expr: str) -> list[dict[str, str]]:
+        """The labels of what it gives, as soon as it gives something."""
+        expr = expr.replace("$__rate_interval", "30s")
+        return until(lambda: self.query(expr), 60, f"data for {expr}")
+
+    def query(self, expr: str) -> list[dict[str, str]]:
+        if self.working.done():
+            self.working.result()  # raises what went wrong
+        return self.server.query(expr)
+
+
+@pytest.fixture(scope="module")
+def loaded(scraping: Prometheus, load: Load) -> Iterator[Loaded]:
+    """Under load for as long as something is asked."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            load.round()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        yield Loaded(scraping, working)
+        over.set()
+    working.result()
+
+
+@pytest.mark.parametrize(("expr", "legend"), SHOWN)
+def test_every_panel_shows_something_and_names_it(loaded: Loaded, expr: str, legend: str) -> None:
+    for series in loaded.find(expr):
+        assert all(series.get(label) for label in re.findall(r"{{(\w+)}}", legend)), series
+
+
+@pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
+def test_every_recording_rule_records(loaded: Loaded, rule: dict[str, str]) -> None:
+    """With the labels that its level has."""
+    level = rule["record"].partition(":")[0]
+    labels = {"xgen": set(), "replica": {"backend", "replica"}}.get(level, {level})
+    for series in loaded.find(rule["expr"]) + loaded.find(rule["record"]):
+        assert {name for name, value in series.items() if value and name != "__name__"} == labels, series
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_every_alert_looks_at_something_that_is_there(loaded: Loaded, rule: dict[str, Any]) -> None:
+    loaded.query(rule["expr"])
+    selectors = SELECTOR.findall(rule["expr"])
+    assert selectors
+    for selector in selectors:
+        assert loaded.find(selector)
+
+
+def test_what_the_load_does_is_what_is_measured(loaded: Loaded) -> None:
+    """Not only something, but the right thing, of what can be told for certain."""
+    assert loaded.find('ALERTS{alertname="XgenStreamsLost", alertstate="firing"} == 1')
+    assert loaded.find('ALERTS{alertname="XgenConfigRefused", alertstate="firing"} == 1')
+    assert loaded.find('xgen_fallbacks_total{backend="vllm", to="llama_cpp"} > 0')
+    assert loaded.find('xgen_continuations_total{backend="llama_cpp"} > 0')
+    for reason in ("queue_full", "queue_timeout"):
+        assert loaded.find(f'xgen_admission_rejections_total{{reason="{reason}"}} > 0')
+    for stage in ("queued", "waiting", "answering"):
+        assert loaded.find(f'xgen_cancellations_total{{stage="{stage}"}} > 0')
+    assert loaded.find("0 < xgen:requests_failed:ratio_rate5m < 0.5")
+    assert loaded.find('path:xgen_replicas_up:sum{path="cpu"} == 1')
+    assert loaded.query('ALERTS{alertname=~"XgenProxyDown|XgenNoBackendUp|XgenTargetDown"}') == []
