@@ -64,6 +64,7 @@ class Server(uvicorn.Server):
 def config_for(app: Front, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app, loop="uvloop", http=Inbound, ws="none", lifespan="on", log_config=None, access_log=False,
+        workers=1,  # whatever WEB_CONCURRENCY says
         server_header=False, date_header=True, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s), backlog=BACKLOG,
     )  # fmt: skip

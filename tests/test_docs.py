@@ -248,7 +248,7 @@ def test_routes() -> None:
 def test_request_headers() -> None:
     told = {header.lower() for row in table_rows(API, "request header") for header in ticked(row[0])}
     hints = {f"x-{hint.replace('_', '-')}" for hint in HINTS}
-    read = set(re.findall(r'headers\.get\(b"([\w-]+)",', source()))
+    read = set(re.findall(r'(?:headers\.get\(|if name == )b"([\w-]+)"', source()))
     assert told == (read | hints) - {"content-length"}, "docs/api.md has other headers than are read"
 
 

@@ -159,7 +159,7 @@ def test_who_gets_no_slot(start: Start, gpu: FakeUpstream, limits: dict[str, Any
         assert chat(proxy, urgency="low").status_code == 429
         until(proxy, "xgen_admission_rejections_total", {(reason,): 1})
         assert samples(proxy, "xgen_queue_wait_seconds_count") == ({("low",): 1} if waits else {})
-        assert not waits or samples(proxy, "xgen_queue_wait_seconds_sum")["low",] >= 0.05
+        assert not waits or samples(proxy, "xgen_queue_wait_seconds_sum")["low",] > 0.04  # timers may be early
 
 
 # tokens and gaps

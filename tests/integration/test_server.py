@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from proxy import server
+from proxy import cli, server
 from proxy.server import PortTaken, listen
 from proxy.settings import Settings
 from tests.conftest import LOOPBACK
@@ -275,6 +275,18 @@ def test_a_second_signal_ends_it_at_once(serve: Serve, gpu: FakeUpstream, second
     assert time.monotonic() - began < 15
     streaming.thread.join(20)
     assert streaming.left.wait(20), "the backend was not told to stop"
+
+
+# one process
+
+
+def test_there_is_one_process_whatever_the_environment_says(serve: Serve, gpu: FakeUpstream) -> None:
+    process = serve("--vllm", gpu.url, WEB_CONCURRENCY="4", UVICORN_WORKERS="4")
+    process.until_ready()
+    threads = Path(f"/proc/{process.child.pid}/task").glob("*/children")
+    assert [children for thread in threads if (children := thread.read_text())] == []
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args(["serve", "--workers", "4"])
 
 
 # what it writes
