@@ -56,7 +56,8 @@ class RunningProxy:
 
 
 def backend(*fakes: FakeUpstream, **values: Any) -> dict[str, Any]:
-    return {"urls": [fake.url for fake in fakes], "dialect": "vllm", **values}
+    """Time to connect in plenty: a machine with too much to do may hold this process up for more than the usual 2 s."""
+    return {"urls": [fake.url for fake in fakes], "dialect": "vllm", "connect_timeout_s": 20, **values}
 
 
 @pytest.fixture
