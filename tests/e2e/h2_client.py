@@ -20,6 +20,7 @@ class H2:
     def __init__(self, sock: ssl.SSLSocket) -> None:
         assert sock.selected_alpn_protocol() == "h2"
         self.sock = sock
+        self.early: list[h2.events.Event] = []  # what came before it was asked for
         config = h2.config.H2Configuration(
             validate_outbound_headers=False, normalize_outbound_headers=False, header_encoding="utf-8"
         )
@@ -54,11 +55,28 @@ class H2:
         self.connection.reset_stream(stream)
         self.flush()
 
-    def next(self) -> list[h2.events.Event]:
-        """What came next; nothing where the other side has closed."""
+    def upload(self, stream: int, size: int) -> None:
+        """A body of `size` bytes as fast as it is taken, until it is through or the other side ends the stream."""
+        while size:
+            room = min(size, self.connection.local_flow_control_window(stream), self.connection.max_outbound_frame_size)
+            if room:
+                self.connection.send_data(stream, b" " * room, end_stream=room == size)
+                self.flush()
+                size -= room
+            else:
+                events = self.next()
+                if events is None or any(isinstance(event, h2.events.ResponseReceived) for event in events):
+                    self.early += events or []
+                    return
+
+    def next(self) -> list[h2.events.Event] | None:
+        """What came next; None where the other side has closed."""
+        if self.early:
+            events, self.early = self.early, []
+            return events
         data = self.sock.recv(65536)
         if not data:
-            return []
+            return None
         events = self.connection.receive_data(data)
         self.flush()
         return events
@@ -66,7 +84,7 @@ class H2:
     def status(self, stream: int) -> int | None:
         """The status of a stream's answer, read to its end; None where it was reset or the connection ended."""
         status = None
-        while events := self.next():
+        while (events := self.next()) is not None:
             for event in events:
                 if isinstance(event, h2.events.ResponseReceived) and event.stream_id == stream:
                     status = int(dict(event.headers)[":status"])

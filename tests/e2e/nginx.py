@@ -1,6 +1,6 @@
 """A real nginx with the configuration of nginx/nginx.conf, and a name server that says where the proxies are.
 
-Of the configuration only what must differ from machine to machine is replaced: the ports it listens on, the name server,
+Only what must differ from machine to machine is replaced in the configuration: the ports it listens on, the name server,
 the port of the proxies and the folder of the certificate.
 """
 
@@ -35,7 +35,7 @@ CAGE += ["--security-opt", "no-new-privileges"]
 
 
 class Unavailable(Exception):
-    """Neither Docker nor a recent nginx is on this machine; says why."""
+    """Neither Docker with an image nor a recent nginx is on this machine; says why."""
 
 
 def runner() -> str:
@@ -174,7 +174,9 @@ class Nginx:
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The line of one request, which is written when it is over."""
-        return until(lambda: next((line for line in self.lines() if line["request_id"] == request_id), None), 5, request_id)
+        return until(
+            lambda: next((line for line in self.lines() if line["request_id"] == request_id), None), 5, request_id
+        )
 
 
 def certificate(folder: Path, name: str = "localhost") -> subprocess.CompletedProcess[str]:
@@ -183,5 +185,6 @@ def certificate(folder: Path, name: str = "localhost") -> subprocess.CompletedPr
     done = subprocess.run(script, env={**os.environ, "SERVER_NAME": name}, capture_output=True, text=True, check=False)
     if os.getuid() != 0 and (folder / "privkey.pem").exists():
         (folder / "privkey.pem").chmod(0o644)
-    folder.chmod(0o755)
+    if folder.exists():
+        folder.chmod(0o755)
     return done
