@@ -1,7 +1,7 @@
 """A real nginx with the configuration of nginx/nginx.conf, and a name server that says where the proxies are.
 
-Only what must differ from machine to machine is replaced in the configuration: the ports it listens on, the name server,
-the port of the proxies and the folder of the certificate.
+Only what must differ from machine to machine is replaced in it: the ports it listens on, the name server, the port of
+the proxies and the folder of the certificate.
 """
 
 from __future__ import annotations
