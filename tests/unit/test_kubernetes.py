@@ -1,4 +1,4 @@
-"""The manifests of deploy/kubernetes: kubectl builds them, Kubernetes would take them, and they are true to the code."""
+"""The manifests of deploy/kubernetes: kubectl builds them, Kubernetes takes them, and they are true to the code."""
 
 from __future__ import annotations
 
