@@ -87,7 +87,7 @@ both = $(compile) --universal --constraint requirements/dev.txt
 
 # dev.txt first: what the others share with it has the same version, so that one .venv can hold them all.
 lock: python-dev ## renew requirements/*.txt: the newest versions a week old, with hashes
-	$(compile) --universal --extra cpu --extra native pyproject.toml requirements/build.in requirements/dev.in -o requirements/dev.txt
+	$(compile) --universal --extra cpu --extra native --extra otel pyproject.toml requirements/build.in requirements/dev.in -o requirements/dev.txt
 	$(both) requirements/build.in -o requirements/build.txt
 	$(both) pyproject.toml -o requirements/run.txt
 	$(both) --extra cpu pyproject.toml -o requirements/cpu.txt

@@ -22,6 +22,7 @@ class Aggregate:
         self.head: Json = {}
         self.choices: dict[int, Choice] = {}
         self.usages: list[Json] = []
+        self.usage: Json | None = None
         self.tally = Tally(request) if dialect.tokenize else None
         self.stops = Stops(stop_strings(request.body) if dialect.tokenize else ())
 
@@ -47,9 +48,9 @@ class Aggregate:
         """Asks for what the stream did not have. Raises UpstreamFailed."""
         self._check()
         if self.tally is not None:
-            self.head["usage"] = await self.tally.usage(post)
+            self.usage = await self.tally.usage(post)
         elif self.usages:
-            self.head["usage"] = joined_usage(self.usages, self.request.body.get("n") or 1)
+            self.usage = joined_usage(self.usages, self.request.body.get("n") or 1)
 
     def _check(self) -> None:
         finished = [choice.finish for choice in self.choices.values()]
@@ -64,6 +65,7 @@ class Aggregate:
             "model": self.request.alias,
             "choices": [self.choices[index].as_chat(index) if self.chat else self.choices[index].as_text(index)
                         for index in order],
+            **({} if self.usage is None else {"usage": self.usage}),
         }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class Attempt:
         self.replica.pool.release(self.connection, ending=self.ending, reuse=reuse)
 
     def _head(self) -> bytes:
-        own = b"traceparent: " + self.call.trace + b"\r\n" if self.call.trace else b""
+        own = self.call.trace
         if self.backend.dialect.request_id:
             own += b"x-request-id: " + self.call.id.encode() + b"\r\n"
         start = PATHS[self.request.features.endpoint], self.replica.head, own, len(self.payload)

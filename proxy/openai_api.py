@@ -67,6 +67,8 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wir
     """Plans, relays and accounts one call; stops everything when its client leaves."""
     relay: Relay | None = None
     error: ProxyError | None = None
+    if gateway.tracing is not None:
+        call.span = gateway.tracing.begin(call)
     try:
         relay = Relay(gateway, call, gateway.good_plan(call.features), send, wire)
         with CancelWhenGone(receive):
@@ -81,6 +83,8 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wir
         error = InternalError(f"a fault of the proxy's own; its log has {call.id}")
     if error is not None:
         status = await fail(call, relay, send, error)
+    if call.span is not None:
+        call.span.end(relay, status)
     if relay is not None:
         gateway.telemetry.finished(call, relay, status, error)
     elif error is not None:

@@ -47,7 +47,6 @@ from proxy.gateway import Call, Gateway
 from proxy.policy import Candidate, Plan
 from proxy.reply import Reply
 from proxy.retained import Retained
-from proxy.usage import Usage, usage_at_end, usage_of
 from proxy.wire import Wire
 
 Work = Callable[[Candidate], Awaitable[None]]
@@ -57,8 +56,8 @@ class Relay:
     """One request on its way. After run() all but `remaining` tells what happened."""
 
     __slots__ = (
-        "attempts", "broken", "call", "candidate", "continued", "failures", "gateway", "left_queue", "plan", "queued",
-        "remaining", "reply", "usage", "waited",
+        "attempts", "broken", "call", "candidate", "continued", "ending", "failures", "gateway", "left_queue", "plan",
+        "queued", "remaining", "reply", "waited",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send, wire: Wire | None = None) -> None:
@@ -73,7 +72,7 @@ class Relay:
         self.waited = 0.0  # seconds spent waiting for slots and backends
         self.queued = 0.0  # of these, seconds in the queue for a slot
         self.left_queue = False  # the client left while the request was in it
-        self.usage: Usage | None = None  # where the backend told and it costs nothing to know
+        self.ending = b""  # the whole answer, or the last events of the stream
         self.broken: UpstreamFailed | None = None  # after the commit, and not mended
         self.continued = 0  # how often the stream went on elsewhere
 
@@ -126,6 +125,8 @@ class Relay:
         if self.attempts:
             self.gateway.telemetry.retries.add(candidate.backend.name)
         self.attempts += 1
+        if self.call.span is not None:
+            work = self.call.span.around(work, self)
         began = time.perf_counter()
         try:
             await work(candidate)
@@ -208,7 +209,7 @@ class Relay:
         data = await attempt.whole()
         waited = time.perf_counter() - attempt.began
         data = repair_whole(attempt.backend.dialect, attempt.request, data)
-        self.usage = usage_at_end(data)
+        self.ending = data
         if attempt.request.features.stream:
             data = as_events(attempt.request, data) + sse.DONE
         self.waited += waited  # an attempt that fails counts all of its time
@@ -236,9 +237,8 @@ class Relay:
         await aggregate.finish(attempt.post)
         self.waited += time.perf_counter() - attempt.began
         attempt.ending = done
-        answer = aggregate.result()
-        self.usage = usage_of(answer)
-        await self.reply.whole(self.headers(), orjson.dumps(answer))
+        self.ending = orjson.dumps(aggregate.result())
+        await self.reply.whole(self.headers(), self.ending)
 
     async def _stream(self, attempt: Attempt) -> None:
         mendable = self.why_final is None
@@ -285,8 +285,7 @@ class Relay:
             raise Broken("the stream ended without a finish_reason")
         tail = await editor.finish(attempt.post) if editor else b""
         attempt.ending = done
-        if request.features.include_usage:
-            self.usage = usage_at_end(last + tail)
+        self.ending = last + tail
         await self.reply.end(tail + sse.DONE)
 
     async def _show_good_events(self, block: bytes, editor: Editor | None) -> None:

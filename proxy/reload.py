@@ -18,7 +18,7 @@ from proxy.settings import Settings, sources
 log = logging.getLogger("xgen_proxy.reload")
 
 WATCH_S = 2.0
-AT_START_ONLY = ("host", "port", "log_format", "drain_s")
+AT_START_ONLY = ("host", "port", "log_format", "drain_s", "otlp_endpoint")
 
 Stamps = dict[Path, tuple[int, int, int]]
 

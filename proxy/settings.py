@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -209,6 +210,10 @@ class Settings(BaseSettings):
         description="A vLLM silent so long is asked for a token: when its engine hangs, it answers looks. 0: never.",
     )
     drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="The OpenTelemetry collector for traces, as http://HOST:4318. Unset: none. Needs the extra otel.",
+    )
     log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
 
     @model_validator(mode="before")
@@ -235,6 +240,17 @@ class Settings(BaseSettings):
     @classmethod
     def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(ip_network(network)) for network in networks)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, url: str | None) -> str | None:
+        if not url:
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("write http://HOST:4318, where an OpenTelemetry collector takes OTLP over HTTP")
+        if find_spec("opentelemetry.exporter") is None:
+            raise ValueError('traces need the extra: pip install "xgen-proxy[otel]"')
+        return url
 
     @classmethod
     def settings_customise_sources(

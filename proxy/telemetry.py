@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.admission import Admission
+from proxy.ending import Usage, usage_at_end
 from proxy.errors import ProxyError, QueueFull, Refused, UpstreamFailed
 from proxy.fleet import Backend, Fleet
 from proxy.gauges import FleetGauges
@@ -126,6 +127,7 @@ class Telemetry(Collector):
     def finished(self, call: Call, relay: Relay, status: int, error: ProxyError | None = None) -> None:
         """`status`: CLIENT_LEFT when the client left. `error`: what the client was shown instead of an answer."""
         now = time.perf_counter()
+        usage = usage_at_end(relay.ending) if relay.ending else None
         candidate, reply = relay.candidate, relay.reply
         if candidate is None:
             backend = replica = reason = "none"
@@ -140,7 +142,9 @@ class Telemetry(Collector):
             self.first_output.add(first, endpoint, backend)
             self.overhead.add(max(first - relay.waited, 0.0))
             if candidate is not None:
-                self._answered(candidate.backend, call, relay, status, now)
+                self._answered(candidate.backend, relay, usage)
+            if reply.retained is not None and relay.ending and (chunks := reply.retained.count) > 1:
+                self.gaps.add((now - reply.first_output) / (chunks - 1), backend)
         if isinstance(error, QueueFull):
             self.rejections.add(error.reason)
         if relay.queued:
@@ -148,22 +152,22 @@ class Telemetry(Collector):
         if status == CLIENT_LEFT:
             self.cancellations.add("answering" if reply.status else "queued" if relay.left_queue else "waiting")
         if log.isEnabledFor(logging.INFO):
-            tell(logging.INFO, "request", self._line(call, relay, status, error, now))
+            tell(logging.INFO, "request", self._line(relay, status, error, usage, now))
 
-    def _answered(self, backend: Backend, call: Call, relay: Relay, status: int, now: float) -> None:
+    def _answered(self, backend: Backend, relay: Relay, usage: Usage | None) -> None:
         if backend is not relay.plan.candidates[0].backend:
             self.fallbacks.add(relay.plan.candidates[0].backend.name, backend.name)
         if relay.broken or relay.continued:
             self.continuations.add("none" if relay.broken else backend.name)
-        if relay.usage is not None:
-            self.tokens.add_many(relay.usage[0], backend.name, call.alias, "input")
-            self.tokens.add_many(relay.usage[1], backend.name, call.alias, "output")
-        retained = relay.reply.retained
-        if retained is not None and status == 200 and relay.broken is None and (chunks := retained.count) > 1:
-            self.gaps.add((now - relay.reply.first_output) / (chunks - 1), backend.name)
+        if usage is not None:
+            self.tokens.add_many(usage[0], backend.name, relay.call.alias, "input")
+            self.tokens.add_many(usage[1], backend.name, relay.call.alias, "output")
 
-    def _line(self, call: Call, relay: Relay, status: int, error: ProxyError | None, now: float) -> dict[str, Any]:
+    def _line(
+        self, relay: Relay, status: int, error: ProxyError | None, usage: Usage | None, now: float
+    ) -> dict[str, Any]:
         """What is not known is left out."""
+        call = relay.call
         features, reply, candidate, size = call.features, relay.reply, relay.candidate, relay.reply.size
         line: dict[str, Any] = {
             "request_id": call.id,
@@ -185,8 +189,8 @@ class Telemetry(Collector):
             line["reason"] = candidate.reason
         if reply.first_output:
             line["ttft_s"] = int((reply.first_output - call.started) * 1e4) / 1e4
-        if relay.usage is not None:
-            line["tokens_in"], line["tokens_out"] = relay.usage
+        if usage is not None:
+            line["tokens_in"], line["tokens_out"] = usage
         if size is not None:
             line["bytes_out"] = size
         if relay.queued:

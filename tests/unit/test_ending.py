@@ -1,4 +1,4 @@
-"""Token counts, found at the end of an answer."""
+"""Token counts and finish reasons, found at the end of an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.usage import FROM_END, usage_at_end, usage_of
+from proxy.ending import FROM_END, finish_reasons, usage_at_end
 from tests.unit.wire import delta, events
 
 COUNTS = {"prompt_tokens": 12, "total_tokens": 46, "completion_tokens": 34}
@@ -38,6 +38,9 @@ def test_none(data: bytes) -> None:
     assert usage_at_end(data) is None
 
 
-def test_of_an_answer_put_together() -> None:
-    assert usage_of({"usage": COUNTS}) == (12, 34)
-    assert usage_of({}) is None
+def test_finish_reasons() -> None:
+    said = json.dumps({"finish_reason": "said"})
+    choices = [{"text": said, "finish_reason": reason} for reason in ("stop", "length")]
+    assert finish_reasons(json.dumps({"choices": choices, "usage": COUNTS}).encode()) == ["stop", "length"]
+    assert finish_reasons(events(delta("stop"))) == ["stop"]
+    assert finish_reasons(events(delta())) == []
