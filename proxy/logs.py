@@ -41,20 +41,27 @@ class Lines(logging.Handler):
         self._waiting: list[str] = []
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Without a lock, which appending to a list does not need."""
-        self._waiting.append(self.format(record))
-        if len(self._waiting) == 1:
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:  # no loop runs in this thread
-                self.flush()
+        """Without a lock: only the thread that serves puts anything by, another one writes at once."""
+        line = self.format(record)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            write([line])
+            return True
+        if not self._waiting:
+            loop.call_soon(self.flush)
+        self._waiting.append(line)
         return True
 
     def flush(self) -> None:
         lines, self._waiting = self._waiting, []
         if lines:
-            sys.stderr.write("\n".join(lines) + "\n")
-            sys.stderr.flush()
+            write(lines)
+
+
+def write(lines: list[str]) -> None:
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
 
 
 @lru_cache(maxsize=1)

@@ -7,13 +7,14 @@ import io
 import json
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.logs import JsonFormatter, PlainFormatter
+from proxy.logs import JsonFormatter, Lines, PlainFormatter
 from proxy.settings import Settings
 from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
 from tests.integration.fake import FakeUpstream, Talk, delta, status
@@ -310,3 +311,40 @@ def test_what_a_backend_says_is_not_logged(
     told = "".join(str(vars(record)) for record in caplog.records)
     assert "says 500" in told
     assert PROMPT not in told
+
+
+class Writes(io.StringIO):
+    """Keeps what each write() was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.each.append(text)
+        return len(text)
+
+
+async def test_lines_of_one_turn_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    lines = Lines()
+    for number in range(3):
+        lines.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    assert writes.each == []
+    await asyncio.sleep(0)
+    assert writes.each == ["line 0\nline 1\nline 2\n"]
+
+
+async def test_another_thread_does_not_wait_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that which sends traces."""
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    lines = Lines()
+    lines.handle(logging.makeLogRecord({"msg": "from the loop"}))
+    thread = threading.Thread(target=lines.handle, args=[logging.makeLogRecord({"msg": "from a thread"})])
+    thread.start()
+    thread.join()
+    assert writes.each == ["from a thread\n"]
+    await asyncio.sleep(0)
+    assert writes.each == ["from a thread\n", "from the loop\n"]
