@@ -15,7 +15,7 @@ Usage = tuple[int, int]  # tokens of the prompt and of the answer
 
 def usage_at_end(data: bytes) -> Usage | None:
     """`data`: a whole answer, or the last events of a stream."""
-    at = data.rfind(USAGE, max(len(data) - FROM_END, 0))
+    at = data.rfind(USAGE, -FROM_END)
     prompt = PROMPT.search(data, at) if at >= 0 else None
     if prompt is None:
         return None
