@@ -17,11 +17,12 @@ Labels = tuple[str, ...]
 
 
 class Counts:
-    """`name` without `_total`. `labels`: their names; what is given to add() are their values, in this order."""
+    """`name` without `_total`. `labels`: their names; what is given to add() are their values, in this order. `known`:
+    values of its one label that are told as 0 from the start, so that the first event is a change."""
 
-    def __init__(self, name: str, help: str, labels: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, help: str, labels: Sequence[str] = (), known: Sequence[str] = ()) -> None:
         self.name, self.help, self.labels = name, help, tuple(labels)
-        self.values: dict[Labels, float] = {} if labels else {(): 0.0}
+        self.values: dict[Labels, float] = {(each,): 0.0 for each in known} if labels else {(): 0.0}
 
     def add(self, *labels: str) -> None:
         self.values[labels] = self.values.get(labels, 0.0) + 1.0

@@ -49,28 +49,30 @@ class Telemetry(Collector):
             "xgen_fallbacks", "Answered by another backend (`to`) than the plan's first.", ["backend", "to"]
         )
         self.continuations = Counts(
-            "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"]
+            "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"], known=["none"]
         )
         self.cancellations = Counts(
             "xgen_cancellations", "Requests whose client left: in the queue, before the first output, or after it.",
-            ["stage"],
+            ["stage"], known=["queued", "waiting", "answering"],
         )  # fmt: skip
         self.rejections = Counts(
             "xgen_admission_rejections", "Requests without a slot: the queue was full, or the wait too long.",
-            ["reason"],
+            ["reason"], known=["queue_full", "queue_timeout"],
         )  # fmt: skip
         self.tokens = Counts(
             "xgen_tokens", "Tokens, where the backend told: of whole answers, and of streams with include_usage.",
             ["backend", "model", "type"],
         )  # fmt: skip
-        self.reloads = Counts("xgen_config_reloads", "New settings that were taken, or refused.", ["result"])
+        self.reloads = Counts(
+            "xgen_config_reloads", "New settings that were taken, or refused.", ["result"], known=["taken", "refused"]
+        )
         self.duration = Times(
             "xgen_request_duration_seconds", "From the request to the end of the answer.", SECONDS,
             ["endpoint", "backend"],
         )  # fmt: skip
         self.first_output = Times(
             "xgen_time_to_first_token_seconds",
-            "From the request to the first output of a stream, or to the whole answer.",
+            "From the request to the first output, of streams.",
             SECONDS, ["endpoint", "backend"],
         )  # fmt: skip
         self.gaps = Times(
@@ -139,7 +141,8 @@ class Telemetry(Collector):
         self.duration.add(now - call.started, endpoint, backend)
         if reply.first_output:
             first = reply.first_output - call.started
-            self.first_output.add(first, endpoint, backend)
+            if call.features.stream:
+                self.first_output.add(first, endpoint, backend)
             self.overhead.add(max(first - relay.waited, 0.0))
             if candidate is not None:
                 self._answered(candidate.backend, relay, usage)

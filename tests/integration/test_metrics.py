@@ -31,8 +31,17 @@ def samples(proxy: RunningProxy, name: str) -> dict[tuple[str, ...], float]:
 
 
 def until(proxy: RunningProxy, name: str, expected: dict[tuple[str, ...], float]) -> None:
-    """A request is counted a moment after its answer has come."""
-    wait_until(lambda: samples(proxy, name) == expected)
+    """A request is counted a moment after its answer has come. What is still 0 need not be expected."""
+    wait_until(lambda: {labels: value for labels, value in samples(proxy, name).items() if value} == expected)
+
+
+def test_what_alerts_ask_for_is_there_from_the_start(start: Start, gpu: FakeUpstream) -> None:
+    """The first event must be a change of a series, not a new series, which has no rate."""
+    proxy = start(backends={"vllm": backend(gpu)})
+    assert samples(proxy, "xgen_continuations_total") == {("none",): 0}
+    assert samples(proxy, "xgen_config_reloads_total") == {("taken",): 0, ("refused",): 0}
+    assert samples(proxy, "xgen_admission_rejections_total") == {("queue_full",): 0, ("queue_timeout",): 0}
+    assert samples(proxy, "xgen_cancellations_total") == {("queued",): 0, ("waiting",): 0, ("answering",): 0}
 
 
 # what was refused
@@ -67,9 +76,7 @@ def test_without_a_key(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash_key("sk-mine")])
     assert chat(proxy).status_code == 401
     assert get(f"{proxy.url}/v1/models").status_code == 401
-    until(
-        proxy, "xgen_refused_requests_total", {("invalid_api_key", "chat"): 1, ("invalid_api_key", "other"): 1}
-    )
+    until(proxy, "xgen_refused_requests_total", {("invalid_api_key", "chat"): 1, ("invalid_api_key", "other"): 1})
 
 
 def test_with_nobody_up(start: Start, gpu: FakeUpstream) -> None:
