@@ -74,7 +74,8 @@ class Monitor:
         self._watch_each(backend)
         for replica in gone:
             log.info("%s is no longer listed: %d requests end there", replica.name, replica.in_flight)
-            self._watching.pop(replica).cancel()
+            if watching := self._watching.pop(replica, None):
+                watching.cancel()
             self._start(self._ending, replica, self._end(replica))
         if gone:
             self.admission.gone()

@@ -74,6 +74,11 @@ class Reloader:
         for name in AT_START_ONLY:
             if getattr(old, name) != getattr(settings, name):
                 log.warning("%s is read at the start only: restart for it to change", name)
-        self.gateway.configure(settings)
+        try:
+            self.gateway.configure(settings)
+        except Exception:  # a fault of ours: the next change has to be noticed all the same
+            log.exception("taking new settings (%s)", why)
+            self.gateway.telemetry.reloads.add("refused")
+            return
         self.gateway.telemetry.reloads.add("taken")
         log.info("new settings (%s)", why)

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from proxy.auth import new_key
+from proxy.gateway import Gateway
+from proxy.reload import Reloader
+from proxy.settings import Settings
 from tests.integration.conftest import CHAT, get, post, wait_until
 from tests.integration.fake import FakeUpstream
 from tests.integration.test_server import Process, Streaming
@@ -157,3 +160,18 @@ def test_a_secret_is_read_from_its_file_and_again_when_it_changes(
     assert gpu.talks[0].headers["authorization"] == "Bearer sk-engine"
     (secrets / "xgen_api_keys").write_text(new_hash + "\n")
     wait_until(lambda: status(new) == 200)
+
+
+async def test_a_fault_of_ours_is_told_and_the_next_settings_are_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(backends={"vllm": {"urls": ["http://127.0.0.1:1"]}})
+    gateway = Gateway(settings)
+    reloader = Reloader(gateway, lambda: settings)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(gateway.fleet, "configure", lambda _: 1 / 0)
+        reloader.reload("test")
+    assert "ZeroDivisionError" in caplog.text
+    reloader.reload("test")
+    assert gateway.telemetry.reloads.values == {("refused",): 1, ("taken",): 1}
+    await gateway.stop()
