@@ -15,6 +15,16 @@ TARGET = HERE / "components" / "monitoring" / "rules.yaml"
 HEAD = "# Made by deploy/kubernetes/rules.py from deploy/prometheus/rules; change them there.\n"
 
 
+class Dumper(yaml.SafeDumper):
+    """Expressions of several lines as such."""
+
+
+Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
 def rendered() -> str:
     groups = [group for path in sorted(RULES.glob("*.yml")) for group in yaml.safe_load(path.read_text())["groups"]]
     rule = {
@@ -23,7 +33,7 @@ def rendered() -> str:
         "metadata": {"name": "xgen"},
         "spec": {"groups": groups},
     }
-    return HEAD + yaml.safe_dump(rule, sort_keys=False, width=120)
+    return HEAD + yaml.dump(rule, Dumper=Dumper, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":
