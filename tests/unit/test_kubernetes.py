@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from proxy.discovery import RESOLVE_S
-from proxy.settings import Settings
+from proxy.effective import load
 from tests.documents import ROOT
 from tests.test_docs import METRICS, served_routes
 
@@ -212,9 +212,10 @@ def test_arguments_name_variables_that_are_set(overlay: str) -> None:
 
 
 def test_the_proxys_settings_are_settings(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load() refuses names that it does not know."""
     for name, value in settings_of(overlay).items():
         monkeypatch.setenv(name, value)
-    settings = Settings()
+    settings = load({})
     assert settings.host == "0.0.0.0"
     assert settings.backends["llama_cpp"].dialect == "llama-server"
     assert ("vllm" in settings.backends) == (overlay != "cpu")
@@ -431,7 +432,7 @@ def test_secrets_are_read_as_kubernetes_lays_them_out(tmp_path: Path, monkeypatc
     for name, value in settings_of("gpu").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XGEN_SECRETS_DIR", str(tmp_path))
-    settings = Settings()
+    settings = load({})
     assert settings.api_keys == ["ab" * 32]
     key = settings.backends["vllm"].api_key
     assert key is not None
