@@ -14,6 +14,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterable
+from functools import partial
 from urllib.parse import urlsplit
 
 import dns.asyncresolver
@@ -25,7 +26,7 @@ from proxy.health import Monitor
 
 log = logging.getLogger("xgen_proxy.discovery")
 
-RESOLVE_S = 2.0  # a new replica is to be found, probed and used within 5 s; name servers near by take 1 ms
+RESOLVE_S = 2.0  # a new replica is to be found, probed and used within 5 s
 PATIENCE_S = 5.0  # a name server that does not answer must hold up neither the start nor other backends
 NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
@@ -73,6 +74,7 @@ class Discovery:
         self.monitor = monitor
         self._seen: set[Backend] = set()
         self._silent: set[Backend] = set()
+        self._looking: dict[Backend, asyncio.Task[None]] = {}
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -80,13 +82,15 @@ class Discovery:
         self._due.set()
 
     async def start(self) -> None:
-        await self.look()
+        self._look_at_each()
+        await asyncio.gather(*self._looking.values())
         self._task = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*self._looking.values(), *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
         while True:
@@ -94,16 +98,26 @@ class Discovery:
                 async with asyncio.timeout(RESOLVE_S):
                     await self._due.wait()
             self._due.clear()
-            try:
-                await self.look()
-            except Exception:
-                log.exception("looking names up")
+            self._look_at_each()
 
-    async def look(self) -> None:
-        await asyncio.gather(*(self._look(backend) for backend in self.fleet.backends))
+    def _look_at_each(self) -> None:
+        """Each by itself: one whose name takes long to look up holds up no other."""
         self._seen &= set(self.fleet.backends)
+        for backend in self.fleet.backends:
+            if backend not in self._looking:
+                task = self._looking[backend] = asyncio.create_task(self._look(backend))
+                task.add_done_callback(partial(self._looked, backend))
+
+    def _looked(self, backend: Backend, _: asyncio.Task[None]) -> None:
+        del self._looking[backend]
 
     async def _look(self, backend: Backend) -> None:
+        try:
+            await self._settle(backend)
+        except Exception:
+            log.exception("looking up the names of %s", backend.name)
+
+    async def _settle(self, backend: Backend) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 urls = await resolve(backend.settings.urls)
@@ -113,5 +127,7 @@ class Discovery:
             self._silent.add(backend)
             return
         self._silent.discard(backend)
+        if backend not in self.fleet.backends:
+            return  # new settings have taken it away meanwhile
         self.monitor.settle(backend, urls, late=backend in self._seen)
         self._seen.add(backend)

@@ -26,11 +26,11 @@ from proxy.errors import BadRequest, ProxyError, Unavailable
 from proxy.features import PROMPT_FIELD, Features, shown
 from proxy.settings import Routing
 
-in_flight = attrgetter("in_flight")
-
 if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context,
     # replicas, ring and in_flight; and name, up, load and in_flight of each
     from proxy.fleet import Backend, Replica
+
+in_flight = attrgetter("in_flight")
 
 WINDOW = 64  # replicas to choose from; with two, several proxies make three times the queue (bench/herding.py)
 SHARE = 1.25  # of what each replica would hold if all held the same; the paper's trade of balance for staying at home

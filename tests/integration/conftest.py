@@ -74,6 +74,15 @@ def cpu() -> Iterator[FakeUpstream]:
     fake.close()
 
 
+@pytest.fixture(scope="module")
+def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    """For a `door` that a module's tests share."""
+    gpu, cpu = FakeUpstream(), FakeUpstream()
+    yield gpu, cpu
+    gpu.close()
+    cpu.close()
+
+
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningProxy]]:
     """start(backends={…}, **settings) → a running proxy whose replicas are all up (pass up=N to expect fewer)."""

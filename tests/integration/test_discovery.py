@@ -197,6 +197,29 @@ def test_while_no_name_server_answers_everybody_stays(
     assert caplog.text.count("cannot be looked up") == 1, "told once, not every two seconds"
 
 
+def test_a_name_that_takes_long_holds_up_no_other(
+    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names.addresses = ["127.0.0.1"]
+    slow = {"urls": ["dns://slow.test:8000"], "dialect": "vllm", "models": {"m": "m"}}
+    asked, go_on, found = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *rest: Any, **named: Any) -> Any:
+        if host == "slow.test":
+            if names.lookups > 2:
+                asked.set()
+                go_on.wait(20)
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return found(host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    proxy = start(backends={"slow": slow, "vllm": named(gpu)}, up=1)
+    assert asked.wait(10)
+    names.addresses.append("127.0.0.2")
+    wait_until(lambda: len(proxy.gateway.fleet.backends[1].replicas) == 2, 3)
+    go_on.set()
+
+
 async def test_a_pod_with_addresses_of_both_families_is_one_replica(names: Names) -> None:
     names.addresses = ["10.0.0.1", "fd00::1"]
     assert await discovery.resolve(["dns://engine.test:8000"]) == ["http://10.0.0.1:8000"]

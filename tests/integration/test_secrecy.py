@@ -26,14 +26,6 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
-    gpu, cpu = FakeUpstream(), FakeUpstream()
-    yield gpu, cpu
-    gpu.close()
-    cpu.close()
-
-
-@pytest.fixture(scope="module")
 def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {
