@@ -119,6 +119,7 @@ class Gateway:
     async def start(self) -> None:
         self.monitor.start()
         await self.discovery.start()
+        await self.monitor.first_looks()
 
     async def stop(self) -> None:
         await self.discovery.stop()

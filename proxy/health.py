@@ -32,6 +32,7 @@ from proxy.settings import Settings
 log = logging.getLogger("xgen_proxy.health")
 
 PROBE = {"prompt": "1", "max_tokens": 1}
+FIRST_LOOKS_S = 3.0  # a little more than a look may take
 MISSES_BEFORE_DOWN = 3  # a busy server may miss a look; a refused connection is believed at once
 
 
@@ -54,6 +55,13 @@ class Monitor:
     def start(self) -> None:
         for backend in self.fleet.backends:
             self._watch_each(backend)
+
+    async def first_looks(self) -> None:
+        """Until each replica was looked at. Before, a proxy would refuse what the one beside it can do."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOKS_S):
+                while any(replica.state == "starting" for replica in self.fleet.replicas):  # noqa: ASYNC110  once
+                    await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
         tasks = [*self._watching.values(), *self._probing.values(), *self._ending.values()]

@@ -67,6 +67,27 @@ def test_not_there_at_first(start: Start, gpu: Upstream) -> None:
     assert chat(proxy).status_code == 200
 
 
+def test_a_proxy_that_answers_has_looked(start: Start, gpu: Upstream) -> None:
+    """Else one that has just been started refuses, for a moment, what the proxy beside it can do."""
+
+    async def slowly(talk: Talk) -> None:
+        await asyncio.sleep(0.5)
+        await FakeUpstream._look(gpu, talk)
+
+    gpu.looks["/metrics"] = slowly
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    assert chat(proxy).status_code == 200
+
+
+def test_one_that_hangs_does_not_hold_up_the_start(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "FIRST_LOOKS_S", 0.2)
+    gpu.looks["/metrics"] = hang
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    assert only(proxy).state == "starting"
+
+
 def test_up_says_what_it_can_do(start: Start, gpu: Upstream) -> None:
     gpu.models = ["a", "b"]
     proxy = start(backends={"vllm": backend(gpu)})
