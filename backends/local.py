@@ -31,6 +31,7 @@ from backends.process import Child
 RUN = ROOT / "run"
 ALIAS = "smollm2"
 SLOTS = 4  # of one llama-server
+LOOPBACK = "127.0.0.1"
 START_S = 300.0  # a large model on a slow disk
 STOP_S = 5.0
 DRAIN_S = float(os.environ.get("XGEN_DRAIN_S", "30")) + 5  # the proxy's own drain time and a little
@@ -176,25 +177,25 @@ def vllm_key() -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def llama_cpp_python(model: Path, name: str, port: int, threads: int, ctx: int) -> list[str]:
+def llama_cpp_python(model: Path, name: str, port: int, threads: int, ctx: int, host: str = LOOPBACK) -> list[str]:
     """interrupt_requests off: on, a newer request of any kind cuts the stream that is running."""
     return [
         sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", name,
-        "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
+        "--host", host, "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
         "--n_threads", str(threads), "--n_threads_batch", str(threads),
     ]  # fmt: skip
 
 
-def llama_server(model: Path, name: str, port: int, threads: int, ctx: int) -> list[str]:
+def llama_server(model: Path, name: str, port: int, threads: int, ctx: int, host: str = LOOPBACK) -> list[str]:
     """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
     return [
         sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", name,
-        "--host", "127.0.0.1", "--port", str(port), "-c", str(SLOTS * ctx), "-np", str(SLOTS), "-t", str(threads),
+        "--host", host, "--port", str(port), "-c", str(SLOTS * ctx), "-np", str(SLOTS), "-t", str(threads),
         "-tb", str(threads), "-b", "64", "-ub", "64", "--metrics", "--slots", "--no-webui", "--offline",
     ]  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[[Path, str, int, int, int], list[str]]] = {
+COMMANDS: dict[str, Callable[..., list[str]]] = {
     "llama-cpp-python": llama_cpp_python,
     "llama-server": llama_server,
 }
