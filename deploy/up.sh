@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# up.sh: brings up compose.yaml, says what it waits for, and ends when everything is healthy; or says what is not, and why.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+die() { printf '\nmake: %s\n' "$@" >&2; exit 1; }
+value() { awk -F= -v name="$1" '$1 == name { found = $2 } END { print found }' .env; }
+
+command -v docker >/dev/null || die "There is no docker here. Install Docker Engine with its compose plugin, 2.24 or newer."
+docker compose version >/dev/null 2>&1 || die "docker has no compose plugin. On Debian and Ubuntu: apt install docker-compose-plugin"
+docker info >/dev/null 2>&1 || die "The Docker engine does not answer. Is it running (systemctl start docker)? May you use it (group docker)?
+$(docker info 2>&1 | tail -n 1)"
+if ! [ -e .env ]; then
+    cp .env.example .env
+    echo "make: made .env out of .env.example, all defaults"
+fi
+
+engine=${ENGINE:-$(value ENGINE)}
+engine=${engine:-llama-cpp-python}
+if ! docker image inspect "xgen-$engine" >/dev/null 2>&1; then
+    echo "make: the first start takes a while: it builds the images$(
+        [ "$engine" != llama-cpp-python ] || printf ' (llama-cpp-python is compiled: 5 to 20 minutes)'
+    ), fetches the model (93 MB) and starts each service when those it needs are healthy"
+fi
+case ,${COMPOSE_PROFILES:-$(value COMPOSE_PROFILES)}, in
+    *,gpu,*) echo "make: vLLM downloads its model the first time, and takes a minute or more to start each time" ;;
+esac
+
+# What has failed, and its last words.
+tell() {
+    local id name
+    for id in $(docker compose ps -aq); do
+        name=$(docker inspect -f '{{.Name}} {{.State.Status}} {{.State.ExitCode}} {{with .State.Health}}{{.Status}}{{end}}' "$id")
+        case $name in
+            *' running 0 'healthy | *' running 0 ' | *' exited 0 '* | *' created '*) ;;
+            *) printf '\n%s; its last words:\n' "${name#/}" && docker logs --tail 15 "$id" 2>&1 | sed 's/^/  | /' ;;
+        esac
+    done
+}
+
+docker compose up -d --build --remove-orphans --wait || { tell >&2; die "Not everything came up, see above. When that is put right: make up"; }
+
+address=$(docker compose port nginx 443)
+echo "
+make: it is up. Try it (-k, since the first certificate is self-signed):
+
+  curl -k https://${address/0.0.0.0/localhost}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France? Answer in one word.\"}], \"temperature\": 0}'
+
+To see what it does: make logs. To end it: make down."

@@ -1,0 +1,444 @@
+"""compose.yaml as it is shipped, brought up for real: what it promises while parts of it are stopped, killed and added.
+
+The GPU is a stand-in, a second llama.cpp server in vLLM's place, and so are images that cannot be had here. The engine
+is llama-server, which needs no compiling: XGEN_TEST_ENGINE=llama-cpp-python tests the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.e2e import stack as stacks
+from tests.e2e.conftest import unavailable
+from tests.e2e.door import CAPITAL, NEVER_ENDING
+from tests.e2e.servers import MODEL, until
+from tests.e2e.stack import ROOT, Stack, docker, has_image, inspect
+
+pytestmark = pytest.mark.timeout(1800)  # images are built, and under load each thing takes long
+
+ENGINE = os.environ.get("XGEN_TEST_ENGINE", "llama-server")
+BUILD_S = 1500
+UP_S = 600
+ONE_SHOT = {"certificate", "model"}
+OURS = {"proxy", "llama-cpp", "nginx", "prometheus", "grafana", *ONE_SHOT}  # sealed: not vllm, whose image is not ours
+
+# In vLLM's place, on a machine without a GPU: the same server as on the CPU path, and the proxy is told so.
+STAND_IN = f"""
+services:
+  proxy:
+    environment:
+      XGEN_BACKENDS__VLLM__DIALECT: {ENGINE}
+      XGEN_BACKENDS__VLLM__PATH: gpu
+      XGEN_BACKENDS__VLLM__SLOTS: 4
+      XGEN_BACKENDS__VLLM__CHAT_TEMPLATE: /template/tokenizer_config.json
+  vllm:
+    image: xgen-{ENGINE}
+    depends_on:
+      model: {{condition: service_completed_successfully}}
+    entrypoint: !reset null
+    command: !override [python, -m, backends.llama_cpp.container]
+    environment: !override {{MODEL_NAME: {MODEL}, CPUS: "1"}}
+    volumes: !override ["models:/models:ro"]
+    healthcheck: !override {{test: [CMD, python, -m, backends.healthcheck], interval: 5s, start_period: 120s}}
+    init: true
+    deploy: !reset null
+"""
+
+# What Grafana's image is asked for, where it cannot be had.
+NO_GRAFANA = """
+FROM python:3.11-slim
+RUN mkdir -p /www/api && touch /www/api/health && ln -s /usr/bin/true /usr/local/bin/wget
+CMD ["python", "-m", "http.server", "--directory", "/www", "3000"]
+"""
+
+# vLLM's own reading of its command line, without starting it.
+PARSE_FLAGS = """
+import sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:]))
+"""
+
+CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
+
+
+@pytest.fixture(scope="module")
+def with_docker() -> None:
+    try:
+        stacks.check_docker()
+    except stacks.Unavailable as error:
+        unavailable(f"NOT TESTED IN CONTAINERS: {error}")
+
+
+@pytest.fixture(scope="module")
+def images(with_docker: None) -> dict[str, str]:
+    """Settings that name other images, where those of compose.yaml cannot be had."""
+    named = stacks.variables()
+    docker_image = ROOT / "tests" / "e2e" / "nginx_image.sh"
+    subprocess.run([str(docker_image), named["NGINX_IMAGE"]], check=True, capture_output=True, timeout=600)
+    settings = {}
+    if not had(named["GRAFANA_IMAGE"]):
+        docker("build", "--tag", "xgen-test-grafana", "-", input=NO_GRAFANA, timeout=300)
+        settings["GRAFANA_IMAGE"] = "xgen-test-grafana"
+    prometheus = named["PROMETHEUS_IMAGE"]
+    if had(prometheus) and not folder_of_its_own(prometheus):
+        own = f"FROM {prometheus}\nRUN install -d -o 65534 -g 65534 /prometheus\n"
+        docker("build", "--tag", "xgen-test-prometheus", "-", input=own, timeout=300)
+        settings["PROMETHEUS_IMAGE"] = "xgen-test-prometheus"
+    return settings
+
+
+def had(image: str) -> bool:
+    return has_image(image) or subprocess.run(["docker", "pull", "-q", image], capture_output=True).returncode == 0
+
+
+def folder_of_its_own(image: str) -> bool:
+    command = ["docker", "run", "--rm", "--entrypoint", "ls", image, "-d", "/prometheus"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def stack(images: dict[str, str]) -> Iterator[Stack]:
+    """Two proxies, a llama.cpp server and one in vLLM's place, nginx, monitoring: all healthy."""
+    made = Stack({"ENGINE": ENGINE, "LLAMA_CPP_CPUS": "1", **images}, STAND_IN)
+    try:
+        made.compose("build", timeout=BUILD_S)
+        made.compose("up", "--detach", "--wait", "--scale", "proxy=2", timeout=UP_S)
+        yield made
+    finally:
+        made.down()
+        shutil.rmtree(made.folder)
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    """Nothing is tried again: what fails once has failed."""
+    trusts = ssl.create_default_context(cafile=str(stack.certificate()))
+    url = f"https://localhost:{stack.https}/v1"
+    with httpx.Client(verify=trusts, timeout=120) as http:
+        yield openai.OpenAI(base_url=url, api_key="none", http_client=http, max_retries=0)
+
+
+# -- what is sent meanwhile --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """One answer, from the client's side."""
+
+    id: str = ""
+    backend: str = ""
+    replica: str = ""
+    chunks: int = 0
+    finish: str | None = None
+    error: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return self.finish == "length" and not self.error
+
+
+@dataclass
+class Load:
+    """`clients` that ask for one stream after another, each of `tokens`, until told to stop."""
+
+    client: openai.OpenAI
+    clients: int = 6
+    tokens: int = 24
+    hints: dict[str, Any] = field(default_factory=dict)
+    streams: list[Stream] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(self.clients)
+        self._futures = [self._pool.submit(self._ask_on, number) for number in range(self.clients)]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.over.set()
+        for future in self._futures:
+            future.result(300)
+        self._pool.shutdown()
+
+    def _ask_on(self, number: int) -> None:
+        for turn in range(1000):
+            if self.over.is_set():
+                return
+            stream = Stream(id=f"test-{number}-{turn}-{time.monotonic_ns()}")
+            self.streams.append(stream)
+            self._ask(stream)
+
+    def _ask(self, stream: Stream) -> None:
+        asked = {"messages": CAPITAL, "model": MODEL, "max_tokens": self.tokens, "stream": True}
+        headers = {"X-Request-Id": stream.id}
+        try:
+            answer = self.client.chat.completions.with_raw_response.create(
+                **asked, extra_body={**NEVER_ENDING, **self.hints}, extra_headers=headers
+            )
+            stream.backend, stream.replica = answer.headers["x-backend"], answer.headers["x-replica"]
+            for chunk in answer.parse():
+                stream.chunks += 1
+                stream.finish = chunk.choices[0].finish_reason or stream.finish if chunk.choices else stream.finish
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            stream.error = repr(error)
+
+    def done(self) -> int:
+        return sum(1 for stream in self.streams if stream.finish)
+
+    def wait(self, more: int) -> None:
+        """Until so many more answers are complete."""
+        before = self.done()
+        until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
+
+    def under_way(self, count: int) -> list[Stream]:
+        """So many streams that have begun, and are not over."""
+
+        def begun() -> list[Stream]:
+            return [each for each in self.streams if 0 < each.chunks < self.tokens // 2 and not each.error]
+
+        return until(lambda: begun() if len(begun()) >= count else None, 120, f"{count} live streams; {self.failed()}")
+
+    def failed(self) -> list[Stream]:
+        return [stream for stream in self.streams if stream.error]
+
+
+# -- what cannot be brought up here ------------------------------------------------------------------------------------
+
+
+def test_vllm_knows_the_flags_it_is_given() -> None:
+    if not os.environ.get("XGEN_TEST_VLLM"):
+        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
+    python = str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
+    command = yaml.safe_load(stacks.COMPOSE.read_text())["services"]["vllm"]["command"]
+    flags = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", each) for each in command]
+    done = subprocess.run([python, "-c", PARSE_FLAGS, *flags], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- that it is up, and shut -------------------------------------------------------------------------------------------
+
+
+def test_everything_is_healthy(stack: Stack) -> None:
+    states = {each["Config"]["Labels"]["com.docker.compose.service"]: each["State"] for each in stack.all_containers()}
+    assert set(states) == OURS | {"vllm"}
+    for service, state in states.items():
+        if service in ONE_SHOT:
+            assert (state["Status"], state["ExitCode"]) == ("exited", 0), service
+        else:
+            assert state["Health"]["Status"] == "healthy", service
+
+
+def test_only_nginx_can_be_reached_from_outside(stack: Stack) -> None:
+    for each in stack.all_containers():
+        service = each["Config"]["Labels"]["com.docker.compose.service"]
+        open_at = {binding["HostIp"] for found in each["NetworkSettings"]["Ports"].values() for binding in found or []}
+        assert not open_at or service in ("nginx", "prometheus", "grafana"), service
+        assert open_at <= {"127.0.0.1"}, "monitoring never, and nginx not by itself"
+    assert json.loads(docker("network", "inspect", f"{stack.project}_inside"))[0]["Internal"]
+    with pytest.raises(AssertionError):
+        docker("exec", stack.containers("proxy")[0], "python", "-c", CONNECT_OUT)
+
+
+def test_containers_can_do_little(stack: Stack) -> None:
+    for each in stack.all_containers():
+        service, host = each["Config"]["Labels"]["com.docker.compose.service"], each["HostConfig"]
+        assert host["CapDrop"] == ["ALL"], service
+        assert host["CapAdd"] in (None, ["CAP_CHOWN"] if service == "certificate" else []), service
+        assert "no-new-privileges:true" in host["SecurityOpt"], service
+        assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}, service
+        if service in OURS:
+            assert host["ReadonlyRootfs"], service
+            assert host["Memory"] or service in ONE_SHOT, service
+        if service in OURS - ONE_SHOT - {"grafana"}:
+            assert docker("exec", each["Id"], "id", "-u") != "0", service
+
+
+def test_no_compiler_is_in_an_image(stack: Stack) -> None:
+    for service in ("proxy", "llama-cpp"):
+        tools = "for tool in cc gcc g++ c++ clang cmake ninja make ld; do command -v $tool; done; true"
+        assert docker("exec", stack.containers(service)[0], "sh", "-c", tools) == ""
+        labels = inspect(stack.containers(service)[0])["Config"]["Labels"]
+        assert labels["org.opencontainers.image.licenses"]
+
+
+def test_the_proxy_gets_longer_to_end_than_it_drains(stack: Stack) -> None:
+    proxy = inspect(stack.containers("proxy")[0])
+    [drain] = [each for each in proxy["Config"]["Env"] if each.startswith("XGEN_DRAIN_S=")]
+    assert proxy["Config"]["StopTimeout"] > float(drain.partition("=")[2]) + 5
+
+
+def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
+    pieces = client.chat.completions.create(
+        model=MODEL,
+        messages=CAPITAL,
+        max_tokens=12,
+        temperature=0,
+        stream=True,  # type: ignore[arg-type]
+    )
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+
+
+def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="Hi", max_tokens=1, extra_headers={"X-Request-Id": "who-asks"})
+    outer = stack.access_log()["who-asks"]["client"]
+    told = [json.loads(line) for proxy in stack.containers("proxy") for line in stacks.log(proxy) if "who-asks" in line]
+    assert [each["client"] for each in told] == [outer]
+
+
+def test_the_image_has_what_traces_need(stack: Stack) -> None:
+    proxy = stack.containers("proxy")[0]
+    told = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
+    assert "http://collector:4318" in told
+
+
+def test_what_listens_without_tls_leads_to_it(stack: Stack) -> None:
+    answer = httpx.get(f"http://localhost:{stack.http}/v1/models")
+    assert answer.status_code == 308
+    assert answer.headers["location"].startswith("https://localhost")
+
+
+def test_prometheus_sees_both_proxies(stack: Stack) -> None:
+    def up() -> bool:
+        url = f"http://127.0.0.1:{stack.prometheus}/api/v1/query"
+        found = httpx.get(url, params={"query": 'sum(up{job="proxy"})'}).json()["data"]["result"]
+        return bool(found) and found[0]["value"][1] == "2"
+
+    until(up, 60, "Prometheus to have scraped both")
+
+
+# -- that nothing is lost ----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_backend_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
+    [llama_cpp] = stack.containers("llama-cpp")
+    with Load(client) as load:
+        until(lambda: {each.backend for each in load.under_way(4)} == {"vllm", "llama_cpp"}, 120, "both to be used")
+        docker("kill", llama_cpp)
+        load.wait(more=8)
+        docker("start", llama_cpp)
+    assert not load.failed()
+    assert all(stream.whole for stream in load.streams)
+    assert {stream.backend for stream in load.streams} == {"vllm", "llama_cpp"}
+    until(partial(all_up, stack), 90, "the killed one to be up again")
+
+
+def all_up(stack: Stack, count: int = 2) -> bool:
+    seen = [stack.replicas(each) for each in stack.containers("proxy")]
+    return all(len(each) == count and set(each.values()) <= {"up"} for each in seen)
+
+
+def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
+    first, second = stack.containers("proxy")
+    addresses = {stack.address(first), stack.address(second)}
+    with Load(client) as load:
+        for proxy in (first, second):
+            load.under_way(3)
+            docker("stop", proxy)  # with the stop_grace_period of compose.yaml
+            assert inspect(proxy)["State"]["ExitCode"] == 0, "it was killed before it had drained"
+            load.wait(more=3)
+            docker("start", proxy)
+            until(lambda proxy=proxy: health(proxy) == "healthy", 90, "the proxy to be healthy again")
+        load.wait(more=6)
+    served = stack.access_log()
+    assert not [f"{each}\n{served.get(each.id)}" for each in load.streams if not each.whole]
+    used = {line["proxy"].partition(":")[0] for line in served.values() if line["path"].startswith("/v1")}
+    assert len(used) >= 2 or addresses <= used
+
+
+def test_an_upgrade_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
+    """As docs/operations.md tells it: new ones beside the old, which then end."""
+    old = stack.containers("proxy")
+    more = ["up", "--detach", "--wait", "--no-recreate", "--no-deps", "--scale", "proxy=4", "proxy"]
+    with Load(client) as load:
+        load.under_way(3)
+        stack.compose(*more)
+        docker("stop", *old)
+        docker("rm", *old)
+        load.wait(more=6)
+    served = stack.access_log()
+    assert not [f"{each}\n{served.get(each.id)}" for each in load.streams if not each.whole]
+    new = stack.containers("proxy")
+    assert len(new) == 2
+    assert not set(new) & set(old)
+
+
+def health(container: str) -> str:
+    return str(inspect(container)["State"]["Health"]["Status"])
+
+
+def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: openai.OpenAI) -> None:
+    first, _ = stack.containers("proxy")
+    victim = f"{stack.address(first)}:8080"
+    with Load(client, clients=8) as load:
+        load.under_way(4)
+        docker("kill", first)
+        load.wait(more=6)
+        docker("start", first)
+    lost = [stream for stream in load.streams if not stream.whole]
+    served = stack.access_log()
+    assert lost, "the killed proxy had nothing to do"
+    for stream in lost:
+        assert stream.chunks, f"nothing had come of it yet, so nginx could have sent it again: {stream}"
+        assert served[stream.id]["proxy"].endswith(victim), stream
+    until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
+
+
+# -- that it grows -----------------------------------------------------------------------------------------------------
+
+
+def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI) -> None:
+    proxies = stack.containers("proxy")
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "proxy=2", "--scale", "llama-cpp=3")
+    added = {stack.address(each): each for each in stack.containers("llama-cpp")[1:]}
+    assert len(added) == 2
+    until(partial(all_up, stack, 4), 120, "both proxies to use all four backends")
+    for proxy in proxies:
+        for address, container in added.items():
+            assert found_after(proxy, address, container) <= 5
+    names = {f"llama_cpp@{stack.address(each)}:8000" for each in stack.containers("llama-cpp")}
+    with Load(client, clients=8, tokens=8, hints={"backend": "llama_cpp"}) as load:
+        until(lambda: {each.replica for each in load.streams} >= names, 120, "all three to be used")
+    assert not load.failed()
+
+
+def found_after(proxy: str, address: str, container: str) -> float:
+    """Seconds from the start of a backend's container to this proxy's word that it is listed."""
+    told = stacks.log(proxy)
+    found = [line for line in told if f"llama_cpp@{address}:8000 is listed" in line]
+    assert found, "\n".join(told[-30:])
+    [*_, line] = found
+    return (moment(json.loads(line)["time"]) - moment(inspect(container)["State"]["StartedAt"])).total_seconds()
+
+
+def moment(text: str) -> datetime:
+    """Docker tells nanoseconds, which Python does not read."""
+    return datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$", r"\1+00:00", text))
+
+
+# -- and that it goes --------------------------------------------------------------------------------------------------
+
+
+def test_down_leaves_nothing(stack: Stack) -> None:
+    """The last test: the stack is gone afterwards."""
+    assert stack.left()
+    stack.down()
+    assert stack.left() == []
