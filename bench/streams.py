@@ -16,6 +16,7 @@ import asyncio
 import json
 import random
 import re
+import ssl
 import statistics
 import sys
 import tempfile
@@ -96,15 +97,20 @@ def request(chunks: int, gap_ms: float) -> bytes:
     return head % len(body) + body
 
 
-async def load(port: int, streams: int, chunks: int, gap_ms: float, result: Round) -> None:
+async def load(
+    port: int, streams: int, chunks: int, gap_ms: float, result: Round, tls: ssl.SSLContext | None = None
+) -> None:
     loop = asyncio.get_running_loop()
     starts = random.Random(1)
     content = request(chunks, gap_ms)
+    name = "localhost" if tls else None
 
     async def one() -> None:
         await asyncio.sleep(starts.uniform(0, max(1.0, gap_ms / 1000)))  # over a second: 1,000 connects are a storm
         try:
-            _, reader = await loop.create_connection(lambda: Reader(content, chunks, result), "127.0.0.1", port)
+            _, reader = await loop.create_connection(
+                lambda: Reader(content, chunks, result), "127.0.0.1", port, ssl=tls, server_hostname=name
+            )
         except OSError as error:
             result.errors.append(repr(error))
             return

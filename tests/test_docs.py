@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from starlette.routing import Route
 
 from backends import local
@@ -31,6 +32,7 @@ from tests.documents import PAGES, README, ROOT, commands, inline, name, table_r
 DOCS = ROOT / "docs"
 API, METRICS = DOCS / "api.md", DOCS / "metrics.md"
 ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
+NGINX_PAGE = ROOT / "nginx" / "README.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
 ids = pytest.mark.parametrize("page", PAGES, ids=name)
 
@@ -67,8 +69,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @ids
 def test_code_blocks_are_of_a_kind_that_is_tested(page: Path) -> None:
     kinds = {kind for kind, _ in documents.BLOCK.findall(page.read_text())}
-    assert kinds <= {"sh", "python", "toml"}
+    assert kinds <= {"sh", "python", "toml", "nginx"}
     assert "python" not in kinds or page == README, "python is run from the README only"
+    assert "nginx" not in kinds or page == NGINX_PAGE, "nginx runs what its own page says"
 
 
 @pytest.mark.parametrize("picture", sorted(DOCS.glob("*.svg")), ids=name)
@@ -154,11 +157,24 @@ def check_curl(words: list[str]) -> None:
     assert path in {route for _, route in served_routes()}, path
 
 
+def check_docker(words: list[str]) -> None:
+    """The services that are named exist. tests/e2e/test_compose.py runs such commands."""
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for word in words:
+        scaled = re.fullmatch(r"([a-z-]+)=\d", word)
+        container = re.fullmatch(r"xgen-([a-z-]+)-\d", word)
+        named = scaled or container
+        assert not named or named[1] in services, word
+    if words[:1] == ["compose"]:
+        assert words[1] in ("up", "build", "ps", "exec", "logs"), words
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "xgen-proxy": check_xgen_proxy,
     ".venv/bin/python": check_python,
     "curl": check_curl,
+    "docker": check_docker,
     "echo": lambda words: None,
     "export": lambda words: check_variable(words[0]),
 }

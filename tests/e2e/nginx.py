@@ -23,14 +23,16 @@ from typing import Any
 
 import httpx
 
+from tests.e2e import stack
 from tests.e2e.servers import free_port, until
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = ROOT / "nginx" / "nginx.conf"
-IMAGE = "nginx:1.30"
+IMAGE = stack.variables()["NGINX_IMAGE"]
 NEWEST_WITHOUT_RESOLVE = (1, 27, 2)
+TMP_MB = 64
 # As compose.yaml runs it: nothing may be written but /tmp.
-CAGE = ["--user", "101:101", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"]
+CAGE = ["--user", "101:101", "--read-only", "--tmpfs", f"/tmp:size={TMP_MB}m", "--memory", "256m", "--cap-drop", "ALL"]
 CAGE += ["--security-opt", "no-new-privileges"]
 
 
@@ -91,6 +93,7 @@ class Nginx:
     folder: Path
     proxy_port: int
     names: NameServer
+    added: str = ""  # to the block http
     plain: int = field(default_factory=free_port)
     tls: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -125,7 +128,7 @@ class Nginx:
         }.items():
             assert text.count(old) == 1, f"{CONFIGURATION} should have this once: {old}"
             text = text.replace(old, new)
-        return text
+        return text.replace("\nhttp {\n", f"\nhttp {{\n{self.added}\n")
 
     def _in_docker(self, conf: Path) -> list[str]:
         mounts = ["-v", f"{conf}:/etc/nginx/nginx.conf:ro", "-v", f"{self.certificate.parent}:/etc/nginx/tls:ro"]

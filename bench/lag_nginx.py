@@ -1,0 +1,105 @@
+"""How much later each chunk of a stream arrives through nginx, TLS included, than from the server behind it.
+
+    python -m bench.lag_nginx
+
+The upstream and the client are those of bench/streams.py: each chunk says when it was sent. nginx is the one that ships
+(nginx/nginx.conf), in Docker or from this machine; the upstream stands in the proxy's place, so that what is seen is
+nginx alone. Directly and through nginx in turns, by HTTP/1.1; direct is without TLS, so that its cost, the client's
+share too, counts as nginx's. One address may have 256 requests at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import uvloop
+
+from bench import children
+from bench.streams import Round, load, progress, spread
+from tests.e2e.nginx import NameServer, Nginx, Unavailable, runner
+from tests.e2e.servers import until
+
+EXAMPLES = """\
+examples:
+  100 streams of a chunk each 100 ms, five rounds
+    python -m bench.lag_nginx
+  faster
+    python -m bench.lag_nginx --streams 200 --gap-ms 50
+"""
+TARGET_MS = 2.0
+
+
+def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
+    """(the upstream's port, nginx before it). Raises Unavailable."""
+    log = folder / "upstream.log"
+    upstream = children.told_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
+    names = NameServer("127.0.0.1")
+    stack.callback(names.close)
+    nginx = Nginx(runner(), folder, upstream, names)
+    stack.callback(nginx.stop)
+    nginx.start()
+    with nginx.client() as client:
+        until(lambda: client.get("/v1/models").status_code == 200, 20, "nginx to find the upstream")
+    return upstream, nginx
+
+
+def run(options: argparse.Namespace, upstream: int, nginx: Nginx) -> tuple[list[Round], list[Round]]:
+    """(direct, through), as many of each as repeats."""
+    direct: list[Round] = []
+    through: list[Round] = []
+    tls = nginx.context()
+    for number in range(options.repeats):
+        turns = [("direct", direct, upstream, None), ("through", through, nginx.tls, tls)]
+        for name, rounds, port, context in turns if number % 2 == 0 else reversed(turns):
+            progress(f"{name}, {number + 1} of {options.repeats}")
+            result = Round()
+            uvloop.run(load(port, options.streams, options.chunks, options.gap_ms, result, context))
+            rounds.append(result)
+    return direct, through
+
+
+def report(options: argparse.Namespace, direct: list[Round], through: list[Round]) -> str:
+    lines = [
+        f"{options.streams} streams, {options.chunks} chunks each, one each {options.gap_ms:g} ms;"
+        f" median (least to most) of {options.repeats} rounds; load average {os.getloadavg()[0]:.1f}"
+        f" on {os.cpu_count()} cores\n"
+    ]
+    for share, name in ((0.5, "p50"), (0.99, "p99")):
+        each = [(a.percentile(share), b.percentile(share)) for a, b in zip(direct, through, strict=True)]
+        lines.append(f"{f'chunk delay {name}, direct':24}  {spread([a for a, _ in each], 2)} ms")
+        lines.append(f"{f'chunk delay {name}, through':24}  {spread([b for _, b in each], 2)} ms")
+        lines.append(f"{f'chunk delay {name}, added':24}  {spread([b - a for a, b in each], 2)} ms")
+    lines.append(f"target: p99 added of at most {TARGET_MS:g} ms")
+    errors = [error for each_round in direct + through for error in each_round.errors]
+    lines.append(f"errors: {len(errors)}" + "".join(f"\n  {error}" for error in errors[:5]))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--chunks", type=int, default=100, help="of each stream (%(default)s)")
+    parser.add_argument("--gap-ms", type=float, default=100, help="between two chunks of a stream (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    children.end_on_sigterm()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        try:
+            upstream, nginx = start(stack, Path(folder))
+        except Unavailable as error:
+            print(f"lag_nginx: {error}", file=sys.stderr)
+            return 2
+        direct, through = run(options, upstream, nginx)
+    print(report(options, direct, through))
+    return 1 if any(each.errors for each in direct + through) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
