@@ -58,7 +58,7 @@ def nginx_runner() -> str:
 
 @pytest.fixture(scope="module")
 def start_nginx(nginx_runner: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartNginx]:
-    """start_nginx(port, *addresses): an nginx whose proxies listen on `port` of those addresses; `added` to its settings."""
+    """start_nginx(port, *addresses): proxies listen on `port` of those addresses; `added` goes into its settings."""
     with ExitStack() as stack:
 
         def start(port: int, *addresses: str, added: str = "") -> Nginx:
