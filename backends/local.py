@@ -37,6 +37,7 @@ STOP_S = 5.0
 DRAIN_S = float(os.environ.get("XGEN_DRAIN_S", "30")) + 5  # the proxy's own drain time and a little
 RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a backend that died is started again
 SETTLED_S = 60.0  # after so long a start counts as a success
+HI = '[{"role": "user", "content": "Hi"}]'
 QUESTION = "What is the capital of France? Answer in one word."  # one that the default model answers rightly, unsampled
 
 ENGINES = ("llama-cpp-python", "llama-server")
@@ -265,7 +266,7 @@ xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 
   from openai import OpenAI
   chat = OpenAI(base_url="{url}/v1", api_key="none").chat.completions
-  print(chat.create(model="{name}", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)
+  print(chat.create(model="{name}", messages={HI}, max_tokens=50).choices[0].message.content)
 """)
 
 

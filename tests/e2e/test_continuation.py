@@ -21,6 +21,7 @@ CUTS = [1, 5, LENGTH - 2]
 CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
 TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
 REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+NOTE = "\n: "  # an SSE comment tells who went on
 ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
 
 
@@ -33,12 +34,12 @@ class Pair:
 
     def ask(self, path: str, cut_after: int | None) -> tuple[str, Json, str]:
         """(text, usage, all that came). Asked again where there was nothing to cut: when vLLM is slow to send, it puts
-        several tokens into one event."""
+        several tokens into one event, the last one among them."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             cuts = self.cutter.cuts
             answer = self._ask(path, cut_after)
-            if cut_after is None or self.cutter.cuts > cuts:
+            if cut_after is None or (self.cutter.cuts > cuts and NOTE in answer):
                 return *read(answer), answer
         raise AssertionError(f"no answer had more than {cut_after} events:\n{answer}")
 
@@ -142,6 +143,6 @@ def test_another_engine_goes_on(pair: Callable[[str, str], Pair], first: str, se
 
 def read_shown(answer: str) -> str:
     """The text before the note that tells who went on."""
-    lines = answer.partition("\n: ")[0].splitlines()
+    lines = answer.partition(NOTE)[0].splitlines()
     choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: ")]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
