@@ -254,7 +254,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="no rotation begins that would not end by then")
     parser.add_argument("--seed", type=int, default=1, help="of the first rotation's prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every run's figures, written after each rotation")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="needs matplotlib")
+    parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     return parser.parse_args(argv)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import uvloop
 
 from bench import children
-from bench.streams import Round, load, progress, spread
+from bench.streams import Round, delays, load, progress
 from tests.e2e.nginx import NameServer, Nginx, Unavailable, runner
 from tests.e2e.servers import until
 
@@ -69,11 +69,7 @@ def report(options: argparse.Namespace, direct: list[Round], through: list[Round
         f" median (least to most) of {options.repeats} rounds; load average {os.getloadavg()[0]:.1f}"
         f" on {os.cpu_count()} cores\n"
     ]
-    for share, name in ((0.5, "p50"), (0.99, "p99")):
-        each = [(a.percentile(share), b.percentile(share)) for a, b in zip(direct, through, strict=True)]
-        lines.append(f"{f'chunk delay {name}, direct':24}  {spread([a for a, _ in each], 2)} ms")
-        lines.append(f"{f'chunk delay {name}, through':24}  {spread([b for _, b in each], 2)} ms")
-        lines.append(f"{f'chunk delay {name}, added':24}  {spread([b - a for a, b in each], 2)} ms")
+    lines += delays(direct, through)
     lines.append(f"target: p99 added of at most {TARGET_MS:g} ms")
     errors = [error for each_round in direct + through for error in each_round.errors]
     lines.append(f"errors: {len(errors)}" + "".join(f"\n  {error}" for error in errors[:5]))

@@ -263,7 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--subject-cores", default="0", help="as taskset takes them (%(default)s)")
     parser.add_argument("--upstream-cores", default="1", help="nginx, a worker for each (%(default)s)")
     parser.add_argument("--load-cores", default="1", help="wrk, a thread for each (%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="needs matplotlib")
+    parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()
     for tool in ("nginx", "wrk", "taskset"):
         if not shutil.which(tool):

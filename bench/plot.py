@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # Text stays text, and the same figures give the same file: it can be committed and compared.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "xgen", "axes.grid": True, "grid.alpha": 0.3, "figure.figsize": (8, 5)}
+
+
+def picture(text: str) -> Path:
+    """For argparse: told at the start, not after a quarter of an hour of measuring."""
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install -r requirements/bench.txt")
+    return Path(text)
 
 
 def _pyplot() -> Any:

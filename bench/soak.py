@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--clients", type=int, default=60, help="at once (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="needs matplotlib")
+    parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()
     children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:

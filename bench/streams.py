@@ -169,12 +169,9 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def report(options: argparse.Namespace, direct: list[Round], through: list[Round]) -> str:
-    rate = options.streams / options.gap_ms * 1000
-    lines = [
-        f"{options.streams} streams, {options.chunks} chunks each, one each {options.gap_ms:g} ms: {rate:.0f} chunks/s;"
-        f" median (least to most) of {options.repeats} rounds\n"
-    ]
+def delays(direct: list[Round], through: list[Round]) -> list[str]:
+    """What is added is that of the two rounds of one repeat."""
+    lines = []
     for share, name in ((0.5, "p50"), (0.99, "p99")):
         added = [b.percentile(share) - a.percentile(share) for a, b in zip(direct, through, strict=True)]
         for what, values in (
@@ -183,6 +180,16 @@ def report(options: argparse.Namespace, direct: list[Round], through: list[Round
             ("added", added),
         ):
             lines.append(f"{f'chunk delay {name}, {what}':24}  {spread(values, 2)} ms")
+    return lines
+
+
+def report(options: argparse.Namespace, direct: list[Round], through: list[Round]) -> str:
+    rate = options.streams / options.gap_ms * 1000
+    lines = [
+        f"{options.streams} streams, {options.chunks} chunks each, one each {options.gap_ms:g} ms: {rate:.0f} chunks/s;"
+        f" median (least to most) of {options.repeats} rounds\n"
+    ]
+    lines += delays(direct, through)
     lines.append(f"{'proxy peak RSS':24}  {spread([each.peak_rss_mb for each in through], 0)} MiB")
     lines.append(f"{'proxy CPU':24}  {spread([each.cpu_us_per_chunk for each in through], 1)} us/chunk")
     for name, rounds in (("direct", direct), ("through", through)):
