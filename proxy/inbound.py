@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import weakref
 from http import HTTPStatus
 
 from uvicorn._types import ASGI3Application
@@ -82,7 +83,8 @@ class Inbound(HttpToolsProtocol):
         if self._timer is not None:
             self._stop_timer()
         super().on_headers_complete()
-        self.scope["extensions"] = {EXTENSION: self.cycle}  # type: ignore[dict-item]  # its task has not run yet
+        extension = weakref.ref(self.cycle)  # the cycle holds the scope, and both would wait for the garbage collector
+        self.scope["extensions"] = {EXTENSION: extension}  # type: ignore[dict-item]  # its task has not run yet
 
     @property
     def _body_s(self) -> float:

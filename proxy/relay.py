@@ -105,11 +105,12 @@ class Relay:
 
     async def _attempt_each(self, work: Work) -> None:
         """Until one candidate can. Raises UpstreamFailed, the last one's."""
+        remaining = self.remaining
 
-        def nothing_left(_: RetryCallState) -> bool:
-            return not self.remaining
+        def nothing_left(_: RetryCallState) -> bool:  # without `self`, which tenacity's circles would keep
+            return not remaining
 
-        if not self.remaining:
+        if not remaining:
             raise self.failures[-1][1]
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(UpstreamFailed), stop=nothing_left, reraise=True
@@ -162,7 +163,7 @@ class Relay:
             return await self._wait_for_slot(candidates)
         except ConnectFailed as error:
             self.failures += [(candidate, error) for candidate in candidates]
-            self.remaining = [candidate for candidate in self.remaining if candidate.tier != tier]
+            self.remaining[:] = [candidate for candidate in self.remaining if candidate.tier != tier]
             raise
 
     async def _wait_for_slot(self, candidates: list[Candidate]) -> Candidate:

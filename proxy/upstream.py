@@ -22,7 +22,7 @@ from typing import cast
 
 import httptools
 
-from proxy.errors import Broken, ConnectFailed, TimedOut
+from proxy.errors import Broken, ConnectFailed, TimedOut, UpstreamFailed
 
 IDLE_S = 3.0  # backends close theirs at 5 s
 MAX_EXCHANGES = 90  # llama-server closes a connection after 100
@@ -34,7 +34,7 @@ class Connection(asyncio.Protocol):
     """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
 
     __slots__ = (
-        "_chunks", "_error", "_expires", "_heard", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size",
+        "_chunks", "_expires", "_failure", "_heard", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size",
         "_take", "_timer", "_total", "_transport", "_waiter", "complete", "exchanges", "framed", "headers",
         "idle_since", "status", "touched",
     )  # fmt: skip
@@ -47,7 +47,7 @@ class Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
+        self._failure: tuple[type[UpstreamFailed], str] | None = None  # no exception: its traceback would hold us
         self._paused = False
         self._take: Callable[[bytes], bool] | None = None
         self._heard = 0.0  # loop time of what it took last
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(Broken(f"not HTTP: {error}"))
+            self._fail(Broken, f"not HTTP: {error}")
             self.close()
         if self._take is None or not self._chunks or not self._take(self._joined()):
             self._wake()
@@ -106,8 +106,9 @@ class Connection(asyncio.Protocol):
             if self.status and not self.framed and error is None:
                 self.complete = True  # a body without length ends with the connection
             else:
-                self._fail(Broken("the connection broke in mid-answer" if self.touched else "closed without an answer"))
+                self._fail(Broken, "the connection broke in mid-answer" if self.touched else "closed without an answer")
         self._transport = None
+        del self._parser  # it holds our methods: a circle, which would wait for the garbage collector
         self._wake()
 
     # httptools callbacks
@@ -151,7 +152,7 @@ class Connection(asyncio.Protocol):
         return (
             self.complete
             and not self._paused
-            and self._error is None
+            and self._failure is None
             and self._transport is not None
             and not self._transport.is_closing()
             and self.exchanges < MAX_EXCHANGES
@@ -168,7 +169,7 @@ class Connection(asyncio.Protocol):
         self._chunks.clear()
         self._size = 0
         if self._transport is None:
-            self._fail(Broken("closed without an answer"))
+            self._fail(Broken, "closed without an answer")
         else:
             self._transport.write(request)
 
@@ -215,8 +216,9 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def _arrival(self, timeout: float, limit: float) -> None:
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            kind, why = self._failure
+            raise kind(why)
         waiter = self._waiter = self._loop.create_future()
         self._heard = -math.inf
         self._watch(timeout, limit)
@@ -244,12 +246,12 @@ class Connection(asyncio.Protocol):
 
     def _expire(self, what: str, seconds: float) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._fail(TimedOut(f"{what} {seconds:.3g} s"))
+            self._fail(TimedOut, f"{what} {seconds:.3g} s")
             self._wake()
 
-    def _fail(self, error: Exception) -> None:
-        if self._error is None:
-            self._error = error
+    def _fail(self, kind: type[UpstreamFailed], why: str) -> None:
+        if self._failure is None:
+            self._failure = kind, why
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -294,7 +296,7 @@ class Pool:
 
     def release(self, connection: Connection, *, ending: bool = False, reuse: bool = True) -> None:
         """`ending`: the answer is whole and only the closing chunk is still to come, so that waiting for it pays."""
-        if not reuse or connection._error is not None:
+        if not reuse or connection._failure is not None:
             connection.close()
         elif connection.complete:
             self._park(connection)

@@ -71,4 +71,4 @@ class Wire:
 def wire_of(scope: Scope) -> Wire | None:
     """None under another server than ours."""
     extensions = scope.get("extensions")
-    return Wire(extensions[EXTENSION]) if extensions and EXTENSION in extensions else None
+    return Wire(extensions[EXTENSION]()) if extensions and EXTENSION in extensions else None
