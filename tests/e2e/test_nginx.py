@@ -804,6 +804,32 @@ def test_a_proxy_of_two_that_dies_loses_nothing_that_had_not_begun(
         assert {status for each in moving for status in each.result(30)} == {200}
 
 
+@contextmanager
+def unreachable(address: str, port: int) -> Iterator[None]:
+    """Whoever connects to it waits, as for a container that is gone: its queue of two is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield
+
+
+def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
+    start_nginx: StartNginx, recorder: FakeUpstream
+) -> None:
+    """nginx chooses the first, which goes out of the list while it connects, and then the second, which does too."""
+    first, second = "127.0.0.2", "127.0.0.3"
+    with unreachable(first, recorder.port), unreachable(second, recorder.port):
+        nginx = start_nginx(recorder.port, first)
+        with nginx.client() as client:
+            assert client.get("/ready").status_code == 503
+            nginx.names.then = [[second], ["127.0.0.1"]]  # each with the next look, of which one falls into each try
+            assert post(client).status_code == 200
+    assert [talk.path for talk in recorder.talks] == [CHAT]
+
+
 def test_a_stream_that_has_begun_is_not_sent_again(
     start_nginx: StartNginx, start_proxy_on: Callable[[str, int], Server], engine: FakeUpstream
 ) -> None:
