@@ -1,5 +1,7 @@
-"""A TCP forwarder that breaks streams off: what a server that dies in mid-answer looks like, as often as wanted. What was
-sent before arrives, as it does when the kernel closes a dead server's sockets: a reset would overtake it."""
+"""A TCP forwarder that breaks streams off: what a server that dies in mid-answer looks like, as often as wanted.
+
+What was sent before arrives, as it does when the kernel closes a dead server's sockets; a reset would overtake it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from urllib.parse import urlsplit
 
 
 class Cutter:
-    """Listens on `url` and forwards to `target`. While `cut_after` is set, an answer is cut off after so many events."""
+    """Listens on `url` and forwards to `target`. While `cut_after` is set, an answer ends after so many events."""
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)

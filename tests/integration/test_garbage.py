@@ -1,5 +1,5 @@
-"""A request's memory is free when it ends. What is held in a circle waits for the garbage collector, which the server lets
-come seldom (proxy/server.py): by the thousand it looked like a leak."""
+"""A request's memory is free when it ends. What is held in a circle waits for the garbage collector, which the server
+lets come seldom (proxy/server.py): by the thousand it looked like a leak."""
 
 from __future__ import annotations
 
