@@ -62,6 +62,13 @@ class Stack:
             self._files.append(self.folder / "override.yaml")
             self._files[-1].write_text(override)
 
+    def readable_folder(self, name: str) -> Path:
+        """For a container's user too."""
+        self.folder.chmod(0o755)
+        made = self.folder / name
+        made.mkdir(mode=0o755)
+        return made
+
     # -- compose -------------------------------------------------------------------------------------------------------
 
     def compose(self, *args: str, timeout: float = 300) -> str:

@@ -120,6 +120,7 @@ def folder_of_its_own(image: str) -> bool:
 def stack(images: dict[str, str]) -> Iterator[Stack]:
     """Two proxies, a llama.cpp server and one in vLLM's place, nginx, monitoring: all healthy."""
     made = Stack({"ENGINE": ENGINE, "LLAMA_CPP_CPUS": "1", **images}, STAND_IN)
+    made.settings["CONFIG_DIR"] = str(made.readable_folder("config"))
     try:
         made.compose("build", timeout=BUILD_S)
         made.compose("up", "--detach", "--wait", "--scale", "proxy=2", timeout=UP_S)
@@ -302,6 +303,27 @@ def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenA
     outer = stack.access_log()["who-asks"]["client"]
     told = [json.loads(line) for proxy in stack.containers("proxy") for line in stacks.log(proxy) if "who-asks" in line]
     assert [each["client"] for each in told] == [outer]
+
+
+def test_settings_in_a_file_are_taken_without_a_restart(stack: Stack, client: openai.OpenAI) -> None:
+    """As .env.example tells it: a folder of the host, read and watched by every proxy."""
+    file = Path(stack.settings["CONFIG_DIR"]) / "xgen-proxy.toml"
+
+    file.write_text("[limits]\nbody_bytes = 2000\n")
+    try:
+        until(partial(logged, stack, "new settings"), 60, "each proxy to have taken them")
+        for _ in range(4):
+            with pytest.raises(openai.APIStatusError) as refused:
+                client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1)
+            assert refused.value.status_code == 413
+    finally:
+        file.unlink()
+    until(partial(logged, stack, "new settings", times=2), 60, "each proxy to have gone back")
+    assert client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1).choices
+
+
+def logged(stack: Stack, text: str, times: int = 1) -> bool:
+    return all(sum(text in line for line in stacks.log(proxy)) >= times for proxy in stack.containers("proxy"))
 
 
 def test_the_image_has_what_traces_need(stack: Stack) -> None:
