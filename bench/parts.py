@@ -1,9 +1,10 @@
-"""What a request costs the proxy apart from moving its bytes: reading it, deciding, accounting; and how decide() grows.
+"""What a request costs the proxy apart from the sockets: reading it, deciding, accounting, handing a chunk of a stream
+on; and how decide() grows.
 
     python -m bench.parts
 
 Each part is called in a loop, in this process, on a fleet that is up; shown are the median and the least and most of
-the repeats, in microseconds. The bytes themselves, client to upstream and back: python -m bench.overhead.
+the repeats, in microseconds. With the sockets, client to upstream and back: python -m bench.overhead.
 """
 
 from __future__ import annotations
@@ -16,20 +17,32 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import orjson
+import uvloop
 from starlette.types import Message
 
-from proxy import logs
+from proxy import logs, sse
 from proxy.client import CancelWhenGone, read_json, request_id
 from proxy.dialects import Probe
 from proxy.gateway import Gateway
 from proxy.policy import decide
 from proxy.relay import Relay
+from proxy.reply import Reply
+from proxy.retained import Retained
 from proxy.settings import Settings
+from proxy.upstream import Connection, Pool
+from proxy.wire import Wire
 
 RAW = b'{"model":"m","messages":[{"role":"user","content":"Hello, how are you today?"}],"max_tokens":64}'
 HEADERS = {b"host": b"x", b"content-type": b"application/json", b"content-length": b"96"}
+EVENT = (
+    b'data: {"id":"chatcmpl-8f3a2b5c9d1e4f60","object":"chat.completion.chunk","created":1764000000,"model":"m",'
+    b'"choices":[{"index":0,"delta":{"content":" hello"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 CALLS = 2000
 SIZES = (1, 10, 100, 1000, 10_000)
 NAME = "m"
@@ -89,6 +102,29 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     ]  # fmt: skip
 
 
+class Nowhere(asyncio.Transport):
+    def write(self, data: object) -> None:
+        """To no socket."""
+
+
+async def chunk(repeats: int) -> list[float]:
+    """From the bytes of an upstream to those for a client, kept in case the stream breaks."""
+    connection = Connection(Pool("", 0), asyncio.get_running_loop())
+    connection.connection_made(Nowhere())
+    connection.begin(b"", 60)
+    connection.data_received(STREAM)
+    cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
+    reply = Reply(send, Wire(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
+    reply.retained = Retained()
+    take = reply.passing(SimpleNamespace(splitter=sse.EventSplitter()))  # type: ignore[arg-type]  # the same
+    reading = asyncio.create_task(connection.read(60, take=take))
+    await asyncio.sleep(0)
+    times = measure(lambda: connection.data_received(CHUNK), repeats)
+    reading.cancel()
+    assert reply.retained.count == repeats * CALLS, "not all were handed on"
+    return times
+
+
 async def receive() -> Message:
     raise AssertionError("nobody is waited for")
 
@@ -127,8 +163,8 @@ async def main() -> None:
     gc.freeze()  # as the server does
     rows = await parts(repeats)
     rows.append(("all of these", [sum(times) for times in zip(*(times for _, times in rows), strict=True)]))
-    print(shown(rows), shown(growth(repeats)), sep="\n\n")
+    print(shown(rows), shown([("a chunk", await chunk(repeats))]), shown(growth(repeats)), sep="\n\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
