@@ -17,6 +17,7 @@ import struct
 import subprocess
 import threading
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,10 @@ def runner() -> str:
 
 
 class NameServer:
-    """Answers each question with A records of `addresses`, good for no time at all. `then`: what they are from the next
-    question on, from the one after it, and so forth."""
+    """Answers each question with A records of `addresses`, good for no time at all."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = list(addresses)
-        self.then: list[list[str]] = []
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind(("127.0.0.1", 0))
         self.port: int = self.socket.getsockname()[1]
@@ -78,8 +77,6 @@ class NameServer:
         with contextlib.suppress(OSError):
             while True:
                 question, client = self.socket.recvfrom(512)
-                if self.then:
-                    self.addresses = self.then.pop(0)
                 self.socket.sendto(self._answer(question), client)
 
     def _answer(self, question: bytes) -> bytes:
@@ -98,6 +95,7 @@ class Nginx:
     proxy_port: int
     names: NameServer
     added: str = ""  # to the block http
+    changed: Mapping[str, str] = field(default_factory=dict)  # what stands there once: what is to stand there
     plain: int = field(default_factory=free_port)
     tls: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -129,6 +127,7 @@ class Nginx:
             "ssl_certificate /etc/nginx/tls/": f"ssl_certificate {tls}/",
             "ssl_certificate_key /etc/nginx/tls/": f"ssl_certificate_key {tls}/",
             "pid /tmp/": f"pid {'/tmp' if self.runner == 'docker' else self.folder}/",
+            **self.changed,
         }.items():
             assert text.count(old) == 1, f"{CONFIGURATION} should have this once: {old}"
             text = text.replace(old, new)

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -58,13 +58,14 @@ def nginx_runner() -> str:
 
 @pytest.fixture(scope="module")
 def start_nginx(nginx_runner: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartNginx]:
-    """start_nginx(port, *addresses): proxies listen on `port` of those addresses; `added` goes into its settings."""
+    """start_nginx(port, *addresses): proxies listen on `port` of those addresses. `added` goes into its settings, and
+    `changed` names what stands there and what is to stand there instead."""
     with ExitStack() as stack:
 
-        def start(port: int, *addresses: str, added: str = "") -> Nginx:
+        def start(port: int, *addresses: str, added: str = "", changed: Mapping[str, str] | None = None) -> Nginx:
             names = NameServer(*addresses or ["127.0.0.1"])
             stack.callback(names.close)
-            made = Nginx(nginx_runner, tmp_path_factory.mktemp("nginx"), port, names, added)
+            made = Nginx(nginx_runner, tmp_path_factory.mktemp("nginx"), port, names, added, changed or {})
             stack.callback(made.stop)
             return made.start()
 
@@ -806,27 +807,36 @@ def test_a_proxy_of_two_that_dies_loses_nothing_that_had_not_begun(
 
 @contextmanager
 def unreachable(address: str, port: int) -> Iterator[None]:
-    """Whoever connects to it waits, as for a container that is gone: its queue of two is full."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
+    """Whoever connects to it waits, as for a container that is gone: its queue of one is full."""
+    with socket.create_server((address, port), backlog=0), socket.create_connection((address, port), 20):
         yield
+
+
+def is_tried(address: str, port: int) -> bool:
+    """Is somebody waiting for a connection to it? https://docs.kernel.org/networking/proc_net_tcp.html"""
+    remote = f"{int.from_bytes(socket.inet_aton(address), 'little'):08X}:{port:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return any(row[2:4] == [remote, SYN_SENT] for row in rows)
+
+
+SYN_SENT = "02"
 
 
 def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
     start_nginx: StartNginx, recorder: FakeUpstream
 ) -> None:
     """nginx chooses the first, which goes out of the list while it connects, and then the second, which does too."""
-    first, second = "127.0.0.2", "127.0.0.3"
-    with unreachable(first, recorder.port), unreachable(second, recorder.port):
-        nginx = start_nginx(recorder.port, first)
+    first, second, port = "127.0.0.2", "127.0.0.3", recorder.port
+    looks_often = {"valid=2s": "valid=1s", "proxy_connect_timeout 2s": "proxy_connect_timeout 4s"}
+    with unreachable(first, port), unreachable(second, port), ThreadPoolExecutor(1) as pool:
+        nginx = start_nginx(port, first, changed=looks_often)
         with nginx.client() as client:
             assert client.get("/ready").status_code == 503
-            nginx.names.then = [[second], ["127.0.0.1"]]  # each with the next look, of which one falls into each try
-            assert post(client).status_code == 200
+            answer = pool.submit(post, client)
+            for tried, next_one in ((first, second), (second, "127.0.0.1")):
+                until(lambda tried=tried: is_tried(tried, port), 20, f"nginx to choose {tried}")
+                nginx.names.addresses = [next_one]
+            assert answer.result(30).status_code == 200
     assert [talk.path for talk in recorder.talks] == [CHAT]
 
 

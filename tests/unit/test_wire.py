@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,4 +75,5 @@ def test_a_line_break_in_a_header_is_refused() -> None:
 def test_under_another_server_there_is_none() -> None:
     assert wire_of({"type": "http"}) is None
     assert wire_of({"type": "http", "extensions": {"http.response.trailers": {}}}) is None
-    assert wire_of({"type": "http", "extensions": {EXTENSION: Cycle()}}) is not None
+    cycle = Cycle()
+    assert wire_of({"type": "http", "extensions": {EXTENSION: weakref.ref(cycle)}}) is not None
