@@ -176,7 +176,8 @@ class Nginx:
 
     def lines(self) -> list[dict[str, Any]]:
         """The access log. Every line of stdout must be JSON; what is none is the error log's."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        written = self.log.read_text().rpartition("\n")[0]  # it may be in the midst of the next one
+        return [json.loads(line) for line in written.splitlines() if line.startswith("{")]
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The line of one request, which is written when it is over."""

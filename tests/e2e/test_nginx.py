@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import select
 import signal
 import socket
 import ssl
@@ -42,6 +43,7 @@ CHAT = "/v1/chat/completions"
 NGINX_PAGE = CONFIGURATION.parent / "README.md"
 LIMIT = Settings(backends={"vllm": {"urls": ["http://127.0.0.1:1"]}}).limits.body_bytes
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 NO_PROBES = {"XGEN_PROBE_INTERVAL_S": "0"}  # they would be answered by the script that is meant for the test
 
@@ -312,15 +314,28 @@ def test_slow_clients_are_cut_off(bare: Nginx, recorder: FakeUpstream) -> None:
     assert recorder.talks == []
 
 
+def reaches(nginx: Nginx, listener: socket.socket) -> bool:
+    """Is a request passed on? Before nginx knows an address it answers itself."""
+    with nginx.connect() as client:
+        client.sendall(GET)
+        if not select.select([listener], [], [], 0.5)[0]:
+            return False
+        with listener.accept()[0] as passed_on:
+            passed_on.recv(65536)
+            passed_on.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+            return True
+
+
 def test_a_slow_body_reaches_the_proxy_once_it_is_whole(start_nginx: StartNginx) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(20)
         nginx = start_nginx(listener.getsockname()[1])
+        until(lambda: reaches(nginx, listener), 20, "nginx to find the listener's address")
         with nginx.connect() as slow, nginx.connect() as quick:
             slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(CONTENT))
             for position in range(10):
                 slow.sendall(CONTENT[position : position + 1])
-            quick.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            quick.sendall(GET)
             with listener.accept()[0] as first:
                 assert first.recv(65536).startswith(b"GET "), "the slow one has come first"
             slow.sendall(CONTENT[10:])
@@ -838,6 +853,16 @@ def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
                 nginx.names.addresses = [next_one]
             assert answer.result(30).status_code == 200
     assert [talk.path for talk in recorder.talks] == [CHAT]
+
+
+def test_most_of_them_gone_at_once_lose_nothing(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
+    """Their addresses are still named, and nobody listens there: seven of eight."""
+    nginx = start_nginx(recorder.port, *(f"127.0.0.{number}" for number in range(1, 9)))
+    with nginx.client() as client:
+        until(lambda: client.get("/health").status_code != 502, 20, "nginx to find the addresses")
+        recorder.talks.clear()
+        assert {post(client).status_code for _ in range(20)} == {200}
+    assert len(recorder.talks) == 20
 
 
 def test_a_stream_that_has_begun_is_not_sent_again(

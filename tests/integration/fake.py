@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Coroutine
@@ -61,8 +62,9 @@ class Talk:
         self.writer.transport.abort()
 
     async def until_client_leaves(self) -> None:
-        while await self.reader.read(65536):
-            pass
+        with contextlib.suppress(ConnectionError):  # it may leave with a reset
+            while await self.reader.read(65536):
+                pass
 
 
 def delta(

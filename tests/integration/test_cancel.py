@@ -85,8 +85,10 @@ def test_leaving(
     gone = threading.Event()
 
     async def noting(talk: Talk) -> None:
-        await script(talk)
-        gone.set()
+        try:
+            await script(talk)
+        finally:
+            gone.set()
 
     proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu")})
     last = [gpu, cpu][tries - 1]
