@@ -6,7 +6,8 @@
 One run, rotated repeats: an nginx upstream (1 KB JSON; 100 SSE chunks, one each 10 ms), wrk as the load, the subject
 alone on its core, its CPU read from /proc. Needs nginx with the echo module, wrk, and two cores that nobody else uses;
 with three or more, give upstream and load one each. Subjects: direct, nginx proxy_pass, each peer that is named,
-Starlette + httpx, and xgen-proxy with everything on. Shown are the median, and least and most, of the repeats.
+Starlette + httpx, our relay alone, and xgen-proxy with everything on. Shown are the median, and least and most, of the
+repeats.
 """
 
 from __future__ import annotations
@@ -211,6 +212,9 @@ def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject
         found.append(Subject(name, partial(peer, line)))
     httpx = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "bench.httpx_relay:app", "--port"]
     found.append(Subject("Starlette + httpx", lambda port: ["env", f"UPSTREAM={target}", *httpx, str(port)]))
+    bare = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--loop", "uvloop", "--port"]
+    bare_app = "bench.bare_relay:app"
+    found.append(Subject("the relay alone", lambda port: ["env", f"UPSTREAM={target}", *bare, str(port), bare_app]))
     us = [python, "-m", "proxy.cli", "serve", "--vllm", target, "--port"]
     found.append(Subject("xgen-proxy", lambda port: [*us, str(port)]))
     return found

@@ -845,8 +845,9 @@ def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
     looks_often = {"valid=2s": "valid=1s", "proxy_connect_timeout 2s": "proxy_connect_timeout 4s"}
     with unreachable(first, port), unreachable(second, port), ThreadPoolExecutor(1) as pool:
         nginx = start_nginx(port, first, changed=looks_often)
+        alone = f"http://127.0.0.1:{nginx.plain}/health"  # on port 80 nothing is sent again
+        until(lambda: httpx.get(alone, timeout=20).status_code == 504, 60, "nginx to know the first one's address")
         with nginx.client() as client:
-            assert client.get("/ready").status_code == 503
             answer = pool.submit(post, client)
             for tried, next_one in ((first, second), (second, "127.0.0.1")):
                 until(lambda tried=tried: is_tried(tried, port), 20, f"nginx to choose {tried}")
