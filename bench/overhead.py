@@ -210,11 +210,10 @@ def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject
         line = [path, *(["launch"] if "sglang" in name else []), "--host", "127.0.0.1", "--worker-urls", target]
         line += ["--policy", "round_robin"]
         found.append(Subject(name, partial(peer, line)))
-    httpx = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "bench.httpx_relay:app", "--port"]
-    found.append(Subject("Starlette + httpx", lambda port: ["env", f"UPSTREAM={target}", *httpx, str(port)]))
-    bare = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--loop", "uvloop", "--port"]
-    bare_app = "bench.bare_relay:app"
-    found.append(Subject("the relay alone", lambda port: ["env", f"UPSTREAM={target}", *bare, str(port), bare_app]))
+    options = ["--no-access-log", "--log-level", "warning", "--port"]
+    uvicorn = ["env", f"UPSTREAM={target}", python, "-m", "uvicorn", *options]
+    found.append(Subject("Starlette + httpx", lambda port: [*uvicorn, str(port), "bench.httpx_relay:app"]))
+    found.append(Subject("the relay alone", lambda port: [*uvicorn, str(port), "bench.bare_relay:app"]))
     us = [python, "-m", "proxy.cli", "serve", "--vllm", target, "--port"]
     found.append(Subject("xgen-proxy", lambda port: [*us, str(port)]))
     return found

@@ -84,9 +84,7 @@ def recorder_alone() -> Iterator[FakeUpstream]:
 
 @pytest.fixture(scope="module")
 def bare_alone(start_nginx: StartNginx, recorder_alone: FakeUpstream) -> Nginx:
-    made = start_nginx(recorder_alone.port)
-    until(lambda: made.client().get("/health").status_code != 502, 20, "nginx to find the proxy's address")
-    return made
+    return informed(start_nginx(recorder_alone.port))
 
 
 @pytest.fixture
@@ -120,6 +118,13 @@ def proxy(engine: FakeUpstream, start_proxy: Callable[..., Proxy]) -> Proxy:
 def stack(start_nginx: StartNginx, proxy: Proxy) -> Nginx:
     """nginx, a real proxy, `engine`."""
     return ready(start_nginx(proxy.port))
+
+
+def informed(nginx: Nginx) -> Nginx:
+    """It knows the proxies' addresses; before, it answers 502 itself. For those whose proxy is a scripted one."""
+    with nginx.client() as client:
+        until(lambda: client.get("/health").status_code != 502, 20, "nginx to find the proxies' addresses")
+    return nginx
 
 
 def ready(nginx: Nginx) -> Nginx:
@@ -519,8 +524,7 @@ def test_clients_cannot_say_who_they_are(bare: Nginx, recorder: FakeUpstream, ht
 
 def test_another_load_balancer_in_front_is_believed_if_told_to(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
     [told] = documents.blocks(NGINX_PAGE, "nginx")
-    nginx = start_nginx(recorder.port, added=told.replace("10.0.0.0/8", "127.0.0.0/8"))
-    until(lambda: nginx.client().get("/health").status_code != 502, 20, "nginx to find the proxy's address")
+    nginx = informed(start_nginx(recorder.port, added=told.replace("10.0.0.0/8", "127.0.0.0/8")))
     with nginx.client() as client:
         assert client.post(CHAT, json=BODY, headers={"X-Forwarded-For": "198.51.100.7"}).status_code == 200
     assert recorder.talks[-1].headers["x-forwarded-for"] == "198.51.100.7"
@@ -858,10 +862,8 @@ def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
 
 def test_most_of_them_gone_at_once_lose_nothing(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
     """Their addresses are still named, and nobody listens there: seven of eight."""
-    nginx = start_nginx(recorder.port, *(f"127.0.0.{number}" for number in range(1, 9)))
+    nginx = informed(start_nginx(recorder.port, *(f"127.0.0.{number}" for number in range(1, 9))))
     with nginx.client() as client:
-        until(lambda: client.get("/health").status_code != 502, 20, "nginx to find the addresses")
-        recorder.talks.clear()
         assert {post(client).status_code for _ in range(20)} == {200}
     assert len(recorder.talks) == 20
 
