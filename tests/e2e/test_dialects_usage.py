@@ -140,7 +140,10 @@ def own_answer(through: Through, endpoint: Any, body: dict[str, Any]) -> Any:
     name = "text" if endpoint == "completions" else "content"
     streams = asks_for_stream(through.dialect, through.request(endpoint, body)) and "stop" not in body
     if streams and not (place[name] or "").isascii():
-        place[name] = text_of(list(chunks_of(through.own(endpoint, **body, stream=True).content)))
+        streamed = text_of(list(chunks_of(through.own(endpoint, **body, stream=True).content)))
+        rest = iter(place[name])
+        assert all(character in rest for character in streamed), "it loses characters, and changes nothing else"
+        place[name] = streamed
     return answer
 
 

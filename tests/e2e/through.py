@@ -50,7 +50,8 @@ class Through:
     def own(self, endpoint: Endpoint, **body: Any) -> httpx.Response:
         """The server's own answer to the same, whole unless `stream` is among it."""
         request = self.request(endpoint, body)
-        sent = {**orjson.loads(prepare(self.dialect, request)), "stream": False, **kept(body, "stop", "stream")}
+        kept = {name: body[name] for name in ("stop", "stream") if name in body}
+        sent = {**orjson.loads(prepare(self.dialect, request)), "stream": False, **kept}
         sent.pop("stream_options", None)
         return httpx.post(self.url + request.path, json=sent, timeout=120)
 
@@ -128,10 +129,6 @@ def text_of(chunks: list[Json]) -> str:
     """What a client would join to the answer's text."""
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     return "".join(choice.get("text") or (choice.get("delta") or {}).get("content") or "" for choice in choices)
-
-
-def kept(body: Json, *names: str) -> Json:
-    return {name: body[name] for name in names if name in body}
 
 
 def user(content: Any) -> list[Json]:
