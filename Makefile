@@ -67,7 +67,7 @@ test: python-dev model ## all tests, the e2e ones against real backends, and the
 	else \
 		printf '\n%s\n\n' '****  NOT TESTED AGAINST vLLM: it cannot be installed here (see above), its tests are skipped  ****' >&2; \
 	fi; \
-	.venv/bin/python -m pytest --cov=proxy --cov-report=term-missing:skip-covered --cov-fail-under=95
+	.venv/bin/python -m pytest --cov=xgen_proxy --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # On other cores: make bench BENCH='--subject-cores 2 --upstream-cores 4 --load-cores 6'
 bench: ## what a proxy costs, ours beside its peers: a table and run/overhead.svg (needs nginx, wrk and two idle cores)

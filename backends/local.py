@@ -203,7 +203,7 @@ COMMANDS: dict[str, Callable[..., list[str]]] = {
 
 
 def proxy_command(options: argparse.Namespace, backends: list[Backend]) -> list[str]:
-    command = [sys.executable, "-m", "proxy.cli", "serve", "--host", options.host, "--port", str(options.port)]
+    command = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--host", options.host, "--port", str(options.port)]
     command += ["--llama-cpp", ",".join(backend.url for backend in backends), "--engine", options.engine]
     return [*command, *(["--vllm", options.vllm] if options.vllm else [])]
 

@@ -55,7 +55,7 @@ class Conversation:
         self.random = random.Random(name)
         self.messages: list[dict[str, str]] = []
 
-    def turn(self, number: int) -> tuple[Any, float]:
+    def set_state(self, number: int) -> tuple[Any, float]:
         """(usage, seconds)"""
         self.messages.append({"role": "user", "content": " ".join(self.random.choices(WORDS, k=WORDS_A_TURN))})
         body: dict[str, Any] = {"messages": self.messages, "max_tokens": 4, "temperature": 0}
@@ -74,7 +74,7 @@ def measure(url: str, way: str, seed: str, options: argparse.Namespace) -> Answe
     talks = [Conversation(url, way, f"{seed} {number}") for number in range(options.conversations)]
     with ThreadPoolExecutor(2) as pool:
         for number in range(options.turns):
-            for usage, seconds in pool.map(lambda talk, number=number: talk.turn(number), talks):
+            for usage, seconds in pool.map(lambda talk, number=number: talk.set_state(number), talks):
                 if number:
                     answers.add(usage, seconds)
     return answers

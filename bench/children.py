@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 UPSTREAM = [sys.executable, "-m", "bench.upstream"]
-PROXY = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0"]
+PROXY = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", "0"]
 
 
 class Failed(Exception):

@@ -51,14 +51,14 @@ POLL_S = 0.01
 READING_S = 0.2  # into the reading of a long prompt, which takes seconds
 SETTLE_S = 1.5
 QUIET_S, QUIET_CPU_S = 0.4, 0.02  # no more CPU than that for so long: a scrape takes less
-PATIENCE_S = 120.0
+LOOKUP_TIMEOUT_S = 120.0
 SENTENCE = "The town lies at a bend of the river and its people have lived from fishing and from trade for long. "
 LONG = SENTENCE * 60  # 1,200 words, 1,300 tokens: seconds of reading on a CPU
 
 numbers = itertools.count(1)
 
 
-def ask(port: int, path: str, timeout: float = PATIENCE_S) -> str:
+def ask(port: int, path: str, timeout: float = LOOKUP_TIMEOUT_S) -> str:
     """The body. A connection for each question, so that none is ever waited for on a dead one."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
@@ -90,7 +90,7 @@ def llama_cpp_python_busy(port: int) -> bool:
 
 
 def make_token(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LOOKUP_TIMEOUT_S)
     content = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 1})
     connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
     connection.getresponse().read()
@@ -180,7 +180,7 @@ class Row:
     backend: list[float]
 
 
-def poll(look: Callable[[], bool], seconds: float = PATIENCE_S, every: float = POLL_S) -> None:
+def poll(look: Callable[[], bool], seconds: float = LOOKUP_TIMEOUT_S, every: float = POLL_S) -> None:
     deadline = time.monotonic() + seconds
     while not look():
         if time.monotonic() > deadline:
@@ -198,7 +198,7 @@ def body(prompt: str, stream: bool) -> dict[str, Any]:
 def send(port: int, request: dict[str, Any]) -> socket.socket:
     content = json.dumps(request).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=LOOKUP_TIMEOUT_S)
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
@@ -224,11 +224,11 @@ def wait_for_moment(subject: Subject, moment: str, stream: bool, connection: soc
     raise AssertionError(f"{moment}: the proxy hung up first")
 
 
-def time_both(subject: Subject, leave: Callable[[], None]) -> tuple[float, float]:
+def time_both(subject: Subject, drain: Callable[[], None]) -> tuple[float, float]:
     """Milliseconds until the proxy has counted it out, and until the backend is free."""
     with ThreadPoolExecutor(2) as threads:
         left = time.perf_counter()
-        leave()
+        drain()
         proxy = threads.submit(subject.until_counted_out)
         backend = threads.submit(subject.until_free)
         return (proxy.result() - left) * 1e3, (backend.result() - left) * 1e3
@@ -326,9 +326,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vllm", default=os.environ.get("XGEN_TEST_VLLM"), help="the vllm executable")
     parser.add_argument("--vllm-model", default=os.environ.get("XGEN_TEST_VLLM_MODEL"), help="its model directory")
     options = parser.parse_args()
-    can = {"vllm": options.vllm and options.vllm_model}
-    options.only = options.only or [name for name in NAMES if can.get(name, options.gguf)]
-    missing = [name for name in options.only if not can.get(name, options.gguf)]
+    capabilities = {"vllm": options.vllm and options.vllm_model}
+    options.only = options.only or [name for name in NAMES if capabilities.get(name, options.gguf)]
+    missing = [name for name in options.only if not capabilities.get(name, options.gguf)]
     if missing or not options.only:
         parser.error("name the files: --gguf for llama.cpp, --vllm and --vllm-model for vLLM")
     return options

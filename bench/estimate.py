@@ -13,7 +13,7 @@ import os
 import statistics
 from pathlib import Path
 
-from proxy.features import estimate_tokens
+from xgen_proxy.request.features import estimate_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECE = 200  # characters
@@ -24,7 +24,10 @@ def texts() -> dict[str, str]:
     return {
         "English": (ROOT / "bench/texts/english.txt").read_text(),
         "Korean": (ROOT / "bench/texts/korean.txt").read_text(),
-        "code": "".join((ROOT / "proxy" / name).read_text() for name in ("upstream.py", "admission.py", "health.py")),
+        "code": "".join(
+            (ROOT / "proxy" / "xgen_proxy" / name).read_text()
+            for name in ("upstream.py", "fleet/admission.py", "fleet/health.py")
+        ),
     }
 
 

@@ -115,8 +115,8 @@ async def storm(url: str, streams: list[Stream], engine: int, options: argparse.
         tasks = [asyncio.create_task(follow(client, url, stream, options.after)) for stream in streams]
         await asyncio.wait([asyncio.create_task(stream.begun.wait()) for stream in streams], timeout=options.limit)
         killed = kill(engine, streams)
-        _, late = await asyncio.wait(tasks, timeout=options.limit)
-        for task in late:
+        _, joined_later = await asyncio.wait(tasks, timeout=options.limit)
+        for task in joined_later:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for stream in streams:

@@ -23,12 +23,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 
-from proxy import fleet
-from proxy.features import Features
-from proxy.fleet import Fleet, Replica
-from proxy.load import Load
-from proxy.policy import decide
-from proxy.settings import Settings
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.fleet.backend import Fleet, Replica
+from xgen_proxy.fleet.load import Load
+from xgen_proxy.request.features import Features
+from xgen_proxy.routing.policy import decide
 
 SERVICE_S = 2.0  # mean, exponential
 SCRAPE_S = 1.0
@@ -84,10 +83,10 @@ class Simulation:
         backend = {"urls": urls, "slots": self.engines[0].slots, "models": {"m": "m"}}
         self.settings = Settings(backends={"vllm": backend})
         self.engine_of = dict(zip(urls, self.engines, strict=True))
-        fleet.time = SimpleNamespace(monotonic=lambda: self.now)  # type: ignore[assignment]
+        backend.time = SimpleNamespace(monotonic=lambda: self.now)  # type: ignore[assignment]
         self.fleets = [Fleet(self.settings) for _ in range(self.proxies)]
         for each in itertools.chain.from_iterable(mine.replicas for mine in self.fleets):
-            each.turn("up", "simulated")
+            each.set_state("up", "simulated")
             if not self.sees_all:
                 self.at(self.random.uniform(0, SCRAPE_S), partial(self.scrape_again, each))
 
@@ -110,11 +109,11 @@ class Simulation:
             return min(self.choices.sample(mine.backends[0].replicas, 2), key=lambda replica: replica.load)
         features = replace(CHAT, session=str(number)) if self.sessions else CHAT
         plan = decide(features, mine.backends, self.settings.routing, self.choices)
-        return next((each.replica for each in plan.candidates if each.replica.has_room), plan.candidates[0].replica)
+        return next((each.replica for each in plan.candidates if each.replica.has_capacity), plan.candidates[0].replica)
 
     def arrive(self, work: float, number: int) -> None:
         replica = self.choose(self.fleets[number % self.proxies], number)
-        replica.hold()
+        replica.acquire()
         arrived, engine = self.now, self.engine_of[replica.url]
 
         def begin() -> None:
@@ -122,7 +121,7 @@ class Simulation:
             self.at(self.now + work, end)
 
         def end() -> None:
-            replica.let_go()
+            replica.release()
             engine.done()
 
         engine.submit(begin)

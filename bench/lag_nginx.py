@@ -21,7 +21,7 @@ import uvloop
 
 from bench import children
 from bench.streams import Round, delays, load, progress
-from tests.e2e.nginx import NameServer, Nginx, Unavailable, runner
+from tests.e2e.nginx import NameServer, Nginx, ServiceUnavailableError, runner
 from tests.e2e.servers import until
 
 EXAMPLES = """\
@@ -35,7 +35,7 @@ TARGET_MS = 2.0
 
 
 def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
-    """(the upstream's port, nginx before it). Raises Unavailable."""
+    """(the upstream's port, nginx before it). Raises ServiceUnavailableError."""
     log = folder / "upstream.log"
     upstream = children.told_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
     names = NameServer("127.0.0.1")
@@ -89,7 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             upstream, nginx = start(stack, Path(folder))
-        except Unavailable as error:
+        except ServiceUnavailableError as error:
             print(f"lag_nginx: {error}", file=sys.stderr)
             return 2
         direct, through = run(options, upstream, nginx)

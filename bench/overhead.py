@@ -214,7 +214,7 @@ def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject
     uvicorn = ["env", f"UPSTREAM={target}", python, "-m", "uvicorn", *options]
     found.append(Subject("Starlette + httpx", lambda port: [*uvicorn, str(port), "bench.httpx_relay:app"]))
     found.append(Subject("the relay alone", lambda port: [*uvicorn, str(port), "bench.bare_relay:app"]))
-    us = [python, "-m", "proxy.cli", "serve", "--vllm", target, "--port"]
+    us = [python, "-m", "xgen_proxy.cli", "serve", "--vllm", target, "--port"]
     found.append(Subject("xgen-proxy", lambda port: [*us, str(port)]))
     return found
 

@@ -23,17 +23,18 @@ import orjson
 import uvloop
 from starlette.types import Message
 
-from proxy import logs, sse
-from proxy.client import CancelWhenGone, read_json, request_id
-from proxy.dialects import Probe
-from proxy.gateway import Gateway
-from proxy.policy import decide
-from proxy.relay import Relay
-from proxy.reply import Reply
-from proxy.retained import Retained
-from proxy.settings import Settings
-from proxy.upstream import Connection, Pool
-from proxy.wire import Wire
+from xgen_proxy import sse
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.downstream.direct_writer import DirectWriter
+from xgen_proxy.downstream.request_body import CancelOnDisconnect, read_json, request_id
+from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.forwarding.forwarder import Relay
+from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.observability import logging_setup
+from xgen_proxy.routing.policy import decide
+from xgen_proxy.upstream import Connection, Pool
 
 RAW = b'{"model":"m","messages":[{"role":"user","content":"Hello, how are you today?"}],"max_tokens":64}'
 HEADERS = {b"host": b"x", b"content-type": b"application/json", b"content-length": b"96"}
@@ -55,9 +56,9 @@ def gateway(replicas: int) -> Gateway:
     made = Gateway(Settings(backends=backends))
     for backend in made.fleet.backends:
         for replica in backend.replicas:
-            replica.probe = Probe((NAME,), 8192)
-            replica.turn("up", "")
-        backend.learn(backend.replicas[0], Probe((NAME,), 8192))
+            replica.probe = ReplicaInfo((NAME,), 8192)
+            replica.set_state("up", "")
+        backend.learn(backend.replicas[0], ReplicaInfo((NAME,), 8192))
     return made
 
 
@@ -72,7 +73,7 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-class Quiet(logs.Lines):
+class Quiet(logging_setup.Lines):
     def put(self, line: str) -> None:
         """It has been made, and is not written."""
 
@@ -89,7 +90,7 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
         return made.call("id", "chat", RAW, read_json(RAW, HEADERS), HEADERS)
 
     def watch() -> None:
-        with CancelWhenGone(receive):
+        with CancelOnDisconnect(receive):
             pass
 
     return [
@@ -114,8 +115,8 @@ async def chunk(repeats: int) -> list[float]:
     connection.begin(b"", 60)
     connection.data_received(STREAM)
     cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
-    reply = Reply(send, Wire(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
-    reply.retained = Retained()
+    reply = ResponseWriter(send, DirectWriter(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
+    reply.retained = ReplayBuffer()
     take = reply.passing(SimpleNamespace(splitter=sse.EventSplitter()))  # type: ignore[arg-type]  # the same
     reading = asyncio.create_task(connection.read(60, take=take))
     await asyncio.sleep(0)
@@ -158,7 +159,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     logging.basicConfig(level=logging.INFO)
-    logs.straight = Quiet()
+    logging_setup.straight = Quiet()
     gc.collect()
     gc.freeze()  # as the server does
     rows = await parts(repeats)

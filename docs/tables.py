@@ -17,18 +17,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 DOCS = Path(__file__).resolve().parent
+PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 sys.path.insert(0, str(DOCS.parent))
 
-from proxy.admission import Admission  # noqa: E402
-from proxy.bodies import RULES  # noqa: E402
-from proxy.dialects import DIALECTS  # noqa: E402
-from proxy.effective import env_name  # noqa: E402
-from proxy.features import NEEDS  # noqa: E402
-from proxy.fleet import Fleet  # noqa: E402
-from proxy.gauges import FleetGauges  # noqa: E402
-from proxy.presets import BY_TASK, PRESETS  # noqa: E402
-from proxy.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
-from proxy.telemetry import Telemetry  # noqa: E402
+from xgen_proxy.config.loading import env_name  # noqa: E402
+from xgen_proxy.config.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
+from xgen_proxy.dialects.dialect import DIALECTS  # noqa: E402
+from xgen_proxy.dialects.request_rules import RULES  # noqa: E402
+from xgen_proxy.fleet.admission import Admission  # noqa: E402
+from xgen_proxy.fleet.backend import Fleet  # noqa: E402
+from xgen_proxy.observability.fleet_metrics import FleetGauges  # noqa: E402
+from xgen_proxy.observability.metrics import Telemetry  # noqa: E402
+from xgen_proxy.request.features import NEEDS  # noqa: E402
+from xgen_proxy.request.presets import BY_TASK, PRESETS  # noqa: E402
 
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -83,16 +84,16 @@ def rules() -> Iterator[Row]:
 def abilities() -> Iterator[Row]:
     yield "can it do", *DIALECTS
     for need in sorted(NEEDS):
-        yield f"`{need}`", *("yes" if need in dialect.can else "" for dialect in DIALECTS.values())
+        yield f"`{need}`", *("yes" if need in dialect.capabilities else "" for dialect in DIALECTS.values())
 
 
 def dialects() -> Iterator[Row]:
     yield "", *DIALECTS
     for title, attribute in {
         "slots where nobody says": "slots",
-        "sent beyond its slots": "margin",
-        "looked at by GET": "look_path",
-        "asked when it comes up": "probe_paths",
+        "sent beyond its slots": "overcommit",
+        "looked at by GET": "health_path",
+        "asked when it comes up": "info_paths",
     }.items():
         yield title, *(shown(getattr(dialect, attribute)) for dialect in DIALECTS.values())
 
@@ -115,9 +116,12 @@ def presets() -> Iterator[Row]:
 
 def rooms() -> Iterator[Row]:
     yield "file", "what it is for"
-    for file in sorted((DOCS.parent / "proxy").glob("[a-z]*.py")):
+    for file in sorted(PACKAGE.rglob("[a-z]*.py")):
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
-        yield f"[{file.name}](../proxy/{file.name})", " ".join(text.partition("\n\n")[0].split())
+        yield (
+            f"[{file.relative_to(PACKAGE)}](../{file.relative_to(DOCS.parent)})",
+            " ".join(text.partition("\n\n")[0].split()),
+        )
 
 
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {

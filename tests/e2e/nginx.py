@@ -27,7 +27,7 @@ import httpx
 from tests.e2e import stack
 from tests.e2e.servers import free_port, until
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "nginx" / "nginx.conf"
 IMAGE = stack.variables()["NGINX_IMAGE"]
 NEWEST_WITHOUT_RESOLVE = (1, 27, 2)
@@ -37,12 +37,12 @@ CAGE = ["--user", "101:101", "--read-only", "--tmpfs", f"/tmp:size={TMP_MB}m", "
 CAGE += ["--security-opt", "no-new-privileges"]
 
 
-class Unavailable(Exception):
+class ServiceUnavailableError(Exception):
     """Neither Docker with an image nor a recent nginx is on this machine; says why."""
 
 
 def runner() -> str:
-    """`docker`, with the image there, or the path of an nginx. Raises Unavailable."""
+    """`docker`, with the image there, or the path of an nginx. Raises ServiceUnavailableError."""
     try:
         subprocess.run(["docker", "info"], check=True, capture_output=True, timeout=30)
         image = [str(ROOT / "tests" / "e2e" / "nginx_image.sh"), IMAGE]
@@ -57,7 +57,7 @@ def runner() -> str:
         if version > NEWEST_WITHOUT_RESOLVE:
             return binary
         why += f"; {told.strip()} is too old"
-    raise Unavailable(f"no Docker and no nginx of 1.27.3 or newer: {why}")
+    raise ServiceUnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
 
 
 class NameServer:

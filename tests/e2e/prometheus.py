@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.documents import ROOT
 from tests.e2e.servers import free_port, until
+from tests.support.documents import ROOT
 
 DEPLOYED = ROOT / "deploy" / "prometheus"
 IMAGE = "prom/prometheus:v3.1.0"

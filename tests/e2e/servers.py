@@ -165,7 +165,7 @@ class Proxy(Server):
 def proxy(log: Path, *args: str, env: Mapping[str, str] | None = None) -> Proxy:
     """`args` are flags of `xgen-proxy serve`. Its coverage counts: only here the coverage variables are let through."""
     coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
-    command = [sys.executable, "-m", "proxy.cli", "serve", "--host", "127.0.0.1", *args]
+    command = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--host", "127.0.0.1", *args]
     return Proxy("the proxy", command, log, "/ready", 30, {**coverage, **(env or {})})
 
 

@@ -14,23 +14,23 @@ from typing import Any
 
 from tests.e2e.servers import free_port
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose.yaml"
 PROFILES = ["gpu", "monitoring"]
 LABEL = "com.docker.compose.project"
 
 
-class Unavailable(Exception):
+class ServiceUnavailableError(Exception):
     """This machine has no Docker engine, or no Compose; says why."""
 
 
 def check_docker() -> None:
-    """Raises Unavailable."""
+    """Raises ServiceUnavailableError."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            raise Unavailable(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
+            raise ServiceUnavailableError(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
 
 
 def docker(*args: str, input: str | None = None, timeout: float = 120) -> str:

@@ -47,7 +47,7 @@ services:
   proxy:
     environment:
       XGEN_BACKENDS__VLLM__DIALECT: {ENGINE}
-      XGEN_BACKENDS__VLLM__PATH: gpu
+      XGEN_BACKENDS__VLLM__DEVICE_CLASS: gpu
       XGEN_BACKENDS__VLLM__SLOTS: 4
       XGEN_BACKENDS__VLLM__CHAT_TEMPLATE: /template/tokenizer_config.json
   vllm:
@@ -85,7 +85,7 @@ CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
 def with_docker() -> None:
     try:
         stacks.check_docker()
-    except stacks.Unavailable as error:
+    except stacks.ServiceUnavailableError as error:
         unavailable(f"NOT TESTED IN CONTAINERS: {error}")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.errors import BadRequest, ProxyError, Refused, UpstreamFailed
-from proxy.verdicts import read_error
 from tests.e2e.door import NEVER_ENDING
 from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
 from tests.e2e.through import Through, text_of, user
+from xgen_proxy.dialects.error_mapping import read_error
+from xgen_proxy.errors import BadRequestError, ProxyError, RequestRejectedError, UpstreamError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 4}
 FRANCE = user("What is the capital of France?")
@@ -115,7 +115,7 @@ ALL_MISTAKES += [("completions", name, body) for name, body in COMPLETION_MISTAK
 )
 def test_mistakes_never_reach_it(through: Through, endpoint: Any, body: dict[str, Any]) -> None:
     for stream in (False, True):
-        with pytest.raises(BadRequest) as refused:
+        with pytest.raises(BadRequestError) as refused:
             asks(through, stream)(endpoint, **{**GREEDY, **body})
         assert refused.value.status == 400
         assert refused.value.param
@@ -127,7 +127,7 @@ def test_mistakes_never_reach_it(through: Through, endpoint: Any, body: dict[str
 def test_a_prompt_too_long(through: Through, endpoint: Any, stream: bool) -> None:
     text = "word " * (CONTEXT + 10)
     body: dict[str, Any] = {"messages": user(text)} if endpoint == "chat" else {"prompt": text}
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRejectedError) as refused:
         asks(through, stream)(endpoint, **body, max_tokens=3)
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert str(CONTEXT) in refused.value.message
@@ -217,7 +217,7 @@ def test_characters_of_several_tokens_survive_logprobs(through: Through) -> None
 
 
 def test_embeddings_without_a_model_for_it(through: Through) -> None:
-    with pytest.raises(UpstreamFailed):
+    with pytest.raises(UpstreamError):
         through.ask("embeddings", input="Hi")
 
 
@@ -227,12 +227,12 @@ def test_its_bare_errors(llama_cpp_python: Server) -> None:
         answer = httpx.post(llama_cpp_python.url + "/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 500
         verdict = read_error(answer.status_code, answer.content)
-        assert isinstance(verdict, Refused)
+        assert isinstance(verdict, RequestRejectedError)
         assert verdict.status == 400
         for leak in ("/", "secret", ".py"):
             assert leak not in verdict.message
     answer = httpx.post(llama_cpp_python.url + "/v1/nope", json={}, timeout=60)
-    assert isinstance(read_error(answer.status_code, answer.content), UpstreamFailed)
+    assert isinstance(read_error(answer.status_code, answer.content), UpstreamError)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, Refused
 from tests.e2e.servers import CONTEXT, Server
 from tests.e2e.through import Through, text_of, user
+from xgen_proxy.errors import BadRequestError, RequestRejectedError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 12}
 FRANCE = user("What is the capital of France?")
@@ -182,7 +182,7 @@ def test_the_clients_mistakes_are_400(
     through: Through, endpoint: Any, body: dict[str, Any], word: str, stream: bool
 ) -> None:
     ask = through.stream if stream else through.ask
-    with pytest.raises((BadRequest, Refused)) as refused:
+    with pytest.raises((BadRequestError, RequestRejectedError)) as refused:
         ask(endpoint, **{**GREEDY, **body})
     assert refused.value.status == 400
     assert word in refused.value.message
@@ -192,6 +192,6 @@ def test_the_clients_mistakes_are_400(
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_prompt_too_long(through: Through, stream: bool) -> None:
     ask = through.stream if stream else through.ask
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRejectedError) as refused:
         ask("chat", messages=user("word " * (CONTEXT + 10)), max_tokens=3)
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")

@@ -7,10 +7,10 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.editors import chunks as chunks_of
-from proxy.rewrites import asks_for_stream
 from tests.e2e.servers import CONTEXT, Server
 from tests.e2e.through import Through, text_of, user
+from xgen_proxy.dialects.request_rewrites import asks_for_stream
+from xgen_proxy.dialects.stream_editors import chunks as chunks_of
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 16}
 

@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.bodies import prepare
-from proxy.dialects import VLLM
-from proxy.errors import BadRequest, Refused, UpstreamFailed
-from proxy.verdicts import read_error
 from tests.e2e.servers import CONTEXT, MODEL, Server
 from tests.e2e.through import JSON, Through, text_of, user
+from xgen_proxy.dialects.dialect import VLLM
+from xgen_proxy.dialects.error_mapping import read_error
+from xgen_proxy.dialects.request_rules import prepare
+from xgen_proxy.errors import BadRequestError, RequestRejectedError, UpstreamError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 8}
 FRANCE = user("What is the capital of France?")
@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("fields", "word"), MISTAKES.values(), ids=MISTAKES)
 def test_the_clients_mistakes_are_400(through: Through, fields: dict[str, Any], word: str, stream: bool) -> None:
     ask = through.stream if stream else through.ask
-    with pytest.raises((BadRequest, Refused)) as refused:
+    with pytest.raises((BadRequestError, RequestRejectedError)) as refused:
         ask("chat", **{**GREEDY, "messages": FRANCE, **fields})
     assert refused.value.status == 400
     assert refused.value.type == "invalid_request_error"
@@ -103,7 +103,7 @@ def test_a_prompt_too_long(through: Through, endpoint: Any, stream: bool) -> Non
     text = "word " * (CONTEXT + 10)
     body: dict[str, Any] = {"messages": user(text)} if endpoint == "chat" else {"prompt": text}
     ask = through.stream if stream else through.ask
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRejectedError) as refused:
         ask(endpoint, **body, max_tokens=3)
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
 
@@ -113,11 +113,11 @@ def test_its_bare_errors(vllm_server: Server) -> None:
     for path, body in (("/v1/chat/completions", {"model": "nope", "messages": FRANCE}), ("/v1/nope", {})):
         answer = httpx.post(vllm_server.url + path, json=body, timeout=60)
         assert answer.status_code == 404
-        assert isinstance(read_error(answer.status_code, answer.content), UpstreamFailed)
+        assert isinstance(read_error(answer.status_code, answer.content), UpstreamError)
     answer = httpx.post(vllm_server.url + "/v1/chat/completions", json={"model": MODEL, "secret": "x"}, timeout=60)
     verdict = read_error(answer.status_code, answer.content)
-    assert isinstance(verdict, Refused)
+    assert isinstance(verdict, RequestRejectedError)
     assert verdict.param == "messages"
     assert "secret" not in verdict.message
     broken = httpx.post(vllm_server.url + "/v1/chat/completions", content=b'"\xff', headers=JSON, timeout=60)
-    assert isinstance(read_error(broken.status_code, broken.content), Refused)
+    assert isinstance(read_error(broken.status_code, broken.content), RequestRejectedError)

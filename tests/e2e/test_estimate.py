@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from bench.estimate import ratios
-from proxy.policy import ESTIMATE_MARGIN
+from xgen_proxy.routing.policy import ESTIMATE_MARGIN
 
 
 def test_the_margin_covers_the_error(gguf: str) -> None:

@@ -18,12 +18,12 @@ import httpx
 import pytest
 import yaml
 
-from tests.documents import ROOT
 from tests.e2e import prometheus
 from tests.e2e.conftest import unavailable
 from tests.e2e.prometheus import DEPLOYED, Prometheus, promtool
 from tests.e2e.servers import Proxy, until
-from tests.integration.fake import FakeUpstream, Talk, delta, good, status
+from tests.support.documents import ROOT
+from tests.support.fake_upstream import FakeUpstream, Talk, delta, good, status
 
 RULES = [
     rule
@@ -131,7 +131,7 @@ class Load:
         assert self.ask("break", {"X-Continuation": "none"}, stream=True).status_code == 200
         assert self.ask("hello", temperature="hot").status_code == 400
         assert self.ask("hello", model="unknown").status_code == 404
-        self.leave("silent")
+        self.drain("silent")
         self.crowd()
         self.reload()
 
@@ -142,7 +142,7 @@ class Load:
         body = {"model": "m", "messages": [{"role": "user", "content": prompt}], **fields}
         return {"url": f"{self.proxy.url}/v1/chat/completions", "json": body}
 
-    def leave(self, prompt: str, **fields: Any) -> None:
+    def drain(self, prompt: str, **fields: Any) -> None:
         with pytest.raises(httpx.TimeoutException):
             self.ask(prompt, timeout=0.2, **fields)
 
@@ -161,7 +161,7 @@ class Load:
             with self.held():
                 crowd = [pool.submit(self.ask, "hello", **ON_CPU) for _ in range(3)]
                 assert [each.result().status_code for each in crowd] == [429, 429, 429]
-                self.leave("hello", **ON_CPU)
+                self.drain("hello", **ON_CPU)
                 lucky = pool.submit(self.ask, "hello", **ON_CPU)
                 until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
             assert lucky.result().status_code == 200
@@ -312,5 +312,5 @@ def test_what_the_load_does_is_what_is_measured(loaded: Loaded) -> None:
     for stage in ("queued", "waiting", "answering"):
         assert loaded.find(f'xgen_cancellations_total{{stage="{stage}"}} > 0')
     assert loaded.find("0 < xgen:requests_failed:ratio_rate5m < 0.5")
-    assert loaded.find('path:xgen_replicas_up:sum{path="cpu"} == 1')
+    assert loaded.find('device_class:xgen_replicas_up:sum{device_class="cpu"} == 1')
     assert loaded.query('ALERTS{alertname=~"XgenProxyDown|XgenNoBackendUp|XgenTargetDown"}') == []

@@ -24,18 +24,19 @@ import httpx
 import openai
 import pytest
 
-from proxy import inbound, server
-from proxy.client import REQUEST_ID
-from proxy.settings import Settings
-from tests import documents
-from tests.documents import ticked
 from tests.e2e import servers
 from tests.e2e.conftest import unavailable
 from tests.e2e.door import CAPITAL, assert_openai_error
 from tests.e2e.h2_client import H2
-from tests.e2e.nginx import CONFIGURATION, TMP_MB, NameServer, Nginx, Unavailable, certificate, runner
+from tests.e2e.nginx import CONFIGURATION, TMP_MB, NameServer, Nginx, ServiceUnavailableError, certificate, runner
 from tests.e2e.servers import MODEL, Proxy, Server, free_port, until
-from tests.integration.fake import FakeUpstream, Talk, delta, whole
+from tests.support import documents
+from tests.support.documents import ticked
+from tests.support.fake_upstream import FakeUpstream, Talk, delta, whole
+from xgen_proxy import server
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.downstream import http_protocol
+from xgen_proxy.downstream.request_body import REQUEST_ID
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "a secret question"}]}
 CONTENT = json.dumps(BODY).encode()
@@ -54,7 +55,7 @@ StartNginx = Callable[..., Nginx]
 def nginx_runner() -> str:
     try:
         return runner()
-    except Unavailable as error:
+    except ServiceUnavailableError as error:
         unavailable(f"NOT TESTED WITH nginx: {error}")
 
 
@@ -184,8 +185,8 @@ def test_limits_fit_the_proxys() -> None:
     sizes = re.findall(r"client_max_body_size (\d+);", CONFIGURATION.read_text())
     assert sizes == [str(settings.limits.body_bytes), "0"], "nothing else but the page of errors has its own"
     assert f"more than {settings.limits.body_bytes} bytes" in CONFIGURATION.read_text()
-    assert seconds("send_timeout") == inbound.STALL_S
-    assert seconds("client_header_timeout") <= inbound.HEAD_S
+    assert seconds("send_timeout") == http_protocol.STALL_S
+    assert seconds("client_header_timeout") <= http_protocol.HEAD_S
     assert seconds("proxy_read_timeout") > settings.limits.queue_timeout_s + backend.total_timeout_s
     assert seconds("worker_shutdown_timeout") >= seconds("proxy_read_timeout")
     upstream = CONFIGURATION.read_text().partition("upstream proxies {")[2].partition("}")[0]
@@ -454,12 +455,12 @@ def test_connections_of_one_client_are_limited(
     """256 at once, counted over all its connections; the next is told so."""
     release = threading.Event()
 
-    async def hold(talk: Talk) -> None:
+    async def acquire(talk: Talk) -> None:
         while not release.is_set():
             await sleep()
         await talk.answer(200, whole())
 
-    monkeypatch.setattr(recorder, "default", hold)
+    monkeypatch.setattr(recorder, "default", acquire)
     with ExitStack() as crowd:
         clients = [crowd.enter_context(H2(bare.connect("h2"))) for _ in range(3)]
         streams = [client.request(CHAT, CONTENT) for client in clients[:2] for _ in range(128)]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import documents
-from tests.documents import README, ROOT, blocks
 from tests.e2e.servers import Proxy, Server
+from tests.support import documents
+from tests.support.documents import README, ROOT, blocks
 
 ADDRESS = "http://127.0.0.1:8080"
 PYTHON = blocks(README, "python")
@@ -36,7 +36,7 @@ def url(start_proxy: Callable[..., Proxy], llama_cpp_python: Server) -> str:
 def run(url: str, tmp_path: Path) -> Callable[..., str]:
     """run(program, *arguments) → what it prints. The console script is on PATH, and finds this proxy by itself."""
     script = tmp_path / "xgen-proxy"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m proxy.cli "$@" --url {url}\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m xgen_proxy.cli "$@" --url {url}\n')
     script.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 

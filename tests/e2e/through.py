@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 import httpx
 import orjson
 
-from proxy import sse
-from proxy.aggregate import Aggregate
-from proxy.answers import as_events, repair_whole
-from proxy.bodies import prepare
-from proxy.dialects import DIALECTS, Json, Request
-from proxy.editors import chunks, editor_for
-from proxy.features import Endpoint, read_features
-from proxy.rewrites import asks_for_stream
-from proxy.settings import Limits
-from proxy.verdicts import explain_empty, read_error, stream_error
 from tests.e2e.servers import MODEL
+from xgen_proxy import sse
+from xgen_proxy.config.settings import Limits
+from xgen_proxy.dialects.dialect import DIALECTS, BackendRequest, Json
+from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_error
+from xgen_proxy.dialects.request_rewrites import asks_for_stream
+from xgen_proxy.dialects.request_rules import prepare
+from xgen_proxy.dialects.stream_collector import StreamCollector
+from xgen_proxy.dialects.stream_editors import chunks, editor_for
+from xgen_proxy.dialects.whole_response import as_events, repair_whole
+from xgen_proxy.request.features import Endpoint, read_features
 
 T = TypeVar("T")
 PATHS: dict[Endpoint, str] = {
@@ -55,15 +55,15 @@ class Through:
         sent.pop("stream_options", None)
         return httpx.post(self.url + request.path, json=sent, timeout=120)
 
-    def request(self, endpoint: Endpoint, body: Json) -> Request:
+    def request(self, endpoint: Endpoint, body: Json) -> BackendRequest:
         body = {"model": self.alias, **body}
         features = read_features(body, {}, endpoint, Limits())
-        return Request(features, body, orjson.dumps(body), self.alias, MODEL, self.context)
+        return BackendRequest(features, body, orjson.dumps(body), self.alias, MODEL, self.context)
 
-    async def _ask(self, request: Request) -> Any:
+    async def _ask(self, request: BackendRequest) -> Any:
         if not asks_for_stream(self.dialect, request):
             return orjson.loads(repair_whole(self.dialect, request, await self._whole(request)))
-        aggregate = Aggregate(self.dialect, request)
+        aggregate = StreamCollector(self.dialect, request)
         async for block in self._blocks(request):
             aggregate.feed(block)
             if aggregate.done:
@@ -71,7 +71,7 @@ class Through:
         await aggregate.finish(self.post)
         return aggregate.result()
 
-    async def _stream(self, request: Request) -> list[Json]:
+    async def _stream(self, request: BackendRequest) -> list[Json]:
         if not asks_for_stream(self.dialect, request):
             data = repair_whole(self.dialect, request, await self._whole(request))
             return list(chunks(as_events(request, data)))
@@ -84,14 +84,14 @@ class Through:
         out += await editor.finish(self.post) if editor else b""
         return list(chunks(out))
 
-    async def _whole(self, request: Request) -> bytes:
+    async def _whole(self, request: BackendRequest) -> bytes:
         async with httpx.AsyncClient(timeout=120) as client:
             answer = await client.post(self.url + request.path, content=prepare(self.dialect, request), headers=JSON)
         if answer.status_code != 200:
             raise read_error(answer.status_code, answer.content)
         return answer.content
 
-    async def _blocks(self, request: Request) -> AsyncIterator[bytes]:
+    async def _blocks(self, request: BackendRequest) -> AsyncIterator[bytes]:
         """Whole events up to `[DONE]`. Raises what an error of any shape means."""
         content = prepare(self.dialect, request)
         came = False

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from proxy import __version__, cli
-from proxy.auth import hash_key
-from proxy.settings import Settings
-from tests.integration.conftest import CHAT, RunningProxy, assert_nothing_held, backend
-from tests.integration.fake import FakeUpstream, Talk
+from tests.support.fake_upstream import FakeUpstream, Talk
+from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend
+from xgen_proxy import __version__, cli
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.downstream.api_keys import hash_key
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +26,7 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
-    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, path="cpu", tools=False)}
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu", tools=False)}
     proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
     proxy.until_up(2)
     yield proxy
@@ -152,7 +152,7 @@ def test_what_is_wrong_is_told_in_words(
 
 
 def test_serve_when_the_port_is_taken_says_by_whom(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.server.set_up_logging", lambda log_format: None)
+    monkeypatch.setattr("xgen_proxy.server.set_up_logging", lambda log_format: None)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         status, out, err = run("serve", "--vllm", "http://127.0.0.1:1", "--port", str(port))
@@ -247,7 +247,7 @@ def test_status(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUps
     status, out, _ = run("status", "--url", door.url)
     assert status == 0
     header, cpu, gpu, waiting = table(out)
-    assert header == ["replica", "path", "state", "busy", "load", "models", "context", "memory", "why"]
+    assert header == ["replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"]
     assert gpu[:7] == [f"vllm@127.0.0.1:{fakes[0].port}", "gpu", "up", "0/256", "0.00", "m", "2048"]
     assert gpu[8:] == ["MB", "answers"]
     assert cpu[1] == "cpu"
@@ -306,16 +306,16 @@ def test_keys(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -
 
 def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["xgen-proxy", "key"])
-    monkeypatch.delitem(sys.modules, "proxy.cli")
+    monkeypatch.delitem(sys.modules, "xgen_proxy.cli")
     with pytest.raises(SystemExit) as end:
-        runpy.run_module("proxy.cli", run_name="__main__")
+        runpy.run_module("xgen_proxy.cli", run_name="__main__")
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("key ")
 
 
 def test_who_reads_the_first_line_only_sees_no_traceback() -> None:
-    command = f"{sys.executable} -m proxy.cli check --vllm http://a:1 | head -n 1"
-    root = str(Path(cli.__file__).parent.parent)
+    command = f"{sys.executable} -m xgen_proxy.cli check --vllm http://a:1 | head -n 1"
+    root = str(Path(cli.__file__).parents[2])
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.split() == ["setting", "value", "from"]
     assert done.stderr == ""

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from proxy.auth import new_key
-from proxy.gateway import Gateway
-from proxy.reload import Reloader
-from proxy.settings import Settings
-from tests.integration.conftest import CHAT, get, post, wait_until
-from tests.integration.fake import FakeUpstream
-from tests.integration.test_server import Process, Streaming
+from tests.support.fake_upstream import FakeUpstream
+from tests.support.running_proxy import CHAT, get, post, wait_until
+from tests.support.server_process import Process, Streaming
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.downstream.api_keys import new_key
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.reload import Reloader
 
 WORDS = {**CHAT, "messages": [{"role": "user", "content": "word " * 50}]}
 
@@ -67,7 +67,7 @@ def proxy(tmp_path: Path) -> Iterator[Configured]:
 def test_thresholds_change_when_the_file_does(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     backends = {
         "backends.vllm": {"urls": [gpu.url]},
-        "backends.llama_cpp": {"urls": [cpu.url], "dialect": "vllm", "path": "cpu"},
+        "backends.llama_cpp": {"urls": [cpu.url], "dialect": "vllm", "device_class": "cpu"},
     }
     proxy.write(**backends)
     proxy.start()
@@ -86,9 +86,9 @@ def test_replicas_come_and_go_while_a_stream_lives(proxy: Configured, gpu: FakeU
     streaming.start(proxy.process.url)
     proxy.write(**{"backends.vllm": {"urls": [cpu.url]}})
     proxy.process.signal(signal.SIGHUP)
-    wait_until(lambda: proxy.replicas() == {cpu.url: "up", gpu.url: "leaving"})
+    wait_until(lambda: proxy.replicas() == {cpu.url: "up", gpu.url: "draining"})
     assert proxy.chat().headers["x-replica"] == f"vllm@127.0.0.1:{cpu.port}"
-    streaming.let_go.set()
+    streaming.release.set()
     streaming.thread.join(20)
     assert streaming.text.endswith("data: [DONE]\n\n")
     assert streaming.error is None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,57 +17,14 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from proxy import cli, server
-from proxy.server import PortTaken, listen
-from proxy.settings import Settings
 from tests.conftest import LOOPBACK
-from tests.integration.conftest import CHAT, get, post, wait_until
-from tests.integration.fake import FakeUpstream, Talk, delta, good
-
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """`xgen-proxy serve` as a child; its standard error is kept in `log`."""
-
-    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
-        self.log = directory / "log"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}
-        with self.log.open("wb") as log:
-            self.child = subprocess.Popen(
-                [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *arguments],
-                cwd=directory, env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-                stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        assert self.child.stdout
-        line = self.child.stdout.readline()
-        assert line.startswith("listening on http://127.0.0.1:"), self.log.read_text()
-        self.url = line.split()[-1]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def until_ready(self) -> None:
-        wait_until(lambda: self.asked("/ready") == 200, seconds=30)
-
-    def asked(self, path: str) -> int | None:
-        """The status, None where nobody answers."""
-        try:
-            return get(self.url + path).status_code
-        except httpx.TransportError:
-            return None
-
-    def signal(self, number: int) -> None:
-        self.child.send_signal(number)
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-    def close(self) -> None:
-        assert self.child.stdout
-        self.child.stdout.close()
-        if self.child.poll() is None:
-            self.child.kill()
-            self.child.wait()
-
+from tests.support.documents import ROOT
+from tests.support.fake_upstream import FakeUpstream, good
+from tests.support.running_proxy import CHAT, get, post, wait_until
+from tests.support.server_process import Process, Streaming
+from xgen_proxy import cli, server
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.server import PortInUseError, listen
 
 Serve = Callable[..., Process]
 
@@ -89,61 +43,17 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         process.close()
 
 
-class Streaming:
-    """A backend that streams `hel`, waits until it is let go, and ends as it should; and one client of it."""
-
-    def __init__(self, fake: FakeUpstream) -> None:
-        self.let_go = threading.Event()
-        self.left = threading.Event()
-        self.text = ""
-        self.error: Exception | None = None
-        self.began = threading.Event()
-        fake.default = self._script
-
-    async def _script(self, talk: Talk) -> None:
-        await talk.start_stream()
-        await talk.event(delta("hel"))
-        gone = asyncio.create_task(talk.until_client_leaves())
-        let_go = asyncio.create_task(asyncio.to_thread(self.let_go.wait, 60))
-        await asyncio.wait([gone, let_go], return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            self.left.set()
-            self.let_go.set()
-            return
-        await talk.event(delta("lo"))
-        await talk.event(delta(finish="stop"))
-        await talk.end()
-
-    def start(self, url: str) -> None:
-        self.thread = threading.Thread(target=self._read, args=[url])
-        self.thread.start()
-        assert self.began.wait(30)
-
-    def _read(self, url: str) -> None:
-        body = {**CHAT, "stream": True}
-        try:
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60, verify=False) as answer:
-                for part in answer.iter_text():
-                    self.text += part
-                    self.began.set()
-        except httpx.HTTPError as error:
-            self.error = error
-
-
-# the port
-
-
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-        with pytest.raises(PortTaken) as error:
+        with pytest.raises(PortInUseError) as error:
             listen("127.0.0.1", port)
     assert str(error.value) == f"port {port} is taken by process {os.getpid()}; end that, or choose another with --port"
 
 
 def test_a_port_taken_by_who_knows_whom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.server.listener", lambda port: None)
-    with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(PortTaken, match=r"\d+ is taken; end that"):
+    monkeypatch.setattr("xgen_proxy.server.listener", lambda port: None)
+    with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(PortInUseError, match=r"\d+ is taken; end that"):
         listen("127.0.0.1", sock.getsockname()[1])
 
 
@@ -151,14 +61,14 @@ def test_a_port_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("proxy.server.socket.socket.bind", forbidden)
-    with pytest.raises(PortTaken, match=r"cannot listen on 127\.0\.0\.1:80: Permission denied; choose another"):
+    monkeypatch.setattr("xgen_proxy.server.socket.socket.bind", forbidden)
+    with pytest.raises(PortInUseError, match=r"cannot listen on 127\.0\.0\.1:80: Permission denied; choose another"):
         listen("127.0.0.1", 80)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
 def test_an_address_that_is_not_ours(host: str) -> None:
-    with pytest.raises(PortTaken, match="cannot listen on"):
+    with pytest.raises(PortInUseError, match="cannot listen on"):
         listen(host, 0)
 
 
@@ -171,7 +81,7 @@ def test_a_free_port(host: str) -> None:
 def test_a_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_path: Path) -> None:
     first = serve("--vllm", gpu.url)
     second = subprocess.run(
-        [sys.executable, "-m", "proxy.cli", "serve", "--port", str(first.port), "--vllm", gpu.url],
+        [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", str(first.port), "--vllm", gpu.url],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert second.returncode == 2
@@ -214,7 +124,7 @@ def test_a_live_stream_finishes_while_nobody_new_is_let_in(serve: Serve, gpu: Fa
     wait_until(lambda: process.asked("/ready") != 200)
     wait_until(lambda: process.asked("/health") is None)
     assert process.child.poll() is None
-    streaming.let_go.set()
+    streaming.release.set()
     assert process.child.wait(20) == 0
     streaming.thread.join(20)
     assert streaming.error is None
@@ -235,7 +145,7 @@ def test_ready_fails_first(serve: Serve, gpu: FakeUpstream) -> None:
         wait_until(lambda: _ended(client, answers), seconds=20)
     first_bad = next((index for index, status in enumerate(answers) if status == 503), len(answers))
     assert set(answers[first_bad:]) <= {503}
-    streaming.let_go.set()
+    streaming.release.set()
     assert process.child.wait(20) == 0
     streaming.thread.join(20)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from proxy import upstream
-from proxy.errors import Broken, ConnectFailed, TimedOut
-from proxy.upstream import HIGH_WATER, Connection, Pool
+from xgen_proxy import upstream
+from xgen_proxy.errors import UpstreamConnectError, UpstreamProtocolError, UpstreamTimeoutError
+from xgen_proxy.upstream import HIGH_WATER, Connection, Pool
 
 REQUEST = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -208,7 +208,7 @@ BROKEN: dict[str, Server] = {
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
 async def test_a_broken_answer(script: Server) -> None:
     async with serving(script) as pool:
-        with pytest.raises(Broken):
+        with pytest.raises(UpstreamProtocolError):
             await ask(pool)
         assert pool.opened == 1
 
@@ -216,12 +216,12 @@ async def test_a_broken_answer(script: Server) -> None:
 async def test_nobody_listens() -> None:
     async with serving(answers(OK)) as pool:
         port = pool.port
-    with pytest.raises(ConnectFailed):
+    with pytest.raises(UpstreamConnectError):
         await Pool("127.0.0.1", port).exchange(REQUEST, 10)
 
 
 async def test_a_name_that_is_none() -> None:
-    with pytest.raises(ConnectFailed):
+    with pytest.raises(UpstreamConnectError):
         await Pool("no-such-host.invalid", 80).exchange(REQUEST, 10)
 
 
@@ -235,7 +235,7 @@ async def test_a_connection_that_is_not_made_in_time() -> None:
             each.setblocking(False)
             each.connect_ex(listener.getsockname())
         pool = Pool("127.0.0.1", listener.getsockname()[1], connect_timeout_s=0.05)
-        with pytest.raises(ConnectFailed, match=r"no connection within 0\.05 s"):
+        with pytest.raises(UpstreamConnectError, match=r"no connection within 0\.05 s"):
             await pool.exchange(REQUEST, 10)
         assert not pool.live
         for each in queued:
@@ -253,7 +253,7 @@ SILENT: dict[str, Server] = {
 @pytest.mark.parametrize("script", SILENT.values(), ids=SILENT.keys())
 async def test_silence_is_bounded(script: Server) -> None:
     async with serving(script) as pool:
-        with pytest.raises(TimedOut, match=r"within 0\.05 s"):
+        with pytest.raises(UpstreamTimeoutError, match=r"within 0\.05 s"):
             await ask(pool, 0.05)
 
 
@@ -266,7 +266,7 @@ async def drip(peer: Peer) -> None:
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
 async def test_a_server_that_drips_is_bounded_too(start: bytes) -> None:
     async with serving(answers(start, then=drip)) as pool:
-        with pytest.raises(TimedOut):
+        with pytest.raises(UpstreamTimeoutError):
             async with asyncio.timeout(5):
                 await ask(pool, 0.2)
 
@@ -298,7 +298,7 @@ async def test_but_not_longer_than_it_may_in_all() -> None:
             while True:
                 read.append(await connection.read(10))
 
-        with pytest.raises(TimedOut, match=r"the answer took more than 0\.2 s"):
+        with pytest.raises(UpstreamTimeoutError, match=r"the answer took more than 0\.2 s"):
             async with asyncio.timeout(5):
                 await read_on()
         assert len(read) > 1
@@ -423,7 +423,7 @@ async def test_an_answer_that_began_is_never_asked_for_again() -> None:
 
     async with serving(script) as pool:
         await ask(pool)
-        with pytest.raises(Broken):
+        with pytest.raises(UpstreamProtocolError):
             await ask(pool)
         assert requests == 2
 
@@ -436,7 +436,7 @@ async def test_a_new_connection_that_dies_at_once_is_not_tried_for_ever() -> Non
         connections += 1
 
     async with serving(script) as pool:
-        with pytest.raises(Broken):
+        with pytest.raises(UpstreamProtocolError):
             await ask(pool)
         assert connections == 1
 
@@ -569,7 +569,7 @@ async def test_all_of_a_large_answer_comes() -> None:
 async def test_an_answer_may_be_too_large() -> None:
     async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, then=wait)) as pool:
         connection = await pool.exchange(REQUEST, 10)
-        with pytest.raises(Broken, match="more than 999 bytes"):
+        with pytest.raises(UpstreamProtocolError, match="more than 999 bytes"):
             await connection.read_all(10, 999)
         pool.release(connection)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import sse
-from proxy.errors import Broken
+from xgen_proxy import sse
+from xgen_proxy.errors import UpstreamProtocolError
 
 LF = b'data: {"a":"x\\n\\ny"}\n\nevent: ping\ndata: {}\n\n: comment\n\ndata: [DONE]\n\n'
 CRLF = LF.replace(b"\n", b"\r\n")
@@ -57,7 +57,7 @@ def test_an_event_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sse, "MAX_EVENT", 100)
     splitter = sse.EventSplitter()
     assert splitter.feed(b"data: " + b"1" * 94) == b""
-    with pytest.raises(Broken, match="more than 100 bytes"):
+    with pytest.raises(UpstreamProtocolError, match="more than 100 bytes"):
         splitter.feed(b"2")
 
 

@@ -1,0 +1,125 @@
+"""/generate and /generate/stream: the source document's own API, on top of /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, Field, ValidationError
+from starlette.types import Message, Receive, Scope, Send
+
+from xgen_proxy import sse
+from xgen_proxy.api.openai import InferenceEndpoint, answer
+from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.errors import BadGatewayError, BadRequestError
+from xgen_proxy.gateway import Call, Gateway
+
+
+class GenerateRequest(BaseModel):
+    prompt: str = Field(min_length=1)
+    max_tokens: int = Field(1024, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    backend: str = "auto"
+    stream: bool = False
+    urgency: Literal["high", "normal", "low"] | None = None
+    task_type: str | None = None
+
+
+def read_generate(body: dict[str, Any]) -> GenerateRequest:
+    """Raises BadRequestError."""
+    try:
+        return GenerateRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadRequestError(f"{field}: {first['msg']}", param=field) from None
+
+
+def to_completion(request: GenerateRequest, stream: bool) -> dict[str, Any]:
+    body = request.model_dump(exclude_none=True)
+    body["stream"] = stream
+    return body
+
+
+class GenerateEndpoint(InferenceEndpoint):
+    """`always_streams`: /generate/stream; /generate streams when the request says so."""
+
+    def __init__(self, gateway: Gateway, *, always_streams: bool) -> None:
+        super().__init__(gateway, "completions")
+        self.always_streams = always_streams
+
+    async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
+        raw = await read_body(receive, headers, self.gateway.settings.limits)
+        request = read_generate(read_json(raw, headers))
+        body = to_completion(request, self.always_streams or request.stream)
+        return self.gateway.call(id, self.endpoint, orjson.dumps(body), body, headers)
+
+    async def answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(self.gateway, call, receive, TokenStream(send) if call.features.stream else WholeText(send))
+
+
+class WholeText:
+    """Turns a whole completion into {text, backend_used, generation_time (s), tokens_per_second}."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._began = time.perf_counter()
+        self._start: Message = {}
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        body = message["body"]
+        if self._start["status"] == 200:
+            body = self._reshape(body)
+            headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]
+            self._start["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _reshape(self, body: bytes) -> bytes:
+        try:
+            return orjson.dumps(self._answer(orjson.loads(body)))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            error = BadGatewayError("the backend's answer is no completion", code="bad_answer")
+            self._start["status"] = error.status
+            return error.body()
+
+    def _answer(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """Raises LookupError, TypeError or AttributeError. Without usage from the backend the speed is null."""
+        seconds = time.perf_counter() - self._began
+        usage = completion.get("usage")
+        return {
+            "text": completion["choices"][0]["text"],
+            "backend_used": dict(self._start["headers"])[b"x-backend"].decode(),
+            "generation_time": round(seconds, 4),
+            "tokens_per_second": round(usage["completion_tokens"] / seconds, 2) if usage else None,
+        }
+
+
+class TokenStream:
+    """Turns a stream of completion chunks into `{"token": …}` events and a closing `{"done": true}`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._stream = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._stream = message["status"] == 200
+        elif self._stream:
+            message = {**message, "body": b"".join(self._event(data) for data in sse.payloads(message["body"]))}
+        await self._send(message)
+
+    def _event(self, data: bytes) -> bytes:
+        if data == b"[DONE]":
+            return b'data: {"done": true}\n\n'
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            return b"data: " + data + b"\n\n"
+        tokens = [choice["text"] for choice in chunk["choices"] if choice["text"]]
+        return b"".join(b"data: " + orjson.dumps({"token": token}) + b"\n\n" for token in tokens)

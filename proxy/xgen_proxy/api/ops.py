@@ -1,0 +1,100 @@
+"""/health /ready /metrics /models/status /route: for those who run the proxy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from xgen_proxy.downstream.api_keys import check_key
+from xgen_proxy.downstream.request_body import read_body, read_json, request_id
+from xgen_proxy.fleet.backend import Backend, Replica
+from xgen_proxy.fleet.process_memory import Memory, memory_of
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.routing.policy import explain
+
+
+def gateway_of(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def health(request: Request) -> Response:
+    """Alive. Says nothing of the backends: restarting the proxy would not mend them."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Can a model answer? 503 while none can, and while draining."""
+    gateway = gateway_of(request)
+    if gateway.ready:
+        return JSONResponse({"status": "ready"})
+    why = "draining" if gateway.draining else "no backend is up"
+    replicas = {replica.name: f"{replica.state}: {replica.reason}" for replica in gateway.fleet.replicas}
+    return JSONResponse({"status": "not ready", "reason": why, "replicas": replicas}, status_code=503)
+
+
+async def metrics(request: Request) -> Response:
+    return Response(gateway_of(request).telemetry.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def status(request: Request) -> Response:
+    gateway = gateway_of(request)
+    shown = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
+    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in shown for replica in replicas])
+    return JSONResponse({
+        "default_model": gateway.fleet.default_model,
+        "models": gateway.fleet.models,
+        "queued": len(gateway.admission.queue),
+        "draining": gateway.draining,
+        "backends": [backend_status(backend, replicas, memory) for backend, replicas in shown],
+    })  # fmt: skip
+
+
+def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
+    return {each: memory_of(each.pool.host, each.pool.port) for each in replicas}
+
+
+def backend_status(backend: Backend, replicas: Iterable[Replica], memory: dict[Replica, Memory]) -> dict[str, Any]:
+    return {
+        "name": backend.name,
+        "device_class": backend.device_class,
+        "dialect": backend.dialect.name,
+        "models": {name: backend.served(name) for name in sorted(backend.models)},
+        "context": backend.context,
+        "capabilities": sorted(backend.capabilities),
+        "replicas": [replica_status(replica, memory[replica]) for replica in replicas],
+    }
+
+
+def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
+    return {
+        "name": replica.name,
+        "url": replica.url,
+        "state": replica.state,
+        "reason": replica.reason,
+        "for_s": round(time.monotonic() - replica.since, 1),
+        "up": replica.up,
+        "in_flight": replica.in_flight,
+        "slots": replica.slots,
+        "connections": len(replica.pool.live),
+        "load": replica.load_parts.as_dict(),
+        "memory": {**memory, "kv_usage": replica.scraped.kv if replica.scraped else None},
+    }
+
+
+async def route(request: Request) -> Response:
+    """The dry run: what would be decided for this request now. The body is that of /v1/chat/completions, or of
+    /v1/completions where it has a `prompt`."""
+    gateway = gateway_of(request)
+    headers = dict(request.scope["headers"])
+    check_key(headers, gateway.settings.api_keys)
+    raw = await read_body(request.receive, headers, gateway.settings.limits)
+    body = read_json(raw, headers)
+    call = gateway.call(request_id(headers), "completions" if "prompt" in body else "chat", raw, body, headers)
+    return JSONResponse(explain(gateway.plan(call.features), call.features))

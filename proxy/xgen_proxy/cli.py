@@ -1,0 +1,246 @@
+"""The console script: serve, check, route, status, key. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+
+from xgen_proxy import __version__
+from xgen_proxy.config.loading import ConfigError, explain, load, use_file
+from xgen_proxy.downstream.api_keys import new_key
+from xgen_proxy.server import PortInUseError, serve
+
+EXAMPLES = """\
+examples:
+  xgen-proxy serve --llama-cpp http://127.0.0.1:8081
+  xgen-proxy serve --llama-cpp http://127.0.0.1:8081 --vllm http://gpu-box:8000
+  xgen-proxy check
+  echo '{"messages": [{"role": "user", "content": "Hi"}]}' | xgen-proxy route
+  xgen-proxy status
+"""
+
+SERVE_EXAMPLES = """\
+examples:
+  one CPU backend:         xgen-proxy serve --llama-cpp http://127.0.0.1:8081
+  llama.cpp's own server:  xgen-proxy serve --llama-cpp http://127.0.0.1:8081 --engine llama-server
+  GPU first, CPU behind:   xgen-proxy serve --vllm http://gpu-box:8000 --llama-cpp http://127.0.0.1:8081
+  several replicas:        xgen-proxy serve --vllm http://gpu-1:8000,http://gpu-2:8000
+  everything from a file:  xgen-proxy serve --config xgen-proxy.toml
+
+Every other setting comes from the environment (XGEN_ROUTING__LONG_PROMPT_WORDS=200), .env or the file;
+`xgen-proxy check` lists them all with their values.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  xgen-proxy check --llama-cpp http://127.0.0.1:8081
+  XGEN_ROUTING__LONG_PROMPT_WORDS=200 xgen-proxy check --vllm http://gpu-box:8000
+
+Each line is: setting, value, and where it came from (flag, environment, .env, file or default). Ends with 2 and says
+which setting is wrong, and what would be right, if one is.
+"""
+
+ROUTE_EXAMPLES = """\
+examples:
+  echo '{"messages": [{"role": "user", "content": "Hi"}], "urgency": "high"}' | xgen-proxy route
+  xgen-proxy route request.json --url http://127.0.0.1:8080
+
+Asks a running proxy what it would do with this request now, without doing it: the candidates in order, with the reason
+for each, and who was passed over and why.
+"""
+
+STATUS_EXAMPLES = """\
+examples:
+  xgen-proxy status
+  xgen-proxy status --url http://proxy-box:8080
+"""
+
+KEY_EXAMPLES = """\
+examples:
+  xgen-proxy key
+
+Prints a new key for a client and its hash for the setting api_keys (XGEN_API_KEYS=<hash>[,<hash>…]). The proxy keeps
+only hashes; the key itself is shown this once.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except (ConfigError, PortInUseError, CommandError) as error:
+        print(f"xgen-proxy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `xgen-proxy check | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+class CommandError(Exception):
+    """Ends the command with this message."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="xgen-proxy",
+        description="One OpenAI-compatible door in front of vLLM (GPU) and llama.cpp (CPU).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"xgen-proxy {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, epilog: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add_settings(add("serve", run_serve, "Start the proxy.", SERVE_EXAMPLES))
+    add_settings(add("check", run_check, "Show the effective configuration and where it came from.", CHECK_EXAMPLES))
+    route = add("route", run_route, "Dry-run a request: where would it go, and why?", ROUTE_EXAMPLES)
+    route.add_argument("file", nargs="?", default="-", help="a request as JSON; - or nothing: standard input")
+    add_client(route)
+    add_client(add("status", run_status, "Show the fleet as a table.", STATUS_EXAMPLES))
+    add("key", run_key, "Make an API key.", KEY_EXAMPLES)
+    return top
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", help="where to listen (default 127.0.0.1)")
+    command.add_argument("--port", type=int, help="where to listen (default 8080; 0 takes a free port)")
+    command.add_argument("--vllm", metavar="URL[,URL]", help="vLLM servers: the GPU path")
+    command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers: the CPU path")
+    command.add_argument(
+        "--engine", choices=["llama-cpp-python", "llama-server"], help="what --llama-cpp speaks (llama-cpp-python)"
+    )
+    command.add_argument("--config", metavar="FILE", help="a TOML file of settings (default ./xgen-proxy.toml)")
+
+
+def add_client(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default="http://127.0.0.1:8080", help="the running proxy (%(default)s)")
+    command.add_argument("--api-key", help="where the proxy asks for one")
+
+
+def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, nested as the settings are."""
+    flags = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
+    backends: dict[str, dict[str, Any]] = {}
+    if arguments.vllm:
+        backends["vllm"] = {"urls": arguments.vllm}
+    if arguments.llama_cpp:
+        backends["llama_cpp"] = {"urls": arguments.llama_cpp}
+    if arguments.engine:
+        backends.setdefault("llama_cpp", {})["dialect"] = arguments.engine
+    return {**flags, "backends": backends} if backends else flags
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    use_file(arguments.config)
+    serve(lambda: load(flags_of(arguments)), announce=lambda url: print(f"listening on {url}", flush=True))
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    use_file(arguments.config)
+    flags = flags_of(arguments)
+    rows = list(explain(load(flags), flags))
+    print_table([("setting", "value", "from"), *rows])
+    return 0
+
+
+def run_route(arguments: argparse.Namespace) -> int:
+    body = sys.stdin.buffer.read() if arguments.file == "-" else read_file(arguments.file)
+    plan = ask(arguments, "POST", "/route", body)
+    if plan.get("error"):
+        print(f"refused: {plan['error']['message']}")
+    rows = [
+        (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", each["reason"])
+        for index, each in enumerate(plan["candidates"], 1)
+    ]
+    if rows:
+        print_table([("try", "backend", "replica", "load", "reason"), *rows])
+    for each in plan["rejections"]:
+        print(f"not {each['name']}: {each['reason']}")
+    return 1 if plan.get("error") else 0
+
+
+def read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    status = ask(arguments, "GET", "/models/status")
+    rows = [
+        (
+            replica["name"], backend["device_class"], replica["state"], f"{replica['in_flight']}/{replica['slots']}",
+            f"{replica['load']['total']:.2f}", ",".join(backend["models"]), str(backend["context"] or "?"),
+            megabytes(replica["memory"]["process_rss_bytes"]), replica["reason"],
+        )
+        for backend in status["backends"]
+        for replica in backend["replicas"]
+    ]  # fmt: skip
+    print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
+    print(f"waiting for a slot: {status['queued']}")
+    return 0
+
+
+def megabytes(value: int | None) -> str:
+    return "?" if value is None else f"{value / 1e6:.0f} MB"
+
+
+def run_key(arguments: argparse.Namespace) -> int:
+    key, hash = new_key()
+    print(f"key   {key}\nhash  {hash}")
+    return 0
+
+
+def ask(arguments: argparse.Namespace, method: str, path: str, body: bytes | None = None) -> Any:
+    """Raises Failure with the proxy's own message."""
+    headers = {"content-type": "application/json"} if body is not None else {}
+    if arguments.api_key:
+        headers["authorization"] = f"Bearer {arguments.api_key}"
+    url = arguments.url.rstrip("/") + path
+    try:
+        answer = httpx.request(method, url, content=body, headers=headers, timeout=10, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise CommandError(
+            f"no proxy answers at {arguments.url} ({error}); start one with `xgen-proxy serve`"
+        ) from None
+    try:
+        data = orjson.loads(answer.content)
+        if answer.status_code == 200:
+            return data
+        message = data["error"]["message"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        raise CommandError(
+            f"what answers at {arguments.url} is no xgen-proxy: {answer.status_code} for {path}"
+        ) from None
+    raise CommandError(message)
+
+
+def print_table(rows: Iterable[tuple[str, ...]]) -> None:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

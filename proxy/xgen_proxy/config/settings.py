@@ -1,0 +1,283 @@
+"""Every knob: its unit, its default, its reason.
+
+Values come, strongest first, from command-line flags, environment (`XGEN_…`, nested with `__`), `.env`, files in
+/run/secrets (or XGEN_SECRETS_DIR) that are named like the variables in lower case, and a TOML file (`--config`,
+`XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` prints each value with where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from xgen_proxy.dialects.chat_template import load_template
+
+DEFAULT_CONFIG = Path("xgen-proxy.toml")
+DEFAULT_SECRETS = Path("/run/secrets")  # where compose puts them
+
+DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
+DeviceClass = Literal["gpu", "cpu"]
+
+
+def split_commas(value: Any) -> Any:
+    """Lists may be written `a,b` in the environment, where JSON is a nuisance to quote. JSON is understood too."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def check_url(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    host = rest.rstrip("/")
+    forms = {"http": _has_good_port, "dns": _has_a_port, "srv": _is_a_name}
+    if not host or set(host) & set("/@?#") or scheme not in forms or not forms[scheme](url):
+        shown = repr(url) if "@" not in url else "what is set"  # it may have a password in it
+        raise ValueError(f"{shown} is not a backend URL; write {URL_FORMS} (no path, no credentials, no TLS)")
+    return f"{scheme}://{host}"
+
+
+URL_FORMS = "http://HOST:PORT, dns://HOST:PORT for each address of the name, or srv://NAME for its SRV records"
+
+
+def _has_good_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:  # not a number, or over 65535
+        return False
+
+
+def _has_a_port(url: str) -> bool:
+    return _has_good_port(url) and urlsplit(url).port is not None
+
+
+def _is_a_name(url: str) -> bool:
+    return ":" not in urlsplit(url).netloc
+
+
+Urls = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
+
+
+class BackendSettings(BaseModel, extra="forbid"):
+    """One backend: a set of interchangeable replicas of one engine."""
+
+    urls: Urls = Field(
+        min_length=1,
+        description="http://HOST:PORT of each replica, comma-separated. dns://HOST:PORT: one at each address of the"
+        " name, srv://NAME: one for each SRV record; looked up every 2 s.",
+    )
+    dialect: DialectName = Field(description="What the servers speak.")
+    device_class: DeviceClass = Field(description="gpu is preferred for long work; cpu is the safety net.")
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Public model name → the name this backend serves it under. Empty: the names it lists itself.",
+    )
+    slots: int | None = Field(
+        None, ge=1, description="Requests one replica runs at once. Unset: what it reports, else the dialect's default."
+    )
+    context: int | None = Field(
+        None,
+        ge=1,
+        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none: tell its"
+        " --n_ctx, and counting a chat's tokens leaves its cache alone.",
+    )
+    api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
+    chat_template: Path | None = Field(
+        None,
+        description="llama-cpp-python only: a tokenizer_config.json with the model's chat_template. With it a chat that"
+        " broke off elsewhere goes on here; `make run` sets it.",
+    )
+    tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
+    images: bool | None = Field(None, description="Can it read images? Unset: what the dialect or the replica says.")
+    embeddings: bool | None = Field(None, description="Can it embed? Unset: what the dialect or the replica says.")
+    connect_timeout_s: float = Field(2.0, gt=0, description="To open a connection. Backends are near: 2 s is long.")
+    first_byte_timeout_s: float = Field(
+        60.0, gt=0, description="From sending a short request to its first output. Queueing in vLLM counts."
+    )
+    first_byte_per_1k_words_s: float = Field(
+        60.0, ge=0, description="Added for each 1,000 words of prompt: a CPU prefills some 100 tokens a second."
+    )
+    idle_timeout_s: float = Field(60.0, gt=0, description="Longest silence between two chunks of a stream.")
+    total_timeout_s: float = Field(3600.0, gt=0, description="Longest life of one attempt.")
+
+    @field_validator("urls")
+    @classmethod
+    def _urls(cls, urls: list[str]) -> list[str]:
+        urls = [check_url(url) for url in urls]
+        if len(set(urls)) < len(urls):
+            raise ValueError("the same URL is listed twice")
+        return urls
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_that_works(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            load_template(path)
+        return path
+
+    @model_validator(mode="after")
+    def _embeddings_that_work(self) -> BackendSettings:
+        if self.embeddings and self.dialect == "llama-cpp-python":
+            raise ValueError("llama-cpp-python gives a vector for each token; use llama-server for embeddings")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_class_follows_dialect(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "device_class" not in values:
+            values = {**values, "device_class": "gpu" if values.get("dialect") in ("vllm", "openai") else "cpu"}
+        return values
+
+
+class Routing(BaseModel, extra="forbid"):
+    """Thresholds of the default policy (routing/policy.py)."""
+
+    long_prompt_words: int = Field(100, ge=0, description="Rule 2: a prompt of more words goes to the GPU.")
+    long_max_tokens: int = Field(1024, ge=0, description="Rule 2: a larger max_tokens goes to the GPU.")
+    urgent_load: float = Field(0.7, gt=0, description="Rule 3: urgent work takes the GPU below this load.")
+    load_limit: float = Field(1.0, gt=0, description="Rule 6: at or over this load short work spills to the CPU.")
+    waiting_full: float = Field(5.0, gt=0, description="Rule 5: this many waiting requests are load 1.")
+    kv_full: float = Field(0.8, gt=0, le=1, description="Rule 5: this share of KV cache used is load 1.")
+    continuation: bool = Field(
+        True, description="A stream that breaks goes on elsewhere. A client opts out with `X-Continuation: none`."
+    )
+    max_attempts: int = Field(4, ge=1, description="Most candidates in a plan, and so most attempts.")
+
+
+class Limits(BaseModel, extra="forbid"):
+    """What a client may send. Over it: 400, 408 or 413. The reasons are hostile requests that were tried."""
+
+    body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
+    body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
+    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
+    json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
+    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
+    queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
+    queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="XGEN_",
+        env_nested_delimiter="__",
+        env_file=".env",
+        dotenv_filtering="only_existing",  # .env is shared with other programs; effective.py tells of typos in XGEN_…
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field("127.0.0.1", description="Where to listen. 0.0.0.0 needs api_keys or a guarded network.")
+    port: int = Field(8080, ge=0, le=65535, description="Where to listen; 0 takes a free port.")
+    backends: dict[str, BackendSettings] = Field(
+        default_factory=dict,
+        description="The fleet by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
+    )
+    default_model: str | None = Field(None, description="For requests that name no model. Unset: the first known.")
+    api_keys: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
+        default_factory=list,
+        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is asked.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
+        default=(),
+        description="IP networks, comma-separated, whose X-Forwarded-For is believed when the log names the client.",
+    )
+    routing: Routing = Routing()
+    limits: Limits = Limits()
+    scrape_interval_s: float = Field(1.0, gt=0, description="Between two looks at a replica's load, with jitter.")
+    scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
+    stale_after_s: float = Field(5.0, gt=0, description="Load older than this counts as saturated.")
+    canary_interval_s: float = Field(
+        30.0,
+        ge=0,
+        description="A vLLM silent so long is asked for a token: when its engine hangs, it answers looks. 0: never.",
+    )
+    drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="The OpenTelemetry collector for traces, as http://HOST:4318. Unset: none. Needs the extra otel.",
+    )
+    log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_backends(cls, values: Any) -> Any:
+        """`vllm` and `llama_cpp` name their dialect themselves."""
+        known = {"vllm": "vllm", "llama_cpp": "llama-cpp-python"}
+        backends = values.get("backends") if isinstance(values, dict) else None
+        if isinstance(backends, dict):
+            for name, backend in backends.items():
+                if name in known and isinstance(backend, dict):
+                    backend.setdefault("dialect", known[name])
+        return values
+
+    @field_validator("api_keys")
+    @classmethod
+    def _hashes(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            if len(key) != 64 or not set(key.lower()) <= set("0123456789abcdef"):
+                raise ValueError("each entry is the SHA-256 of a key in hex, never the key; `xgen-proxy key` makes one")
+        return [key.lower() for key in keys]
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_network(network)) for network in networks)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, url: str | None) -> str | None:
+        if not url:
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("write http://HOST:4318, where an OpenTelemetry collector takes OTLP over HTTP")
+        if find_spec("opentelemetry.exporter") is None:
+            raise ValueError('traces need the extra: pip install "xgen-proxy[otel]"')
+        return url
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        secrets = secrets_source(settings_cls)
+        toml = TomlConfigSettingsSource(settings_cls, config_file())
+        return init_settings, env_settings, dotenv_settings, secrets, toml
+
+
+def config_file() -> Path:
+    return Path(os.environ.get("XGEN_CONFIG", DEFAULT_CONFIG))
+
+
+def secrets_dir() -> Path:
+    return Path(os.environ.get("XGEN_SECRETS_DIR", DEFAULT_SECRETS))
+
+
+def secrets_source(settings: type[BaseSettings]) -> NestedSecretsSettingsSource:
+    return NestedSecretsSettingsSource(SecretsSettingsSource(settings), secrets_dir(), secrets_dir_missing="ok")
+
+
+def sources() -> list[Path]:
+    """The files that settings come from, whether they are there or not."""
+    return [config_file(), Path(".env"), *sorted(secrets_dir().glob("xgen_*"))]

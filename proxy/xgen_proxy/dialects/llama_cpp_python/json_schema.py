@@ -1,0 +1,205 @@
+"""A JSON schema as llama-cpp-python can enforce it, or a clear refusal. Pure.
+
+Its converter writes a llama.cpp grammar from the schema, and a grammar that llama.cpp cannot parse kills the process,
+with every request in it. Found by sending it hostile schemas: `\\d` in a pattern, a quote in an enum, an empty enum,
+anyOf or type list, and a length limit of 2,000 each kill it; recursion, unknown types and `items: {}` make it fall back
+to any JSON without a word. So what it gets is rebuilt here from the keywords that it is known to enforce.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Set
+from typing import Any
+
+from xgen_proxy.errors import BadRequestError
+
+Json = dict[str, Any]
+
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+ANYTHING: Json = {"type": ["object", "array", "string", "number", "boolean", "null"]}
+LONGEST = 1000  # items or characters; 2,000 kill it
+MOST_NODES = 4000  # after references have been put in place
+
+# What a schema may say without changing which values are valid, and `format`, which is no constraint by default.
+NOTES = frozenset({
+    "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "discriminator",
+    "examples", "format", "name", "nullable", "readOnly", "strict", "title", "writeOnly",
+})  # fmt: skip
+# Each constrains values of one type only, and says nothing of the others.
+TYPED = frozenset({
+    "additionalProperties", "items", "maxItems", "maxLength", "minItems", "minLength", "prefixItems", "properties",
+    "required",
+})  # fmt: skip
+FORMATS = ("date", "time", "date-time", "uuid")  # those that it enforces
+
+
+def enforceable(schema: Any, where: str) -> Json:
+    """The schema in the converter's own subset of the language, references put in place.
+
+    `where`: the request field, for the message. Raises BadRequestError.
+    """
+    return _Rebuilder(schema, where).rebuild(schema, ())
+
+
+class _Rebuilder:
+    def __init__(self, root: Any, where: str) -> None:
+        self.root = root
+        self.where = where
+        self.nodes = 0
+
+    def no(self, why: str) -> BadRequestError:
+        return BadRequestError(f"this backend cannot enforce the JSON schema: {why}", param=self.where)
+
+    def rebuild(self, schema: Any, path: tuple[str, ...]) -> Json:
+        """`path`: the references being followed, so that a circle is seen."""
+        self.nodes += 1
+        if self.nodes > MOST_NODES:
+            raise self.no(f"it has more than {MOST_NODES} values")
+        if schema is True or schema == {}:
+            return ANYTHING
+        if not isinstance(schema, dict):
+            raise self.no(f"{json.dumps(schema)[:40]} is not a schema")
+        for keyword, build in (("$ref", self._reference), ("allOf", self._all_of)):
+            if keyword in schema:
+                return build(schema, path)
+        for keyword in ("anyOf", "oneOf", "const", "enum"):
+            if keyword in schema:
+                return self._choice(keyword, schema, path)
+        return self._typed(schema, path)
+
+    def _reference(self, schema: Json, path: tuple[str, ...]) -> Json:
+        """The target in the reference's place; what stands beside `$ref` wins."""
+        reference = schema["$ref"]
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            raise self.no("only references within the schema ($ref: #/…) can be followed")
+        if reference in path:
+            raise self.no(f"{reference} refers to itself")
+        target: Any = self.root
+        for name in reference[2:].split("/"):
+            name = name.replace("~1", "/").replace("~0", "~")
+            if not isinstance(target, dict) or name not in target:
+                raise self.no(f"{reference} does not exist")
+            target = target[name]
+        beside = {key: value for key, value in schema.items() if key != "$ref"}
+        return self.rebuild({**target, **beside} if isinstance(target, dict) else target, (*path, reference))
+
+    def _all_of(self, schema: Json, path: tuple[str, ...]) -> Json:
+        parts = schema["allOf"]
+        if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], dict):
+            raise self.no("allOf with other than one part")
+        beside = {key: value for key, value in schema.items() if key != "allOf"}
+        return self.rebuild({**parts[0], **beside}, path)
+
+    def _choice(self, keyword: str, schema: Json, path: tuple[str, ...]) -> Json:
+        self._only(schema, {keyword})
+        if keyword == "const":
+            return {"const": self._literal(schema["const"])}
+        options = schema[keyword]
+        if not isinstance(options, list) or not options:
+            raise self.no(f"{keyword} must be a list of at least one")
+        if keyword == "enum":
+            return {"enum": [self._literal(option) for option in options]}
+        return {"anyOf": [self.rebuild(option, path) for option in options]}
+
+    def _typed(self, schema: Json, path: tuple[str, ...]) -> Json:
+        kind = schema.get("type", _implied_type(schema))
+        if isinstance(kind, list) and kind:
+            return {"anyOf": [self.rebuild({**schema, "type": each}, path) for each in kind]}
+        if kind not in TYPES:
+            raise self.no(f"type {json.dumps(kind)[:40]} does not exist")
+        builders: dict[str, Callable[[Json, tuple[str, ...]], Json]] = {
+            "object": self._object, "array": self._array, "string": self._string,
+        }  # fmt: skip
+        build = builders.get(kind)
+        if build is not None:
+            return build(schema, path)
+        self._only(schema, TYPED)
+        return {"type": kind}
+
+    def _object(self, schema: Json, path: tuple[str, ...]) -> Json:
+        self._only(schema, TYPED)
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise self.no("properties must be an object and required a list")
+        for name in required:
+            if not isinstance(name, str) or name not in properties:
+                raise self.no(f"required names {json.dumps(name)[:40]}, which is not in properties")
+        built: Json = {"type": "object"}
+        if properties:
+            built["properties"] = {self._name(name): self.rebuild(each, path) for name, each in properties.items()}
+            built["required"] = required
+        more = schema.get("additionalProperties")
+        if more is False:
+            built["additionalProperties"] = False
+        elif more is not None and (properties or more is not True):
+            built["additionalProperties"] = self.rebuild(more, path)
+        return built
+
+    def _array(self, schema: Json, path: tuple[str, ...]) -> Json:
+        self._only(schema, TYPED)
+        if "prefixItems" in schema:
+            return self._tuple(schema, path)
+        items = self.rebuild(schema.get("items", {}), path)
+        return {"type": "array", "items": items, **self._bounds(schema, "minItems", "maxItems")}
+
+    def _tuple(self, schema: Json, path: tuple[str, ...]) -> Json:
+        """Exactly these items: what goes for a tuple in pydantic's schemas."""
+        items = schema["prefixItems"]
+        if not isinstance(items, list) or not items or schema.get("items", False) is not False:
+            raise self.no("prefixItems must be a list of at least one, without items")
+        if {schema.get("minItems", len(items)), schema.get("maxItems", len(items))} != {len(items)}:
+            raise self.no("prefixItems with another minItems or maxItems than its length")
+        return {"type": "array", "prefixItems": [self.rebuild(each, path) for each in items]}
+
+    def _string(self, schema: Json, path: tuple[str, ...]) -> Json:
+        self._only(schema, TYPED)
+        bounds = self._bounds(schema, "minLength", "maxLength")
+        kind = schema.get("format")
+        return {"type": "string", "format": kind} if kind in FORMATS and not bounds else {"type": "string", **bounds}
+
+    def _bounds(self, schema: Json, low: str, high: str) -> Json:
+        bounds = {name: schema[name] for name in (low, high) if schema.get(name) is not None}
+        for name, value in bounds.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LONGEST:
+                raise self.no(f"{name} must be a whole number up to {LONGEST}")
+        if bounds.get(low, 0) > bounds.get(high, LONGEST):
+            raise self.no(f"{low} is more than {high}")
+        return bounds
+
+    def _literal(self, value: Any) -> Any:
+        for text in _strings(value):
+            if not _plain(text):
+                raise self.no("const and enum texts with quotes, backslashes, control characters or emoji")
+        return value
+
+    def _name(self, name: str) -> str:
+        if not name or not _plain(name):
+            raise self.no("property names that are empty or have quotes, backslashes, control characters or emoji")
+        return name
+
+    def _only(self, schema: Json, known: Set[str]) -> None:
+        for keyword in schema:
+            if keyword != "type" and keyword not in known and keyword not in NOTES:
+                raise self.no(f"the keyword {keyword[:40]!r}")
+
+
+def _implied_type(schema: Json) -> Any:
+    if schema.keys() & {"properties", "additionalProperties", "required"}:
+        return "object"
+    if schema.keys() & {"items", "prefixItems"}:
+        return "array"
+    return "string" if schema.keys() & {"minLength", "maxLength"} else list(ANYTHING["type"])
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for each in [*value.keys(), *value.values()] for text in _strings(each)]
+    return [text for each in value for text in _strings(each)] if isinstance(value, list) else []
+
+
+def _plain(text: str) -> bool:
+    """Nothing that its converter escapes wrongly: it writes JSON's escapes into the grammar, where they mean others."""
+    return all(" " <= char <= "\uffff" and char not in '"\\\x7f' for char in text)

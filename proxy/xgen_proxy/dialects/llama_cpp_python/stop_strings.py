@@ -1,0 +1,107 @@
+"""Stop strings, found here instead of by llama-cpp-python. Pure.
+
+It never sends the tokens that make up a stop string, and it does not say whether a stop string or the end of the text
+ended an answer; so its usage could not be counted. Asked without stop strings it sends every token, the text is cut
+here where it would have cut it, and closing the connection ends the generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def stop_strings(body: Json) -> tuple[str, ...]:
+    stop = body.get("stop") or ()
+    return tuple(each for each in ([stop] if isinstance(stop, str) else stop) if each)
+
+
+class StopStringCutter:
+    """Fed the chunks of one choice. `done`: a stop string has come, and nothing after it is of interest."""
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self.done = False
+        self._strings = strings
+        self._held = ""  # the end of the text so far, where a stop string may have begun
+        self._last: Json = {}
+
+    def cut(self, chunk: Json) -> Iterator[Json]:
+        """The chunks to pass on in its place."""
+        if self.done:
+            return
+        choice = chunk["choices"][0] if chunk["choices"] else {}
+        text = text_of(choice)
+        if not self._strings or (text is None and not choice.get("finish_reason")):
+            yield chunk
+        elif choice.get("finish_reason"):
+            if self._held:
+                yield with_text(self._last, self._held)
+            yield chunk
+        else:
+            self._last = chunk
+            yield from self._pass(chunk, self._held + (text or ""))
+
+    def _pass(self, chunk: Json, text: str) -> Iterator[Json]:
+        """As llama-cpp-python does, the first of the strings in the order given decides where several have come."""
+        found = next((string for string in self._strings if string in text), None)
+        if found is not None:
+            self.done = True
+            yield with_text(chunk, text[: text.index(found)])
+            yield finished(chunk)
+            return
+        self._held = text[len(text) - self._begun(text) :]
+        passed = text[: len(text) - len(self._held)]
+        if passed or not text:
+            yield with_text(chunk, passed)
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of `text` could be the beginning of a stop string."""
+        longest = max(len(string) for string in self._strings) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self._strings):
+                return length
+        return 0
+
+
+def text_of(choice: Json) -> str | None:
+    """The text that a chunk brings, of whichever kind; None where it brings none."""
+    if "text" in choice:
+        text: str = choice["text"]
+        return text
+    delta = choice.get("delta") or {}
+    if delta.get("tool_calls"):
+        arguments: str = delta["tool_calls"][0]["function"].get("arguments") or ""
+        return arguments
+    content: str | None = delta.get("content")
+    return content
+
+
+def with_text(chunk: Json, text: str) -> Json:
+    """A copy of a chunk of text that brings `text` instead."""
+    choice = dict(chunk["choices"][0])
+    if "text" in choice:
+        choice["text"] = text
+    elif choice["delta"].get("tool_calls"):
+        choice["delta"] = _with_arguments(choice["delta"], text)
+    else:
+        choice["delta"] = {**choice["delta"], "content": text}
+    return {**chunk, "choices": [choice]}
+
+
+def _with_arguments(delta: Json, text: str) -> Json:
+    call = delta["tool_calls"][0]
+    delta = {**delta, "tool_calls": [{**call, "function": {**call["function"], "arguments": text}}]}
+    if delta.get("function_call"):
+        delta["function_call"] = {**delta["function_call"], "arguments": text}
+    return delta
+
+
+def finished(chunk: Json) -> Json:
+    """The closing chunk that llama-cpp-python would have sent after this one."""
+    choice = dict(chunk["choices"][0])
+    calls = "delta" in choice and choice["delta"].get("tool_calls")
+    ending: Json = {"delta": {}} if "delta" in choice else {"text": ""}
+    ending["finish_reason"] = "tool_calls" if calls else "stop"
+    return {**chunk, "choices": [{**choice, **ending, "logprobs": None}]}

@@ -1,0 +1,234 @@
+"""A stream that broke goes on from its next character, on another replica or backend. Pure.
+
+    what was shown ──▶ Shown: text, id, created, finish        can it be continued?  why_not()
+    Shown + dialect ──▶ another request, whose prompt ends with that text        request_for()
+    its events ──▶ events of the stream that broke        Seam
+
+vLLM and llama-server take the text as the beginning of the assistant's message (`continue_final_message`), completions
+as the end of the prompt; llama-cpp-python, which would begin a new message, takes the rendered template on
+/v1/completions. https://huggingface.co/docs/transformers/chat_templating#continuefinalmessage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from xgen_proxy.dialects.chat_template import ChatTemplate
+from xgen_proxy.dialects.dialect import BackendRequest, Dialect, Json, Post
+from xgen_proxy.dialects.llama_cpp_python.token_usage import count_tokens
+from xgen_proxy.dialects.request_rewrites import LEGACY_COMPLETION_TOKENS, plain_messages
+from xgen_proxy.dialects.stream_editors import Editor, chunks, event
+from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.request.features import Features
+
+CAN_GO_ON = frozenset({"images"})  # all else that a request may need binds the text that is to come to what has been
+PREFILLED = ("continue_final_message", "add_generation_prompt")
+CHAT_ONLY = ("messages", "max_completion_tokens", "chat_template_kwargs")
+HEAD = ("id", "object", "created", "model", "system_fingerprint")
+BLANK = " \t"
+
+
+@dataclass(frozen=True, slots=True)
+class SentPrefix:
+    """What the client has seen of a stream. `pieces`: chunks with text in them."""
+
+    head: Json
+    text: str
+    pieces: int
+    finish: str | None
+    usage: bool
+
+    @property
+    def partial(self) -> str:
+        """The text without the spaces at its end: a tokenizer reads them together with the word that follows, and a
+        model that is shown them apart writes nonsense."""
+        return self.text.rstrip(BLANK)
+
+    @property
+    def blank(self) -> str:
+        return self.text[len(self.partial) :]
+
+
+def why_not(features: Features, body: Json) -> str | None:
+    """Why a stream for this request must not be continued; None where it may be."""
+    if not features.continuation:
+        return "the client does not want it"
+    needs = features.needs - CAN_GO_ON
+    if needs:
+        return f"an answer with {', '.join(sorted(needs))} cannot be continued"
+    if features.endpoint == "chat" and body["messages"][-1].get("role") == "assistant":
+        return "the answer began with the client's own words"
+    if any(body.get(field) is not None for field in PREFILLED):
+        return "the client says itself how the prompt ends"
+    return None
+
+
+def can_continue(dialect: Dialect, features: Features, template: ChatTemplate | None) -> bool:
+    if dialect.continues_chat or (dialect.name == "llama-cpp-python" and template is not None):
+        return True
+    return features.endpoint == "completions" and dialect.continues_text
+
+
+def parse_sent_prefix(data: bytes) -> SentPrefix:
+    """Raises UpstreamProtocolError where more than plain text was shown."""
+    head: Json = {}
+    texts: list[str] = []
+    finish = None
+    usage = False
+    for chunk in chunks(data):
+        head = head or {name: chunk[name] for name in HEAD if name in chunk}
+        usage = usage or bool(chunk.get("usage"))
+        for choice in chunk["choices"]:
+            texts.append(_text(choice))
+            finish = choice.get("finish_reason") or finish
+    return SentPrefix(head, "".join(texts), sum(map(bool, texts)), finish, usage)
+
+
+def _text(choice: Json) -> str:
+    """Raises UpstreamProtocolError: reasoning belongs to no prompt, and a tool call is no text."""
+    if "text" in choice:
+        return choice["text"] or ""
+    delta = dict(choice.get("delta") or {})
+    delta.pop("role", None)
+    text: str = delta.pop("content", None) or ""
+    more = [name for name, value in delta.items() if value]
+    if more:
+        raise UpstreamProtocolError(f"what was shown has {', '.join(sorted(more))}")
+    return text
+
+
+async def tokens_of(dialect: Dialect, request: BackendRequest, shown: SentPrefix, post: Post) -> int:
+    """How many tokens the text so far is, for the replica that goes on with it; without its help a chunk counts as
+    one. Raises UpstreamError."""
+    if not shown.partial:
+        return 0
+    if dialect.name == "llama-cpp-python":
+        return await count_tokens(shown.partial, post) - await count_tokens("", post)
+    if dialect.name == "vllm":
+        ask = {"model": request.served, "prompt": shown.partial, "add_special_tokens": False}
+    else:
+        ask = {"content": shown.partial, "add_special": False}
+    status, answer = await post("/tokenize", ask)
+    if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+        return shown.pieces
+    return len(answer["tokens"])
+
+
+def tokens_left(features: Features, spent: int) -> int | None:
+    """None: as many as fit."""
+    limit = features.max_tokens
+    if limit is None:
+        limit = LEGACY_COMPLETION_TOKENS if features.endpoint == "completions" else None
+    return None if limit is None else limit - spent
+
+
+def request_for(
+    dialect: Dialect, request: BackendRequest, shown: SentPrefix, left: int | None, template: ChatTemplate | None
+) -> BackendRequest:
+    """The request that goes on with what was shown, for at most `left` tokens. Raises UpstreamProtocolError where the template fails.
+
+    `left` may be 0 where only the usage is still to be told: one token is generated then, for nobody."""
+    body = dict(request.body)
+    features = request.features
+    if left is not None:
+        left = max(left, 1)
+        body["max_tokens"] = left
+        body.pop("max_completion_tokens", None)
+    if body.get("min_tokens"):
+        body["min_tokens"] = max(0, body["min_tokens"] - shown.pieces)
+    if features.endpoint == "completions":
+        prompt = body["prompt"]
+        body["prompt"] = (prompt[0] if isinstance(prompt, list) else prompt) + shown.partial
+    elif not shown.partial:
+        pass
+    elif dialect.continues_chat:
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": shown.partial}]
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    else:
+        body = _as_completion(body, request, shown, template)
+        features = replace(features, endpoint="completions", max_tokens=body["max_tokens"])
+    return replace(request, features=replace(features, max_tokens=left or features.max_tokens), body=body, raw=None)
+
+
+def _as_completion(body: Json, request: BackendRequest, shown: SentPrefix, template: ChatTemplate | None) -> Json:
+    if template is None:
+        raise UpstreamProtocolError("no chat_template is set, which llama-cpp-python needs to go on with a chat")
+    kept = {name: value for name, value in body.items() if name not in CHAT_ONLY}
+    prompt = template.render(plain_messages(body, request)["messages"]) + shown.partial
+    return {**kept, "prompt": prompt, "max_tokens": body.get("max_tokens") or request.context or MUCH}
+
+
+MUCH = 2**20  # llama-cpp-python stops at the end of the context by itself
+
+
+class ResumedStream:
+    """An editor that turns the events of the stream that goes on into events of the stream that broke: its id and
+    shape, no second role, and no second time the spaces that were shown already. `spent`: tokens shown before. `quiet`:
+    nothing but the usage is wanted."""
+
+    def __init__(self, shown: SentPrefix, spent: int, features: Features, *, quiet: bool) -> None:
+        self._head = shown.head
+        self._chat = features.endpoint == "chat"
+        self._tells_usage = features.include_usage
+        self._blank = shown.blank
+        self._spent = spent
+        self._quiet = quiet
+        self._inner: Editor | None = None
+        self._usage: Json | None = None
+
+    def after(self, inner: Editor | None) -> ResumedStream:
+        """`inner`: what puts the backend's own events right first."""
+        self._inner = inner
+        return self
+
+    @property
+    def done(self) -> bool:
+        return self._inner is not None and self._inner.done
+
+    def edit(self, block: bytes) -> bytes:
+        """Raises UpstreamProtocolError."""
+        block = self._inner.edit(block) if self._inner else block
+        return b"".join(part for chunk in chunks(block) for part in self._parts(chunk))
+
+    def _parts(self, chunk: Json) -> Iterator[bytes]:
+        self._usage = chunk.get("usage") or self._usage
+        for choice in () if self._quiet else chunk["choices"]:
+            text = self._new(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+            if text or choice.get("finish_reason"):
+                yield self.event(text, choice.get("finish_reason"))
+
+    def _new(self, text: str) -> str:
+        """Without the spaces that the client has already, as far as they come again."""
+        while self._blank and text:
+            if text[0] != self._blank[0]:
+                self._blank = ""
+            else:
+                text, self._blank = text[1:], self._blank[1:]
+        return text
+
+    def event(self, text: str, finish: str | None) -> bytes:
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice |= {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
+        return event({**self._head, "choices": [choice]})
+
+    async def finish(self, post: Post) -> bytes:
+        """Usage of the whole: what went on has counted what had been shown as part of its prompt."""
+        for chunk in chunks(await self._inner.finish(post) if self._inner else b""):
+            self._usage = chunk.get("usage") or self._usage
+        if self._usage is None or not self._tells_usage:
+            return b""
+        prompt = self._usage["prompt_tokens"] - self._spent
+        completion = self._spent + (0 if self._quiet else self._usage["completion_tokens"])
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return event({**self._head, "choices": [], "usage": usage})
+
+
+def note(text: str) -> bytes:
+    """An SSE comment: for people who look; clients pass over it."""
+    return b": " + text.encode("ascii", "replace").replace(b"\n", b" ") + b"\n\n"
+
+
+def is_whole(shown: SentPrefix, features: Features) -> bool:
+    """Has everything been shown but the closing `[DONE]`?"""
+    return shown.finish is not None and (shown.usage or not features.include_usage)

@@ -1,0 +1,118 @@
+"""How large and how deep a request may be. Pure.
+
+Hostile shapes cost the engines far more than they cost to send: an enum of 20,000 values in a JSON schema keeps
+llama-server from serving anybody for minutes, 50,000 keys cost it 20 s, and a schema that refers to itself without end
+makes vLLM answer 500.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xgen_proxy.config.settings import Limits
+from xgen_proxy.errors import BadRequestError
+
+SCHEMA_FIELDS = (
+    "response_format", "tools", "functions",  # OpenAI's
+    "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar",  # vLLM's
+    "json_schema", "grammar",  # llama-server's
+)  # fmt: skip
+SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
+
+
+def check_size(body: dict[str, Any], limits: Limits) -> None:
+    """Raises BadRequestError."""
+    nodes, depth = measure(body, limits.json_depth, limits.json_nodes)
+    if depth > limits.json_depth:
+        raise BadRequestError(f"the request is nested deeper than {limits.json_depth} levels")
+    if nodes > limits.json_nodes:
+        raise BadRequestError(f"the request has more than {limits.json_nodes} values")
+    check_schemas(body, limits)
+
+
+def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
+    """(values, levels); stops counting past either limit. Iterative, so that depth costs no stack."""
+    nodes = 0
+    depth = 0
+    level = [value]
+    while level and depth <= max_depth and nodes <= max_nodes:
+        depth += 1
+        nodes += len(level)
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                below.extend(each.values())
+            elif isinstance(each, list):
+                below.extend(each)
+        level = below
+    return nodes, depth
+
+
+def check_schemas(body: dict[str, Any], limits: Limits) -> None:
+    for name, schema in schemas(body):
+        nodes, _ = measure(schema, limits.json_depth, limits.schema_nodes)
+        if nodes + _written(schema) > limits.schema_nodes:
+            raise BadRequestError(f"the schema in {name} has more than {limits.schema_nodes} values", param=name)
+        if refers_to_itself(schema):
+            raise BadRequestError(
+                f"the schema in {name} refers to itself without end; break the $ref circle", param=name
+            )
+
+
+def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(where, schema) of everything that an engine would turn into a grammar."""
+    if SCHEMA_NAMES.isdisjoint(body):  # as in most requests, and this is asked of each
+        return []
+    return [(name, body[name]) for name in SCHEMA_FIELDS if body.get(name)]
+
+
+def _written(schema: Any) -> int:
+    """Values in a grammar or schema given as text: eight characters are about one alternative of a grammar."""
+    texts = schema.values() if isinstance(schema, dict) else [schema]
+    return sum(len(text) // 8 for text in texts if isinstance(text, str))
+
+
+def refers_to_itself(schema: Any) -> bool:
+    """Is there a `$ref` that leads back to itself through nothing but `$ref`s? (A recursive tree type is fine.)"""
+    return any(_circles(root) for root in _roots(schema))
+
+
+def _roots(value: Any) -> list[dict[str, Any]]:
+    """The objects that `#/…` can refer to: schemas sit under `schema`, `parameters` or directly."""
+    roots: list[dict[str, Any]] = []
+    level = [value]
+    while level:
+        each = level.pop()
+        if isinstance(each, dict):
+            if "$ref" in each or "$defs" in each or "definitions" in each:
+                roots.append(each)
+            level.extend(each.values())
+        elif isinstance(each, list):
+            level.extend(each)
+    return roots
+
+
+def _circles(root: dict[str, Any]) -> bool:
+    definitions = {**_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
+    if root.get("$ref") == "#":
+        return True
+    ends: set[str] = set()  # names from which the chain is known to end, so that each is followed once
+    for start in definitions:
+        chain: set[str] = set()
+        name: str | None = start
+        while name is not None and name not in ends:
+            if name in chain:
+                return True
+            chain.add(name)
+            name = _target(definitions.get(name))
+        ends |= chain
+    return False
+
+
+def _target(schema: Any) -> str | None:
+    reference = schema.get("$ref") if isinstance(schema, dict) else None
+    return reference.rpartition("/")[2] if isinstance(reference, str) else None
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,271 @@
+"""What `make run` starts, as a user sees it: real llama.cpp servers, the real proxy, real signals, real faults."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.fake_upstream import FakeUpstream
+from tests.support.running_proxy import wait_until
+
+START_S = 120.0  # this machine may be busy
+ENGINES = ["llama-cpp-python", "llama-server"]
+WORDS_OF_A_FAILED_LOAD = {
+    "llama-cpp-python": "Failed to load model from file",
+    "llama-server": "corrupted or incomplete",
+}
+
+
+def parents() -> dict[int, int]:
+    """Parent of each process that runs; the dead that nobody has reaped don't."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            found[int(stat.parent.name)] = int(parent)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    return [child for child, parent in parents().items() if parent == pid]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def obey_hangups() -> None:
+    """Under nohup, tests inherit an ignored SIGHUP, and so would what they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@dataclass
+class Run:
+    """`python -m backends.local` as a child, its words in a file."""
+
+    process: subprocess.Popen[bytes]
+    words: Path
+    folder: Path
+
+    def said(self) -> str:
+        return self.words.read_text(errors="replace")
+
+    def url(self) -> str:
+        """Where it listens, once it does."""
+        found = wait_until(lambda: re.search(r"listens on (http://\S+)", self.said()) or self.process.poll(), START_S)
+        assert isinstance(found, re.Match), self.said()
+        return found[1]
+
+    def ended(self, seconds: float = 60.0) -> int:
+        return self.process.wait(seconds)
+
+    def backends(self) -> list[int]:
+        names = ("llama_cpp.server", "llama_cpp.llama_server")
+        return sorted(pid for pid in children(self.process.pid) if any(name in command_of(pid) for name in names))
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def gguf() -> str:
+    model = os.environ.get("XGEN_TEST_GGUF")
+    assert model, "XGEN_TEST_GGUF must name the model file: run the tests with `make test`"
+    return model
+
+
+@pytest.fixture
+def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
+    """start(*flags, env={}) → a Run. Whatever it started must be gone once it was killed."""
+    runs: list[Run] = []
+
+    def start(*flags: str, model: str = gguf, env: dict[str, str] | None = None) -> Run:
+        words = tmp_path / f"words-{len(runs)}"
+        command = [sys.executable, "-m", "backends.local", "--port", "0", "--model", model]
+        with words.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--run-dir", str(tmp_path / "run"), *flags],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **(env or {})},
+                process_group=0, preexec_fn=obey_hangups,
+            )  # fmt: skip
+        runs.append(Run(process, words, tmp_path / "run"))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        family = children(run.process.pid)
+        run.process.kill()
+        run.process.wait()
+        wait_until(lambda family=family: not set(family) & set(parents()), START_S)
+
+
+def chat(url: str, **fields: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 8, **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=START_S)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_it_prints_can_be_pasted_and_ctrl_c_leaves_nothing(start: Start, engine: str) -> None:
+    # an HTTP proxy in the environment is not asked for servers on this machine
+    run = start("--engine", engine, env={"http_proxy": "http://127.0.0.1:9", "PORT": "9"})
+    run.url()
+    family = children(run.process.pid)
+    assert len(family) == 2, "one backend and the proxy"
+
+    curl = re.search(r"^\s*(curl .*\\\n.*)$", run.said(), re.MULTILINE)
+    assert curl, run.said()
+    answer = subprocess.run(["bash", "-c", curl[1]], capture_output=True, text=True, timeout=START_S, check=True)
+    assert "Paris" in answer.stdout
+
+    snippet = [line.strip() for line in run.said().splitlines() if re.match(r"\s+(from|chat|print)\b", line)]
+    assert len(snippet) == 3, run.said()
+    said = subprocess.run(
+        [sys.executable, "-c", "\n".join(snippet)], capture_output=True, text=True, timeout=START_S, check=True
+    )
+    assert said.stdout.strip()
+
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.ended() == 0, run.said()
+    assert not set(family) & set(parents())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ends_while_it_still_loads(start: Start, number: int) -> None:
+    run = start()
+    family = wait_until(lambda: children(run.process.pid), START_S)
+    os.kill(run.process.pid, number)
+    run.ended()
+    wait_until(lambda: not set(family) & set(parents()), START_S)
+
+
+def test_a_killed_supervisor_takes_all_with_it(start: Start) -> None:
+    run = start("--engine", "llama-server", "--replicas", "2")
+    run.url()
+    family = children(run.process.pid)
+    assert len(family) == 3, "two backends and the proxy"
+    run.process.kill()
+    wait_until(lambda: not set(family) & set(parents()), START_S)
+
+
+def test_a_stream_that_runs_is_finished_first(start: Start) -> None:
+    run = start("--engine", "llama-server")
+    url = run.url()
+    body = {"messages": [{"role": "user", "content": "Count."}], "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=START_S) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        os.kill(run.process.pid, signal.SIGINT)
+        rest = list(lines)
+    assert first.startswith("data: ")
+    assert "data: [DONE]" in rest
+    assert any('"finish_reason":"length"' in line for line in rest)
+    assert run.ended() == 0
+
+
+def test_a_backend_that_dies_is_started_again(start: Start) -> None:
+    run = start("--engine", "llama-server")
+    url = run.url()
+    (backend,) = run.backends()
+    os.kill(backend, signal.SIGKILL)
+    wait_until(lambda: "died; starting it again" in run.said(), START_S)
+    wait_until(lambda: run.backends() not in ([], [backend]), START_S)
+    wait_until(lambda: chat(url).status_code == 200, START_S)
+
+
+def test_a_proxy_that_dies_ends_it_and_says_so(start: Start) -> None:
+    run = start("--engine", "llama-server")
+    run.url()
+    (proxy,) = set(children(run.process.pid)) - set(run.backends())
+    os.kill(proxy, signal.SIGKILL)
+    assert run.ended() == 1
+    assert "the proxy died" in run.said()
+
+
+def test_replicas_and_a_gpu_backend(start: Start, gpu: FakeUpstream) -> None:
+    run = start("--engine", "llama-server", "--replicas", "2", "--vllm", gpu.url)
+    status = httpx.get(f"{run.url()}/models/status").json()
+    sizes = {backend["name"]: len(backend["replicas"]) for backend in status["backends"]}
+    assert sizes == {"vllm": 1, "llama_cpp": 2}
+
+
+def test_a_second_one_is_told_of_the_first(start: Start) -> None:
+    first = start("--engine", "llama-server")
+    wait_until(lambda: children(first.process.pid), START_S)
+    second = start("--engine", "llama-server")
+    assert second.ended() == 1
+    assert f"process {first.process.pid}" in second.said()
+    assert first.process.poll() is None
+
+
+def test_a_taken_port_is_told_with_who_has_it(start: Start) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start("--port", str(port))
+        assert run.ended() == 1
+    assert f"127.0.0.1:{port}" in run.said()
+    assert f"process {os.getpid()}" in run.said()
+    assert "PORT=" in run.said()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_does_not_load_shows_the_servers_last_words(
+    start: Start, engine: str, tmp_path: Path, gguf: str
+) -> None:
+    half = tmp_path / "half.gguf"
+    with open(gguf, "rb") as whole:
+        half.write_bytes(whole.read(40_000_000))
+    run = start("--engine", engine, model=str(half))
+    assert run.ended(START_S) == 1
+    assert "died while starting" in run.said()
+    assert str(run.folder) in run.said(), "where the log is"
+    assert WORDS_OF_A_FAILED_LOAD[engine] in run.said()
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
+def test_a_wrong_model_file_is_told_before_anything_starts(
+    start: Start, tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    file = tmp_path / "model.gguf"
+    if content is not None:
+        file.write_bytes(content)
+    began = time.monotonic()
+    run = start(model=str(file))
+    assert run.ended() == 1
+    assert told in run.said()
+    assert "Traceback" not in run.said()
+    assert not (run.folder / "proxy.log").exists()
+    assert time.monotonic() - began < START_S
+
+
+def test_a_folder_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = start("--run-dir", str(tmp_path / "file" / "run"))
+    assert run.ended() == 1
+    assert run.said().startswith("error: ")
+    assert str(tmp_path / "file") in run.said()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--replicas", "0"), ("--engine", "ollama"), ("--port", "none"), ("--port", "65536"), ("--ctx", "0")]
+)
+def test_wrong_flags_are_refused(start: Start, flags: tuple[str, str]) -> None:
+    run = start(*flags)
+    assert run.ended() == 2
+    assert flags[0] in run.said()

@@ -1,0 +1,173 @@
+"""/v1/models, and what the generating routes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import orjson
+import pytest
+
+from tests.support.fake_upstream import FakeUpstream, Talk
+from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, chat, get, post
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.forwarding.forwarder import Relay
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[FakeUpstream]:
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture(scope="module")
+def door(fake: FakeUpstream) -> Iterator[RunningProxy]:
+    backends = {
+        "vllm": backend(fake, models={"org/big": "m", "shared": "m"}),
+        "llama_cpp": backend(fake, device_class="cpu", models={"shared": "m"}, embeddings=True),
+    }
+    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
+    proxy.until_up(2)
+    yield proxy
+    proxy.stop()
+    assert_nothing_held(proxy)
+
+
+def test_models(door: RunningProxy) -> None:
+    told = get(f"{door.url}/v1/models").json()
+    created = door.gateway.started
+    assert told == {
+        "object": "list",
+        "data": [
+            {"id": "org/big", "object": "model", "created": created, "owned_by": "xgen-proxy", "backends": ["vllm"]},
+            {
+                "id": "shared", "object": "model", "created": created, "owned_by": "xgen-proxy",
+                "backends": ["llama_cpp", "vllm"],
+            },
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["org/big", "shared"])
+def test_a_model(door: RunningProxy, name: str) -> None:
+    assert get(f"{door.url}/v1/models/{name}").json()["id"] == name
+
+
+def test_no_such_model(door: RunningProxy) -> None:
+    answers = [get(f"{door.url}/v1/models/none"), chat(door, model="none")]
+    for answer in answers:
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "known models: org/big, shared" in error["message"]
+
+
+def test_before_any_backend_was_reached(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    gpu.kill()
+    proxy = start(up=0, backends={"vllm": backend(gpu)})
+    assert get(f"{proxy.url}/v1/models").json() == {"object": "list", "data": []}
+    assert "none yet" in get(f"{proxy.url}/v1/models/m").json()["error"]["message"]
+    for fields in ({"model": None}, {"model": "m"}):
+        answer = chat(proxy, **fields)
+        assert answer.status_code == 503
+        assert "reached yet" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "5"
+
+
+def test_models_are_remembered_while_nobody_serves_them(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.kill()
+    assert chat(proxy).status_code == 503
+    assert [each["id"] for each in get(f"{proxy.url}/v1/models").json()["data"]] == ["m"]
+    assert chat(proxy, model="none").status_code == 404
+    down = chat(proxy)
+    assert (down.status_code, down.headers["x-should-retry"]) == (503, "false")
+    assert "is up now" in down.json()["error"]["message"]
+
+
+def test_public_names_become_the_backends_own(door: RunningProxy, fake: FakeUpstream) -> None:
+    fake.talks.clear()
+    answer = chat(door, model="org/big")
+    assert answer.json()["model"] == "org/big"
+    assert fake.talks[-1].json["model"] == "m"
+    assert chat(door, model=None).json()["model"] == "org/big"
+
+
+def test_embeddings_go_to_those_who_can(door: RunningProxy, fake: FakeUpstream) -> None:
+    async def embed(talk: Talk) -> None:
+        assert talk.path == "/v1/embeddings"
+        await talk.answer(200, {"object": "list", "model": "m", "data": [], "usage": {"prompt_tokens": 1}})
+
+    fake.scripts.append(embed)
+    answer = post(f"{door.url}/v1/embeddings", json={"model": "shared", "input": "x"})
+    assert (answer.status_code, answer.headers["x-backend"]) == (200, "llama_cpp")
+    assert answer.json()["model"] == "shared"
+    refused = post(f"{door.url}/v1/embeddings", json={"model": "org/big", "input": "x"})
+    assert refused.status_code == 400
+    assert "cannot do embeddings" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_our_own_is_told_in_shape(
+    door: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    async def fault(*_: object) -> None:
+        raise ZeroDivisionError("SECRET")
+
+    monkeypatch.setattr(Relay, "_answer", fault)
+    answer = chat(door, model="shared", stream=stream, headers={"x-request-id": "find-me"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "api_error"
+    assert "find-me" in answer.json()["error"]["message"]
+    assert "SECRET" not in answer.text
+    assert any("find-me" in record.getMessage() for record in caplog.records)
+
+
+def test_a_fault_of_our_own_in_mid_stream_is_its_last_event(
+    door: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fault(self: Relay, *_: object) -> None:
+        await self.send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Relay, "_relay", fault)
+    answer = chat(door, model="shared", stream=True)
+    assert answer.status_code == 200
+    *_, last = answer.text.removesuffix("\n\n").split("\n\n")
+    assert orjson.loads(last.removeprefix("data: "))["error"]["type"] == "api_error"
+    assert "[DONE]" not in answer.text
+
+
+async def nonsense(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event("{not json")
+    await talk.end()
+
+
+async def no_choices(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event({"id": "x", "object": "chat.completion.chunk"})
+    await talk.end()
+
+
+async def no_chunk(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event([1])
+    await talk.end()
+
+
+@pytest.mark.parametrize("dialect", ["llama-server", "llama-cpp-python"])
+def test_a_backend_that_talks_nonsense_is_no_fault_of_ours(
+    start: Callable[..., RunningProxy], gpu: FakeUpstream, dialect: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = start(backends={"cpu": backend(gpu, dialect=dialect)})
+    for script in (nonsense, no_choices, no_chunk):
+        gpu.default = script
+        whole = chat(proxy)
+        assert (whole.status_code, whole.json()["error"]["code"]) == (502, "all_backends_failed")
+        [replica] = proxy.gateway.fleet.replicas
+        replica.set_state("up", "for the next try")
+        stream = chat(proxy, stream=True)
+        assert stream.status_code == 502 or '"code":"stream_broken"' in stream.text
+        replica.set_state("up", "for the next try")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

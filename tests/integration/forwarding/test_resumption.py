@@ -1,0 +1,375 @@
+"""A stream that breaks goes on elsewhere from its next character: nothing lost, nothing doubled, one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.counting_upstream import (
+    PROMPT_TOKENS,
+    TEMPLATE,
+    Chunks,
+    chunked,
+    counter,
+    dying,
+    events_of,
+    numbers,
+    size_of_answer,
+)
+from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status
+from tests.support.running_proxy import CHAT, RunningProxy, backend
+from xgen_proxy.fleet import circuit_breaker
+
+Start = Callable[..., RunningProxy]
+LAST = 6
+TEXT = {"model": "m", "prompt": "count <assistant>", "max_tokens": 50}
+EACH_DIALECT = ["vllm", "llama-server", "llama-cpp-python"]
+
+
+seen = threading.Event()  # the client has the first event, so that what breaks breaks after the commit
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    seen.clear()
+
+
+async def until_seen() -> None:
+    assert await asyncio.to_thread(seen.wait, 10)
+
+
+@pytest.fixture(autouse=True)
+def never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these tests breaks the same replica many times."""
+    monkeypatch.setattr(circuit_breaker, "FAILURES", 10**9)
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(TEMPLATE))
+    return path
+
+
+@pytest.fixture
+def pair(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, template: Path) -> Callable[[str], RunningProxy]:
+    """pair(dialect of the CPU) → a vLLM that breaks, and what goes on."""
+
+    def make(dialect: str, **values: Any) -> RunningProxy:
+        extra = {"chat_template": template} if dialect == "llama-cpp-python" else {}
+        backends = {
+            "vllm": backend(gpu, **values),
+            "llama_cpp": backend(cpu, dialect=dialect, device_class="cpu", slots=8, **extra),
+        }
+        return start(backends=backends)
+
+    return make
+
+
+def read(answer: httpx.Response) -> tuple[str, dict[str, Any] | None]:
+    """(text, usage) of a stream that must look as if it had never broken."""
+    assert answer.status_code == 200, answer.text
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", answer.text
+    assert events.count("[DONE]") == 1
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert not any("error" in chunk for chunk in chunks), answer.text
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    finishes = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+    assert len(finishes) == 1, answer.text
+    assert choices[-1]["finish_reason"], "something came after the end"
+    if "delta" in choices[0]:
+        assert sum("role" in choice["delta"] for choice in choices) == 1
+        text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    else:
+        text = "".join(choice["text"] for choice in choices)
+    usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+    assert len(usages) <= 1
+    return text, usages[0] if usages else None
+
+
+def stream(proxy: RunningProxy, path: str = "/v1/chat/completions", **fields: Any) -> httpx.Response:
+    headers = fields.pop("headers", {})
+    body = {**(CHAT if "chat" in path else TEXT), "stream": True, **fields}
+    with httpx.stream("POST", proxy.url + path, json=body, headers=headers, timeout=20) as answer:
+        parts = []
+        for part in answer.iter_bytes():
+            parts.append(part)
+            seen.set()
+        answer._content = b"".join(parts)
+        return answer
+
+
+def count(last: int = LAST, before: bool = True) -> str:
+    return "".join(numbers(1, last, before))
+
+
+def size(proxy_body: dict[str, Any], path: str, before: bool) -> int:
+    talk = Talk(path, {}, json.dumps(proxy_body).encode(), None, None)  # type: ignore[arg-type]
+    return size_of_answer(talk, LAST, before)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["space before", "space after"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_dying_at_every_byte(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, path: str, before: bool
+) -> None:
+    """Before the headers, in them, between events, in the middle of one, after the last token, before [DONE]."""
+    proxy = pair("llama-server")
+    cpu.default = counter(LAST, before=before)
+    options = {"stream_options": {"include_usage": True}}
+    whole = size({**(CHAT if "chat" in path else TEXT), **options}, path, before)
+    with httpx.Client(verify=False, timeout=20) as client:
+        for cut in range(whole):
+            gpu.scripts.append(dying(LAST, cut, before=before))
+            body = {**(CHAT if "chat" in path else TEXT), "stream": True, **options}
+            text, usage = read(client.post(proxy.url + path, json=body))
+            assert text == count(before=before), f"cut after {cut} bytes"
+            assert usage is not None, f"cut after {cut} bytes"
+            assert usage["prompt_tokens"] == PROMPT_TOKENS
+            assert usage["completion_tokens"] == LAST
+            assert usage["total_tokens"] == PROMPT_TOKENS + LAST
+    assert len(gpu.talks) >= whole
+
+
+def cut_after(tokens: int, then: Script) -> Script:
+    """The first tokens of the count, and then something else than the rest."""
+
+    async def script(talk: Talk) -> None:
+        events = events_of(talk, LAST, True, "gpu")
+        start = 1 if "chat" in talk.path else 0
+        await talk.start_stream()
+        for event in events[: start + tokens]:
+            await talk.chunk(event)
+        if tokens:
+            await until_seen()
+        await then(talk)
+
+    return script
+
+
+async def reset(talk: Talk) -> None:
+    talk.reset()
+
+
+async def ends_early(talk: Talk) -> None:
+    await talk.end(done=False)
+
+
+async def done_without_finish(talk: Talk) -> None:
+    await talk.end()
+
+
+async def error_event(talk: Talk) -> None:
+    """vLLM when its engine dies: an error, [DONE], a clean end."""
+    await talk.event({"error": {"message": "EngineCore encountered an issue.", "type": "T", "code": 500}})
+    await talk.end()
+
+
+async def abort(talk: Talk) -> None:
+    await talk.chunk(Chunks(talk.path, talk.json, "gpu").event(finish="abort"))
+    await talk.end()
+
+
+async def stall(talk: Talk) -> None:
+    await talk.until_client_leaves()
+
+
+async def half_an_event(talk: Talk) -> None:
+    await talk.send(chunked(b'data: {"id":"chatcmpl-gpu","choices":[{"index":0,"delta":{"content":" 4'))
+    talk.reset()
+
+
+@pytest.mark.parametrize("then", [reset, ends_early, done_without_finish, error_event, abort, stall, half_an_event])
+@pytest.mark.parametrize("dialect", EACH_DIALECT)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_each_way_to_break_on_each_engine(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, path: str, dialect: str, then: Script
+) -> None:
+    proxy = pair(dialect, idle_timeout_s=0.2)
+    cpu.default = counter(LAST)
+    gpu.scripts.append(cut_after(3, then))
+    answer = stream(proxy, path, stream_options={"include_usage": True})
+    text, usage = read(answer)
+    assert text == count()
+    assert usage is not None
+    assert usage["completion_tokens"] == LAST
+    assert f": llama_cpp@127.0.0.1:{cpu.port} goes on; fallback: vllm@" in answer.text
+    assert len([talk for talk in cpu.talks if "tokenize" not in talk.path]) == 1
+
+
+def test_the_second_breaks_too_and_a_third_goes_on(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    third = FakeUpstream(default=counter(LAST))
+    try:
+        backends = {"vllm": backend(gpu, cpu), "llama_cpp": backend(third, dialect="llama-server", device_class="cpu")}
+        proxy = start(backends=backends)
+
+        async def two_more(talk: Talk) -> None:
+            if "tokenize" in talk.path:
+                await counter(LAST)(talk)
+                return
+            await cut_after(2, reset)(talk)
+
+        gpu.default = cpu.default = two_more
+        answer = stream(proxy)
+        assert read(answer)[0] == count()
+        assert answer.text.count("goes on") == 2
+    finally:
+        third.close()
+
+
+def test_what_cannot_go_on_there_is_tried_elsewhere(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """A successor that is broken before its first word leaves one error event and no [DONE]."""
+    proxy = pair("llama-server")
+    cpu.default = status(500)
+    gpu.scripts.append(cut_after(3, reset))
+    answer = stream(proxy)
+    assert "[DONE]" not in answer.text
+    error = json.loads(answer.text.rstrip().rpartition("data: ")[2])["error"]
+    assert error["code"] == "stream_broken"
+    assert "could not go on elsewhere" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("spent", "limit"), [(3, 4), (3, 3), (LAST, LAST), (1, 1)], ids=["one left", "none left", "all", "the first"]
+)
+@pytest.mark.parametrize("usage", [True, False])
+def test_max_tokens_holds_for_the_whole(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, spent: int, limit: int, usage: bool
+) -> None:
+    proxy = pair("llama-server")
+    cpu.default = counter(LAST + 5)
+    gpu.scripts.append(cut_after(spent, reset))
+    answer = stream(proxy, max_tokens=limit, stream_options={"include_usage": usage})
+    text, told = read(answer)
+    assert text == count(limit)
+    assert '"finish_reason":"length"' in answer.text
+    assert (told is not None) == usage
+    if told:
+        assert (told["prompt_tokens"], told["completion_tokens"]) == (PROMPT_TOKENS, limit)
+
+
+def test_finished_but_for_its_usage_and_nobody_to_count(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """The text is all there: an error would make the client throw it away."""
+    proxy = pair("llama-server")
+    cpu.default = status(500)
+
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        for event in events_of(talk, LAST, True, "gpu")[:-2]:
+            await talk.chunk(event)
+        await until_seen()
+        talk.reset()
+
+    gpu.scripts.append(script)
+    answer = stream(proxy, stream_options={"include_usage": True})
+    assert read(answer) == (count(), None)
+    assert ": no usage: " in answer.text
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+FINAL: dict[str, dict[str, Any]] = {
+    "tools": {"tools": [TOOL]},
+    "n": {"n": 2},
+    "logprobs": {"logprobs": True},
+    "json": {"response_format": {"type": "json_object"}},
+    "opt-out in the body": {"continuation": "none"},
+    "opt-out by header": {"headers": {"x-continuation": "none"}},
+    "the client's prefill": {"messages": [*CHAT["messages"], {"role": "assistant", "content": "0"}]},
+    "the client's flags": {"continue_final_message": False},
+}
+
+
+@pytest.mark.parametrize("fields", FINAL.values(), ids=FINAL.keys())
+def test_where_it_cannot_be_right_it_ends_with_an_error(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, fields: dict[str, Any]
+) -> None:
+    proxy = pair("vllm")
+
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        await until_seen()
+        talk.reset()
+
+    gpu.scripts.append(script)
+    answer = stream(proxy, **fields)
+    assert "[DONE]" not in answer.text
+    assert json.loads(answer.text.rstrip().rpartition("data: ")[2])["error"]["code"] == "stream_broken"
+    assert cpu.talks == []
+
+
+def test_it_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
+    proxy = start(backends=backends, routing={"continuation": False})
+    gpu.scripts.append(cut_after(2, reset))
+    assert "stream_broken" in stream(proxy).text
+    assert cpu.talks == []
+
+
+def test_reasoning_is_no_text(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    proxy = pair("vllm")
+
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        chunk = delta()
+        chunk["choices"][0]["delta"] = {"reasoning": "hm"}
+        await talk.event(chunk)
+        await until_seen()
+        talk.reset()
+
+    gpu.scripts.append(script)
+    answer = stream(proxy)
+    assert "what was shown has reasoning" in answer.text
+    assert cpu.talks == []
+
+
+def test_a_bare_role_is_no_output_yet(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """Even what could not be continued fails over then."""
+    proxy = pair("vllm")
+    cpu.default = counter(LAST)
+    gpu.scripts.append(cut_after(0, reset))
+    answer = stream(proxy, tools=[TOOL])
+    assert read(answer)[0] == count()
+    assert answer.headers["x-backend"] == "llama_cpp"
+
+
+def test_a_long_answer_goes_on_too(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """Longer than what is kept as it came."""
+    proxy = pair("llama-server")
+    last = 2500
+    cpu.default = counter(last)
+
+    async def script(talk: Talk) -> None:
+        events = events_of(talk, last, True, "gpu")
+        await talk.start_stream()
+        await talk.send(b"".join(map(chunked, events[:2000])))
+        await until_seen()
+        talk.reset()
+
+    gpu.scripts.append(script)
+    assert read(stream(proxy))[0] == count(last)
+
+
+def test_stop_strings_hold_across_the_seam(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """llama-cpp-python is asked without them and cut here: what it makes is cut where the whole would have been."""
+    proxy = pair("llama-cpp-python")
+    cpu.default = counter(LAST)
+    gpu.scripts.append(cut_after(3, reset))
+    answer = stream(proxy, stop=["5 6"])
+    assert read(answer)[0] == " 1 2 3 4 "
+    assert '"finish_reason":"stop"' in answer.text

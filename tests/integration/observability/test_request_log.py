@@ -1,0 +1,361 @@
+"""Metrics and log lines: what they say after each kind of request, and what they never say."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
+from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.observability import logging_setup
+from xgen_proxy.observability.logging_setup import JsonFormatter, Lines, PlainFormatter
+
+PROMPT = "the-secret-of-this-prompt"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+@pytest.fixture(scope="module")
+def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+    gpu, cpu = fakes
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
+    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
+    proxy.until_up(2)
+    yield proxy
+    proxy.stop()
+    assert_nothing_held(proxy)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_suspect(door: RunningProxy) -> None:
+    for replica in door.gateway.fleet.replicas:
+        replica.breaker.failures = 0
+
+
+Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def page(door: RunningProxy) -> Metrics:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(get(f"{door.url}/metrics").text)
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket")) and not sample.name.startswith("xgen_replica_")
+    }
+
+
+class Watch:
+    """changes(): which counters have grown since the last call, and by how much."""
+
+    def __init__(self, door: RunningProxy) -> None:
+        self.door = door
+        self.before = page(door)
+
+    def changes(self) -> dict[str, dict[str, str] | float]:
+        now = page(self.door)
+        grown = {key: value - self.before.get(key, 0) for key, value in now.items() if value != self.before.get(key, 0)}
+        self.before = now
+        return {name: {**dict(labels), "by": str(by)} for (name, labels), by in grown.items()}
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The log's lines as the JSON that an operator gets."""
+    records = [record for record in caplog.records if record.name.startswith("xgen_proxy.request")]
+    return [json.loads(JsonFormatter().format(record)) for record in records]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged, and a check that no line has the prompt."""
+    caplog.set_level(logging.DEBUG)
+    yield caplog
+    for record in caplog.records:
+        for formatter in (JsonFormatter(), PlainFormatter()):
+            assert PROMPT not in formatter.format(record)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_good_request(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    watch = Watch(door)
+    answer = chat(door, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
+    assert answer.status_code == 200
+    wait_until(lambda: lines(log))
+    changes = watch.changes()
+    duration = changes.pop("xgen_request_duration_seconds_sum")
+    first = changes.pop("xgen_time_to_first_token_seconds_sum") if stream else duration
+    overhead = changes.pop("xgen_overhead_seconds_sum")
+    where = {"endpoint": "chat", "backend": "vllm", "by": "1.0"}
+    replica = f"vllm@127.0.0.1:{fakes[0].port}"
+    grown: dict[str, Any] = {
+        "xgen_requests_total": {**where, "replica": replica, "model": "m", "status": "200", "reason": "default"},
+        "xgen_request_duration_seconds_count": where,
+        "xgen_overhead_seconds_count": {"by": "1.0"},
+    }
+    if stream:
+        grown["xgen_time_to_first_token_seconds_count"] = where
+    for name in ("xgen_inter_chunk_seconds_sum", "xgen_inter_chunk_seconds_count"):
+        changes.pop(name, None)  # the fake's events may come in one piece
+    if not stream:
+        assert changes.pop("xgen_tokens_total") == {"backend": "vllm", "model": "m", "type": "output", "by": "1.0"}
+    assert changes == grown
+    assert 0 < float(overhead["by"]) <= float(first["by"]) <= float(duration["by"]) < 20
+    [line] = lines(log)
+    expected: dict[str, Any] = {
+        "level": "info", "logger": "xgen_proxy.request", "message": "request", "request_id": "good-1",
+        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "stream": stream, "prompt_words": 1,
+        "backend": "vllm", "replica": replica, "client": "127.0.0.1",
+    }  # fmt: skip
+    if stream:
+        expected["bytes_out"] = len(answer.content.removesuffix(b"data: [DONE]\n\n"))
+    else:
+        expected |= {"bytes_out": len(answer.content), "tokens_in": 3, "tokens_out": 1}
+    assert line.pop("time")
+    assert line.pop("reason").startswith("default: GPU load")
+    assert 0 <= line.pop("ttft_s") <= line.pop("duration_s") < 20
+    assert line == expected
+
+
+def test_failing_over(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(door)
+    fakes[0].scripts.append(status(500))
+    assert chat(door, messages=MESSAGES).status_code == 200
+    wait_until(lambda: len(lines(log)) == 2)
+    changes = watch.changes()
+    failed = changes["xgen_attempt_failures_total"]
+    name = f"vllm@127.0.0.1:{fakes[0].port}"
+    assert failed == {"backend": "vllm", "replica": name, "outcome": "broken", "by": "1.0"}
+    requests = changes["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert (requests["backend"], requests["status"], requests["reason"]) == ("llama_cpp", "200", "fallback")
+    attempt, request = lines(log)
+    assert (attempt["level"], attempt["outcome"], attempt["replica"]) == ("warning", "broken", name)
+    assert attempt["request_id"] == request["request_id"]
+    assert request["attempts"] == 2
+    assert request["failed"] == [{"replica": name, "outcome": "broken"}]
+
+
+def test_everything_failed(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(door)
+    for fake in fakes:
+        fake.scripts.append(status(429))
+    assert chat(door, messages=MESSAGES).status_code == 503
+    wait_until(lambda: len(lines(log)) == 3)
+    requests = watch.changes()["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert requests["status"] == "503"
+    line = lines(log)[-1]
+    assert (line["code"], line["attempts"]) == ("all_backends_failed", 2)
+    assert [each["outcome"] for each in line["failed"]] == ["busy", "busy"]
+    assert "ttft_s" not in line
+
+
+def test_a_broken_stream(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    async def breaks(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        talk.reset()
+
+    for fake in fakes:
+        fake.scripts += [breaks, breaks]
+    assert chat(door, messages=MESSAGES, stream=True, headers={"x-fallback": "none"}).status_code == 200
+    wait_until(lambda: len(lines(log)) >= 2)
+    request = lines(log)[-1]
+    assert request["status"] == 200
+    assert request["broken"]
+    for fake in fakes:
+        fake.scripts.clear()
+
+
+def test_a_backend_that_repeats_the_prompt_in_its_error(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    """As the engines' validation errors do."""
+    wrong = {"type": "x", "loc": ("body", "messages", 0), "msg": "Input should be another", "input": PROMPT}
+    for code in (400, 500):
+        body = {"error": {"message": f"1 validation error: [{wrong}]", "type": "t", "code": code}}
+        for fake in fakes:
+            fake.scripts = [status(code, body)]
+        answer = chat(door, messages=MESSAGES)
+        assert PROMPT not in answer.text
+        assert "Input should be another" in answer.text
+    wait_until(lambda: len(lines(log)) >= 2)
+    for fake in fakes:
+        fake.scripts.clear()
+
+
+def test_a_client_that_leaves(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+) -> None:
+    async def endless(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        await talk.until_client_leaves()
+
+    watch = Watch(door)
+    fakes[0].scripts.append(endless)
+    body = json.dumps({**CHAT, "messages": MESSAGES, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", door.port)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+        client.sendall(body)
+        assert client.recv(65536)
+    wait_until(lambda: lines(log))
+    changes = watch.changes()
+    assert changes["xgen_cancellations_total"] == {"stage": "answering", "by": "1.0"}
+    requests = changes["xgen_requests_total"]
+    assert isinstance(requests, dict)
+    assert requests["status"] == "499"
+    assert lines(log)[-1]["status"] == 499
+
+
+def test_labels_are_bounded_whatever_clients_send(door: RunningProxy) -> None:
+    before = set(page(door))
+    for number in range(5):
+        answer = chat(door, model=f"none-{number}", task_type=f"task-{number}", headers={"x-request-id": f"r-{number}"})
+        assert answer.status_code == 404
+        assert chat(door, task_type=f"task-{number}", user=f"user-{number}").status_code == 200
+    new = {key for key in set(page(door)) - before if key[0].startswith("xgen_requests")}
+    assert len(new) <= 2
+    assert "task-1" not in str(page(door))
+
+
+def test_a_quiet_log_costs_no_line(door: RunningProxy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "xgen_proxy.request")
+    assert chat(door).status_code == 200
+    assert lines(caplog) == []
+
+
+# the two ways to write a line
+
+
+def formatted(formatter: logging.Formatter, *, fields: dict[str, Any] | None = None, error: bool = False) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    logger = logging.Logger("some.name")
+    logger.addHandler(handler)
+    try:
+        if error:
+            raise ZeroDivisionError("why")
+        logger.warning("message %s", "é\n", extra={"fields": fields} if fields else {})
+    except ZeroDivisionError:
+        logger.exception("failed")
+    return stream.getvalue()
+
+
+def test_json_lines() -> None:
+    text = formatted(JsonFormatter(), fields={"a": 1, "b": None, "c": "x\ny"})
+    assert text.count("\n") == 1
+    line = json.loads(text)
+    time = line.pop("time")
+    assert line == {
+        "level": "warning", "logger": "some.name", "message": "message é\n", "a": 1, "b": None, "c": "x\ny",
+    }  # fmt: skip
+    assert time[-1] == "Z"
+    assert abs(datetime.fromisoformat(time).timestamp() - datetime.now().timestamp()) < 60
+
+
+def test_json_lines_hold_tracebacks() -> None:
+    text = formatted(JsonFormatter(), error=True)
+    assert text.count("\n") == 1
+    exception = json.loads(text)["exception"]
+    assert exception.endswith("\nZeroDivisionError")
+    assert "in formatted\n" in exception
+
+
+def test_json_lines_hold_anything() -> None:
+    assert "Event object" in json.loads(formatted(JsonFormatter(), fields={"a": asyncio.Event()}))["a"]
+
+
+def test_plain_lines() -> None:
+    text = formatted(PlainFormatter(), fields={"a": 1, "b": [{"d": "y"}], "c": "x"})
+    assert text[2] == text[5] == ":"
+    assert text[8:] == ' message é\n a=1 b=[{"d":"y"}] c=x\n'
+    assert formatted(PlainFormatter(), error=True).endswith("\nZeroDivisionError\n")
+
+
+def test_what_a_backend_says_is_not_logged(
+    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may repeat the prompt. The client is told, since it is its own."""
+    gpu, cpu = fakes
+    says = status(500, {"error": {"message": f"cannot read {PROMPT}"}})
+    gpu.scripts.append(says)
+    cpu.scripts.append(says)
+    with caplog.at_level(logging.INFO):
+        assert PROMPT in chat(door).text
+        wait_until(lambda: any(record.getMessage() == "request" for record in caplog.records))
+    told = "".join(str(vars(record)) for record in caplog.records)
+    assert "says 500" in told
+    assert PROMPT not in told
+
+
+class Writes(io.StringIO):
+    """Keeps what each write() was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.each.append(text)
+        return len(text)
+
+
+async def test_lines_of_one_turn_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    lines = Lines()
+    for number in range(3):
+        lines.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    assert writes.each == []
+    await asyncio.sleep(0)
+    assert writes.each == ["line 0\nline 1\nline 2\n"]
+
+
+async def test_a_line_that_goes_straight_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    caplog.set_level(logging.INFO)
+    logging_setup.tell(logging.INFO, "request", {"a": 1})
+    monkeypatch.setattr(logging_setup, "straight", Lines())
+    logging_setup.tell(logging.INFO, "request", {"a": 1})
+    caplog.set_level(logging.ERROR, "xgen_proxy.request")
+    logging_setup.tell(logging.INFO, "request", {"a": 2})
+    await asyncio.sleep(0)
+    [straight], [around] = [json.loads(text) for text in writes.each], lines(caplog)
+    assert straight.pop("time") >= around.pop("time")
+    assert straight == around
+
+
+async def test_another_thread_does_not_wait_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that which sends traces."""
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    lines = Lines()
+    lines.handle(logging.makeLogRecord({"msg": "from the loop"}))
+    thread = threading.Thread(target=lines.handle, args=[logging.makeLogRecord({"msg": "from a thread"})])
+    thread.start()
+    thread.join()
+    assert writes.each == ["from a thread\n"]
+    await asyncio.sleep(0)
+    assert writes.each == ["from a thread\n", "from the loop\n"]

@@ -1,0 +1,88 @@
+"""A request's memory is free when it ends. What is held in a circle waits for the garbage collector, which the server
+lets come seldom (server.py): by the thousand it looked like a leak."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from tests.support.counting_upstream import counter, dying
+from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
+from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post, wait_until
+
+OURS = ("proxy.", "uvicorn.", "uvloop.", "httptools.")
+
+
+async def endless(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event(delta("hel"))
+    await talk.until_client_leaves()
+
+
+def whole(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    assert chat(proxy).headers["x-backend"] == "vllm"
+
+
+def stream(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    assert chat(proxy, stream=True).text.endswith("data: [DONE]\n\n")
+
+
+def drain(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.scripts.append(endless)
+    with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+        next(response.iter_raw())
+
+
+def fall_back(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.scripts.append(status(500))
+    assert chat(proxy, stream=True).headers["x-backend"] == "llama_cpp"
+
+
+def go_on(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.scripts.append(dying(6, 700))
+    assert ": llama_cpp" in chat(proxy, stream=True).text
+
+
+def be_wrong(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    assert post(f"{proxy.url}/v1/chat/completions", content=b"{").status_code == 400
+
+
+def be_lost(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    assert post(f"{proxy.url}/v1/nothing").status_code == 404
+
+
+@pytest.fixture
+def garbage() -> Iterator[Callable[[], set[str]]]:
+    """Call it for the kinds of our objects that the collector has had to find by then."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+
+    def kinds() -> set[str]:
+        gc.collect()
+        names = {f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.garbage}
+        return {name for name in names if name.startswith(OURS)}
+
+    yield kinds
+    gc.set_debug(0)
+    gc.garbage.clear()
+
+
+@pytest.mark.parametrize("request_", [whole, stream, drain, fall_back, go_on, be_wrong, be_lost])
+def test_no_request_leaves_circles(
+    request_: Callable[[RunningProxy, FakeUpstream], None],
+    start: Callable[..., RunningProxy],
+    gpu: FakeUpstream,
+    cpu: FakeUpstream,
+    garbage: Callable[[], set[str]],
+) -> None:
+    cpu.default = counter(6)
+    proxy = start(
+        backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu", dialect="llama-server")}
+    )
+    for _ in range(3):
+        request_(proxy, gpu)
+        wait_until(lambda: not any(replica.in_flight for replica in proxy.gateway.fleet.replicas))
+        assert garbage() == set()

@@ -1,0 +1,444 @@
+"""The manifests of deploy/kubernetes: kubectl builds them, Kubernetes takes them, and they are true to the code."""
+
+from __future__ import annotations
+
+import copy
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.repo.test_docs import METRICS, served_routes
+from tests.support.documents import ROOT
+from xgen_proxy.config.loading import load
+from xgen_proxy.fleet.discovery import LOOKUP_INTERVAL_S
+
+DEPLOYED = ROOT / "deploy" / "kubernetes"
+OVERLAYS = ["cpu", "gpu", "gpu-keda", "multi-node"]
+KUBERNETES = "1.37"
+Json = dict[str, Any]
+CUSTOM: dict[str, Json] = yaml.safe_load((ROOT / "tests" / "fixtures" / "custom_kinds.yaml").read_text())
+
+
+@cache
+def built(overlay: str) -> list[Json]:
+    kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or "kubectl"
+    command = [kubectl, "kustomize", str(DEPLOYED / "overlays" / overlay)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def kinds(overlay: str, *wanted: str) -> list[Json]:
+    return [each for each in built(overlay) if each["kind"] in wanted]
+
+
+def pod_templates(overlay: str) -> list[tuple[Json, Json]]:
+    """(labels, pod spec) of all that makes pods."""
+    found = []
+    for each in built(overlay):
+        spec = each.get("spec", {})
+        templates = [spec["template"]] if "template" in spec else group_templates(spec)
+        found += [(each["metadata"]["labels"], each["spec"]) for each in templates]
+    return found
+
+
+def group_templates(spec: Json) -> list[Json]:
+    group = spec.get("leaderWorkerTemplate", {})
+    return [group[name] for name in ("leaderTemplate", "workerTemplate") if name in group]
+
+
+def containers(spec: Json) -> list[Json]:
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def selected(selector: Json, labels: Json) -> bool:
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", [])
+    )
+
+
+def settings_of(overlay: str) -> dict[str, str]:
+    [found] = [each["data"] for each in kinds(overlay, "ConfigMap") if each["metadata"]["name"].startswith("proxy-")]
+    return found
+
+
+@pytest.fixture(params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_kubernetes_takes_it(overlay: str) -> None:
+    assert len(built(overlay)) > 10
+    for each in built(overlay):
+        check_custom(each) if each["kind"] in CUSTOM else check(each)
+
+
+def check(resource: Json) -> None:
+    kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+
+
+def check_custom(resource: Json) -> None:
+    """By our own schema, and what is Kubernetes' own in it by Kubernetes'."""
+    known = CUSTOM[resource["kind"]]
+    assert resource["apiVersion"] == known["apiVersion"]
+    spec = resource["spec"]
+    jsonschema.validate(spec, {"$defs": CUSTOM["$defs"], **known["spec"]})
+    for template in group_templates(spec):
+        check({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": template})
+    if "advanced" in spec:
+        scaler = {"maxReplicas": 1, "scaleTargetRef": {"kind": "StatefulSet", "name": "a"}}
+        scaler["behavior"] = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        check(
+            {
+                "apiVersion": "autoscaling/v2",
+                "kind": "HorizontalPodAutoscaler",
+                "metadata": {"name": "a"},
+                "spec": scaler,
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "break_it"),
+    [
+        ("LeaderWorkerSet", lambda spec: spec.update(workers=2)),
+        ("LeaderWorkerSet", lambda spec: spec["leaderWorkerTemplate"]["workerTemplate"]["spec"].update(image="x")),
+        ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].update(threshold=5)),
+        ("ServiceMonitor", lambda spec: spec["endpoints"][0].update(portName="http")),
+        ("PrometheusRule", lambda spec: spec["groups"][0]["rules"][0].pop("expr")),
+    ],
+)
+def test_wrong_custom_kinds_are_refused(kind: str, break_it: Callable[[Json], object]) -> None:
+    [resource] = [each for overlay in ("multi-node", "gpu-keda") for each in kinds(overlay, kind)][:1]
+    wrong = copy.deepcopy(resource)
+    break_it(wrong["spec"])
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_custom(wrong)
+
+
+def test_all_is_in_one_namespace(overlay: str) -> None:
+    [namespace] = kinds(overlay, "Namespace")
+    others = [each for each in built(overlay) if each["kind"] != "Namespace"]
+    assert {each["metadata"].get("namespace") for each in others} == {namespace["metadata"]["name"]}
+
+
+def test_nothing_is_there_twice(overlay: str) -> None:
+    names = [(each["kind"], each["metadata"]["name"]) for each in built(overlay)]
+    assert len(set(names)) == len(names)
+
+
+def test_each_selector_finds_pods(overlay: str) -> None:
+    labels = [labels for labels, _ in pod_templates(overlay)]
+    for each in kinds(overlay, "Deployment", "StatefulSet", "PodDisruptionBudget"):
+        assert any(selected(each["spec"]["selector"], one) for one in labels), each["metadata"]
+    for each in kinds(overlay, "Service"):
+        assert any(selected({"matchLabels": each["spec"]["selector"]}, one) for one in labels), each["metadata"]
+    for each in kinds(overlay, "NetworkPolicy"):
+        assert any(selected(each["spec"]["podSelector"], one) for one in labels), each["metadata"]
+
+
+def test_each_service_points_at_a_port_that_is_there(overlay: str) -> None:
+    for service in kinds(overlay, "Service"):
+        for labels, spec in pod_templates(overlay):
+            if selected({"matchLabels": service["spec"]["selector"]}, labels):
+                names = {port["name"] for each in spec["containers"] for port in each["ports"]}
+                assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+
+
+def test_config_maps_and_claims_that_are_used_exist(overlay: str) -> None:
+    there = {each["metadata"]["name"] for each in kinds(overlay, "ConfigMap")}
+    for _, spec in pod_templates(overlay):
+        for container in containers(spec):
+            used = [each["configMapRef"]["name"] for each in container.get("envFrom", [])]
+            assert set(used) <= there
+    claims = {each["metadata"]["name"] for each in kinds(overlay, "PersistentVolumeClaim")}
+    for _, spec in pod_templates(overlay):
+        used = [
+            each["persistentVolumeClaim"]["claimName"] for each in spec["volumes"] if "persistentVolumeClaim" in each
+        ]
+        assert set(used) <= claims
+
+
+def test_each_mount_has_its_volume(overlay: str) -> None:
+    for each in built(overlay):
+        claimed = {claim["metadata"]["name"] for claim in each.get("spec", {}).get("volumeClaimTemplates", [])}
+        for template in [each["spec"]["template"]] if "template" in each.get("spec", {}) else []:
+            spec = template["spec"]
+            there = {volume["name"] for volume in spec["volumes"]} | claimed
+            assert {mount["name"] for one in containers(spec) for mount in one["volumeMounts"]} <= there
+
+
+def test_no_service_takes_the_name_of_a_group() -> None:
+    """Its controller makes one of that name, by which pods find each other before they are ready."""
+    [group] = kinds("multi-node", "LeaderWorkerSet")
+    assert group["metadata"]["name"] not in {each["metadata"]["name"] for each in kinds("multi-node", "Service")}
+
+
+def test_a_group_has_the_machines_and_gpus_that_vllm_is_told() -> None:
+    [group] = kinds("multi-node", "LeaderWorkerSet")
+    told = {key: value for each in kinds("multi-node", "ConfigMap") for key, value in each["data"].items()}
+    assert group["spec"]["leaderWorkerTemplate"]["size"] == int(told["VLLM_PIPELINE_PARALLEL_SIZE"])
+    leader, worker = (template["spec"]["containers"][0] for template in group_templates(group["spec"]))
+    for machine in (leader, worker):
+        assert machine["resources"]["limits"]["nvidia.com/gpu"] == int(told["VLLM_TENSOR_PARALLEL_SIZE"])
+    assert set(leader["args"]) - set(worker["args"]) == {"--port=8000", "--shutdown-timeout=60"}
+    assert set(worker["args"]) - set(leader["args"]) == {"--headless"}
+
+
+def test_arguments_name_variables_that_are_set(overlay: str) -> None:
+    """Kubernetes leaves $(NAME) as it stands where there is none."""
+    data = {each["metadata"]["name"]: each["data"] for each in kinds(overlay, "ConfigMap")}
+    for _, spec in pod_templates(overlay):
+        for each in containers(spec):
+            known = {one["name"] for one in each.get("env", [])}
+            known |= {key for one in each.get("envFrom", []) for key in data[one["configMapRef"]["name"]]}
+            if overlay == "multi-node":  # its controller sets these
+                known |= {"LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"}
+            used = re.findall(r"\$\((\w+)\)", " ".join([*each.get("args", []), *each.get("command", [])]))
+            assert set(used) <= known
+
+
+def test_the_proxys_settings_are_settings(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load() refuses names that it does not know."""
+    for name, value in settings_of(overlay).items():
+        monkeypatch.setenv(name, value)
+    settings = load({})
+    assert settings.host == "0.0.0.0"
+    assert settings.backends["llama_cpp"].dialect == "llama-server"
+    assert ("vllm" in settings.backends) == (overlay != "cpu")
+
+
+def test_names_that_the_proxy_asks_for_are_headless_services(overlay: str) -> None:
+    headless = {
+        each["metadata"]["name"] for each in kinds(overlay, "Service") if each["spec"].get("clusterIP") == "None"
+    }
+    urls = [value for name, value in settings_of(overlay).items() if name.endswith("__URLS")]
+    assert {url.removeprefix("dns://").partition(":")[0] for url in urls} == headless
+
+
+def test_both_paths_have_the_model_under_one_name(overlay: str) -> None:
+    names = {each["data"]["MODEL_NAME"] for each in kinds(overlay, "ConfigMap") if "MODEL_NAME" in each["data"]}
+    assert len(names) == 1
+
+
+def test_slots_are_what_vllm_runs(overlay: str) -> None:
+    data = {key: value for each in kinds(overlay, "ConfigMap") for key, value in each["data"].items()}
+    assert data.get("XGEN_BACKENDS__VLLM__SLOTS") == data.get("VLLM_MAX_NUM_SEQS")
+
+
+def test_the_proxys_probes_are_routes(overlay: str) -> None:
+    routes = {path for _, path in served_routes()}
+    [spec] = [spec for labels, spec in pod_templates(overlay) if labels["app.kubernetes.io/name"] == "proxy"]
+    [proxy] = spec["containers"]
+    paths = {proxy[probe]["httpGet"]["path"] for probe in ("readinessProbe", "livenessProbe", "startupProbe")}
+    assert paths == {"/ready", "/health"}
+    assert paths <= routes
+
+
+def test_there_is_time_to_drain(overlay: str) -> None:
+    """A container is killed when its grace period ends, and preStop is part of that."""
+    for labels, spec in pod_templates(overlay):
+        for container in spec["containers"]:
+            sleeps = container["lifecycle"]["preStop"]["sleep"]["seconds"] if "lifecycle" in container else 0
+            drains = [
+                int(each) for each in re.findall(r"--shutdown-timeout=(\d+)", " ".join(container.get("args", [])))
+            ]
+            if labels["app.kubernetes.io/name"] == "proxy":
+                drains = [int(settings_of(overlay)["XGEN_DRAIN_S"])]
+            assert spec["terminationGracePeriodSeconds"] >= sleeps + sum(drains) + 10
+
+
+def test_a_pod_answers_until_it_is_forgotten(overlay: str) -> None:
+    """Names are looked up every RESOLVE_S, and cached for 5 s by the cluster's name server."""
+    for labels, spec in pod_templates(overlay):
+        if labels.get("xgen/role") != "worker":
+            [container] = spec["containers"]
+            assert container["lifecycle"]["preStop"]["sleep"]["seconds"] >= LOOKUP_INTERVAL_S + 5 + 1
+
+
+def test_each_container_is_limited_and_sealed(overlay: str) -> None:
+    for labels, spec in pod_templates(overlay):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False, "the Service vllm would set VLLM_PORT, which vLLM takes for its own"
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in containers(spec):
+            assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys()
+            assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            image, _, tag = container["image"].rpartition(":")
+            assert image, container["image"]
+            assert tag not in ("", "latest")
+            if labels["app.kubernetes.io/name"] != "vllm":  # its image runs as root and writes where it likes
+                assert spec["securityContext"]["runAsNonRoot"] is True
+                assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+# Who may talk to whom; all else is denied.
+WAYS_IN = {
+    "cpu": {("clients", "proxy"), ("proxy", "llama-cpp"), ("monitoring", "proxy"), ("monitoring", "llama-cpp")},
+}
+WAYS_IN["gpu"] = WAYS_IN["gpu-keda"] = WAYS_IN["cpu"] | {("proxy", "vllm"), ("monitoring", "vllm")}
+WAYS_IN["multi-node"] = WAYS_IN["gpu"] | {("vllm", "vllm")}
+WAYS_OUT = {
+    "cpu": {
+        ("proxy", "llama-cpp", 8000), ("llama-cpp", "the public Internet", 443),
+        ("proxy", "kube-system", 53), ("llama-cpp", "kube-system", 53),
+    },
+}  # fmt: skip
+WAYS_OUT["gpu"] = WAYS_OUT["gpu-keda"] = WAYS_OUT["cpu"] | {
+    ("proxy", "vllm", 8000), ("vllm", "the public Internet", 443), ("vllm", "kube-system", 53),
+}  # fmt: skip
+WAYS_OUT["multi-node"] = WAYS_OUT["gpu"] | {("vllm", "vllm", None)}
+
+
+def test_all_else_is_denied(overlay: str) -> None:
+    assert any(
+        each["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+        for each in kinds(overlay, "NetworkPolicy")
+    )
+
+
+def test_only_these_may_come_in(overlay: str) -> None:
+    flows = {
+        (came, name)
+        for name, rule in rules(overlay, "ingress")
+        for source in rule["from"]
+        for came in peers(source, overlay)
+    }
+    assert flows == WAYS_IN[overlay]
+
+
+def test_only_there_may_they_go(overlay: str) -> None:
+    flows = {
+        (name, target, port["port"])
+        for name, rule in rules(overlay, "egress")
+        for peer in rule["to"]
+        for target in peers(peer, overlay)
+        for port in rule.get("ports", [{"port": None}])
+    }
+    assert flows == WAYS_OUT[overlay]
+
+
+def test_ways_in_lead_to_named_ports(overlay: str) -> None:
+    for name, rule in rules(overlay, "ingress"):
+        ports = {port["port"] for port in rule.get("ports", [])}
+        named = {
+            port["name"]
+            for labels, spec in pod_templates(overlay)
+            if labels["app.kubernetes.io/name"] == name
+            for each in spec["containers"]
+            for port in each.get("ports", [])
+        }
+        assert ports <= named
+
+
+def rules(overlay: str, direction: str) -> Iterator[tuple[str, Json]]:
+    """(who it is for, rule) of each network policy."""
+    for policy in kinds(overlay, "NetworkPolicy"):
+        spec = policy["spec"]
+        assert (direction in spec) <= (direction.capitalize() in spec["policyTypes"]), "it would not be heeded"
+        for name in pod_names(overlay):
+            if selected(spec["podSelector"], {"app.kubernetes.io/name": name}):
+                yield from ((name, rule) for rule in spec.get(direction, []))
+
+
+def peers(peer: Json, overlay: str) -> set[str]:
+    if "ipBlock" in peer:
+        assert peer["ipBlock"]["cidr"] in ("0.0.0.0/0", "::/0")
+        private = [ip_network(each) for each in ("10.0.0.1/32", "192.168.0.1/32", "169.254.169.254/32", "fd00::1/128")]
+        spared = [ip_network(each) for each in peer["ipBlock"]["except"]]
+        for address in private:
+            if address.version == ip_network(peer["ipBlock"]["cidr"]).version:
+                assert any(address.subnet_of(each) for each in spared)  # type: ignore[arg-type]
+        return {"the public Internet"}
+    if "namespaceSelector" in peer:
+        labels = peer["namespaceSelector"]["matchLabels"]
+        return {"clients"} if labels == {"xgen/clients": "yes"} else {labels["kubernetes.io/metadata.name"]}
+    return {name for name in pod_names(overlay) if selected(peer["podSelector"], {"app.kubernetes.io/name": name})}
+
+
+def pod_names(overlay: str) -> set[str]:
+    return {labels["app.kubernetes.io/name"] for labels, _ in pod_templates(overlay)}
+
+
+def test_what_scales_exists_and_says_no_number_itself(overlay: str) -> None:
+    for each in kinds(overlay, "HorizontalPodAutoscaler", "ScaledObject"):
+        target = each["spec"]["scaleTargetRef"]
+        [scaled] = [one for one in kinds(overlay, target["kind"]) if one["metadata"]["name"] == target["name"]]
+        assert "replicas" not in scaled["spec"], "applying it again would undo what the autoscaler did"
+
+
+ADAPTER = DEPLOYED / "components" / "autoscale-adapter" / "adapter-values.yaml"
+
+
+def vllm_scaler() -> list[Json]:
+    [scaler] = [each for each in kinds("gpu", "HorizontalPodAutoscaler") if each["metadata"]["name"] == "vllm"]
+    metrics: list[Json] = scaler["spec"]["metrics"]
+    return metrics
+
+
+def test_the_adapter_makes_the_metrics_that_the_autoscaler_reads() -> None:
+    made = yaml.safe_load(ADAPTER.read_text())["rules"]
+    for group, kind in (("custom", "Pods"), ("external", "External")):
+        read = {each[kind.lower()]["metric"]["name"] for each in vllm_scaler() if each["type"] == kind}
+        assert {rule["name"]["as"] for rule in made[group]} == read
+
+
+def test_the_series_that_autoscalers_ask_for_are_there() -> None:
+    """vLLM's and the proxy's own; the GPU's are the exporter's."""
+    [scaled] = kinds("gpu-keda", "ScaledObject")
+    queries = [each["metadata"]["query"] for each in scaled["spec"]["triggers"]]
+    made = yaml.safe_load(ADAPTER.read_text())["rules"]
+    queries += [rule["seriesQuery"] for group in ("custom", "external") for rule in made[group]]
+    asked = {name for query in queries for name in re.findall(r"[\w:]+(?=\{)", query)}
+    page = (ROOT / "tests" / "fixtures" / "metrics" / "vllm-0.32.0-metrics-loaded.txt").read_text()
+    there = set(re.findall(r"^(vllm:\w+)\{", page, re.M)) | set(re.findall(r"`(xgen_\w+)`", METRICS.read_text()))
+    assert asked - there == {"DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"}
+    assert "vllm:num_requests_waiting" in asked
+
+
+def test_more_pods_come_before_the_slots_are_full() -> None:
+    slots = int(settings_of("gpu")["XGEN_BACKENDS__VLLM__SLOTS"])
+    [running] = [each["pods"] for each in vllm_scaler() if "requests_running" in str(each)]
+    [scaled] = kinds("gpu-keda", "ScaledObject")
+    [trigger] = [each["metadata"] for each in scaled["spec"]["triggers"] if "requests_running" in str(each)]
+    assert running["target"]["averageValue"] == trigger["threshold"] == str(round(0.8 * slots))
+
+
+def test_secrets_are_read_as_kubernetes_lays_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links into a folder that is replaced as one."""
+    assert settings_of("gpu")["XGEN_SECRETS_DIR"]
+    kept = tmp_path / "..2026_01_01"
+    kept.mkdir()
+    (kept / "xgen_api_keys").write_text("ab" * 32)
+    (kept / "xgen_backends__vllm__api_key").write_text("secret")
+    (tmp_path / "..data").symlink_to(kept.name)
+    for path in kept.iterdir():
+        (tmp_path / path.name).symlink_to(f"..data/{path.name}")
+    for name, value in settings_of("gpu").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XGEN_SECRETS_DIR", str(tmp_path))
+    settings = load({})
+    assert settings.api_keys == ["ab" * 32]
+    key = settings.backends["vllm"].api_key
+    assert key is not None
+    assert key.get_secret_value() == "secret"
+
+
+def test_prometheus_rules_are_those_of_the_compose_stack() -> None:
+    made = runpy.run_path(str(DEPLOYED / "rules.py"))
+    assert made["TARGET"].read_text() == made["rendered"](), "run python deploy/kubernetes/rules.py"

@@ -1,0 +1,194 @@
+"""A scripted upstream on a real socket, for the faults and the timing that a real server cannot produce on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+Script = Callable[["Talk"], Coroutine[Any, Any, None]]
+
+METRICS = """\
+vllm:num_requests_running{{engine="0"}} {running}
+vllm:num_requests_waiting{{engine="0"}} {waiting}
+vllm:kv_cache_usage_perc{{engine="0"}} {kv}
+"""
+
+
+@dataclass
+class Talk:
+    """One POST as the script sees it."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self, status: int, body: Any, headers: str = "") -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n{headers}\r\n"
+        await self.send(head.encode() + data)
+
+    async def start_stream(self) -> None:
+        await self.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    async def chunk(self, data: bytes) -> None:
+        await self.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def event(self, data: Any) -> None:
+        text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+        await self.chunk(f"data: {text}\n\n".encode())
+
+    async def end(self, done: bool = True) -> None:
+        if done:
+            await self.chunk(b"data: [DONE]\n\n")
+        await self.send(b"0\r\n\r\n")
+
+    def reset(self) -> None:
+        """RST, as from a killed process with unread data."""
+        self.writer.transport.abort()
+
+    async def until_client_leaves(self) -> None:
+        with contextlib.suppress(ConnectionError):  # it may leave with a reset
+            while await self.reader.read(65536):
+                pass
+
+
+def delta(
+    content: str | None = None, finish: str | None = None, id: str = "chatcmpl-1", **extra: Any
+) -> dict[str, Any]:
+    piece = {} if content is None else {"content": content}
+    choice = {"index": 0, "delta": piece, "logprobs": None, "finish_reason": finish}
+    return {
+        "id": id, "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice], **extra,
+    }  # fmt: skip
+
+
+def whole(content: str = "hello", finish: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": content}
+    return {
+        "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+    }  # fmt: skip
+
+
+async def good(talk: Talk) -> None:
+    """Answers `hello`, streamed or whole, as asked."""
+    if not talk.json.get("stream"):
+        await talk.answer(200, whole())
+        return
+    await talk.start_stream()
+    for word in ("hel", "lo"):
+        await talk.event(delta(word))
+    await talk.event(delta(finish="stop"))
+    await talk.end()
+
+
+def status(code: int, body: Any = None, headers: str = "") -> Script:
+    async def script(talk: Talk) -> None:
+        await talk.answer(code, body or {"error": {"message": f"no {code}", "type": "t", "code": code}}, headers)
+
+    return script
+
+
+@dataclass
+class FakeUpstream:
+    """Speaks vLLM's dialect. `scripts` are used up one a request, then `default` answers."""
+
+    default: Script = good
+    scripts: list[Script] = field(default_factory=list)
+    models: list[str] = field(default_factory=lambda: ["m"])
+    running: int = 0
+    waiting: int = 0
+    kv: float = 0.0
+    health: int = 200
+    talks: list[Talk] = field(default_factory=list)
+    connections: int = 0
+    port: int = 0
+    host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def start(self) -> None:
+        """Also after kill(): on the same port."""
+        self._server = self._run(asyncio.start_server(self._serve, self.host, self.port))
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def kill(self) -> None:
+        """As kill -9 does: nobody listens, and every connection is reset."""
+        self._run(self._kill())
+
+    def close(self) -> None:
+        self.kill()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _kill(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.add(writer)
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        method, path, _ = first.split()
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        talk = Talk(path, headers, body, reader, writer)
+        if method == "GET":
+            await self._look(talk)
+        else:
+            self.talks.append(talk)
+            await (self.scripts.pop(0) if self.scripts else self.default)(talk)
+        return not writer.is_closing()
+
+    async def _look(self, talk: Talk) -> None:
+        if self.health != 200:
+            await talk.answer(self.health, {})
+        elif talk.path == "/v1/models":
+            await talk.answer(200, {"data": [{"id": name, "max_model_len": 2048} for name in self.models]})
+        else:
+            page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv)
+            await talk.answer(200, page.encode())
+
+
+async def silent(talk: Talk) -> None:
+    await talk.until_client_leaves()

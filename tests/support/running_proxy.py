@@ -1,0 +1,84 @@
+"""The real proxy in a thread, and how tests talk to it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from tests.support.fake_upstream import FakeUpstream
+from xgen_proxy.app import create_app
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.server import Server, config_for, listen
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+# httpx reads all certificate authorities for each call (35 ms), though nothing here has TLS
+get = functools.partial(httpx.get, verify=False, timeout=20)
+post = functools.partial(httpx.post, verify=False, timeout=20)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Returns the first true value; fails when time is up."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+    return value
+
+
+class RunningProxy:
+    """The real app in a real uvicorn, in a thread, on a free port."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.gateway: Gateway = self.app.gateway
+        sock = listen("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = Server(config_for(self.app, settings), self.app)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def until_up(self, count: int) -> None:
+        wait_until(lambda: sum(replica.up for replica in self.gateway.fleet.replicas) >= count)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+
+def backend(*fakes: FakeUpstream, **values: Any) -> dict[str, Any]:
+    """Time to connect in plenty: a machine with too much to do may hold this process up for more than the usual 2 s."""
+    return {"urls": [fake.url for fake in fakes], "dialect": "vllm", "connect_timeout_s": 20, **values}
+
+
+def assert_nothing_held(proxy: RunningProxy) -> None:
+    """Whatever happened: no slot, no waiter and no connection is left."""
+    gateway = proxy.gateway
+    assert [replica.in_flight for replica in gateway.fleet.replicas if replica.in_flight] == []
+    assert gateway.admission.queue == []
+    assert [replica.name for replica in gateway.fleet.replicas if replica.pool.live] == []
+
+
+def chat(proxy: RunningProxy, timeout: float = 20, **fields: Any) -> httpx.Response:
+    headers = fields.pop("headers", {})
+    return post(f"{proxy.url}/v1/chat/completions", json={**CHAT, **fields}, headers=headers, timeout=timeout)
+
+
+def ask(proxy: RunningProxy, **fields: Any) -> socket.socket:
+    """Sends a whole request and returns the client's socket, unread."""
+    body = json.dumps({**CHAT, "stream": True, **fields}).encode()
+    client = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    return client

@@ -1,0 +1,171 @@
+"""What each setting takes and refuses, whichever way it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from xgen_proxy.config.settings import BackendSettings, Limits, Routing, Settings, check_url, split_commas
+
+URL = {"XGEN_BACKENDS__VLLM__URLS": "http://gpu-1:8000"}
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No .env and no xgen-proxy.toml but those that a test writes."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def from_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> Settings:
+    for name, value in {**URL, **values}.items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        (" a , b ,", ["a", "b"]),
+        ("", []),
+        ('["a", "b"]', ["a", "b"]),
+        (["a"], ["a"]),
+        (None, None),
+    ],
+)
+def test_lists_by_comma_or_as_json(written: object, read: object) -> None:
+    assert split_commas(written) == read
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "http://a", "http://127.0.0.1:8000", "http://[::1]:80", "http://a:1/"])
+def test_a_backend_url(url: str) -> None:
+    assert check_url(url) == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["a:1", "https://a:1", "http://", "http://a:1/v1", "http://a:x", "http://a:99999", "http://a:0", "http://a?b=1",
+     "http://[::1", "ftp://a", ""],
+)  # fmt: skip
+def test_no_backend_url(url: str) -> None:
+    with pytest.raises(ValueError, match="write http://HOST:PORT"):
+        check_url(url)
+
+
+def test_a_password_in_a_url_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match="no credentials") as error:
+        check_url("http://me:hush@a:1")
+    assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect", "path"), [("vllm", "vllm", "gpu"), ("llama_cpp", "llama-cpp-python", "cpu")]
+)
+def test_known_names_need_only_urls(name: str, dialect: str, path: str) -> None:
+    backend = Settings(backends={name: {"urls": "http://a:1"}}).backends[name]
+    assert (backend.dialect, backend.device_class, backend.urls) == (dialect, path, ["http://a:1"])
+
+
+def test_an_own_name_tells_its_dialect_and_may_tell_its_path() -> None:
+    backends = {
+        "big": {"urls": "http://a:1", "dialect": "openai"},
+        "small": {"urls": "http://b:1", "dialect": "llama-server"},
+        "odd": {"urls": "http://c:1", "dialect": "llama-server", "device_class": "gpu"},
+    }
+    settings = Settings(backends=backends)
+    assert {name: each.device_class for name, each in settings.backends.items()} == {
+        "big": "gpu",
+        "small": "cpu",
+        "odd": "gpu",
+    }
+    with pytest.raises(ValidationError):
+        Settings(backends={"big": {"urls": "http://a:1"}})
+
+
+def test_what_is_passed_is_left_as_it_was() -> None:
+    flags: dict[str, Any] = {"backends": {"vllm": {"urls": "http://a:1"}}}
+    Settings(**flags)
+    assert flags == {"backends": {"vllm": {"urls": "http://a:1"}}}
+
+
+def test_nested_values_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = from_environment(
+        monkeypatch,
+        XGEN_BACKENDS__VLLM__URLS="http://a:1,http://b:2",
+        XGEN_BACKENDS__VLLM__MODELS='{"gpt-4": "llama"}',
+        XGEN_BACKENDS__VLLM__SLOTS="8",
+        XGEN_ROUTING__LONG_PROMPT_WORDS="200",
+        XGEN_PORT="81",
+    )
+    backend = settings.backends["vllm"]
+    assert backend.urls == ["http://a:1", "http://b:2"]
+    assert (backend.models, backend.slots, settings.port) == ({"gpt-4": "llama"}, 8, 81)
+    assert settings.routing.long_prompt_words == 200
+    assert settings.routing.long_max_tokens == 1024
+
+
+def test_stronger_sources_win_value_by_value(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+    (empty_directory / "xgen-proxy.toml").write_text(
+        'host = "file"\nport = 1\ndrain_s = 1\nscrape_timeout_s = 1\n'
+        '[backends.vllm]\nurls = ["http://file:1"]\nslots = 3\ncontext = 4\n'
+    )
+    (empty_directory / ".env").write_text("XGEN_PORT=2\nXGEN_DRAIN_S=2\nXGEN_HOST=dotenv\n")
+    monkeypatch.setenv("XGEN_PORT", "3")
+    monkeypatch.setenv("XGEN_HOST", "environment")
+    monkeypatch.setenv("XGEN_BACKENDS__VLLM__SLOTS", "5")
+    settings = Settings(host="flag", backends={"vllm": {"urls": "http://flag:1"}})
+    assert (settings.host, settings.port, settings.drain_s, settings.scrape_timeout_s) == ("flag", 3, 2, 1)
+    backend = settings.backends["vllm"]
+    assert (backend.urls, backend.slots, backend.context) == (["http://flag:1"], 5, 4)
+
+
+def test_the_file_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+    (empty_directory / "other.toml").write_text("port = 7\n")
+    monkeypatch.setenv("XGEN_CONFIG", "other.toml")
+    assert Settings().port == 7
+
+
+def test_env_files_of_other_programs_are_no_concern_of_ours(empty_directory: Path) -> None:
+    (empty_directory / ".env").write_text("HF_TOKEN=abc\nXGEN_PORT=7\n")
+    assert Settings().port == 7
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("XGEN_PORT", "65536"),
+        ("XGEN_LOG_FORMAT", "xml"),
+        ("XGEN_DRAIN_S", "-1"),
+        ("XGEN_ROUTING__KV_FULL", "1.5"),
+        ("XGEN_ROUTING__MAX_ATTEMPTS", "0"),
+        ("XGEN_LIMITS__BODY_BYTES", "10"),
+        ("XGEN_BACKENDS__VLLM__URLS", "http://a:1,http://a:1/"),
+        ("XGEN_BACKENDS__VLLM__URLS", ","),
+        ("XGEN_BACKENDS__VLLM__SLOTS", "0"),
+        ("XGEN_BACKENDS__VLLM__DIALECT", "tgi"),
+        ("XGEN_BACKENDS__VLLM__TYPO", "1"),
+        ("XGEN_ROUTING__TYPO", "1"),
+        ("XGEN_API_KEYS", "sk-the-key-itself"),
+        ("XGEN_API_KEYS", "z" * 64),
+    ],
+)
+def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
+    from_environment(monkeypatch)
+    with pytest.raises(ValidationError):
+        from_environment(monkeypatch, **{setting: value})
+
+
+def test_hashes_of_keys_are_compared_in_small_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = from_environment(monkeypatch, XGEN_API_KEYS=f"{'A' * 64},{'b' * 64}")
+    assert settings.api_keys == ["a" * 64, "b" * 64]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for model in (Settings, BackendSettings, Routing, Limits):
+        for name, field in model.model_fields.items():
+            assert field.description or name in ("routing", "limits"), name

@@ -1,0 +1,223 @@
+"""Each rule of the table, and what each dialect is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.support.chunks import HI, make_request
+from xgen_proxy.dialects.dialect import DIALECTS, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM
+from xgen_proxy.dialects.request_rewrites import asks_for_stream
+from xgen_proxy.dialects.request_rules import BY_DIALECT, RULES, prepare, prepared
+from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import NEEDS
+
+V, S, P = "vllm", "llama-server", "llama-cpp-python"
+F: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": F}]
+USE_F = {"type": "function", "function": {"name": "f"}}
+INTEGER = {"type": "integer"}
+AS_INTEGER = {"type": "json_schema", "json_schema": {"name": "n", "schema": INTEGER}}
+
+# (rule, dialect, endpoint, what the client sends, what is changed of it: None is gone; "refused" is a 400)
+CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | str]] = [
+    ("guided_json, guided_choice, …", V, "chat", {"guided_choice": ["a"]},
+     {"guided_choice": None, "structured_outputs": {"choice": ["a"]}}),
+    ("guided_json, guided_choice, …", V, "chat", {"guided_json": INTEGER, "structured_outputs": {"whitespace": 1}},
+     {"guided_json": None, "structured_outputs": {"whitespace": 1, "json": INTEGER}}),
+    ("functions, function_call", V, "chat", {"functions": [F]}, "refused"),
+    ("functions, function_call", S, "chat", {"functions": [F], "function_call": {"name": "f"}}, "refused"),
+    ("functions, function_call", S, "chat", {"functions": [F], "function_call": "none"}, {}),
+    ("max_completion_tokens on /v1/completions", V, "completions", {"max_completion_tokens": 3},
+     {"max_completion_tokens": None, "max_tokens": 3}),
+    ("max_completion_tokens on /v1/completions", S, "completions", {"max_completion_tokens": 3, "max_tokens": 9},
+     {"max_completion_tokens": None, "max_tokens": 3}),
+    ("max_completion_tokens on /v1/completions", V, "chat", {"max_completion_tokens": 3}, {}),
+    ("repeat_penalty", V, "chat", {"repeat_penalty": 1.2}, {"repeat_penalty": None, "repetition_penalty": 1.2}),
+    ("repetition_penalty", S, "chat", {"repetition_penalty": 1.2}, {"repetition_penalty": None, "repeat_penalty": 1.2}),
+    ("repetition_penalty", P, "chat", {"repetition_penalty": 1.2, "repeat_penalty": 1.3},
+     {"repetition_penalty": None, "repeat_penalty": 1.3}),
+    ("null fields", P, "chat", {"temperature": None, "n": None}, {"temperature": None, "n": None}),
+    ("max_completion_tokens", P, "chat", {"max_completion_tokens": 3, "max_tokens": 9},
+     {"max_completion_tokens": None, "max_tokens": 3}),
+    ("no max_tokens on /v1/completions", S, "completions", {}, {"max_tokens": 16}),
+    ("no max_tokens on /v1/completions", P, "completions", {"max_tokens": 5}, {"max_tokens": 5}),
+    ("no max_tokens on /v1/completions", S, "chat", {}, {}),
+    ("grammar", P, "chat", {"grammar": 'root ::= "a"'}, "refused"),
+    ("grammar", S, "chat", {"grammar": 'root ::= "a"'}, {}),
+    ("suffix", P, "completions", {"suffix": "b"}, "refused"),
+    ("structured_outputs", P, "chat", {"structured_outputs": {"choice": ["a"]}}, "refused"),
+    ("n, best_of", P, "chat", {"n": 2}, "refused"),
+    ("n, best_of", P, "completions", {"best_of": 2}, "refused"),
+    ("n, best_of", P, "chat", {"n": 1}, {"n": None}),
+    ("several prompts, token ids", P, "completions", {"prompt": ["a", "b"]}, "refused"),
+    ("several prompts, token ids", P, "completions", {"prompt": [1, 2]}, "refused"),
+    ("several prompts, token ids", P, "completions", {"prompt": ["a"]}, {"prompt": "a"}),
+    ("developer role, content parts, null content", P, "chat",
+     {"messages": [{"role": "developer",
+                    "content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]},
+                   {"role": "assistant", "content": None, "name": None}]},
+     {"messages": [{"role": "system", "content": "a\nb"}, {"role": "assistant", "content": ""}]}),
+    ("tools with tool_choice none", P, "chat", {"tools": TOOLS, "tool_choice": "none"},
+     {"tools": None, "tool_choice": None}),
+    ("json_schema, schemas", P, "chat", {"response_format": AS_INTEGER},
+     {"response_format": {"type": "json_object", "schema": INTEGER}}),
+    ("json_schema, schemas", P, "chat", {"response_format": {"type": "json_object"}}, {}),
+    ("json_schema, schemas", P, "chat", {"response_format": {"type": "json_object", "schema": {"pattern": "a"}}},
+     "refused"),
+    ("json_schema, schemas", P, "completions", {"response_format": {"type": "json_object"}}, "refused"),
+    ("functions and their schemas", P, "chat",
+     {"tools": [{"type": "function", "function": {"name": "f", "description": None}}], "tool_choice": USE_F},
+     {"tools": [{"type": "function", "function": {
+         "name": "f", "parameters": {"type": "object", "additionalProperties": False}}}]}),
+    ("functions and their schemas", P, "chat", {"functions": [F], "function_call": {"name": "f"}}, {}),
+    ("functions and their schemas", P, "chat", {"tools": [5], "tool_choice": USE_F}, "refused"),
+    ("functions and their schemas", P, "chat", {"tools": [{"type": "function"}], "tool_choice": USE_F}, "refused"),
+    ("functions and their schemas", P, "chat", {"functions": "f", "function_call": {"name": "f"}}, "refused"),
+    ("functions and their schemas", P, "chat",
+     {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "refused"),
+    ("logprobs without top_logprobs", P, "chat", {"logprobs": True}, {"top_logprobs": 0, "stream": False}),
+    ("negative top_k", P, "chat", {"top_k": -1}, {"top_k": 0}),
+    ("no repeat_penalty", P, "chat", {}, {"repeat_penalty": 1.0}),
+    ("stop", P, "chat", {"stop": ["a"]}, {"stop": None}),
+    ("stop", P, "chat", {"stop": ["a"], "logprobs": True}, {"stop": ["a"], "top_logprobs": 0, "stream": False}),
+    ("stop", P, "chat", {"stop": [5]}, "refused"),
+    ("response_format on /v1/completions", S, "completions", {"response_format": AS_INTEGER, "max_tokens": 1},
+     {"response_format": None, "json_schema": INTEGER}),
+    ("response_format on /v1/completions", S, "completions",
+     {"response_format": {"type": "json_object"}, "max_tokens": 1},
+     {"response_format": None, "json_schema": {"type": "object"}}),
+    ("response_format on /v1/completions", S, "chat", {"response_format": AS_INTEGER}, {}),
+    ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"repeat_last_n": 10**9}, "refused"),
+    ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"n_probs": "many"}, "refused"),
+    ("repeat_last_n, dry_penalty_last_n, n_probs", S, "chat", {"n_probs": 5}, {}),
+    ("wide enums", S, "chat", {"json_schema": {"anyOf": [{"enum": list(range(251))}]}}, "refused"),
+    ("wide enums", S, "chat", {"json_schema": {"enum": list(range(250)), "title": ["x"] * 251}}, {}),
+    ("stream: false", S, "chat", {}, {"stream": True}),
+    ("usage", S, "chat", {}, {"stream_options": {"include_usage": True}}),
+    ("usage", S, "chat", {"stream": True}, {}),
+    ("stream: false, logprobs, echo", P, "chat", {}, {"stream": True}),
+    ("stream: false, logprobs, echo", P, "completions", {"echo": True, "stream": True, "max_tokens": 1},
+     {"stream": False}),
+    ("types and ranges", P, "chat", {"min_p": 2}, "refused"),
+    ("types and ranges", P, "chat", {"logit_bias": {"a": 1}}, "refused"),
+    ("types and ranges", P, "chat", {"messages": [{"role": "tool", "content": "a"}]}, "refused"),
+    ("types and ranges", P, "chat", {"messages": [{"role": "function", "content": "a"}]}, "refused"),
+    ("types and ranges", P, "completions", {"prompt": ""}, "refused"),
+    ("types and ranges", P, "chat", {"store": True, "user": 5}, {"store": None, "user": None}),
+]  # fmt: skip
+
+# What is filled in for every request, so that the cases need not tell it.
+ALWAYS: dict[str, dict[str, Any]] = {
+    V: {},
+    S: {"stream": True, "stream_options": {"include_usage": True}},
+    P: {"stream": True, "repeat_penalty": 1.0},
+}
+LENGTH = {"max_tokens": 16}
+
+
+@pytest.mark.parametrize(("rule", "dialect", "endpoint", "sent", "changed"), CASES, ids=[case[0] for case in CASES])
+def test_rules(rule: str, dialect: str, endpoint: Any, sent: dict[str, Any], changed: dict[str, Any] | str) -> None:
+    request = make_request(endpoint, **sent)
+    before = copy.deepcopy(request.body)
+    if isinstance(changed, str):
+        with pytest.raises(BadRequestError) as refused:
+            prepare(DIALECTS[dialect], request)
+        assert refused.value.param
+        assert refused.value.status == 400
+        return
+    always = ALWAYS[dialect] if not sent.get("stream") else {**ALWAYS[dialect], "stream_options": None}
+    length = LENGTH if endpoint == "completions" and dialect != V and request.features.max_tokens is None else {}
+    expected = {**request.body, **always, **length, **changed}
+    expected = {key: value for key, value in expected.items() if value is not None}
+    assert orjson.loads(prepare(DIALECTS[dialect], request)) == expected
+    assert request.body == before, "the client's own body was changed, which a second attempt needs"
+
+
+def test_every_rule_has_a_case() -> None:
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    assert {case[0] for case in CASES} == set(names) - {"model name"}
+    for rule in RULES:
+        assert rule.hazard
+        assert set(rule.dialects) <= set(DIALECTS)
+    for name, dialect, *_ in CASES:
+        assert name in [each.name for each in BY_DIALECT[dialect]] or (name, dialect) == ("grammar", S)
+
+
+@pytest.mark.parametrize("dialect", [VLLM, OPENAI], ids=lambda dialect: dialect.name)
+def test_what_needs_no_change_passes_as_it_came(dialect: Any) -> None:
+    request = make_request(unknown={"a": [1, 2]}, n=2, stop=["a"], temperature=None)
+    assert prepare(dialect, request) is request.raw
+    assert prepared(dialect, request) is request.body
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
+def test_the_model_is_called_as_the_backend_calls_it(dialect: Any) -> None:
+    request = make_request(alias="public", served="theirs")
+    assert orjson.loads(prepare(dialect, request))["model"] == "theirs"
+
+
+def test_embeddings_are_never_streamed() -> None:
+    request = make_request("embeddings", encoding_format="base64", dimensions=None)
+    assert orjson.loads(prepare(LLAMA_CPP_PYTHON, request)) == {"model": "m", "input": "Hi"}
+    for dialect in DIALECTS.values():
+        assert not asks_for_stream(dialect, request)
+
+
+def test_who_is_asked_for_a_stream() -> None:
+    whole, stream = make_request(), make_request(stream=True)
+    assert [asks_for_stream(dialect, whole) for dialect in (VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert all(asks_for_stream(dialect, stream) for dialect in DIALECTS.values())
+    assert not asks_for_stream(LLAMA_CPP_PYTHON, make_request(stream=True, logprobs=True))
+    assert asks_for_stream(LLAMA_SERVER, make_request(stream=True, logprobs=True))
+
+
+def test_what_each_can_do() -> None:
+    assert OPENAI.capabilities == NEEDS
+    assert "grammar" not in VLLM.capabilities | LLAMA_CPP_PYTHON.capabilities
+    assert "forced_tool" in LLAMA_CPP_PYTHON.capabilities
+    assert "tools" not in LLAMA_CPP_PYTHON.capabilities | LLAMA_SERVER.capabilities
+    assert (LLAMA_CPP_PYTHON.slots, LLAMA_CPP_PYTHON.overcommit) == (1, 0)
+    assert not LLAMA_SERVER.reuse_after_stream
+
+
+def test_probe_of_vllm() -> None:
+    probe = VLLM.parse_info({"/v1/models": {"data": [{"id": "a", "max_model_len": 2048}, {"id": "lora"}]}})
+    assert (probe.models, probe.context, probe.slots, probe.capabilities) == (("a", "lora"), 2048, None, None)
+
+
+def test_probe_of_llama_server() -> None:
+    models = {"data": [{"id": "a", "meta": {"n_ctx": 4096}}]}
+    props = {"total_slots": 8, "chat_template_caps": {"supports_tools": True}, "modalities": {"vision": True}}
+    probe = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": props})
+    assert (probe.models, probe.context, probe.slots) == (("a",), 4096, 8)
+    assert probe.capabilities == LLAMA_SERVER.capabilities | {"tools", "forced_tool", "images"}
+    plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
+    assert plain.capabilities == LLAMA_SERVER.capabilities
+    assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None
+
+
+def test_probe_of_llama_cpp_python() -> None:
+    probe = LLAMA_CPP_PYTHON.parse_info({"/v1/models": {"data": [{"id": "a"}]}})
+    assert (probe.models, probe.context, probe.slots, probe.capabilities) == (("a",), None, None, None)
+
+
+@pytest.mark.parametrize("answer", [{}, {"/v1/models": None}, {"/v1/models": {}}, {"/v1/models": {"data": [5]}}])
+def test_a_probe_that_is_none(answer: dict[str, Any]) -> None:
+    with pytest.raises((KeyError, TypeError)):
+        VLLM.parse_info(answer)
+
+
+def test_how_many_choices_to_wait_for() -> None:
+    assert make_request().choices == 1
+    assert make_request(n=3).choices == 3
+    assert make_request("completions", prompt=["a", "b"], n=2).choices == 4
+    assert make_request("completions", prompt=[1, 2, 3]).choices == 1
+    assert make_request("completions", prompt=["a"]).choices == 1
+    assert make_request(messages=HI).path == "/v1/chat/completions"

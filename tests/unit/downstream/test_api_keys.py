@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+import pytest
+
+from xgen_proxy.downstream.api_keys import check_key, hash_key, new_key
+from xgen_proxy.errors import AuthenticationError
+
+
+def bearer(key: str, scheme: str = "Bearer") -> dict[bytes, bytes]:
+    return {b"authorization": f"{scheme} {key}".encode()}
+
+
+def test_a_new_key_and_its_hash() -> None:
+    key, hash = new_key()
+    assert key.startswith("sk-")
+    assert len(key) > 40
+    assert hash == hash_key(key) == hashlib.sha256(key.encode()).hexdigest()
+    assert new_key()[0] != key
+
+
+def test_with_no_keys_configured_everybody_may_come_in() -> None:
+    check_key({}, [])
+    check_key(bearer("anything"), [])
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_known_key(place: int, scheme: str) -> None:
+    hashes = [hash_key(f"other-{number}") for number in range(3)]
+    hashes[place] = hash_key("sk-mine")
+    check_key(bearer("sk-mine", scheme), hashes)
+    check_key({b"authorization": f"{scheme}  sk-mine ".encode()}, hashes)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {b"authorization": b""},
+        {b"authorization": b"Bearer"},
+        {b"authorization": b"Bearer "},
+        {b"authorization": b"sk-mine"},
+        bearer("sk-mine", "Basic"),
+        bearer("sk-min"),
+        bearer("sk-mine2"),
+        bearer("Sk-mine"),
+        bearer(hash_key("sk-mine")),  # who reads the configuration cannot come in with what it says
+        {b"authorization": b"Bearer \xff\xfe"},
+    ],
+)
+def test_no_known_key(headers: dict[bytes, bytes]) -> None:
+    with pytest.raises(AuthenticationError) as error:
+        check_key(headers, [hash_key("sk-mine")])
+    assert (error.value.status, error.value.code, error.value.retry) == (401, "invalid_api_key", False)
+    assert "sk-min" not in error.value.message
+
+
+def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those after the one that fits: the time must not tell which it is, nor how much of it is right."""
+    compared: list[str] = []
+    real = hmac.compare_digest
+
+    def noting(given: str, known: str) -> bool:
+        compared.append(known)
+        return real(given, known)
+
+    monkeypatch.setattr("xgen_proxy.downstream.api_keys.hmac.compare_digest", noting)
+    hashes = [hash_key("sk-mine"), hash_key("second"), hash_key("third")]
+    check_key(bearer("sk-mine"), hashes)
+    assert compared == hashes

@@ -1,0 +1,347 @@
+"""Slots: never more given than there are, each given back once, nobody forgotten, nobody starved."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.errors import QueueFullError, UpstreamConnectError
+from xgen_proxy.fleet.admission import Admission
+from xgen_proxy.fleet.backend import Fleet, Replica
+from xgen_proxy.request.features import Urgency
+
+URGENCIES: tuple[Urgency, ...] = ("high", "normal", "low")
+
+
+@dataclass(frozen=True)
+class Want:
+    replica: Replica
+
+
+def replicas(*slots: int) -> list[Replica]:
+    backends = {
+        f"b{number}": {"urls": [f"http://127.0.0.1:{number + 1}"], "dialect": "openai", "slots": count}
+        for number, count in enumerate(slots)
+    }
+    found = list(Fleet(Settings(backends=backends)).replicas)
+    for replica in found:
+        replica.set_state("up", "test")
+    return found
+
+
+async def settle() -> None:
+    """Until everything that can go on has gone on."""
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+async def test_a_free_slot_is_taken_at_once_in_the_order_of_the_plan() -> None:
+    first, second = replicas(1, 1)
+    admission = Admission(10, 10)
+    plan = [Want(first), Want(second)]
+    assert [(await admission.acquire(plan, "normal")).replica for _ in range(2)] == [first, second]
+    assert (first.in_flight, first.backend.in_flight) == (1, 1)
+    admission.release(first)
+    assert (first.in_flight, first.backend.in_flight) == (0, 0)
+
+
+async def test_a_replica_that_is_down_is_passed_over() -> None:
+    first, second = replicas(1, 1)
+    first.set_state("down", "test")
+    assert (await Admission(10, 10).acquire([Want(first), Want(second)], "normal")).replica is second
+
+
+async def test_all_down_is_told_at_once() -> None:
+    [replica] = replicas(1)
+    replica.set_state("down", "test")
+    with pytest.raises(UpstreamConnectError):
+        await Admission(10, 10).acquire([Want(replica)], "normal")
+
+
+async def test_the_queue_is_bounded() -> None:
+    [replica] = replicas(1)
+    admission = Admission(1, 10)
+    await admission.acquire([Want(replica)], "normal")
+    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await settle()
+    with pytest.raises(QueueFullError) as full:
+        await admission.acquire([Want(replica)], "high")
+    assert (full.value.status, full.value.retry_after) == (429, 5)
+    admission.release(replica)
+    assert (await waiting).replica is replica
+
+
+async def test_waiting_ends_after_the_time_limit() -> None:
+    [replica] = replicas(1)
+    admission = Admission(10, 0.01)
+    await admission.acquire([Want(replica)], "normal")
+    with pytest.raises(QueueFullError, match=r"within 0\.01 s"):
+        await admission.acquire([Want(replica)], "normal")
+    assert admission.queue == []
+    assert replica.in_flight == 1
+
+
+async def test_the_queue_is_in_order_of_arrival_shifted_by_urgency() -> None:
+    [replica] = replicas(1)
+    admission = Admission(100, 100)
+    await admission.acquire([Want(replica)], "normal")
+    served: list[str] = []
+
+    async def work(name: str, urgency: Urgency) -> None:
+        await admission.acquire([Want(replica)], urgency)
+        served.append(name)
+        admission.release(replica)
+
+    names: list[tuple[str, Urgency]] = [("low", "low"), ("first", "normal"), ("second", "normal"), ("high", "high")]
+    tasks = [asyncio.create_task(work(name, urgency)) for name, urgency in names]
+    await settle()
+    admission.release(replica)
+    await asyncio.gather(*tasks)
+    assert served == ["high", "first", "second", "low"]
+
+
+async def test_a_low_request_is_served_though_urgent_ones_never_cease(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock)
+    [replica] = replicas(1)
+    admission = Admission(1000, 1000)
+    await admission.acquire([Want(replica)], "normal")
+    low = asyncio.create_task(admission.acquire([Want(replica)], "low"))
+    urgent: list[asyncio.Task[Want]] = []
+    for second in range(100):  # one comes and one is served each second, behind a backlog of two
+        clock = float(second)
+        urgent += [asyncio.create_task(admission.acquire([Want(replica)], "high")) for _ in range(1 + 2 * (not second))]
+        await settle()
+        admission.release(replica)
+        await settle()
+        if low.done():
+            break
+    assert low.done()
+    assert 60 <= clock <= 64
+    for task in urgent:
+        task.cancel()
+
+
+async def test_a_slot_goes_past_those_who_cannot_use_it() -> None:
+    first, second = replicas(1, 1)
+    admission = Admission(10, 10)
+    for replica in (first, second):
+        await admission.acquire([Want(replica)], "normal")
+    for_first = asyncio.create_task(admission.acquire([Want(first)], "high"))
+    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "low"))
+    await settle()
+    admission.release(second)
+    await settle()
+    assert for_either.done()
+    assert not for_first.done()
+    admission.release(first)
+    assert (await for_first).replica is first
+
+
+async def test_going_down_frees_those_who_wait_for_nothing_else() -> None:
+    first, second = replicas(1, 1)
+    admission = Admission(10, 10)
+    for replica in (first, second):
+        await admission.acquire([Want(replica)], "normal")
+    for_first = asyncio.create_task(admission.acquire([Want(first)], "normal"))
+    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "normal"))
+    await settle()
+    first.set_state("down", "test")
+    admission.on_replica_down()
+    with pytest.raises(UpstreamConnectError):
+        await for_first
+    assert not for_either.done()
+    admission.release(first)  # who held a slot of it gives it back all the same; nobody gets it
+    await settle()
+    assert not for_either.done()
+    first.set_state("up", "test")
+    admission.dispatch(first)
+    assert (await for_either).replica is first
+
+
+async def leaves(admission: Admission, task: asyncio.Task[Want], replica: Replica) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def loses_its_replica(admission: Admission, task: asyncio.Task[Want], replica: Replica) -> None:
+    """The slot was granted before the replica went down: it is the waiter's, who will find out by itself."""
+    replica.set_state("down", "test")
+    admission.on_replica_down()
+    assert (await task).replica is replica
+    admission.release(replica)
+
+
+@pytest.mark.parametrize("then", [leaves, loses_its_replica])
+async def test_a_slot_granted_in_the_moment_the_waiting_ends(
+    then: Callable[[Admission, asyncio.Task[Want], Replica], Awaitable[None]],
+) -> None:
+    [replica] = replicas(1)
+    admission = Admission(10, 10)
+    await admission.acquire([Want(replica)], "normal")
+    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await settle()
+    admission.release(replica)  # granted: the future is done, its task has not run yet
+    await then(admission, waiting, replica)
+    assert replica.in_flight == 0
+    assert admission.queue == []
+
+
+async def test_a_slot_granted_to_one_who_leaves_goes_to_the_next() -> None:
+    [replica] = replicas(1)
+    admission = Admission(10, 10)
+    await admission.acquire([Want(replica)], "normal")
+    first, second = (asyncio.create_task(admission.acquire([Want(replica)], "normal")) for _ in range(2))
+    await settle()
+    admission.release(replica)
+    await leaves(admission, first, replica)
+    assert (await second).replica is replica
+    assert replica.in_flight == 1
+
+
+async def test_leaving_when_the_replica_goes_down_in_the_same_moment_leaves_nothing() -> None:
+    [replica] = replicas(1)
+    admission = Admission(10, 10)
+    await admission.acquire([Want(replica)], "normal")
+    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await settle()
+    replica.set_state("down", "test")
+    admission.on_replica_down()
+    await leaves(admission, waiting, replica)
+    assert (replica.in_flight, admission.queue) == (1, [])
+
+
+# Any story of arrivals, ends, departures, and replicas that go and come
+
+
+@dataclass
+class World:
+    fleet: list[Replica]
+    admission: Admission
+    tasks: list[asyncio.Task[Want]] = field(default_factory=list)
+    held: list[Want] = field(default_factory=list)
+
+    def arrive(self, mask: int, urgency: Urgency) -> None:
+        wanted = [Want(replica) for number, replica in enumerate(self.fleet) if mask & 1 << number]
+        self.tasks.append(asyncio.create_task(self._serve(wanted or [Want(self.fleet[0])], urgency)))
+
+    async def _serve(self, wanted: Sequence[Want], urgency: Urgency) -> Want:
+        want = await self.admission.acquire(wanted, urgency)
+        assert any(want is each for each in wanted)
+        self.held.append(want)
+        return want
+
+    def end(self, number: int) -> None:
+        if self.held:
+            self.admission.release(self.held.pop(number % len(self.held)).replica)
+
+    def cancel(self, number: int) -> None:
+        if self.tasks:
+            self.tasks[number % len(self.tasks)].cancel()
+
+    def set_state(self, number: int) -> None:
+        replica = self.fleet[number % len(self.fleet)]
+        if replica.state == "up":
+            replica.set_state("down", "test")
+            self.admission.on_replica_down()
+        else:
+            replica.set_state("up", "test")
+            self.admission.dispatch(replica)
+
+    def check_bounds(self) -> None:
+        for replica in self.fleet:
+            assert 0 <= replica.in_flight <= replica.slots
+
+    def check_settled(self) -> None:
+        for replica in self.fleet:
+            assert replica.in_flight == sum(want.replica is replica for want in self.held)
+        assert len(self.admission.queue) == sum(not task.done() for task in self.tasks)
+        for waiter in self.admission.queue:
+            assert any(want.replica.up for want in waiter.candidates), "waits for nothing that is up"
+            assert not any(want.replica.up and want.replica.has_capacity for want in waiter.candidates), (
+                "a slot lies idle"
+            )
+        assert self.admission.queue == sorted(self.admission.queue)
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        results = await asyncio.gather(*self.tasks, return_exceptions=True)
+        wrong = [each for each in results if isinstance(each, BaseException)]
+        assert all(
+            isinstance(each, asyncio.CancelledError | UpstreamConnectError | QueueFullError) for each in wrong
+        ), wrong
+        while self.held:
+            self.end(0)
+
+
+numbers = st.integers(0, 50)
+steps = st.one_of(
+    st.tuples(st.just("arrive"), st.integers(1, 7), st.sampled_from(URGENCIES)),
+    st.tuples(st.just("end"), numbers),
+    st.tuples(st.just("cancel"), numbers),
+    st.tuples(st.just("set_state"), numbers),
+    st.tuples(st.just("settle")),
+)
+
+
+async def tell(slots: list[int], story: list[tuple[object, ...]], queue: int) -> None:
+    world = World(replicas(*slots), Admission(queue, 100))
+    for name, *values in story:
+        if name == "settle":
+            await settle()
+            world.check_settled()
+        else:
+            getattr(world, str(name))(*values)
+        world.check_bounds()
+    await settle()
+    world.check_settled()
+    await world.close()
+    assert [replica.in_flight for replica in world.fleet] == [0] * len(slots)
+    assert world.admission.queue == []
+
+
+@given(st.lists(st.integers(1, 3), min_size=3, max_size=3), st.lists(steps, max_size=60), st.integers(0, 12))
+@settings(max_examples=150, deadline=None)
+def test_any_story(slots: list[int], story: list[tuple[object, ...]], queue: int) -> None:
+    asyncio.run(tell(slots, story, queue))
+
+
+async def test_a_crowd_with_random_times_leaves_nothing_behind() -> None:
+    """Real timers: time limits, departures and grants fall into the same moments."""
+    rng = random.Random(7)
+    fleet = replicas(1, 2, 3)
+    admission = Admission(300, 0.01)
+    outcomes: list[str] = []
+
+    async def client(number: int) -> None:
+        wanted = [Want(replica) for replica in rng.sample(fleet, rng.randint(1, 3))]
+        try:
+            want = await admission.acquire(wanted, rng.choice(URGENCIES))
+        except QueueFullError:
+            outcomes.append("full")
+            return
+        try:
+            assert want.replica.in_flight <= want.replica.slots
+            await asyncio.sleep(rng.choice([0, 0.0005, 0.001]))
+            outcomes.append("served")
+        finally:
+            admission.release(want.replica)
+
+    tasks = [asyncio.create_task(client(number)) for number in range(300)]
+    for task in rng.sample(tasks, 100):
+        await asyncio.sleep(0 if rng.random() < 0.7 else 0.001)
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(each) for each in results} <= {type(None), asyncio.CancelledError}
+    assert "served" in outcomes
+    assert [replica.in_flight for replica in fleet] == [0, 0, 0]
+    assert admission.queue == []

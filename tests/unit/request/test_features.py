@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xgen_proxy.config.settings import Limits
+from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import Features, estimate_tokens, read_features, strip_hints
+from xgen_proxy.request.limits import refers_to_itself
+
+USER = {"role": "user", "content": "one two three"}
+
+
+def read(
+    body: dict[str, Any], headers: dict[bytes, bytes] | None = None, endpoint: Any = "chat", **limits: int
+) -> Features:
+    if endpoint == "chat":
+        body = {"messages": [USER], **body}
+    return read_features(body, headers or {}, endpoint, Limits(**limits))  # type: ignore[arg-type]
+
+
+def test_a_plain_request() -> None:
+    features = read({"model": "m", "max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}})
+    assert features == Features(
+        endpoint="chat", model="m", prompt_words=3, prompt_tokens=4, max_tokens=7, stream=True, include_usage=True,
+        needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True,
+        hinted=False, session=None, prefix="one two three",
+    )  # fmt: skip
+
+
+def test_null_is_not_set() -> None:
+    names = (
+        "model",
+        "max_tokens",
+        "n",
+        "stop",
+        "tools",
+        "stream",
+        "stream_options",
+        "temperature",
+        "logprobs",
+        "backend",
+    )
+    assert read(dict.fromkeys(names)) == read({})
+
+
+def test_max_completion_tokens_wins() -> None:
+    assert read({"max_tokens": 9, "max_completion_tokens": 5}).max_tokens == 5
+    assert read({"max_tokens": 9, "max_completion_tokens": None}).max_tokens == 9
+
+
+def test_every_text_of_the_prompt_counts() -> None:
+    parts = [{"type": "text", "text": "four five"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    messages = [USER, {"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    features = read({"messages": messages})
+    assert features.prompt_words == 5
+    assert features.needs == {"images"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "needs"),
+    [
+        ("a b", 2, set()),
+        (["a b"], 2, set()),
+        (["a b", "c"], 3, {"prompt_list"}),
+        ([1, 2, 3, 4], 3, {"token_ids"}),
+        ([[1, 2], [3, 4]], 3, {"token_ids", "prompt_list"}),
+        ([" a\n b ", "", "c"], 3, {"prompt_list"}),
+    ],
+)
+def test_prompts(prompt: Any, words: int, needs: set[str]) -> None:
+    features = read({"prompt": prompt}, endpoint="completions")
+    assert (features.prompt_words, features.needs) == (words, needs)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "needs"),
+    [
+        ({"tools": [TOOL]}, {"tools"}),
+        ({"tools": [TOOL], "tool_choice": "required"}, {"tools"}),
+        ({"tools": [TOOL], "tool_choice": "none"}, set()),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, {"forced_tool"}),
+        ({"tools": []}, set()),
+        ({"n": 2}, {"n"}),
+        ({"n": 1}, set()),
+        ({"logprobs": True}, {"logprobs"}),
+        ({"logprobs": False}, set()),
+        ({"response_format": {"type": "json_object"}}, {"json_object"}),
+        ({"response_format": {"type": "text"}}, set()),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, {"json_schema"}),
+        ({"grammar": "root ::= x"}, {"grammar"}),
+        ({"json_schema": {"type": "string"}}, {"grammar"}),
+        ({"logprobs": 0}, {"logprobs"}),
+        ({"structured_outputs": {"choice": ["a"]}}, {"structured_outputs"}),
+    ],
+)
+def test_needs(fields: dict[str, Any], needs: set[str]) -> None:
+    assert read(fields).needs == needs
+
+
+def test_token_ids_of_embeddings_count_and_a_chats_prompt_does_not() -> None:
+    assert read({"input": [1, 2, 3, 4]}, endpoint="embeddings").prompt_tokens == 4
+    assert read({"prompt": [1, 2, 3, 4]}) == read({})
+
+
+def test_words_of_a_huge_prompt_are_taken_from_its_beginning() -> None:
+    assert read({"prompt": "word " * 20_000}, endpoint="completions").prompt_words == 20_000
+    assert read({"prompt": "word " * 200_000}, endpoint="completions").prompt_words == 200_000
+    assert read({"prompt": ["word " * 100_000] * 3}, endpoint="completions").prompt_words == 300_000
+
+
+def test_embeddings() -> None:
+    features = read({"input": ["a b", "c"]}, endpoint="embeddings")
+    assert (features.needs, features.prompt_words) == ({"embeddings"}, 3)
+
+
+def test_hints_come_from_the_body_or_else_from_headers() -> None:
+    headers = {b"x-backend": b"vllm", b"x-urgency": b"high", b"x-task-type": b"code_generation", b"x-fallback": b"none"}
+    features = read({}, headers)
+    assert (features.backend, features.urgency, features.task_type) == ("vllm", "high", "code_generation")
+    assert not features.fallback
+    assert features.hinted
+    assert read({"backend": "auto", "urgency": "low"}, headers).backend is None
+    assert read({"urgency": "low"}, headers).urgency == "low"
+
+
+def test_a_session_is_told_by_hint_or_by_openais_own_field() -> None:
+    assert read({"session_id": "a", "prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "a"
+    assert read({"prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "c"
+    assert read({"prompt_cache_key": "b"}).session == "b"
+    with pytest.raises(BadRequestError, match="prompt_cache_key must be a string"):
+        read({"prompt_cache_key": 1})
+
+
+def test_a_conversation_begins_alike_in_every_turn() -> None:
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Six."}
+    first = read({"messages": [system, USER]}).prefix
+    assert first == "Be brief.\none two three"
+    assert read({"messages": [system, USER, answer, {"role": "user", "content": "And?"}]}).prefix == first
+    assert read({"messages": [USER, answer]}).prefix == "one two three"
+    assert len(read({"prompt": "word " * 5000}, endpoint="completions").prefix) == 512
+    assert read({"prompt": [1, 2, 3]}, endpoint="completions").prefix == ""
+
+
+def test_hints_are_taken_out_and_nothing_else() -> None:
+    hints = {"backend": "x", "urgency": "high", "task_type": "t", "fallback": "none", "session_id": "s"}
+    assert strip_hints({"a": 1, **hints}) == {"a": 1}
+    body = {"a": 1}
+    assert strip_hints(body) is body
+
+
+def nest(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+CIRCLE = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+
+BAD = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": ["hi"]}, "messages.0"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0"),
+    ({"model": 5}, "model"),
+    ({"stream": "yes"}, "stream"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"seed": 2**63}, "seed"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": 2.5}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 2}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 1.5}, "n"),
+    ({"top_logprobs": 50}, "top_logprobs"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"stream_options": 5}, "stream_options"),
+    ({"tools": {}}, "tools"),
+    ({"tool_choice": "maybe"}, "tool_choice"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": "json"}, "response_format"),
+    ({"urgency": "now"}, "urgency"),
+    ({"backend": 5}, "backend"),
+    ({"fallback": "no"}, "fallback"),
+    ({"fallback": False}, "fallback"),
+    ({"json_schema": {"enum": list(range(3000))}}, "json_schema"),
+    ({"guided_choice": ["a"] * 3000}, "guided_choice"),
+    ({"grammar": 'root ::= "a"' + ' | "abcd"' * 3000}, "grammar"),
+    ({"structured_outputs": {"json": '{"enum":[' + '"abcd",' * 3000 + "0]}"}}, "structured_outputs"),
+    ({"tools": [{"function": {"name": "f", "parameters": {"enum": list(range(3000))}}}]}, "tools"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": CIRCLE}}}, "response_format"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_bad_requests_name_the_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        read(fields)
+    assert caught.value.param == param
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("prompt", [None, [], 5, [{"a": 1}], [-1], ["a", None], [True], ["a", 5], [[1], 5], [[]]])
+def test_bad_prompts(prompt: Any) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        read({"prompt": prompt}, endpoint="completions")
+    assert caught.value.param == "prompt"
+
+
+def test_size_limits() -> None:
+    with pytest.raises(BadRequestError, match="nested deeper than 64"):
+        read({"metadata": nest(70)})
+    with pytest.raises(BadRequestError, match="more than 1000 values"):
+        read({"metadata": list(range(2000))}, json_nodes=1000)
+    with pytest.raises(BadRequestError, match="3 messages; the limit is 2"):
+        read({"messages": [USER] * 3}, messages=2)
+
+
+def test_what_was_sent_is_told_in_brief() -> None:
+    for fields in ({"urgency": "x" * 9000}, {"response_format": {"type": ["x"] * 9000}}, {"fallback": "x" * 9000}):
+        with pytest.raises(BadRequestError) as caught:
+            read(fields)
+        assert len(caught.value.message) < 200
+
+
+def test_a_long_chain_of_references_is_followed_once() -> None:
+    """Each name of it followed to the end would take a seventh of a second, for everybody."""
+    lookups = 0
+
+    class Counting(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal lookups
+            lookups += key == "$ref"
+            return super().get(key, default)
+
+    chain = {"$defs": {f"d{n}": Counting({"$ref": f"#/$defs/d{n + 1}"}) for n in range(900)}}
+    assert not refers_to_itself(chain)
+    assert lookups <= 2 * 900
+
+
+def test_a_recursive_type_is_no_circle() -> None:
+    tree = {
+        "$defs": {"tree": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}},
+        "$ref": "#/$defs/tree",
+    }
+    assert read({"response_format": {"type": "json_schema", "json_schema": {"schema": tree}}}).needs == {"json_schema"}
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(
+    st.sampled_from(["messages", "role", "content", "tools", "n", "stream", "type", "text", "model", "prompt"]), c
+)))  # fmt: skip
+def test_any_json_is_read_or_refused(value: Any) -> None:
+    for endpoint in ("chat", "completions", "embeddings"):
+        for body in ({"messages": value, "prompt": value, "input": value}, value if isinstance(value, dict) else {}):
+            with contextlib.suppress(BadRequestError):
+                read_features(body, {}, endpoint, Limits())  # type: ignore[arg-type]
+
+
+def test_estimates_grow_with_the_text() -> None:
+    assert estimate_tokens("") == 1
+    assert estimate_tokens("a" * 420) == 101
+    assert estimate_tokens("한" * 100) > estimate_tokens("a" * 100)
