@@ -69,7 +69,7 @@ def metrics() -> Iterator[Row]:
     for gauge in FleetGauges(fleet, admission).collect():
         yield f"`{gauge.name}`", gauge.type, ", ".join(gauge._labelnames), gauge.documentation
     for series in Telemetry(fleet, admission).all():
-        family = series.family()
+        family = series.to_metric_family()
         name = f"{family.name}_total" if family.type == "counter" else family.name
         yield f"`{name}`", family.type, ", ".join(series.labels), family.documentation
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -15,19 +15,20 @@ from starlette.types import Receive, Scope, Send
 from xgen_proxy.api import openai, ops
 from xgen_proxy.api.generate import GenerateEndpoint
 from xgen_proxy.api.openai import InferenceEndpoint
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.client_address import client_address
-from xgen_proxy.downstream.request_body import request_id
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, NotFoundError, ProxyError
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.observability.metrics import CLIENT_LEFT
 from xgen_proxy.reload import Reloader
 
 
-def create_app(settings: Settings, read_again: Callable[[], Settings] | None = None) -> ProxyApp:
-    """`read_again`: the settings as they are written by then, for reloads; raises ConfigError."""
+def create_app(settings: Settings, sources: ConfigSources | None = None) -> ProxyApp:
+    """`sources`: where reloads read the settings again. None: there are no reloads."""
     gateway = Gateway(settings)
-    reloader = Reloader(gateway, read_again) if read_again else None
+    reloader = Reloader(gateway, sources) if sources else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -289,7 +289,7 @@ def test_another_server_there(run: Cli, command: str, body: object) -> None:
     status, out, err = run(command, "--url", other.url, stdin=b"{}")
     other.close()
     assert (status, out) == (2, "")
-    assert f"what answers at {other.url} is no xgen-proxy" in err
+    assert f"the server at {other.url} is not an xgen-proxy" in err
 
 
 def test_keys(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:

@@ -52,7 +52,7 @@ class GenerateEndpoint(InferenceEndpoint):
         self.always_streams = always_streams
 
     async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
-        raw = await read_body(receive, headers, self.gateway.settings.limits)
+        raw = await read_body(receive, headers, self.gateway.settings.limits.body_bytes)
         request = read_generate(read_json(raw, headers))
         body = to_completion(request, self.always_streams or request.stream)
         return self.gateway.call(id, self.endpoint, orjson.dumps(body), body, headers)

@@ -15,7 +15,10 @@ from starlette.types import Receive, Scope, Send
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.direct_writer import DirectWriter, direct_writer_for
-from xgen_proxy.downstream.request_body import CancelOnDisconnect, read_body, read_json, request_id, send_error
+from xgen_proxy.downstream.disconnect import cancel_on_disconnect
+from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_id import request_id
+from xgen_proxy.downstream.response_writer import send_error
 from xgen_proxy.errors import (
     ClientDisconnectedError,
     InternalServerError,
@@ -65,7 +68,7 @@ class InferenceEndpoint:
         await answer(self.gateway, call, receive, send, direct_writer_for(scope))
 
     async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
-        raw = await read_body(receive, headers, self.gateway.settings.limits)
+        raw = await read_body(receive, headers, self.gateway.settings.limits.body_bytes)
         return self.gateway.call(id, self.endpoint, raw, read_json(raw, headers), headers)
 
 
@@ -77,7 +80,7 @@ async def answer(gateway: Gateway, call: Call, receive: Receive, send: Send, wir
         call.span = gateway.tracing.begin(call)
     try:
         relay = Relay(gateway, call, gateway.good_plan(call.features), send, wire)
-        with CancelOnDisconnect(receive):
+        with cancel_on_disconnect(receive):
             await relay.run()
         status = relay.reply.status
     except ClientDisconnectedError:

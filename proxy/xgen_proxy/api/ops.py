@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.downstream.api_keys import check_key
-from xgen_proxy.downstream.request_body import read_body, read_json, request_id
+from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
@@ -40,7 +41,7 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    return Response(gateway_of(request).telemetry.page(), media_type=CONTENT_TYPE_LATEST)
+    return Response(gateway_of(request).telemetry.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def status(request: Request) -> Response:
@@ -94,7 +95,7 @@ async def route(request: Request) -> Response:
     gateway = gateway_of(request)
     headers = dict(request.scope["headers"])
     check_key(headers, gateway.settings.api_keys)
-    raw = await read_body(request.receive, headers, gateway.settings.limits)
+    raw = await read_body(request.receive, headers, gateway.settings.limits.body_bytes)
     body = read_json(raw, headers)
     call = gateway.call(request_id(headers), "completions" if "prompt" in body else "chat", raw, body, headers)
     return JSONResponse(explain(gateway.plan(call.features), call.features))

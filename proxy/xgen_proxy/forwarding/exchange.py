@@ -78,7 +78,7 @@ class Exchange:
 
     def _release(self) -> None:
         reuse = not self.streams or self.backend.dialect.reuse_after_stream
-        self.replica.pool.release(self.connection, ending=self.ending, reuse=reuse)
+        self.replica.pool.release(self.connection, expect_last_chunk=self.ending, reuse=reuse)
 
     def _head(self) -> bytes:
         own = self.call.trace
@@ -112,14 +112,14 @@ class Exchange:
             if sse.is_error(block) or sse.is_abort(block):
                 raise self.verdict(block)
             held += block
-            if sse.has_line(block, b"data: {") and not (past_role and sse.only_role(held)):
+            if sse.has_line_starting(block, b"data: {") and not (past_role and sse.is_role_only(held)):
                 self.replica.record_activity()
                 return held
 
-    async def next_events(self, take: Callable[[bytes], bool] | None = None) -> bytes:
-        """b"" at the end of the stream; what `take` takes is passed over. Raises UpstreamError."""
+    async def next_events(self, on_data: Callable[[bytes], bool] | None = None) -> bytes:
+        """b"" at the end of the stream; what `on_data` accepts is passed over. Raises UpstreamError."""
         timeout = self.backend.settings.idle_timeout_s
-        while data := await self.connection.read(timeout, take=take):
+        while data := await self.connection.read(timeout, on_data=on_data):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()
                 return block

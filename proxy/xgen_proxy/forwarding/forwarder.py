@@ -58,7 +58,7 @@ class Relay:
 
     __slots__ = (
         "attempts", "broken", "call", "candidate", "continued", "ending", "failures", "gateway", "left_queue", "plan",
-        "queued", "remaining", "reply", "waited",
+        "queued", "remaining", "replay_buffer", "reply", "waited",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway, call: Call, plan: Plan, send: Send, wire: DirectWriter | None = None) -> None:
@@ -66,6 +66,7 @@ class Relay:
         self.call = call
         self.plan = plan
         self.reply = ResponseWriter(send, wire)
+        self.replay_buffer: ReplayBuffer | None = None
         self.remaining = list(plan.candidates)
         self.candidate: Candidate | None = None
         self.failures: list[tuple[Candidate, UpstreamError]] = []
@@ -125,7 +126,7 @@ class Relay:
         self.candidate = candidate
         self.remaining.remove(candidate)
         if self.attempts:
-            self.gateway.telemetry.retries.add(candidate.backend.name)
+            self.gateway.telemetry.retries.inc(candidate.backend.name)
         self.attempts += 1
         if self.call.span is not None:
             work = self.call.span.around(work, self)
@@ -218,10 +219,10 @@ class Relay:
             data = as_events(attempt.request, data) + sse.DONE
         self.waited += waited  # an attempt that fails counts all of its time
         if attempt.request.features.stream:
-            await self.reply.start(self.headers())
+            await self.reply.start_stream(self.headers())
             await self.reply.end(data)
         else:
-            await self.reply.whole(self.headers(), data)
+            await self.reply.send_whole(self.headers(), data)
 
     async def _collect(self, attempt: Exchange) -> None:
         """A stream put together to the whole answer: llama.cpp cancels only streams."""
@@ -242,15 +243,15 @@ class Relay:
         self.waited += time.perf_counter() - attempt.began
         attempt.ending = done
         self.ending = orjson.dumps(aggregate.result())
-        await self.reply.whole(self.headers(), self.ending)
+        await self.reply.send_whole(self.headers(), self.ending)
 
     async def _stream(self, attempt: Exchange) -> None:
         mendable = self.why_final is None
         block = await attempt.first_events(past_role=not mendable)  # who could not go on is shown as little as can be
         self.waited += time.perf_counter() - attempt.began
         if mendable:
-            self.reply.retained = ReplayBuffer()
-        await self.reply.start(self.headers())
+            self.reply.sent_log = self.replay_buffer = ReplayBuffer()
+        await self.reply.start_stream(self.headers())
         try:
             await self._relay(attempt, block, editor_for(attempt.backend.dialect, attempt.request))
         except UpstreamError as error:
@@ -261,7 +262,7 @@ class Relay:
     async def _relay(self, attempt: Exchange, block: bytes, editor: Editor | None, finished: int = 0) -> None:
         """`finished`: how many choices had their finish_reason before."""
         request = attempt.request
-        passing = self.reply.passing(attempt) if editor is None and request.choices == 1 else None
+        passing = self.reply.pass_through(attempt.splitter) if editor is None and request.choices == 1 else None
         done = False
         last = b""
         while block:
@@ -272,9 +273,9 @@ class Relay:
             if editor and block:
                 block = editor.edit(block)
             if block:
-                finished += sse.finishes(block)
+                finished += sse.count_finished(block)
                 last = block
-                await self.reply.show(block)
+                await self.reply.send_events(block)
             if editor and editor.done:
                 attempt.stop()
             if done or (editor and editor.done):
@@ -296,7 +297,7 @@ class Relay:
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):
                 return
-            await self.reply.show(editor.edit(event) if editor else event)
+            await self.reply.send_events(editor.edit(event) if editor else event)
 
     # a stream that broke
 
@@ -325,11 +326,11 @@ class Relay:
 
     def _shown(self) -> continuation.SentPrefix:
         """Raises UpstreamProtocolError where it cannot be gone on with."""
-        if self.reply.retained is None:
+        if self.replay_buffer is None:
             raise UpstreamProtocolError(self.why_final or "it has not begun")
-        if self.reply.retained.over:
+        if self.replay_buffer.over:
             raise UpstreamProtocolError("the answer is too long to be kept")
-        return continuation.parse_sent_prefix(self.reply.retained.all())
+        return continuation.parse_sent_prefix(self.replay_buffer.all())
 
     def _successors(self, shown: continuation.SentPrefix) -> list[Candidate]:
         """Who may go on, by a plan made now: much may have changed since the stream began. Raises ProxyError."""
@@ -354,14 +355,16 @@ class Relay:
         over = shown.finish is not None or (left is not None and left <= 0)
         seam = ResumedStream(shown, spent, request.features, quiet=over)
         if over and shown.finish is None:
-            await self.reply.show(seam.event("", "length"))
+            await self.reply.send_events(seam.event("", "length"))
         if over and not request.features.include_usage:
             await self.reply.end(sse.DONE)
             return
         async with self._prepare(candidate, continuation.request_for(dialect, request, shown, left, template)) as again:
             block = await again.first_events()
             self.continued += 1
-            await self.reply.say(continuation.note(f"{candidate.replica.name} goes on; {self._reason(candidate)}"))
+            await self.reply.send_comment(
+                continuation.note(f"{candidate.replica.name} goes on; {self._reason(candidate)}")
+            )
             await self._relay(again, block, seam.after(editor_for(dialect, again.request)), finished=int(over))
 
     # to the client

@@ -16,7 +16,7 @@ from xgen_proxy.errors import ProxyError, QueueFullError, RequestRejectedError, 
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.observability.fleet_metrics import FleetGauges
-from xgen_proxy.observability.logging_setup import log, tell
+from xgen_proxy.observability.logging_setup import log, log_event
 from xgen_proxy.observability.metric_types import Counter, Histogram
 from xgen_proxy.observability.usage import Usage, usage_at_end
 from xgen_proxy.routing.policy import Candidate
@@ -49,22 +49,28 @@ class Telemetry(Collector):
             "xgen_fallbacks", "Answered by another backend (`to`) than the plan's first.", ["backend", "to"]
         )
         self.continuations = Counter(
-            "xgen_continuations", "Streams that broke: where they went on, or `none`.", ["backend"], known=["none"]
+            "xgen_continuations",
+            "Streams that broke: where they went on, or `none`.",
+            ["backend"],
+            initial_labels=["none"],
         )
         self.cancellations = Counter(
             "xgen_cancellations", "Requests whose client left: in the queue, before the first output, or after it.",
-            ["stage"], known=["queued", "waiting", "answering"],
+            ["stage"], initial_labels=["queued", "waiting", "answering"],
         )  # fmt: skip
         self.rejections = Counter(
             "xgen_admission_rejections", "Requests without a slot: the queue was full, or the wait too long.",
-            ["reason"], known=["queue_full", "queue_timeout"],
+            ["reason"], initial_labels=["queue_full", "queue_timeout"],
         )  # fmt: skip
         self.tokens = Counter(
             "xgen_tokens", "Tokens, where the backend told: of whole answers, and of streams with include_usage.",
             ["backend", "model", "type"],
         )  # fmt: skip
         self.reloads = Counter(
-            "xgen_config_reloads", "New settings that were taken, or refused.", ["result"], known=["taken", "refused"]
+            "xgen_config_reloads",
+            "New settings that were taken, or refused.",
+            ["result"],
+            initial_labels=["taken", "refused"],
         )
         self.duration = Histogram(
             "xgen_request_duration_seconds", "From the request to the end of the answer.", SECONDS,
@@ -93,7 +99,7 @@ class Telemetry(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for series in self.all():
-            yield series.family()
+            yield series.to_metric_family()
 
     def all(self) -> Iterator[Counter | Histogram]:
         return (series for series in vars(self).values() if isinstance(series, Counter | Histogram))
@@ -104,14 +110,14 @@ class Telemetry(Collector):
             if isinstance(series, Counter):
                 series.forget("replica", replica)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         return generate_latest(self._registry)
 
     # what happens
 
     def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamError) -> None:
-        self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
-        tell(logging.WARNING, "attempt failed", {
+        self.failures.inc(candidate.backend.name, candidate.replica.name, error.outcome)
+        log_event(logging.WARNING, "attempt failed", {
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.reason,
         })  # fmt: skip
 
@@ -120,11 +126,11 @@ class Telemetry(Collector):
     ) -> None:
         """Before there was a plan. The message is not told: it says what the client sent."""
         code = error.code or error.type
-        self.refusals.add(endpoint, code)
+        self.refusals.inc(endpoint, code)
         line = {"request_id": request_id, "endpoint": endpoint, "status": error.status, "code": code}
         line |= {"client": client} if client is not None else {}
         line |= {"key": key} if key is not None else {}
-        tell(logging.INFO, "refused", line)
+        log_event(logging.INFO, "refused", line)
 
     def finished(self, call: Call, relay: Relay, status: int, error: ProxyError | None = None) -> None:
         """`status`: CLIENT_LEFT when the client left. `error`: what the client was shown instead of an answer."""
@@ -137,31 +143,31 @@ class Telemetry(Collector):
             backend, replica = candidate.backend.name, candidate.replica.name
             reason = candidate.reason.partition(":")[0]
         endpoint = call.features.endpoint
-        self.requests.add(endpoint, backend, replica, call.alias, str(status), reason)
-        self.duration.add(now - call.started, endpoint, backend)
+        self.requests.inc(endpoint, backend, replica, call.alias, str(status), reason)
+        self.duration.observe(now - call.started, endpoint, backend)
         if reply.first_output:
             first = reply.first_output - call.started
             if call.features.stream:
-                self.first_output.add(first, endpoint, backend)
-            self.overhead.add(max(first - relay.waited, 0.0))
+                self.first_output.observe(first, endpoint, backend)
+            self.overhead.observe(max(first - relay.waited, 0.0))
             if candidate is not None:
                 self._answered(candidate.backend, relay, usage)
-            if reply.retained is not None and relay.ending and (chunks := reply.retained.count) > 1:
-                self.gaps.add((now - reply.first_output) / (chunks - 1), backend)
+            if relay.ending and (chunks := reply.chunks_sent or 0) > 1:
+                self.gaps.observe((now - reply.first_output) / (chunks - 1), backend)
         if isinstance(error, QueueFullError):
-            self.rejections.add(error.reason)
+            self.rejections.inc(error.reason)
         if relay.queued:
-            self.queue_wait.add(relay.queued, call.features.urgency)
+            self.queue_wait.observe(relay.queued, call.features.urgency)
         if status == CLIENT_LEFT:
-            self.cancellations.add("answering" if reply.status else "queued" if relay.left_queue else "waiting")
+            self.cancellations.inc("answering" if reply.status else "queued" if relay.left_queue else "waiting")
         if log.isEnabledFor(logging.INFO):
-            tell(logging.INFO, "request", self._line(relay, status, error, usage, now))
+            log_event(logging.INFO, "request", self._line(relay, status, error, usage, now))
 
     def _answered(self, backend: Backend, relay: Relay, usage: Usage | None) -> None:
         if backend is not relay.plan.candidates[0].backend:
-            self.fallbacks.add(relay.plan.candidates[0].backend.name, backend.name)
+            self.fallbacks.inc(relay.plan.candidates[0].backend.name, backend.name)
         if relay.broken or relay.continued:
-            self.continuations.add("none" if relay.broken else backend.name)
+            self.continuations.inc("none" if relay.broken else backend.name)
         if usage is not None:
             self.tokens.inc_by(usage[0], backend.name, relay.call.alias, "input")
             self.tokens.inc_by(usage[1], backend.name, relay.call.alias, "output")
@@ -171,7 +177,7 @@ class Telemetry(Collector):
     ) -> dict[str, Any]:
         """What is not known is left out."""
         call = relay.call
-        features, reply, candidate, size = call.features, relay.reply, relay.candidate, relay.reply.size
+        features, reply, candidate, size = call.features, relay.reply, relay.candidate, relay.reply.bytes_sent
         line: dict[str, Any] = {
             "request_id": call.id,
             "endpoint": features.endpoint,

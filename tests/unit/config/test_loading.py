@@ -76,8 +76,8 @@ def test_no_backend() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("XGEN_PROT", "1", ["XGEN_PROT is no setting", "did you mean XGEN_PORT?"]),
-        ("XGEN_QQQQQQ", "1", ["XGEN_QQQQQQ is no setting", "XGEN_BACKENDS"]),
+        ("XGEN_PROT", "1", ["XGEN_PROT is not a setting", "did you mean XGEN_PORT?"]),
+        ("XGEN_QQQQQQ", "1", ["XGEN_QQQQQQ is not a setting", "XGEN_BACKENDS"]),
         ("XGEN_PORT", "70000", ["port:", "65535", "XGEN_PORT"]),
         ("XGEN_ROUTING__LONG_WORDS", "1", ["routing.long_words: there is no such setting"]),
         ("XGEN_ROUTING", "{", ["routing", "write JSON, or set each part"]),
@@ -109,7 +109,7 @@ def test_every_problem_has_a_line_of_its_own() -> None:
         ("xgen-proxy.toml", b"\xff\xfe", "not UTF-8"),
         ("xgen-proxy.toml", b"prot = 1", "prot: there is no such setting"),
         ("xgen-proxy.toml", b"[limits]\nqueu = 1", "limits.queu: there is no such setting"),
-        (".env", b"XGEN_PROT=1", "in .env, XGEN_PROT is no setting; did you mean XGEN_PORT?"),
+        (".env", b"XGEN_PROT=1", "in .env, XGEN_PROT is not a setting; did you mean XGEN_PORT?"),
         (".env", b"XGEN_PORT=x", "port: Input should be a valid integer"),
         (".env", b"\xff\xfe=1", "not UTF-8"),
     ],
