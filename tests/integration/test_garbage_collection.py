@@ -14,6 +14,7 @@ import pytest
 from tests.support.counting_upstream import counter, dying
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
 from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post, wait_until
+from xgen_proxy.garbage_collection import freeze_loaded_objects
 
 OURS = ("xgen_proxy.", "uvicorn.", "uvloop.", "httptools.")
 
@@ -70,6 +71,17 @@ def garbage() -> Iterator[Callable[[], set[str]]]:
     yield kinds
     gc.set_debug(0)
     gc.garbage.clear()
+
+
+def test_loaded_objects_are_frozen() -> None:
+    threshold = gc.get_threshold()
+    try:
+        freeze_loaded_objects()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_threshold()[0] > threshold[0]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
 
 
 @pytest.mark.parametrize("request_", [whole, stream, disconnect, failover, resume, invalid, not_found])

@@ -101,7 +101,8 @@ def test_announced_url(monkeypatch: pytest.MonkeyPatch, name: tuple[Any, ...], u
     monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
     monkeypatch.setattr(server, "freeze_loaded_objects", lambda: None)
     announced: list[str] = []
-    server.serve(Mock(spec=ConfigSources, **{"load.return_value": Settings()}), announced.append)
+    sources = Mock(spec=ConfigSources, **{"load.return_value": Settings(), "files.return_value": []})
+    server.serve(sources, announced.append)
     assert announced == [url]
 
 
