@@ -369,5 +369,5 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.AT_LEAST == 3, "the pages say three"
+    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.MINIMUM == 3, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"

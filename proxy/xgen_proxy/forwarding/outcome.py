@@ -1,0 +1,87 @@
+"""What happened to one request, and the interface of those who want to know: metrics, the request log, traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from xgen_proxy.errors import ProxyError, UpstreamError
+from xgen_proxy.forwarding.usage import Usage
+from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.features import Endpoint
+from xgen_proxy.routing.router import Target
+
+CLIENT_DISCONNECTED = 499  # nginx's number; it appears only in metrics, logs and traces
+
+
+class Failure(NamedTuple):
+    """An attempt that failed, or a target that was down when its turn came."""
+
+    target: Target
+    error: UpstreamError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened to a request that was parsed. Times are `time.perf_counter()`, durations seconds.
+
+    `status` is what the client received, or CLIENT_DISCONNECTED. `error` was sent instead of an answer or as the last
+    event of a stream. `first_choice` is the first target of the plan, None if no backend could be planned. `target` is
+    the last one tried. `resumed` counts how often the stream was resumed; `interrupted` is what broke it for good.
+    `first_output` is 0 if nothing was sent. `waited` is the time spent waiting for slots and backends; `queued`, a part
+    of it, the time in the queue. `left_queue`: the client disconnected while the request was queued. `bytes_sent`
+    excludes the closing `[DONE]`; it and `chunks` are None where nothing counted them. `usage` is what the backend
+    reported. `completed`: the response was sent to its end.
+    """
+
+    status: int
+    error: ProxyError | None = None
+    first_choice: Target | None = None
+    target: Target | None = None
+    attempts: int = 0
+    failures: Sequence[Failure] = ()
+    resumed: int = 0
+    interrupted: UpstreamError | None = None
+    first_output: float = 0.0
+    finished: float = 0.0
+    waited: float = 0.0
+    queued: float = 0.0
+    left_queue: bool = False
+    bytes_sent: int | None = None
+    chunks: int | None = None
+    usage: Usage | None = None
+    completed: bool = False
+
+
+class Refusal(NamedTuple):
+    """A request that was refused before it could be routed. `endpoint` is "other" outside the inference routes."""
+
+    origin: Origin
+    endpoint: Endpoint | str
+    error: ProxyError
+
+
+class Observer(Protocol):
+    """Sees what happens to requests. Its methods return at once and do not raise."""
+
+    def request_refused(self, refusal: Refusal) -> None:
+        """The request was refused before it was parsed. No other method is called for it."""
+
+    def request_started(self, call: Call) -> None:
+        """The request was parsed. `request_finished` follows in every case."""
+
+    def attempt_started(self, call: Call, target: Target, number: int) -> bytes | None:
+        """A slot on `target` is held. `number` counts from 1.
+
+        Returns the trace context for the backend as header lines, or None to forward the client's own.
+        """
+
+    def attempt_finished(self, call: Call, target: Target, error: BaseException | None, tail: bytes) -> None:
+        """The slot is about to be released. `error` is None if the attempt succeeded.
+
+        `tail` is the whole response, or the last events of the stream.
+        """
+
+    def request_finished(self, call: Call, outcome: Outcome) -> None:
+        """The last byte was sent, or the client disconnected."""
