@@ -86,8 +86,8 @@ class Failover:
         error: BaseException | None = None
         progress.target = target
         progress.attempts += 1
-        trace = self.observer.attempt_started(self.call, target, progress.attempts)
         try:
+            trace = self.observer.attempt_started(self.call, target, progress.attempts)
             await work(target, self.call.trace if trace is None else trace)
             target.replica.succeeded()
         except UpstreamError as failed:

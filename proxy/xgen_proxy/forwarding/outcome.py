@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from xgen_proxy.errors import ProxyError, UpstreamError
@@ -22,8 +21,7 @@ class Failure(NamedTuple):
     error: UpstreamError
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What happened to a request that was parsed. Times are `time.perf_counter()`, durations seconds.
 
     `status` is what the client received, or CLIENT_DISCONNECTED. `error` was sent instead of an answer or as the last
@@ -78,7 +76,7 @@ class Observer(Protocol):
         """
 
     def attempt_finished(self, call: Call, target: Target, error: BaseException | None, tail: bytes) -> None:
-        """The slot is about to be released. `error` is None if the attempt succeeded.
+        """The slot was released. `error` is None if the attempt succeeded.
 
         `tail` is the whole response, or the last events of the stream.
         """

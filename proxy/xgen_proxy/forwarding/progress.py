@@ -73,7 +73,10 @@ class Progress:
 
     def response_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that explain a response."""
-        headers = [(b"x-request-id", self.call.id.encode()), (b"x-attempts", b"%d" % self.attempts)]
+        headers = [(b"x-request-id", self.call.id.encode())]
+        if self.first_choice is None:
+            return headers
+        headers.append((b"x-attempts", b"%d" % self.attempts))
         if self.target is not None:
             overhead_ms = (time.perf_counter() - self.call.started - self.waiting.seconds) * 1000
             headers += [

@@ -37,8 +37,8 @@ class Tracing:
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("xgen_proxy", __version__)
-        self._requests: dict[Call, Span] = {}
-        self._attempts: dict[Call, Span] = {}
+        self._requests: dict[int, Span] = {}  # by id(call)
+        self._attempts: dict[int, Span] = {}
 
     def close(self) -> None:
         """Sends the remaining spans. Blocks."""
@@ -50,13 +50,13 @@ class Tracing:
     def request_started(self, call: Call) -> None:
         lines = call.trace.decode("latin-1").splitlines()
         parent = CONTEXT.extract({name: value for name, _, value in (line.partition(": ") for line in lines)})
-        span = self._requests[call] = self._span(f"POST {call.features.endpoint}", SpanKind.SERVER, call, parent)
+        span = self._requests[id(call)] = self._span(f"POST {call.features.endpoint}", SpanKind.SERVER, call, parent)
         span.set_attributes({"xgen.request_id": call.id, "gen_ai.request.stream": call.features.stream})
 
     def attempt_started(self, call: Call, target: Target, number: int) -> bytes | None:
-        parent = set_span_in_context(self._requests[call])
+        parent = set_span_in_context(self._requests[id(call)])
         name = f"{OPERATIONS[call.features.endpoint]} {call.model}"
-        span = self._attempts[call] = self._span(name, SpanKind.CLIENT, call, parent)
+        span = self._attempts[id(call)] = self._span(name, SpanKind.CLIENT, call, parent)
         span.set_attributes(
             {
                 "gen_ai.provider.name": target.backend.dialect.name,
@@ -72,7 +72,7 @@ class Tracing:
         return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
     def attempt_finished(self, call: Call, target: Target, error: BaseException | None, tail: bytes) -> None:
-        span = self._attempts.pop(call)
+        span = self._attempts.pop(id(call))
         if isinstance(error, UpstreamError):
             fail(span, error.outcome)
         elif isinstance(error, ProxyError):
@@ -83,7 +83,7 @@ class Tracing:
         span.end()
 
     def request_finished(self, call: Call, outcome: Outcome) -> None:
-        span = self._requests.pop(call)
+        span = self._requests.pop(id(call))
         span.set_attributes({"http.response.status_code": outcome.status, "xgen.attempts": outcome.attempts})
         if outcome.status >= 500:
             fail(span, str(outcome.status))
