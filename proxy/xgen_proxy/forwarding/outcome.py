@@ -1,4 +1,4 @@
-"""What happened to one request, and the interface of those who want to know: metrics, the request log, traces."""
+"""What happened to a request, and the protocol of its observers: metrics, the request log, traces."""
 
 from __future__ import annotations
 
@@ -22,34 +22,25 @@ class Failure(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What happened to a request that was parsed. Times are `time.perf_counter()`, durations seconds.
+    """What happened to a request that was parsed. Times are `time.perf_counter()`, durations seconds."""
 
-    `status` is what the client received, or CLIENT_DISCONNECTED. `error` was sent instead of an answer or as the last
-    event of a stream. `first_choice` is the first target of the plan, None if no backend could be planned. `target` is
-    the last one tried. `resumed` counts how often the stream was resumed; `interrupted` is what broke it for good.
-    `first_output` is 0 if nothing was sent. `waited` is the time spent waiting for slots and backends; `queued`, a part
-    of it, the time in the queue. `left_queue`: the client disconnected while the request was queued. `bytes_sent`
-    excludes the closing `[DONE]`; it and `chunks` are None where nothing counted them. `usage` is what the backend
-    reported. `completed`: the response was sent to its end.
-    """
-
-    status: int
-    error: ProxyError | None = None
-    first_choice: Target | None = None
-    target: Target | None = None
+    status: int  # what the client received, or CLIENT_DISCONNECTED
+    error: ProxyError | None = None  # sent instead of an answer, or as the last event of a stream
+    first_choice: Target | None = None  # the plan's first target; None if nothing could be planned
+    target: Target | None = None  # the last target tried
     attempts: int = 0
     failures: Sequence[Failure] = ()
-    resumed: int = 0
-    interrupted: UpstreamError | None = None
-    first_output: float = 0.0
+    resumed: int = 0  # how often the stream was resumed
+    interrupted: UpstreamError | None = None  # broke the stream, which could not be resumed
+    first_output: float = 0.0  # 0 if nothing was sent
     finished: float = 0.0
-    waited: float = 0.0
-    queued: float = 0.0
-    left_queue: bool = False
-    bytes_sent: int | None = None
-    chunks: int | None = None
-    usage: Usage | None = None
-    completed: bool = False
+    waited: float = 0.0  # for slots and backends
+    queued: float = 0.0  # the part of `waited` spent in the queue for a slot
+    left_queue: bool = False  # the client disconnected while the request was queued
+    bytes_sent: int | None = None  # without the closing `[DONE]`; None if not counted
+    chunks: int | None = None  # of a stream that could be resumed; None if not counted
+    usage: Usage | None = None  # as the backend reported it
+    completed: bool = False  # the response was sent to its end
 
 
 class Refusal(NamedTuple):
