@@ -1,8 +1,8 @@
 """The events that a stream's client has been sent, kept so that the stream can be resumed elsewhere if it breaks.
 
-A list of references while the answer is short, which most are: adding a block copies nothing. Over FOLD bytes the blocks
-are compressed, since chunks repeat themselves so much that they shrink to a fifteenth. The contract: `all()` returns what was added, byte
-for byte, until `overflowed`.
+While an answer is short, as most are, this is a list of references: adding a block copies nothing. Beyond FOLD bytes
+the blocks are compressed to about a fifteenth, since chunks repeat themselves. The contract: `all()` returns what was
+added, byte for byte, until `overflowed`.
 """
 
 from __future__ import annotations
