@@ -70,7 +70,7 @@ class Reloader:
             settings = self._sources.load()
         except ConfigError as error:
             log.error("the settings stay as they were (%s): %s", reason, error)
-            self.gateway.telemetry.reloads.inc("refused")
+            self.gateway.metrics.reloads.inc("refused")
             return
         old = self.gateway.settings
         for name in NEEDS_RESTART:
@@ -80,7 +80,7 @@ class Reloader:
             self.gateway.configure(settings)
         except Exception:  # a bug in the proxy; keep watching, so that the next change is noticed
             log.exception("applying new settings (%s)", reason)
-            self.gateway.telemetry.reloads.inc("refused")
+            self.gateway.metrics.reloads.inc("refused")
             return
-        self.gateway.telemetry.reloads.inc("taken")
+        self.gateway.metrics.reloads.inc("taken")
         log.info("new settings (%s)", reason)

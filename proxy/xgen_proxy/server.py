@@ -16,8 +16,10 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.http_protocol import http_protocol
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.fleet.process_memory import listener
+from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.garbage_collection import freeze_loaded_objects
 from xgen_proxy.observability.logging_setup import set_up_logging
+from xgen_proxy.request.call import Origin
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to the proxy (60 s), so that nginx is the one to close them
@@ -70,7 +72,7 @@ def server_for(app: ProxyApp, settings: Settings) -> Server:
         return gateway.settings.limits.body_timeout_s
 
     def report_refused(request_id: str, error: ProxyError, client: str | None) -> None:
-        gateway.telemetry.refused(request_id, "other", error, client)
+        gateway.observer.request_refused(Refusal(Origin(request_id, {}, client), "other", error))
 
     def start_draining() -> None:
         gateway.draining = True

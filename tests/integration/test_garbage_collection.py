@@ -46,7 +46,7 @@ def failover(proxy: RunningProxy, gpu: FakeUpstream) -> None:
 
 def resume(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(dying(6, 700))
-    assert ": llama_cpp" in chat(proxy, stream=True).text
+    assert ": resumed on llama_cpp" in chat(proxy, stream=True).text
 
 
 def invalid(proxy: RunningProxy, gpu: FakeUpstream) -> None:

@@ -174,5 +174,5 @@ async def test_failed_reload_is_logged_and_the_next_one_applied(
         reloader.reload("test")
     assert "ZeroDivisionError" in caplog.text
     reloader.reload("test")
-    assert gateway.telemetry.reloads.values == {("refused",): 1, ("taken",): 1}
+    assert gateway.metrics.reloads.values == {("refused",): 1, ("taken",): 1}
     await gateway.stop()

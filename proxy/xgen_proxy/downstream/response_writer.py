@@ -58,7 +58,7 @@ class ResponseWriter:
         return self._body_size if self.sent_log is None else self.sent_log.size
 
     @property
-    def chunks_sent(self) -> int | None:
+    def chunks(self) -> int | None:
         """Chunks of the stream; None without a log."""
         return None if self.sent_log is None else self.sent_log.count
 
@@ -66,7 +66,7 @@ class ResponseWriter:
         self.first_output = time.perf_counter()
         self.status = 200
 
-    async def send_whole(self, headers: Headers, data: bytes) -> None:
+    async def whole(self, headers: Headers, data: bytes) -> None:
         """Send a complete JSON response."""
         self._begin()
         self._body_size = len(data)
@@ -78,7 +78,7 @@ class ResponseWriter:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             await self.end(data)
 
-    async def start_stream(self, headers: Headers) -> None:
+    async def start(self, headers: Headers) -> None:
         self._begin()
         headers = [*EVENT_STREAM, *headers]
         if self._direct is not None:
@@ -86,7 +86,7 @@ class ResponseWriter:
         else:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def send_events(self, events: bytes) -> None:
+    async def send(self, events: bytes) -> None:
         """Send events of the stream, and record them."""
         if self.sent_log is not None:
             self.sent_log.add(events)
@@ -95,9 +95,16 @@ class ResponseWriter:
         else:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
-    async def send_comment(self, data: bytes) -> None:
-        """Send data that is not part of the response itself, such as an SSE comment. It is not recorded."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    async def comment(self, text: str) -> None:
+        """Send an SSE comment. It is not part of the response, so it is not recorded."""
+        await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
+
+    async def fail(self, error: ProxyError, headers: Headers) -> None:
+        """Send an error: as a response of its own, or as the last event if a stream has started."""
+        if self.status:
+            await self._send({"type": "http.response.body", "body": error.event()})
+        else:
+            await send_error(self._send, error, headers)
 
     async def end(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
@@ -109,7 +116,7 @@ class ResponseWriter:
         return pass_through(self._direct, splitter, None if self.sent_log is None else self.sent_log.add)
 
 
-async def send_error(send: Send, error: ProxyError, headers: list[tuple[bytes, bytes]]) -> None:
+async def send_error(send: Send, error: ProxyError, headers: Headers) -> None:
     """Send an error as a complete response, before anything else has been sent."""
     body = error.body()
     start: Message = {

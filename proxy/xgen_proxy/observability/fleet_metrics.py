@@ -18,7 +18,7 @@ REPLICA = ("backend", "replica")
 BREAKER_STATES: tuple[str, ...] = get_args(State)
 
 
-class FleetGauges(Collector):
+class FleetMetrics(Collector):
     """prometheus_client calls collect() for each scrape."""
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:

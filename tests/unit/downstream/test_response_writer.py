@@ -77,19 +77,19 @@ async def test_whole_response_by_send() -> None:
     sent = Sent()
     writer = ResponseWriter(sent.send, None)
     assert (writer.status, writer.first_output, writer.bytes_sent) == (0, 0, None)
-    await writer.send_whole(HEADERS, b"{}")
+    await writer.whole(HEADERS, b"{}")
     assert sent.messages == [
         start_message([JSON, *HEADERS, (b"content-length", b"2")]),
         body_message(b"{}", more=False),
     ]
-    assert (writer.status, writer.bytes_sent, writer.chunks_sent) == (200, 2, None)
+    assert (writer.status, writer.bytes_sent, writer.chunks) == (200, 2, None)
     assert 0 < writer.first_output <= time.perf_counter()
 
 
 async def test_whole_response_directly() -> None:
     sent = Sent()
     writer = ResponseWriter(sent.send, FakeWriter(sent.direct))
-    await writer.send_whole(HEADERS, b"{}")
+    await writer.whole(HEADERS, b"{}")
     assert sent.direct == [("whole", [JSON, *HEADERS], b"{}")]
     assert sent.messages == []
     assert (writer.status, writer.bytes_sent) == (200, 2)
@@ -99,7 +99,7 @@ async def test_whole_response_to_a_slow_client_by_send() -> None:
     sent = Sent()
     direct = FakeWriter(sent.direct)
     direct.is_paused = True
-    await ResponseWriter(sent.send, direct).send_whole(HEADERS, b"{}")
+    await ResponseWriter(sent.send, direct).whole(HEADERS, b"{}")
     assert sent.direct == []
     assert len(sent.messages) == 2
 
@@ -108,9 +108,9 @@ async def test_stream_by_send() -> None:
     sent = Sent()
     writer = ResponseWriter(sent.send, None)
     writer.sent_log = log = Log()
-    await writer.start_stream(HEADERS)
-    await writer.send_events(CHUNK)
-    await writer.send_comment(b": resumed\n\n")
+    await writer.start(HEADERS)
+    await writer.send(CHUNK)
+    await writer.comment("resumed")
     await writer.end(sse.DONE)
     assert sent.messages == [
         start_message([*EVENT_STREAM, *HEADERS]),
@@ -119,7 +119,7 @@ async def test_stream_by_send() -> None:
         body_message(sse.DONE, more=False),
     ]
     assert log.blocks == [CHUNK], "comments and the end are not part of the response"
-    assert (writer.bytes_sent, writer.chunks_sent) == (len(CHUNK), 1)
+    assert (writer.bytes_sent, writer.chunks) == (len(CHUNK), 1)
     assert writer.pass_through(sse.EventSplitter()) is None
 
 
@@ -128,30 +128,48 @@ async def test_stream_directly() -> None:
     direct = FakeWriter(sent.direct)
     writer = ResponseWriter(sent.send, direct)
     writer.sent_log = log = Log()
-    await writer.start_stream(HEADERS)
-    await writer.send_events(CHUNK)
+    await writer.start(HEADERS)
+    await writer.send(CHUNK)
     on_data = writer.pass_through(sse.EventSplitter())
     assert on_data is not None
     assert on_data(CHUNK)
     direct.is_paused = True
-    await writer.send_events(CHUNK)
+    await writer.send(CHUNK)
     await writer.end()
     assert sent.direct == [("start", [*EVENT_STREAM, *HEADERS]), ("chunk", CHUNK), ("chunk", CHUNK)]
     assert sent.messages == [body_message(CHUNK, more=True), body_message(b"", more=False)]
     assert log.blocks == [CHUNK] * 3
-    assert (writer.bytes_sent, writer.chunks_sent) == (3 * len(CHUNK), 3)
+    assert (writer.bytes_sent, writer.chunks) == (3 * len(CHUNK), 3)
 
 
 async def test_stream_without_a_log_is_not_counted() -> None:
     sent = Sent()
     writer = ResponseWriter(sent.send, FakeWriter(sent.direct))
-    await writer.start_stream(HEADERS)
-    await writer.send_events(CHUNK)
+    await writer.start(HEADERS)
+    await writer.send(CHUNK)
     on_data = writer.pass_through(sse.EventSplitter())
     assert on_data is not None
     assert on_data(CHUNK)
     assert sent.direct[1:] == [("chunk", CHUNK)] * 2
-    assert (writer.bytes_sent, writer.chunks_sent) == (None, None)
+    assert (writer.bytes_sent, writer.chunks) == (None, None)
+
+
+async def test_failure_before_the_response_is_a_response() -> None:
+    sent, expected = Sent(), Sent()
+    error = BadRequestError("wrong")
+    await ResponseWriter(sent.send, FakeWriter(sent.direct)).fail(error, HEADERS)
+    await send_error(expected.send, error, HEADERS)
+    assert sent.messages == expected.messages
+    assert sent.direct == []
+
+
+async def test_failure_in_a_stream_is_its_last_event() -> None:
+    sent = Sent()
+    writer = ResponseWriter(sent.send, None)
+    await writer.start(HEADERS)
+    error = BadRequestError("wrong")
+    await writer.fail(error, HEADERS)
+    assert sent.messages[1:] == [{"type": "http.response.body", "body": error.event()}]
 
 
 @pytest.mark.parametrize("headers", [[], HEADERS])

@@ -9,7 +9,7 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.circuit_breaker import State
-from xgen_proxy.observability.fleet_metrics import FleetGauges
+from xgen_proxy.observability.fleet_metrics import FleetMetrics
 
 BACKENDS = {
     "vllm": {"urls": "http://gpu-1:8000,http://gpu-2:8000", "slots": 7},
@@ -17,14 +17,14 @@ BACKENDS = {
 }
 
 
-def samples(gauges: FleetGauges, name: str) -> dict[tuple[str, ...], float]:
+def samples(gauges: FleetMetrics, name: str) -> dict[tuple[str, ...], float]:
     """Label values → value."""
     [family] = [family for family in gauges.collect() if family.name == name]
     return {tuple(sample.labels.values()): sample.value for sample in family.samples}
 
 
-def gauges() -> FleetGauges:
-    return FleetGauges(Fleet(Settings(backends=BACKENDS)), Admission(0, 0))
+def gauges() -> FleetMetrics:
+    return FleetMetrics(Fleet(Settings(backends=BACKENDS)), Admission(0, 0))
 
 
 def test_one_sample_per_replica() -> None:
