@@ -125,14 +125,18 @@ def parser() -> argparse.ArgumentParser:
 def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     command.add_argument("--port", type=int, help="port to listen on; 0 picks a free one (default: 8080)")
-    command.add_argument("--vllm", metavar="URL[,URL]", help="vLLM servers, for the GPU")
-    command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers, for the CPU")
+    command.add_argument("--vllm", metavar="URL[,URL]", help="vLLM servers, for the GPU; several with commas")
+    command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers, for the CPU; several with commas")
     command.add_argument(
         "--engine",
         choices=["llama-cpp-python", "llama-server"],
         help="the software of the --llama-cpp servers (default: llama-cpp-python)",
     )
-    command.add_argument("--config", metavar="FILE", help="TOML file with settings (default: ./xgen-proxy.toml)")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with settings, the lowest-priority source (default: ./xgen-proxy.toml)",
+    )
 
 
 def add_client(command: argparse.ArgumentParser) -> None:

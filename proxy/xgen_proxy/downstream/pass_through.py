@@ -22,7 +22,7 @@ from xgen_proxy.downstream.direct_writer import DirectWriter
 def pass_through(
     writer: DirectWriter, splitter: sse.EventSplitter, record: Callable[[bytes], None] | None
 ) -> Callable[[bytes], bool]:
-    """`splitter`: the one that the stream's reader uses; it is read, never changed."""
+    """`splitter` belongs to the stream's reader. It is only checked for a pending event."""
 
     def on_data(data: bytes) -> bool:
         if splitter.pending or not sse.are_unfinished_chunks(data) or writer.paused:
