@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from xgen_proxy.config.settings import Limits
 from xgen_proxy.request.features import Endpoint, Features, read_features, strip_hints
+from xgen_proxy.request.limits import Limits
 from xgen_proxy.request.presets import fill
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from xgen_proxy.config.settings import Limits
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.limits import check_size
+from xgen_proxy.request.limits import Limits, check_size
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xgen_proxy.config.settings import Limits
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Features, estimate_tokens, read_features, strip_hints
-from xgen_proxy.request.limits import refers_to_itself
+from xgen_proxy.request.limits import Limits, refers_to_itself
 
 USER = {"role": "user", "content": "one two three"}
 
