@@ -15,7 +15,7 @@ from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.dialects.whole_response import as_events
-from xgen_proxy.request.features import Endpoint, Json, read_features
+from xgen_proxy.request.features import Endpoint, Json, parse_features
 from xgen_proxy.request.limits import Limits
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Through:
 
     def request(self, endpoint: Endpoint, body: Json) -> BackendRequest:
         body = {"model": self.alias, **body}
-        features = read_features(body, {}, endpoint, Limits())
+        features = parse_features(body, {}, endpoint, Limits())
         return BackendRequest(features, body, orjson.dumps(body), self.alias, MODEL, self.context)
 
     async def _ask(self, request: BackendRequest) -> Any:

@@ -9,7 +9,7 @@ import orjson
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
-from xgen_proxy.request.features import Endpoint, Json, read_features
+from xgen_proxy.request.features import Endpoint, Json, parse_features
 from xgen_proxy.request.limits import Limits
 
 VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI = DIALECTS.values()
@@ -25,7 +25,9 @@ def make_request(
 ) -> BackendRequest:
     least: dict[str, Any] = {"chat": {"messages": HI}, "completions": {"prompt": "One"}, "embeddings": {"input": "Hi"}}
     body = {"model": alias, **least[endpoint], **fields}
-    return BackendRequest(read_features(body, {}, endpoint, Limits()), body, orjson.dumps(body), alias, served, context)
+    return BackendRequest(
+        parse_features(body, {}, endpoint, Limits()), body, orjson.dumps(body), alias, served, context
+    )
 
 
 def events(*chunks: Json) -> bytes:
