@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.discovery import Discovery
@@ -19,7 +18,8 @@ from xgen_proxy.forwarding.retry_budget import RetryBudget
 from xgen_proxy.observability.metrics import Telemetry
 from xgen_proxy.request.features import Endpoint, Features, read_features, strip_hints
 from xgen_proxy.request.presets import fill
-from xgen_proxy.routing.policy import Plan, decide
+from xgen_proxy.routing.plan import Plan
+from xgen_proxy.routing.router import Router
 
 if TYPE_CHECKING:
     from xgen_proxy.observability.tracing import Trace, Tracing
@@ -56,14 +56,14 @@ class Gateway:
         self.tracing = tracing_for(settings)
         self.draining = False
         self.started = int(time.time())  # unix seconds
-        self._random = random.Random()
+        self.router = Router(self.fleet, lambda: self.settings, random.Random())
 
     def call(
         self, id: str, endpoint: Endpoint, raw: bytes, body: dict[str, Any], headers: Mapping[bytes, bytes]
     ) -> Call:
         """Raises BadRequestError, ModelNotFoundError, ServiceUnavailableError."""
         features = read_features(body, headers, endpoint, self.settings.limits)
-        alias = features.model or self._default_model()
+        alias = features.model or self.router.default_model()
         if not features.model:
             features = replace(features, model=alias)
         if not self.settings.routing.continuation:
@@ -72,36 +72,16 @@ class Gateway:
         trace = trace_lines(headers) if b"traceparent" in headers else b""
         return Call(id, features, changed, raw if changed is body else None, alias, trace)
 
-    def _default_model(self) -> str:
-        model = self.fleet.default_model
-        if model is None:
-            raise ServiceUnavailableError("no backend has been reached yet, so that no model is known", retry_after=5)
-        return model
-
     def plan(self, features: Features) -> Plan:
-        self._check_model(features.model)
-        return decide(features, self.fleet.backends, self.settings.routing, self._random)
+        """Raises ModelNotFoundError, ServiceUnavailableError."""
+        return self.router.plan(features)
 
     def good_plan(self, features: Features) -> Plan:
-        """Raises ProxyError where it has no candidate."""
+        """A plan that has candidates. Raises ProxyError."""
         plan = self.plan(features)
         if plan.error is not None:
             raise plan.error
         return plan
-
-    def _check_model(self, model: str | None) -> None:
-        """A name is unknown for certain only when every backend has told its names."""
-        for backend in self.fleet.backends:
-            if model in backend.models:
-                return
-        silent = [backend.name for backend in self.fleet.backends if not backend.models]
-        if silent:
-            raise ServiceUnavailableError(
-                f"no running backend serves {model!r}, and {', '.join(silent)} has not been reached yet", retry_after=5
-            )
-        raise ModelNotFoundError(
-            f"the model {model!r} does not exist; known models: {', '.join(self.fleet.models[:20])}", param="model"
-        )
 
     @property
     def ready(self) -> bool:
@@ -114,7 +94,7 @@ class Gateway:
         self.admission.timeout_s = self.retries.queue_timeout_s = settings.limits.queue_timeout_s
         for backend in self.fleet.configure(settings):
             self.monitor.reconcile(backend, [], joined_later=True)
-        self.discovery.look_soon()
+        self.discovery.lookup_soon()
 
     async def start(self) -> None:
         self.monitor.start()

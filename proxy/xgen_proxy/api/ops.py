@@ -16,7 +16,7 @@ from xgen_proxy.downstream.request_body import read_body, read_json, request_id
 from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.routing.policy import explain
+from xgen_proxy.routing.plan import explain
 
 
 def gateway_of(request: Request) -> Gateway:

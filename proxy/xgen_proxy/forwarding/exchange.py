@@ -11,8 +11,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from xgen_proxy import sse
 from xgen_proxy.dialects.dialect import BackendRequest, Json
 from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_error
@@ -23,7 +21,7 @@ from xgen_proxy.errors import UpstreamProtocolError
 if TYPE_CHECKING:
     from xgen_proxy.fleet.backend import Replica
     from xgen_proxy.gateway import Call
-    from xgen_proxy.routing.policy import Candidate
+    from xgen_proxy.routing.router import Target
 
 PATHS = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions", "embeddings": b"/v1/embeddings"}
 ERROR_BODY_LIMIT = 1024 * 1024
@@ -38,7 +36,7 @@ class Exchange:
         "request", "splitter", "streams",
     )  # fmt: skip
 
-    def __init__(self, call: Call, candidate: Candidate, request: BackendRequest) -> None:
+    def __init__(self, call: Call, candidate: Target, request: BackendRequest) -> None:
         """Raises BadRequestError where the backend cannot take the request."""
         self.call = call
         self.candidate = candidate
@@ -141,14 +139,4 @@ class Exchange:
 
 
 async def ask(replica: Replica, path: str, body: Json) -> tuple[int, Any]:
-    """A small question to a replica, which one slot of is ours: (status, JSON). Raises UpstreamError."""
-    limit = replica.backend.settings.first_byte_timeout_s
-    payload = orjson.dumps(body)
-    start = b"POST %b HTTP/1.1\r\n%b" % (path.encode(), replica.head)
-    connection = await replica.pool.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(payload), payload), limit)
-    try:
-        return connection.status, orjson.loads(await connection.read_all(limit))
-    except orjson.JSONDecodeError:
-        raise UpstreamProtocolError(f"{path} did not answer with JSON") from None
-    finally:
-        replica.pool.release(connection)
+    return await replica.post_json(path, body)

@@ -47,10 +47,11 @@ from xgen_proxy.forwarding.exchange import Exchange, ask
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.forwarding.retry_budget import TIMEOUT_FACTOR
 from xgen_proxy.gateway import Call, Gateway
-from xgen_proxy.request.features import estimate_tokens
-from xgen_proxy.routing.policy import Candidate, Plan
+from xgen_proxy.request.features import Urgency, estimate_tokens
+from xgen_proxy.routing.plan import Plan
+from xgen_proxy.routing.router import Target
 
-Work = Callable[[Candidate], Awaitable[None]]
+Work = Callable[[Target], Awaitable[None]]
 
 
 class Relay:
@@ -66,9 +67,9 @@ class Relay:
         self.call = call
         self.plan = plan
         self.reply = ResponseWriter(send, wire)
-        self.remaining = list(plan.candidates)
-        self.candidate: Candidate | None = None
-        self.failures: list[tuple[Candidate, UpstreamError]] = []
+        self.remaining = gateway.router.targets(plan)
+        self.candidate: Target | None = None
+        self.failures: list[tuple[Target, UpstreamError]] = []
         self.attempts = 0
         self.waited = 0.0  # seconds spent waiting for slots and backends
         self.queued = 0.0  # of these, seconds in the queue for a slot
@@ -144,16 +145,16 @@ class Relay:
         finally:
             self.gateway.admission.release(replica)
 
-    def _note(self, candidate: Candidate, error: UpstreamError) -> None:
+    def _note(self, candidate: Target, error: UpstreamError) -> None:
         self.failures.append((candidate, error))
         if isinstance(error, UpstreamConnectError):
-            self.gateway.monitor.down(candidate.replica, str(error))
+            self.gateway.monitor.mark_down(candidate.replica, str(error))
         elif not isinstance(error, UpstreamOverloadedError | UnsupportedByBackendError):
             candidate.replica.failed(error.reason)
             self.gateway.admission.on_replica_down()  # its breaker may be open now
         self.gateway.telemetry.attempt_failed(self.call.id, candidate, error)
 
-    async def _take_slot(self) -> Candidate:
+    async def _take_slot(self) -> Target:
         """On the first free candidate of the plan's next tier. A tier that is all down is passed over."""
         tier = self.remaining[0].tier
         candidates = [candidate for candidate in self.remaining if candidate.tier == tier]
@@ -167,13 +168,13 @@ class Relay:
             self.remaining[:] = [candidate for candidate in self.remaining if candidate.tier != tier]
             raise
 
-    async def _wait_for_slot(self, candidates: list[Candidate]) -> Candidate:
+    async def _wait_for_slot(self, candidates: list[Target]) -> Target:
         begun = self.reply.status != 0  # who has seen half an answer waits longer for the rest
         admission = self.gateway.admission
-        waiter = admission.enqueue(candidates, "high" if begun else self.call.features.urgency)
+        urgency: Urgency = "high" if begun else self.call.features.urgency
         began = time.perf_counter()
         try:
-            return await admission.wait(waiter, TIMEOUT_FACTOR if begun else 1)
+            return await admission.acquire(candidates, urgency, TIMEOUT_FACTOR if begun else 1)
         except asyncio.CancelledError:
             self.left_queue = True
             raise
@@ -184,7 +185,7 @@ class Relay:
 
     # an answer, in one of three ways
 
-    async def _answer(self, candidate: Candidate) -> None:
+    async def _answer(self, candidate: Target) -> None:
         attempt = self._prepare(candidate, self._request(candidate))
         async with attempt:
             if not attempt.streams:
@@ -194,13 +195,13 @@ class Relay:
             else:
                 await self._collect(attempt)
 
-    def _request(self, candidate: Candidate) -> BackendRequest:
+    def _request(self, candidate: Target) -> BackendRequest:
         call, backend = self.call, candidate.backend
         return BackendRequest(
             call.features, call.body, call.raw, call.alias, backend.served(call.alias), backend.context
         )
 
-    def _prepare(self, candidate: Candidate, request: BackendRequest) -> Exchange:
+    def _prepare(self, candidate: Target, request: BackendRequest) -> Exchange:
         try:
             return Exchange(self.call, candidate, request)
         except BadRequestError as error:
@@ -331,7 +332,7 @@ class Relay:
             raise UpstreamProtocolError("the answer is too long to be kept")
         return continuation.parse_sent_prefix(self.reply.retained.all())
 
-    def _successors(self, shown: continuation.SentPrefix) -> list[Candidate]:
+    def _successors(self, shown: continuation.SentPrefix) -> list[Target]:
         """Who may go on, by a plan made now: much may have changed since the stream began. Raises ProxyError."""
         features = self.call.features
         longer = replace(features, prompt_tokens=features.prompt_tokens + estimate_tokens(shown.text))
@@ -339,12 +340,12 @@ class Relay:
         failed = {candidate.replica for candidate, _ in self.failures}
         return [
             candidate
-            for candidate in plan.candidates
+            for candidate in self.gateway.router.targets(plan)
             if candidate.replica not in failed
             and continuation.can_continue(candidate.backend.dialect, features, candidate.backend.template)
         ]
 
-    async def _go_on(self, candidate: Candidate) -> None:
+    async def _go_on(self, candidate: Target) -> None:
         """Raises UpstreamError; what it has shown by then is shown, and the next goes on from there."""
         shown = self._shown()
         dialect, template = candidate.backend.dialect, candidate.backend.template
@@ -366,7 +367,7 @@ class Relay:
 
     # to the client
 
-    def _reason(self, candidate: Candidate) -> str:
+    def _reason(self, candidate: Target) -> str:
         if not self.failures:
             return candidate.reason
         last, error = self.failures[-1]

@@ -19,7 +19,7 @@ from xgen_proxy.observability.fleet_metrics import FleetGauges
 from xgen_proxy.observability.logging_setup import log, tell
 from xgen_proxy.observability.metric_types import Counter, Histogram
 from xgen_proxy.observability.usage import Usage, usage_at_end
-from xgen_proxy.routing.policy import Candidate
+from xgen_proxy.routing.router import Target
 
 if TYPE_CHECKING:
     from xgen_proxy.forwarding.forwarder import Relay
@@ -109,7 +109,7 @@ class Telemetry(Collector):
 
     # what happens
 
-    def attempt_failed(self, request_id: str, candidate: Candidate, error: UpstreamError) -> None:
+    def attempt_failed(self, request_id: str, candidate: Target, error: UpstreamError) -> None:
         self.failures.add(candidate.backend.name, candidate.replica.name, error.outcome)
         tell(logging.WARNING, "attempt failed", {
             "request_id": request_id, "replica": candidate.replica.name, "outcome": error.outcome, "error": error.reason,
@@ -158,7 +158,7 @@ class Telemetry(Collector):
             tell(logging.INFO, "request", self._line(relay, status, error, usage, now))
 
     def _answered(self, backend: Backend, relay: Relay, usage: Usage | None) -> None:
-        if backend is not relay.plan.candidates[0].backend:
+        if backend.name != relay.plan.candidates[0].backend.name:
             self.fallbacks.add(relay.plan.candidates[0].backend.name, backend.name)
         if relay.broken or relay.continued:
             self.continuations.add("none" if relay.broken else backend.name)

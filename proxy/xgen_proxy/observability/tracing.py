@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from xgen_proxy import __version__
 from xgen_proxy.errors import ProxyError, UpstreamError
 from xgen_proxy.observability.usage import finish_reasons, usage_at_end
-from xgen_proxy.routing.policy import Candidate
+from xgen_proxy.routing.router import Target
 
 if TYPE_CHECKING:
     from xgen_proxy.forwarding.forwarder import Relay
@@ -31,7 +31,7 @@ EXPORT_TIMEOUT_S = 5.0  # also what the end of the process may wait for a collec
 OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 CONTEXT = TraceContextTextMapPropagator()
 
-Work = Callable[[Candidate], Awaitable[None]]
+Work = Callable[[Target], Awaitable[None]]
 
 
 class Tracing:
@@ -72,7 +72,7 @@ class Trace:
     def around(self, work: Work, relay: Relay) -> Work:
         """`work` in a span of its own."""
 
-        async def traced(candidate: Candidate) -> None:
+        async def traced(candidate: Target) -> None:
             span = self._begin_attempt(candidate)
             try:
                 await work(candidate)
@@ -93,7 +93,7 @@ class Trace:
 
         return traced
 
-    def _begin_attempt(self, candidate: Candidate) -> Span:
+    def _begin_attempt(self, candidate: Target) -> Span:
         call, replica = self._call, candidate.replica
         name = f"{OPERATIONS[call.features.endpoint]} {call.alias}"
         span = self._tracing.span(name, SpanKind.CLIENT, call, set_span_in_context(self._span))

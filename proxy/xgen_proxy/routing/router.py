@@ -1,0 +1,74 @@
+"""The live side of routing: take a snapshot of the fleet, decide, and find the live replicas of the plan."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
+from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.request.features import Features
+from xgen_proxy.routing.plan import Plan
+from xgen_proxy.routing.policy import decide
+
+
+class Target(NamedTuple):
+    """A candidate resolved to its live replica."""
+
+    replica: Replica
+    reason: str
+    tier: int
+
+    @property
+    def backend(self) -> Backend:
+        return self.replica.backend
+
+
+class Router:
+    def __init__(self, fleet: Fleet, settings: Callable[[], Settings], rng: random.Random) -> None:
+        self.fleet = fleet
+        self._settings = settings
+        self._rng = rng
+
+    def default_model(self) -> str:
+        """The model of a request that names none. Raises ServiceUnavailableError while no model is known."""
+        model = self.fleet.default_model
+        if model is None:
+            raise ServiceUnavailableError("no backend has been reached yet, so that no model is known", retry_after=5)
+        return model
+
+    def plan(self, features: Features) -> Plan:
+        """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
+        self._check_model(features.model)
+        return decide(features, self.fleet.snapshot(), self._settings().routing, self._rng, time.monotonic())
+
+    def _check_model(self, model: str | None) -> None:
+        """404 only once every backend has reported its models; until then 503."""
+        backends = self.fleet.backends
+        for backend in backends:
+            if model in backend.models:
+                return
+        unknown = [backend.name for backend in backends if not backend.models]
+        if unknown:
+            raise ServiceUnavailableError(
+                f"no running backend serves {model!r}, and {', '.join(unknown)} has not been reached yet", retry_after=5
+            )
+        known = ", ".join(self.fleet.models[:20])
+        raise ModelNotFoundError(f"the model {model!r} does not exist; known models: {known}", param="model")
+
+    def targets(self, plan: Plan) -> list[Target]:
+        """The live replicas of the plan, without those that are no longer listed. Raises the plan's error if it has
+        one."""
+        if plan.error is not None:
+            raise plan.error
+        backends = {backend.name: backend for backend in self.fleet.backends}
+        targets = []
+        for candidate in plan.candidates:
+            backend = backends.get(candidate.backend.name)
+            replica = backend.replica(candidate.replica.name) if backend else None
+            if replica is not None:
+                targets.append(Target(replica, candidate.reason, candidate.tier))
+        return targets
