@@ -209,7 +209,8 @@ class Backend:
         self.draining: dict[str, Replica] = {}
         self._replicas_by_name: dict[str, Replica] = {}
         self._changed: set[Replica] = set()  # since the last snapshot
-        self._replica_snapshots: dict[Replica, ReplicaSnapshot] = {}  # in the order of `replicas`
+        self._indexes: dict[Replica, int] = {}  # in `replicas` and in the snapshots
+        self._replica_snapshots: list[ReplicaSnapshot] = []
         self._ring: HashRing = ring_of(())
         self._snapshot: BackendSnapshot | None = None
         self.configure(settings, routing)
@@ -246,7 +247,8 @@ class Backend:
         kept = [replica for replica in self.replicas if replica.url in wanted]
         self.replicas = tuple(sorted([*kept, *added], key=lambda replica: replica.name))
         self._replicas_by_name = {replica.name: replica for replica in self.replicas}
-        self._replica_snapshots = {replica: replica.snapshot() for replica in self.replicas}
+        self._indexes = {replica: index for index, replica in enumerate(self.replicas)}
+        self._replica_snapshots = [replica.snapshot() for replica in self.replicas]
         self._ring = ring_of(tuple(self._replicas_by_name))
         self._snapshot = None
         return removed
@@ -307,8 +309,9 @@ class Backend:
         if self._snapshot is not None and not self._changed:
             return self._snapshot
         for replica in self._changed:
-            if replica in self._replica_snapshots:  # else it is draining
-                self._replica_snapshots[replica] = replica.snapshot()
+            index = self._indexes.get(replica)
+            if index is not None:  # else it is draining
+                self._replica_snapshots[index] = replica.snapshot()
         self._changed.clear()
         self._snapshot = BackendSnapshot(
             self.name,
@@ -316,7 +319,7 @@ class Backend:
             self.models,
             self.capabilities,
             self.context,
-            tuple(self._replica_snapshots.values()),
+            tuple(self._replica_snapshots),
             self.in_flight,
             self._ring,
         )
