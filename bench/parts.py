@@ -24,15 +24,19 @@ import uvloop
 from starlette.types import Message
 
 from xgen_proxy import sse
+from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.dialect import ReplicaInfo
 from xgen_proxy.downstream.direct_writer import DirectWriter
-from xgen_proxy.downstream.request_body import CancelOnDisconnect, read_json, request_id
+from xgen_proxy.downstream.disconnect import cancel_on_disconnect
+from xgen_proxy.downstream.request_body import read_json
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter
-from xgen_proxy.forwarding.forwarder import Relay
+from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.observability import logging_setup
+from xgen_proxy.request.call import Origin
 from xgen_proxy.routing.policy import decide
 from xgen_proxy.upstream import Connection, Pool
 
@@ -42,6 +46,7 @@ EVENT = (
     b'data: {"id":"chatcmpl-8f3a2b5c9d1e4f60","object":"chat.completion.chunk","created":1764000000,"model":"m",'
     b'"choices":[{"index":0,"delta":{"content":" hello"},"logprobs":null,"finish_reason":null}]}\n\n'
 )
+ORIGIN = Origin("id", HEADERS)
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 CALLS = 2000
@@ -73,39 +78,47 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-class Quiet(logging_setup.Lines):
-    def put(self, line: str) -> None:
+class Quiet(logging_setup.BatchingHandler):
+    def add_line(self, line: str) -> None:
         """It has been made, and is not written."""
 
 
 async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     made = gateway(1)
     body = orjson.loads(RAW)
-    call = made.call("id", "chat", RAW, body, HEADERS)
-    relay = Relay(made, call, made.plan(call.features), send)
-    relay.candidate = relay.remaining[0]
-    relay.reply.first_output = time.perf_counter()
+    endpoint = InferenceEndpoint(made, "chat")
+    call = endpoint.parse(ORIGIN, RAW, body)
+    progress = Progress(call)
+    progress.first_choice = progress.target = made.router.targets(made.router.plan(call.features))[0]
+    progress.attempts = 1
+    writer = ResponseWriter(send, None)
+    writer.first_output = time.perf_counter()
 
     def read() -> object:
-        return made.call("id", "chat", RAW, read_json(RAW, HEADERS), HEADERS)
+        return endpoint.parse(ORIGIN, RAW, read_json(RAW, HEADERS))
+
+    def account() -> None:
+        made.observer.request_finished(call, progress.outcome(200, writer))
 
     def watch() -> None:
-        with CancelOnDisconnect(receive):
+        with cancel_on_disconnect(receive):
             pass
 
+    targets = made.router.targets(made.router.plan(call.features))
+
     def acquire_and_release() -> None:
-        target = made.admission.try_acquire(relay.remaining)
+        target = made.admission.try_acquire(targets)
         assert target is not None
         made.admission.release(target.replica)
 
     return [
         ("read: JSON, features, limits", measure(read, repeats)),
         ("request id", measure(lambda: request_id(HEADERS), repeats)),
-        ("decide", measure(lambda: made.plan(call.features), repeats)),
+        ("decide", measure(lambda: made.router.targets(made.router.plan(call.features)), repeats)),
         ("acquire and release a slot", measure(acquire_and_release, repeats)),
         ("watch for the client", measure(watch, repeats)),
-        ("answer's headers", measure(relay.headers, repeats)),
-        ("metrics and log line", measure(lambda: made.telemetry.finished(call, relay, 200), repeats)),
+        ("answer's headers", measure(progress.response_headers, repeats)),
+        ("metrics and log line", measure(account, repeats)),
     ]  # fmt: skip
 
 
@@ -122,13 +135,13 @@ async def chunk(repeats: int) -> list[float]:
     connection.data_received(STREAM)
     cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
     reply = ResponseWriter(send, DirectWriter(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
-    reply.retained = ReplayBuffer()
-    take = reply.passing(SimpleNamespace(splitter=sse.EventSplitter()))  # type: ignore[arg-type]  # the same
-    reading = asyncio.create_task(connection.read(60, take=take))
+    reply.sent_log = ReplayBuffer()
+    on_data = reply.pass_through(sse.EventSplitter())
+    reading = asyncio.create_task(connection.read(60, on_data=on_data))
     await asyncio.sleep(0)
     times = measure(lambda: connection.data_received(CHUNK), repeats)
     reading.cancel()
-    assert reply.retained.count == repeats * CALLS, "not all were handed on"
+    assert reply.chunks == repeats * CALLS, "not all were handed on"
     return times
 
 
@@ -144,7 +157,7 @@ def growth(repeats: int) -> list[tuple[str, list[float]]]:
     found = []
     for size in SIZES:
         made = gateway(size)
-        call = made.call("id", "chat", RAW, orjson.loads(RAW), HEADERS)
+        call = InferenceEndpoint(made, "chat").parse(ORIGIN, RAW, orjson.loads(RAW))
         fleet, routing, rng, now = made.fleet, made.settings.routing, random.Random(1), time.monotonic()
         changing = fleet.backends[0].replicas[size // 2]
 
@@ -153,7 +166,7 @@ def growth(repeats: int) -> list[tuple[str, list[float]]]:
             decide(call.features, fleet.snapshot(), routing, rng, now)  # noqa: B023
 
         times = measure(after_a_change, repeats)
-        found.append((f"snapshot() and decide() with 2 x {size:,} replicas, one of them just changed", times))
+        found.append((f"snapshot() and decide() with 2 x {size:,} replicas, one just changed", times))
     return found
 
 
@@ -170,7 +183,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     logging.basicConfig(level=logging.INFO)
-    logging_setup.straight = Quiet()
+    logging_setup.json_handler = Quiet()
     gc.collect()
     gc.freeze()  # as the server does
     rows = await parts(repeats)

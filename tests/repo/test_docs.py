@@ -22,7 +22,7 @@ from xgen_proxy import cli, errors
 from xgen_proxy.api.generate import GenerateRequest
 from xgen_proxy.api.ops import backend_status
 from xgen_proxy.app import create_app
-from xgen_proxy.config.loading import env_name, explain, load
+from xgen_proxy.config.loading import ConfigSources, env_name
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
@@ -118,7 +118,7 @@ def source_of_tests() -> str:
 
 def known_settings() -> set[str]:
     fleet_of_both = {each: {"urls": ["http://127.0.0.1:1"]} for each in ("vllm", "llama_cpp")}
-    return {setting for setting, _, _ in explain(Settings(backends=fleet_of_both), {})}
+    return {setting for setting, _, _ in ConfigSources().explain(Settings(backends=fleet_of_both))}
 
 
 def check_make(words: list[str]) -> None:
@@ -232,7 +232,7 @@ def test_the_example_file_is_a_configuration(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "xgen-proxy.toml"
     file.write_text(example)
     monkeypatch.setenv("XGEN_CONFIG", str(file))
-    settings = load({})
+    settings = ConfigSources().load()
     assert settings.default_model == "chat"
     assert all("chat" in backend.models for backend in settings.backends.values())
     assert tomllib.loads(example).keys() == {"default_model", "backends", "routing"}
@@ -250,7 +250,7 @@ def test_every_flag_of_serve_is_told_by_its_help() -> None:
 
 def served_routes() -> Iterator[tuple[str, str]]:
     front = create_app(Settings(backends=LLAMA_CPP))
-    yield from (("POST", path) for path in front.hot)
+    yield from (("POST", path) for path in front.inference_routes)
     for route in front.app.routes:  # type: ignore[attr-defined]
         assert isinstance(route, Route)
         method = "POST" if "POST" in (route.methods or ()) else "GET"
@@ -272,11 +272,11 @@ def test_request_headers() -> None:
 def test_answer_headers() -> None:
     told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     files = (
-        "forwarding/forwarder.py",
+        "forwarding/progress.py",
         "downstream/response_writer.py",
         "errors.py",
         "downstream/request_body.py",
-        "api/openai.py",
+        "api/inference.py",
     )
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
     assert told == sent, "docs/api.md has other answer headers than the code"
@@ -369,5 +369,5 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.AT_LEAST == 3, "the pages say three"
+    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.MINIMUM == 3, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"

@@ -40,21 +40,16 @@ class Waiter(Generic[T]):
 
 
 class Admission:
-    """`limit`: the longest queue. `timeout_s`: the longest wait in it."""
+    """try_acquire(), or if it finds no free slot enqueue() and wait(); then release().
+
+    `limit`: the longest queue. `timeout_s`: the longest wait in it.
+    """
 
     def __init__(self, limit: int, timeout_s: float) -> None:
         self.limit = limit
         self.timeout_s = timeout_s
         self.queue: list[Waiter[Any]] = []
         self._ticket = itertools.count()
-
-    async def acquire(self, targets: Sequence[T], urgency: Urgency, timeout_factor: float = 1) -> T:
-        """Acquire a slot on the first target that has one free, or wait in the queue. release() gives it back.
-
-        `timeout_factor`: multiplies the longest wait. Raises QueueFullError, QueueTimeoutError, and
-        UpstreamConnectError if every target is down or goes down.
-        """
-        return self.try_acquire(targets) or await self._wait(self._enqueue(targets, urgency), timeout_factor)
 
     def try_acquire(self, targets: Sequence[T]) -> T | None:
         """Acquire a slot without waiting. A slot that is free now is one that no queued request could use."""
@@ -76,7 +71,8 @@ class Admission:
         target.replica.acquire()
         return target
 
-    def _enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
+    def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
+        """Raises QueueFullError, and UpstreamConnectError if every target is down."""
         if not any(target.replica.up for target in targets):
             raise UpstreamConnectError("down")
         if len(self.queue) >= self.limit:
@@ -89,8 +85,12 @@ class Admission:
         bisect.insort(self.queue, waiter)
         return waiter
 
-    async def _wait(self, waiter: Waiter[T], timeout_factor: float) -> T:
-        """Removes the waiter from the queue on every way out."""
+    async def wait(self, waiter: Waiter[T], timeout_factor: float = 1) -> T:
+        """Wait for a slot, and leave the queue on every way out.
+
+        `timeout_factor`: multiplies the longest wait. Raises QueueTimeoutError, and UpstreamConnectError if every
+        target goes down.
+        """
         timeout_s = self.timeout_s * timeout_factor
         try:
             async with asyncio.timeout(timeout_s):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
-from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.request.features import Features
@@ -28,9 +26,8 @@ class Target(NamedTuple):
 
 
 class Router:
-    def __init__(self, fleet: Fleet, settings: Callable[[], Settings], rng: random.Random) -> None:
+    def __init__(self, fleet: Fleet, rng: random.Random) -> None:
         self.fleet = fleet
-        self._settings = settings
         self._rng = rng
 
     def default_model(self) -> str:
@@ -43,7 +40,7 @@ class Router:
     def plan(self, features: Features) -> Plan:
         """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
         self._check_model(features.model)
-        return decide(features, self.fleet.snapshot(), self._settings().routing, self._rng, time.monotonic())
+        return decide(features, self.fleet.snapshot(), self.fleet.settings.routing, self._rng, time.monotonic())
 
     def _check_model(self, model: str | None) -> None:
         """404 only once every backend has reported its models; until then 503."""

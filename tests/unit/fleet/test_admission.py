@@ -36,6 +36,11 @@ def replicas(*slots: int) -> list[Replica]:
     return found
 
 
+async def acquire(admission: Admission, targets: Sequence[Want], urgency: Urgency) -> Want:
+    """As forwarding/failover.py does."""
+    return admission.try_acquire(targets) or await admission.wait(admission.enqueue(targets, urgency))
+
+
 async def settle() -> None:
     """Run all tasks until each waits for something."""
     for _ in range(6):
@@ -46,7 +51,7 @@ async def test_free_slots_are_acquired_at_once_in_the_order_of_the_targets() -> 
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     plan = [Want(first), Want(second)]
-    assert [(await admission.acquire(plan, "normal")).replica for _ in range(2)] == [first, second]
+    assert [(await acquire(admission, plan, "normal")).replica for _ in range(2)] == [first, second]
     assert (first.in_flight, first.backend.in_flight) == (1, 1)
     admission.release(first)
     assert (first.in_flight, first.backend.in_flight) == (0, 0)
@@ -55,24 +60,24 @@ async def test_free_slots_are_acquired_at_once_in_the_order_of_the_targets() -> 
 async def test_down_replica_is_skipped() -> None:
     first, second = replicas(1, 1)
     first.set_state("down", "test")
-    assert (await Admission(10, 10).acquire([Want(first), Want(second)], "normal")).replica is second
+    assert (await acquire(Admission(10, 10), [Want(first), Want(second)], "normal")).replica is second
 
 
 async def test_acquire_raises_at_once_if_all_targets_are_down() -> None:
     [replica] = replicas(1)
     replica.set_state("down", "test")
     with pytest.raises(UpstreamConnectError):
-        await Admission(10, 10).acquire([Want(replica)], "normal")
+        await acquire(Admission(10, 10), [Want(replica)], "normal")
 
 
 async def test_full_queue_rejects_requests() -> None:
     [replica] = replicas(1)
     admission = Admission(1, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     with pytest.raises(QueueFullError) as full:
-        await admission.acquire([Want(replica)], "high")
+        await acquire(admission, [Want(replica)], "high")
     assert (full.value.status, full.value.retry_after) == (429, 5)
     admission.release(replica)
     assert (await waiting).replica is replica
@@ -81,9 +86,9 @@ async def test_full_queue_rejects_requests() -> None:
 async def test_queued_request_times_out() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 0.01)
-    await admission.acquire([Want(replica)], "normal")
+    await acquire(admission, [Want(replica)], "normal")
     with pytest.raises(QueueFullError, match=r"within 0\.01 s"):
-        await admission.acquire([Want(replica)], "normal")
+        await acquire(admission, [Want(replica)], "normal")
     assert admission.queue == []
     assert replica.in_flight == 1
 
@@ -91,11 +96,11 @@ async def test_queued_request_times_out() -> None:
 async def test_queue_is_ordered_by_arrival_shifted_by_urgency() -> None:
     [replica] = replicas(1)
     admission = Admission(100, 100)
-    await admission.acquire([Want(replica)], "normal")
+    await acquire(admission, [Want(replica)], "normal")
     served: list[str] = []
 
     async def work(name: str, urgency: Urgency) -> None:
-        await admission.acquire([Want(replica)], urgency)
+        await acquire(admission, [Want(replica)], urgency)
         served.append(name)
         admission.release(replica)
 
@@ -112,12 +117,14 @@ async def test_low_request_does_not_starve_behind_urgent_ones(monkeypatch: pytes
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock)
     [replica] = replicas(1)
     admission = Admission(1000, 1000)
-    await admission.acquire([Want(replica)], "normal")
-    low = asyncio.create_task(admission.acquire([Want(replica)], "low"))
+    await acquire(admission, [Want(replica)], "normal")
+    low = asyncio.create_task(acquire(admission, [Want(replica)], "low"))
     urgent: list[asyncio.Task[Want]] = []
     for second in range(100):  # one arrives and one is served each second, behind a backlog of two
         clock = float(second)
-        urgent += [asyncio.create_task(admission.acquire([Want(replica)], "high")) for _ in range(1 + 2 * (not second))]
+        urgent += [
+            asyncio.create_task(acquire(admission, [Want(replica)], "high")) for _ in range(1 + 2 * (not second))
+        ]
         await settle()
         admission.release(replica)
         await settle()
@@ -133,9 +140,9 @@ async def test_slot_goes_to_the_first_request_that_can_use_it() -> None:
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     for replica in (first, second):
-        await admission.acquire([Want(replica)], "normal")
-    for_first = asyncio.create_task(admission.acquire([Want(first)], "high"))
-    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "low"))
+        await acquire(admission, [Want(replica)], "normal")
+    for_first = asyncio.create_task(acquire(admission, [Want(first)], "high"))
+    for_either = asyncio.create_task(acquire(admission, [Want(first), Want(second)], "low"))
     await settle()
     admission.release(second)
     await settle()
@@ -149,9 +156,9 @@ async def test_replica_going_down_fails_requests_without_another_target() -> Non
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     for replica in (first, second):
-        await admission.acquire([Want(replica)], "normal")
-    for_first = asyncio.create_task(admission.acquire([Want(first)], "normal"))
-    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "normal"))
+        await acquire(admission, [Want(replica)], "normal")
+    for_first = asyncio.create_task(acquire(admission, [Want(first)], "normal"))
+    for_either = asyncio.create_task(acquire(admission, [Want(first), Want(second)], "normal"))
     await settle()
     first.set_state("down", "test")
     admission.on_replica_down()
@@ -186,8 +193,8 @@ async def test_slot_granted_in_the_moment_the_wait_ends(
 ) -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     admission.release(replica)  # granted: the future is done, its task has not run yet
     await then(admission, waiting, replica)
@@ -198,8 +205,8 @@ async def test_slot_granted_in_the_moment_the_wait_ends(
 async def test_slot_granted_to_a_cancelled_request_goes_to_the_next() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    first, second = (asyncio.create_task(admission.acquire([Want(replica)], "normal")) for _ in range(2))
+    await acquire(admission, [Want(replica)], "normal")
+    first, second = (asyncio.create_task(acquire(admission, [Want(replica)], "normal")) for _ in range(2))
     await settle()
     admission.release(replica)
     await leaves(admission, first, replica)
@@ -210,8 +217,8 @@ async def test_slot_granted_to_a_cancelled_request_goes_to_the_next() -> None:
 async def test_cancelling_while_the_replica_goes_down_leaks_nothing() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     replica.set_state("down", "test")
     admission.on_replica_down()
@@ -222,8 +229,8 @@ async def test_cancelling_while_the_replica_goes_down_leaks_nothing() -> None:
 async def test_checks_get_a_slot_whatever_the_state_and_load() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     with admission.slot_for_check(replica):
         assert replica.in_flight == 2
@@ -253,7 +260,7 @@ class World:
         self.tasks.append(asyncio.create_task(self._serve(wanted or [Want(self.fleet[0])], urgency)))
 
     async def _serve(self, wanted: Sequence[Want], urgency: Urgency) -> Want:
-        want = await self.admission.acquire(wanted, urgency)
+        want = await acquire(self.admission, wanted, urgency)
         assert any(want is each for each in wanted)
         self.held.append(want)
         return want
@@ -344,7 +351,7 @@ async def test_concurrent_requests_with_timeouts_and_cancellations_leak_nothing(
     async def client(number: int) -> None:
         wanted = [Want(replica) for replica in rng.sample(fleet, rng.randint(1, 3))]
         try:
-            want = await admission.acquire(wanted, rng.choice(URGENCIES))
+            want = await acquire(admission, wanted, rng.choice(URGENCIES))
         except QueueFullError:
             outcomes.append("full")
             return

@@ -20,7 +20,7 @@ def router(**values: object) -> Router:
     fleet = Fleet(settings)
     for replica in fleet.replicas:
         replica.set_state("up", "test")
-    return Router(fleet, lambda: settings, random.Random(0))
+    return Router(fleet, random.Random(0))
 
 
 def report(router: Router, *models: str) -> None:
@@ -77,16 +77,16 @@ def test_default_model_is_the_configured_one_else_the_gpus_first() -> None:
     assert router().default_model() == "m"
     empty = Settings(backends={"llama_cpp": CPU})
     with pytest.raises(ServiceUnavailableError, match="no model is known"):
-        Router(Fleet(empty), lambda: empty, random.Random(0)).default_model()
+        Router(Fleet(empty), random.Random(0)).default_model()
 
 
-def test_settings_are_read_for_each_plan() -> None:
+def test_new_settings_apply_to_the_next_plan() -> None:
     settings = Settings(backends={"vllm": GPU})
     fleet = Fleet(settings)
     for replica in fleet.replicas:
         replica.set_state("up", "test")
-    current = settings
-    made = Router(fleet, lambda: current, random.Random(0))
+    made = Router(fleet, random.Random(0))
     assert len(made.plan(features()).candidates) == 2
-    current = settings.model_copy(update={"routing": settings.routing.model_copy(update={"max_attempts": 1})})
+    routing = settings.routing.model_copy(update={"max_attempts": 1})
+    fleet.configure(settings.model_copy(update={"routing": routing}))
     assert len(made.plan(features()).candidates) == 1
