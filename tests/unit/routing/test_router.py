@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ GPU = {"urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"], "dialect": "vllm", 
 CPU = {"urls": ["http://127.0.0.1:3"], "dialect": "llama-server"}
 
 
-def router(**values: object) -> Router:
+def router(**values: Any) -> Router:
     settings = Settings(backends={"vllm": GPU, "llama_cpp": CPU}, **values)
     fleet = Fleet(settings)
     for replica in fleet.replicas:
