@@ -113,9 +113,9 @@ class Simulation:
         plan = decide(features, mine.snapshot(), self.settings.routing, self.choices, self.now)
         candidates = [candidate.replica for candidate in plan.candidates]
         chosen = next((replica for replica in candidates if replica.has_capacity(self.now)), candidates[0])
-        replica = mine.backends[0].replica(chosen.name)
-        assert replica is not None
-        return replica
+        live = mine.backends[0].replica(chosen.name)
+        assert live is not None
+        return live
 
     def arrive(self, work: float, number: int) -> None:
         replica = self.choose(self.fleets[number % self.proxies], number)

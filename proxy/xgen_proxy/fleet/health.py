@@ -153,7 +153,7 @@ class HealthMonitor:
         if replica.joined_later and replica.state == "starting" and dialect.uses_canary:
             replica.mark_suspect("new: must answer a canary first")
         else:
-            replica.mark_up("answers health checks")
+            replica.mark_up("healthy")
         state, context = replica.state, replica.backend.context
         log.info("%s is %s: models %s, context %s", replica.name, state, sorted(info.models), context)
 

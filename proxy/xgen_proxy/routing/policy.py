@@ -169,7 +169,9 @@ def _draw(
     window at a random position is considered, and the others only if most of it is down.
     """
     start = rng.randrange(len(replicas)) if replicas else 0
-    window = (*replicas[start : start + WINDOW], *replicas[: max(0, start + WINDOW - len(replicas))])[: len(replicas)]
+    window = replicas[start : start + WINDOW]
+    if len(window) < WINDOW:  # wrap around
+        window = (*window, *replicas[: min(start, WINDOW - len(window))])
     live = [replica for replica in window if replica.up]
     if len(live) < most and len(window) < len(replicas):
         live = [replica for replica in replicas if replica.up]

@@ -61,7 +61,7 @@ def test_replica_that_starts_after_the_proxy_comes_up(start: Start, gpu: Upstrea
     assert only(proxy).reason
     gpu.start()
     proxy.until_up(1)
-    assert (only(proxy).state, only(proxy).reason) == ("up", "answers health checks")
+    assert (only(proxy).state, only(proxy).reason) == ("up", "healthy")
     assert chat(proxy).status_code == 200
 
 

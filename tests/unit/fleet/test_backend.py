@@ -63,7 +63,7 @@ def test_snapshot_follows_settings_and_replica_infos() -> None:
     fleet.snapshot()
     made.record_info(made.replicas[0], ReplicaInfo(("m",), context=4096, capabilities=frozenset({"tools"})))
     [snapshot] = fleet.snapshot().backends
-    assert (snapshot.models, snapshot.context, snapshot.capabilities) == ({"m"}, 4096, {"tools"})
+    assert (snapshot.models, snapshot.context, snapshot.capabilities) == (frozenset({"m"}), 4096, frozenset({"tools"}))
     fleet.configure(settings(slots=3, context=1000, tools=False))
     [snapshot] = fleet.snapshot().backends
     assert (snapshot.context, snapshot.capabilities) == (1000, frozenset())
@@ -144,14 +144,14 @@ def test_backend_has_the_capabilities_of_all_its_replicas() -> None:
     made.record_info(first, ReplicaInfo(("a", "b"), 4096, capabilities=frozenset({"tools", "n", "echo"})))
     made.record_info(second, ReplicaInfo(("b", "c"), 2048, capabilities=frozenset({"tools", "n"})))
     assert made.capabilities == {"n", "embeddings"}
-    assert (made.models, made.context) == ({"a", "b", "c"}, 2048)
+    assert (made.models, made.context) == (frozenset({"a", "b", "c"}), 2048)
 
 
 def test_infos_are_kept_while_all_replicas_are_gone() -> None:
     made = backend()
     made.record_info(made.replicas[0], ReplicaInfo(("m",), 4096))
     made.reconcile([])
-    assert (made.models, made.context) == ({"m"}, 4096)
+    assert (made.models, made.context) == (frozenset({"m"}), 4096)
     assert made.snapshot().replicas == ()
 
 

@@ -89,7 +89,9 @@ def test_thresholds_are_settings() -> None:
 
 
 def test_only_long_or_explicit_work_waits_for_the_gpu() -> None:
-    tiers = lambda plan: [candidate.tier for candidate in plan.candidates]  # noqa: E731
+    def tiers(plan: Plan) -> list[int]:
+        return [candidate.tier for candidate in plan.candidates]
+
     assert tiers(plan([gpu(2.0), cpu()], prompt_words=101)) == [0, 1]
     assert tiers(plan([gpu(2.0), cpu()])) == [0, 0]
     assert tiers(plan([gpu(), cpu()], backend="vllm")) == [0, 1]
