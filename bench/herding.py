@@ -21,11 +21,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.fleet.backend import Fleet, Replica
-from xgen_proxy.fleet.load import Load
+from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.policy import decide
 
@@ -83,7 +82,6 @@ class Simulation:
         backend = {"urls": urls, "slots": self.engines[0].slots, "models": {"m": "m"}}
         self.settings = Settings(backends={"vllm": backend})
         self.engine_of = dict(zip(urls, self.engines, strict=True))
-        backend.time = SimpleNamespace(monotonic=lambda: self.now)  # type: ignore[assignment]
         self.fleets = [Fleet(self.settings) for _ in range(self.proxies)]
         for each in itertools.chain.from_iterable(mine.replicas for mine in self.fleets):
             each.set_state("up", "simulated")
@@ -95,7 +93,10 @@ class Simulation:
 
     def scrape(self, replica: Replica) -> None:
         engine = self.engine_of[replica.url]
-        replica.scraped = Load(engine.running, len(engine.waiting), None, self.now, replica.in_flight)
+        stale_at = self.now + self.settings.stale_after_s
+        replica.record_scrape(
+            Scrape(engine.running, len(engine.waiting), None, at=self.now, stale_at=stale_at, ours=replica.in_flight)
+        )
 
     def scrape_again(self, replica: Replica) -> None:
         self.scrape(replica)
@@ -106,10 +107,15 @@ class Simulation:
             for replica in mine.replicas:
                 self.scrape(replica)
         if self.two_choices:
-            return min(self.choices.sample(mine.backends[0].replicas, 2), key=lambda replica: replica.load)
+            two = self.choices.sample(mine.backends[0].replicas, 2)
+            return min(two, key=lambda replica: replica.snapshot().load(self.now, self.settings.routing))
         features = replace(CHAT, session=str(number)) if self.sessions else CHAT
-        plan = decide(features, mine.backends, self.settings.routing, self.choices)
-        return next((each.replica for each in plan.candidates if each.replica.has_capacity), plan.candidates[0].replica)
+        plan = decide(features, mine.snapshot(), self.settings.routing, self.choices, self.now)
+        candidates = [candidate.replica for candidate in plan.candidates]
+        chosen = next((replica for replica in candidates if replica.has_capacity(self.now)), candidates[0])
+        live = mine.backends[0].replica(chosen.name)
+        assert live is not None
+        return live
 
     def arrive(self, work: float, number: int) -> None:
         replica = self.choose(self.fleets[number % self.proxies], number)

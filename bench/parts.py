@@ -61,9 +61,9 @@ def gateway(replicas: int) -> Gateway:
     made = Gateway(Settings(backends=backends))
     for backend in made.fleet.backends:
         for replica in backend.replicas:
-            replica.probe = ReplicaInfo((NAME,), 8192)
+            replica.record_info(ReplicaInfo((NAME,), 8192))
             replica.set_state("up", "")
-        backend.learn(backend.replicas[0], ReplicaInfo((NAME,), 8192))
+        backend.record_info(backend.replicas[0], ReplicaInfo((NAME,), 8192))
     return made
 
 
@@ -104,10 +104,18 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
         with cancel_on_disconnect(receive):
             pass
 
+    targets = made.router.targets(made.router.plan(call.features))
+
+    def acquire_and_release() -> None:
+        target = made.admission.try_acquire(targets)
+        assert target is not None
+        made.admission.release(target.replica)
+
     return [
         ("read: JSON, features, limits", measure(read, repeats)),
         ("request id", measure(lambda: request_id(HEADERS), repeats)),
         ("decide", measure(lambda: made.router.targets(made.router.plan(call.features)), repeats)),
+        ("acquire and release a slot", measure(acquire_and_release, repeats)),
         ("watch for the client", measure(watch, repeats)),
         ("answer's headers", measure(progress.response_headers, repeats)),
         ("metrics and log line", measure(account, repeats)),
@@ -150,10 +158,15 @@ def growth(repeats: int) -> list[tuple[str, list[float]]]:
     for size in SIZES:
         made = gateway(size)
         call = InferenceEndpoint(made, "chat").parse(ORIGIN, RAW, orjson.loads(RAW))
-        rng = random.Random(1)
-        fleet, routing = made.fleet.backends, made.settings.routing
-        times = measure(lambda: decide(call.features, fleet, routing, rng), repeats)  # noqa: B023
-        found.append((f"decide() with 2 x {size:,} replicas", times))
+        fleet, routing, rng, now = made.fleet, made.settings.routing, random.Random(1), time.monotonic()
+        changing = fleet.backends[0].replicas[size // 2]
+
+        def after_a_change() -> None:
+            changing.record_scrape(None)  # noqa: B023
+            decide(call.features, fleet.snapshot(), routing, rng, now)  # noqa: B023
+
+        times = measure(after_a_change, repeats)
+        found.append((f"snapshot() and decide() with 2 x {size:,} replicas, one just changed", times))
     return found
 
 

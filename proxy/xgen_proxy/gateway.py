@@ -56,7 +56,7 @@ class Gateway:
         self.admission.timeout_s = self.retry_budget.queue_timeout_s = settings.limits.queue_timeout_s
         for removed in self.fleet.configure(settings):
             self.health.reconcile(removed, [], joined_later=True)
-        self.discovery.look_soon()
+        self.discovery.lookup_soon()
 
     async def start(self) -> None:
         self.health.start()

@@ -246,7 +246,7 @@ def test_status(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUp
     header, cpu, gpu, waiting = table(out)
     assert header == ["replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"]
     assert gpu[:7] == [f"vllm@127.0.0.1:{fakes[0].port}", "gpu", "up", "0/256", "0.00", "m", "2048"]
-    assert gpu[8:] == ["MB", "answers"]
+    assert gpu[8:] == ["MB", "healthy"]
     assert cpu[1] == "cpu"
     assert waiting == ["waiting", "for", "a", "slot:", "0"]
 

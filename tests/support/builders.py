@@ -1,59 +1,71 @@
-"""Small stand-ins for what decide() reads, and Features with everything at rest."""
+"""Snapshots for decide(), and Features of a short chat without hints."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import replace
 from typing import Any
 
-from xgen_proxy.fleet.hash_ring import HashRing
+from xgen_proxy.config.settings import DeviceClass, Routing
+from xgen_proxy.fleet.hash_ring import ring_of
+from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.snapshot import BackendSnapshot, ReplicaSnapshot
 from xgen_proxy.request.features import NEEDS, Features
 
 AT_REST = Features(
-    endpoint="chat", model="m", prompt_words=5, prompt_tokens=7, max_tokens=None, stream=False, include_usage=False,
-    needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True, hinted=False,
-    session=None, prefix="hi",
-)  # fmt: skip
+    endpoint="chat",
+    model="m",
+    prompt_words=5,
+    prompt_tokens=7,
+    max_tokens=None,
+    stream=False,
+    include_usage=False,
+    needs=frozenset(),
+    backend=None,
+    urgency="normal",
+    task_type=None,
+    fallback=True,
+    continuation=True,
+    hinted=False,
+    session=None,
+    prefix="hi",
+)
 
 
 def features(**values: Any) -> Features:
     return replace(AT_REST, **values)
 
 
-@dataclass
-class FakeReplica:
-    name: str
-    load: float = 0.0
-    up: bool = True
-    in_flight: int = 0
+def replica(name: str, load: float = 0.0, *, up: bool = True, in_flight: int = 0) -> ReplicaSnapshot:
+    """Its load comes from the `waiting` gauge, its slots are too many to matter."""
+    waiting = load * Routing().waiting_full
+    scraped = Scrape(running=None, waiting=waiting, kv=None, at=0.0, stale_at=math.inf)
+    return ReplicaSnapshot(name, up, in_flight, slots=1000, overcommit=0, scraped=scraped)
 
 
-@dataclass
-class FakeBackend:
-    name: str
-    device_class: str = "gpu"
-    replicas: tuple[FakeReplica, ...] = ()
-    models: frozenset[str] = frozenset({"m"})
-    capabilities: frozenset[str] = NEEDS
-    context: int | None = 2048
-    load: float = field(default=0.0, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.replicas:
-            self.replicas = (FakeReplica(f"{self.name}-0", self.load),)
-        self.ring = HashRing(self.replicas)
-
-    @property
-    def in_flight(self) -> int:
-        return sum(replica.in_flight for replica in self.replicas)
+def backend(
+    name: str,
+    device_class: DeviceClass = "gpu",
+    *,
+    load: float = 0.0,
+    replicas: tuple[ReplicaSnapshot, ...] = (),
+    models: frozenset[str] = frozenset({"m"}),
+    capabilities: frozenset[str] = NEEDS,
+    context: int | None = 2048,
+) -> BackendSnapshot:
+    replicas = replicas or (replica(f"{name}-0", load),)
+    in_flight = sum(each.in_flight for each in replicas)
+    ring = ring_of(tuple(each.name for each in replicas))
+    return BackendSnapshot(name, device_class, models, capabilities, context, replicas, in_flight, ring)
 
 
-def gpu(load: float = 0.0, **values: Any) -> FakeBackend:
-    return FakeBackend("vllm", "gpu", load=load, **values)
+def gpu(load: float = 0.0, **values: Any) -> BackendSnapshot:
+    return backend("vllm", "gpu", load=load, **values)
 
 
-def cpu(load: float = 0.0, **values: Any) -> FakeBackend:
-    return FakeBackend("llama_cpp", "cpu", load=load, **values)
+def cpu(load: float = 0.0, **values: Any) -> BackendSnapshot:
+    return backend("llama_cpp", "cpu", load=load, **values)
 
 
-def down(backend: FakeBackend) -> FakeBackend:
-    return replace(backend, replicas=tuple(replace(each, up=False) for each in backend.replicas))
+def down(snapshot: BackendSnapshot) -> BackendSnapshot:
+    return snapshot._replace(replicas=tuple(each._replace(up=False) for each in snapshot.replicas))

@@ -19,7 +19,7 @@ from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
-from xgen_proxy.routing.policy import explain
+from xgen_proxy.routing.plan import explain
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -1,10 +1,10 @@
-"""Who gets a replica's next free slot. No replica is sent more than it can run: llama.cpp queues without bound, and
-llama-cpp-python breaks when asked for two things at once.
+"""Who gets a replica's next free slot. No replica is sent more requests than it can hold: llama.cpp queues without
+bound, and llama-cpp-python breaks when it gets two requests at once.
 
-A request that finds no free slot waits here, in order of arrival shifted by urgency: an urgent one counts as come 30 s
-earlier, a low one 30 s later. So everyone ages at the same pace and nobody starves. A slot that comes free goes to the
-first in that order who can use it. A request is released from waiting when its client leaves, its time is up (429), or
-every replica it could use is down (then its plan goes on).
+A request that finds no free slot is queued in order of arrival shifted by urgency: high counts as 30 s earlier, low as
+30 s later. All requests age at the same pace, so none starves. A free slot goes to the first queued request that can
+use it. A request leaves the queue when it gets a slot, its client disconnects, its time is up (429), or every replica
+it could use is down (then its plan continues with the next tier).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,45 +29,51 @@ class HasReplica(Protocol):
     def replica(self) -> Replica: ...
 
 
-C = TypeVar("C", bound=HasReplica)
+T = TypeVar("T", bound=HasReplica)
 
 
 @dataclass(order=True, slots=True)
-class Waiter(Generic[C]):
+class Waiter(Generic[T]):
     key: tuple[float, int]
-    candidates: Sequence[C] = field(compare=False)
-    future: asyncio.Future[C] = field(compare=False)
+    targets: Sequence[T] = field(compare=False)
+    future: asyncio.Future[T] = field(compare=False)
 
 
 class Admission:
+    """try_acquire(), or if it finds no free slot enqueue() and wait(); then release().
+
+    `limit`: the longest queue. `timeout_s`: the longest wait in it.
+    """
+
     def __init__(self, limit: int, timeout_s: float) -> None:
         self.limit = limit
         self.timeout_s = timeout_s
         self.queue: list[Waiter[Any]] = []
         self._ticket = itertools.count()
 
-    async def acquire(self, candidates: Sequence[C], urgency: Urgency, timeout_factor: float = 1) -> C:
-        """Takes a slot on the first candidate that has one, or waits. Give it back with release().
-
-        `patience`: how many times the usual limit it waits. Raises QueueFullError (the queue is full, or time is up) and
-        UpstreamConnectError (every candidate is down).
-        """
-        return self.try_acquire(candidates) or await self.wait(self.enqueue(candidates, urgency), timeout_factor)
-
-    def try_acquire(self, candidates: Sequence[C]) -> C | None:
-        """A slot without waiting: one that is free here is one that nobody in the queue could use."""
-        for candidate in candidates:
-            if candidate.replica.up and candidate.replica.has_capacity:
-                return self._grant(candidate)
+    def try_acquire(self, targets: Sequence[T]) -> T | None:
+        """Acquire a slot without waiting. A slot that is free now is one that no queued request could use."""
+        for target in targets:
+            if target.replica.up and target.replica.has_capacity:
+                return self._grant(target)
         return None
 
-    def _grant(self, candidate: C) -> C:
-        candidate.replica.acquire()
-        return candidate
+    @contextmanager
+    def slot_for_check(self, replica: Replica) -> Iterator[None]:
+        """Hold a slot for a health check or a canary, which get one whatever the replica's state and load."""
+        replica.acquire()
+        try:
+            yield
+        finally:
+            self.release(replica)
 
-    def enqueue(self, candidates: Sequence[C], urgency: Urgency) -> Waiter[C]:
-        """A place in the queue, for wait(). Raises QueueFullError, and UpstreamConnectError where every candidate is down."""
-        if not any(candidate.replica.up for candidate in candidates):
+    def _grant(self, target: T) -> T:
+        target.replica.acquire()
+        return target
+
+    def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
+        """Raises QueueFullError, and UpstreamConnectError if every target is down."""
+        if not any(target.replica.up for target in targets):
             raise UpstreamConnectError("down")
         if len(self.queue) >= self.limit:
             raise QueueFullError(
@@ -74,30 +81,34 @@ class Admission:
             )
         loop = asyncio.get_running_loop()
         key = (loop.time() - HEAD_START_S[urgency], next(self._ticket))
-        waiter = Waiter(key, candidates, loop.create_future())
+        waiter = Waiter(key, targets, loop.create_future())
         bisect.insort(self.queue, waiter)
         return waiter
 
-    async def wait(self, waiter: Waiter[C], timeout_factor: float = 1) -> C:
-        """Leaves the queue on every way out. Raises QueueTimeoutError, UpstreamConnectError."""
+    async def wait(self, waiter: Waiter[T], timeout_factor: float = 1) -> T:
+        """Wait for a slot, and leave the queue on every way out.
+
+        `timeout_factor`: multiplies the longest wait. Raises QueueTimeoutError, and UpstreamConnectError if every
+        target goes down.
+        """
         timeout_s = self.timeout_s * timeout_factor
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiter.future
         except TimeoutError:
-            self._give_back(waiter)
+            self._return_slot(waiter)
             raise QueueTimeoutError(
                 f"no slot came free within {timeout_s:g} s; try again later", retry_after=5
             ) from None
         except asyncio.CancelledError:
-            self._give_back(waiter)
+            self._return_slot(waiter)
             raise
         finally:
             if waiter in self.queue:
                 self.queue.remove(waiter)
 
-    def _give_back(self, waiter: Waiter[C]) -> None:
-        """A slot that was granted in the very moment in which the waiting ended otherwise."""
+    def _return_slot(self, waiter: Waiter[T]) -> None:
+        """Release a slot that was granted in the same moment in which the wait ended."""
         if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
             self.release(waiter.future.result().replica)
 
@@ -106,20 +117,20 @@ class Admission:
         self.dispatch(replica)
 
     def dispatch(self, replica: Replica) -> None:
-        """Gives the replica's free slots to those who wait for it. Called when a slot comes free or it comes up."""
+        """Give the replica's free slots to queued requests. Called when a slot is released or the replica comes up."""
         if not self.queue or not replica.up:
             return
         for waiter in list(self.queue):
             if not replica.has_capacity:
                 return
-            candidate = next((c for c in waiter.candidates if c.replica is replica), None)
-            if candidate is not None and not waiter.future.done():
+            target = next((each for each in waiter.targets if each.replica is replica), None)
+            if target is not None and not waiter.future.done():
                 self.queue.remove(waiter)
-                waiter.future.set_result(self._grant(candidate))
+                waiter.future.set_result(self._grant(target))
 
     def on_replica_down(self) -> None:
-        """Called when a replica is no longer up: those who wait for nothing that is go on with their plan."""
+        """Fail waiters that have no live target left, so that they move to their next tier."""
         for waiter in list(self.queue):
-            if not waiter.future.done() and not any(c.replica.up for c in waiter.candidates):
+            if not waiter.future.done() and not any(each.replica.up for each in waiter.targets):
                 self.queue.remove(waiter)
-                waiter.future.set_exception(UpstreamConnectError("went down while the request waited"))
+                waiter.future.set_exception(UpstreamConnectError("went down while the request was queued"))

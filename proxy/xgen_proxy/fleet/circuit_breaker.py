@@ -1,12 +1,12 @@
-"""A circuit breaker for one replica: closed → open → half-open → closed, then a slow start. Pure; time is passed in.
+"""A circuit breaker for one replica: closed → open → half-open → closed, then a slow start. The caller passes the time.
 
-    closed     requests go there; three failures in a row open it
-    open       nothing goes there for a while, twice as long each time
-    half-open  one probe is on its way: its success closes the breaker, its failure opens it again
-    slow start after that, and after a replica came back: its slots are given out bit by bit, since caches are cold
+    closed     requests are sent; three failures in a row open it
+    open       no requests are sent for a while, twice as long each time
+    half-open  one canary is under way: its success closes the breaker, its failure opens it again
+    slow start after closing, and after the replica came back: its caches are cold, so its slots open one by one
 
 https://martinfowler.com/bliki/CircuitBreaker.html
-A 4xx says nothing of the replica's health, and 429 or 503 only that it is busy: neither counts.
+A 4xx says nothing about the replica's health, and 429 or 503 only that it is busy: neither counts as a failure.
 """
 
 from __future__ import annotations
@@ -20,57 +20,60 @@ FAILURES = 3  # in a row
 OPEN_S = 5.0
 LONGEST_OPEN_S = 60.0
 SLOW_START_S = 10.0
-FIRST_SHARE = 0.1  # of its slots, at the start of a slow start
+FIRST_FRACTION = 0.1  # of the slots, at the beginning of a slow start
 
 
 class CircuitBreaker:
-    """`now`: time.monotonic(), seconds. `failures`: in a row."""
+    """`now`: seconds of time.monotonic(). `failures`: in a row. `slow_start_at`: when it last closed, if ever."""
 
-    __slots__ = ("_opened", "_slow_from", "_until", "failures", "state")
+    __slots__ = ("_open_until", "_openings", "failures", "slow_start_at", "state")
 
     def __init__(self) -> None:
         self.state: State = "closed"
         self.failures = 0
-        self._opened = 0  # times, without a success of a request between
-        self._until = 0.0
-        self._slow_from = -math.inf
+        self.slow_start_at: float | None = None
+        self._openings = 0  # since the last successful request
+        self._open_until = 0.0
 
     def failed(self, now: float) -> bool:
-        """Returns whether it opened by this."""
+        """Record a failed request. Returns whether this opened the breaker."""
         self.failures += 1
         if self.state == "open" or (self.state == "closed" and self.failures < FAILURES):
             return False
         self.open(now)
         return True
 
-    def open(self, now: float) -> None:
-        self.state = "open"
-        self._until = now + min(OPEN_S * 2**self._opened, LONGEST_OPEN_S)
-        self._opened += 1
-
-    def doubt(self) -> None:
-        """Open until a probe, which is due at once: for one that nobody knows yet."""
-        self.state, self._until = "open", -math.inf
-
     def succeeded(self) -> None:
-        """A request was answered. What was sent before the breaker opened does not close it."""
+        """Record a successful request. One that was sent before the breaker opened does not close it."""
         self.failures = 0
         if self.state == "closed":
-            self._opened = 0
+            self._openings = 0
 
-    def try_again(self, now: float) -> bool:
-        """Is it time for a probe? Then it is half-open until close() or failed()."""
-        if self.state != "open" or now < self._until:
+    def open(self, now: float) -> None:
+        self.state = "open"
+        self._open_until = now + min(OPEN_S * 2**self._openings, LONGEST_OPEN_S)
+        self._openings += 1
+
+    def open_until_canary(self) -> None:
+        """Open it with a canary due at once, for a replica that has not proved itself yet."""
+        self.state, self._open_until = "open", -math.inf
+
+    def try_half_open(self, now: float) -> bool:
+        """Switch from open to half-open if its time is up, until close() or failed(). Returns whether it did."""
+        if self.state != "open" or now < self._open_until:
             return False
         self.state = "half-open"
         return True
 
     def close(self, now: float) -> None:
+        """Close it and begin a slow start."""
         self.state = "closed"
         self.failures = 0
-        self._slow_from = now
+        self.slow_start_at = now
 
-    def share(self, now: float) -> float:
-        """How much of its slots it may be given, in (0, 1]."""
-        since = now - self._slow_from
-        return 1.0 if since >= SLOW_START_S else max(FIRST_SHARE, since / SLOW_START_S)
+
+def slow_start_fraction(began: float | None, now: float) -> float:
+    """The fraction of a replica's slots that may be used, in (0, 1]. `began`: when its slow start did, if ever."""
+    if began is None or now - began >= SLOW_START_S:
+        return 1.0
+    return max(FIRST_FRACTION, (now - began) / SLOW_START_S)

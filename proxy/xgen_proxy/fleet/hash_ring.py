@@ -1,43 +1,42 @@
-"""Consistent hashing: which member a key is at home with, and who is next where that one cannot take it.
+"""Consistent hashing: the home of a key among the replicas of a backend, and the order of the others after it.
 
-A member that comes or goes moves only the keys that are its own. All proxies find the same without a word between them.
-https://www.cs.princeton.edu/courses/archive/fall09/cos518/papers/chash.pdf
+Adding or removing a name moves only the keys whose home it is. All proxies compute the same ring without talking to
+each other. https://www.cs.princeton.edu/courses/archive/fall09/cos518/papers/chash.pdf
 """
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Generic, Protocol, TypeVar
 
-POINTS = 32  # of each member: of 64 each has 0.5 to 1.4 of a fair share of the keys; bounded loads do the rest
-
-
-class Named(Protocol):
-    name: str
+POINTS = 32  # per name: with 64 names each gets 0.5 to 1.4 of a fair share of the keys; bounded loads do the rest
 
 
-M = TypeVar("M", bound=Named)
+class HashRing:
+    """A ring of names. walk() yields their indexes in `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        points = sorted((hash_of(f"{name}#{n}"), index) for index, name in enumerate(names) for n in range(POINTS))
+        self._hashes = [point for point, _ in points]
+        self._indexes = [index for _, index in points]
+
+    def walk(self, key: str) -> Iterator[int]:
+        """Each index once, the key's home first."""
+        indexes, start = self._indexes, bisect(self._hashes, hash_of(key))
+        seen: set[int] = set()
+        for position in range(start, start + len(indexes)):
+            index = indexes[position % len(indexes)]
+            if index not in seen:
+                seen.add(index)
+                yield index
 
 
-class HashRing(Generic[M]):
-    def __init__(self, members: Sequence[M]) -> None:
-        points = [(place(f"{member.name}#{n}"), member) for member in members for n in range(POINTS)]
-        points.sort(key=lambda point: point[0])
-        self._places = [point for point, _ in points]
-        self._members = [member for _, member in points]
-
-    def walk(self, key: str) -> Iterator[M]:
-        """Each member once, the key's home first."""
-        members, start = self._members, bisect(self._places, place(key))
-        seen: set[str] = set()
-        for index in range(start, start + len(members)):
-            member = members[index % len(members)]
-            if member.name not in seen:
-                seen.add(member.name)
-                yield member
+@lru_cache(maxsize=16)  # 1,000 names cost 32,000 hashes; a replay loads the same names again and again
+def ring_of(names: tuple[str, ...]) -> HashRing:
+    return HashRing(names)
 
 
-def place(key: str) -> int:
+def hash_of(key: str) -> int:
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())

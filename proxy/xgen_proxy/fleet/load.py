@@ -1,13 +1,13 @@
-"""A replica's load: what its /metrics page says, joined with what we sent it ourselves. Pure."""
+"""A replica's load: the gauges on its /metrics page, combined with our own count of requests. Does no I/O."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xgen_proxy.config.settings import Routing
 
-# Each name with what it means here. vLLM renamed its KV gauge: https://github.com/vllm-project/vllm/issues/18354
+# Gauge → field of Scrape. vLLM renamed its KV gauge: https://github.com/vllm-project/vllm/issues/18354
 GAUGES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
@@ -19,34 +19,36 @@ GAUGES = {
 Gauges = dict[str, float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Read off a metrics page at `at` (seconds, time.monotonic()). None: the page does not tell; never 0 for unknown.
+class Scrape(NamedTuple):
+    """The gauges of one /metrics page. None: the page does not have the gauge; unknown is never 0.
 
-    `running`, `waiting`: requests, over all engines of the server. `kv`: share of the KV cache in use, 0 to 1. `ours`:
-    requests that we had there ourselves.
+    `running`, `waiting`: requests, summed over all engines of the server. `kv`: share of the KV cache in use, 0 to 1.
+    `at`: when it was read, and `stale_at`: when it expires, in seconds of time.monotonic(). `ours`: our own requests
+    on the replica at that time.
     """
 
     running: float | None
     waiting: float | None
     kv: float | None
     at: float
+    stale_at: float
     ours: int = 0
 
 
 def parse_metrics(page: str) -> Gauges:
-    """running and waiting are summed over a server's engines, the KV share is averaged: shares do not add up.
+    """Sum `running` and `waiting` over a server's engines, and average `kv`, since it is a ratio.
 
-    A scan for six names, since a page of vLLM's has 70 KB and a full parse of it takes 50 times as long.
+    Scans for six names only: a page of vLLM has 70 KB, and parsing all of it takes 50 times as long. Raises ValueError
+    or IndexError for a malformed page.
     """
     found: dict[str, list[float]] = {"running": [], "waiting": [], "kv": []}
     for line in page.splitlines():
         if line.startswith(("vllm:", "llamacpp:")):
             name, _, _ = line.partition("{") if "{" in line else line.partition(" ")
-            meaning = GAUGES.get(name)
-            if meaning:
+            field = GAUGES.get(name)
+            if field:
                 value = line.removeprefix(name).rpartition("}")[2].split()[0]  # a timestamp may follow
-                found[meaning].append(float(value))
+                found[field].append(float(value))
     kv = found["kv"]
     return {
         "running": sum(found["running"]) if found["running"] else None,
@@ -57,7 +59,7 @@ def parse_metrics(page: str) -> Gauges:
 
 @dataclass(slots=True)
 class LoadParts:
-    """`total` is the worst of the ratios: 0 idle, 1 full, more when overfull. `age_s`: of the scrape, if any."""
+    """`total`: the worst of the ratios; 0 is idle, 1 full, more is overfull. `age_s`: of the scrape, if any."""
 
     total: float
     in_flight: float
@@ -71,27 +73,19 @@ class LoadParts:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def load_of(
-    *,
-    in_flight: int,
-    slots: int,
-    scraped: Load | None,
-    now: float,
-    stale_after_s: float,
-    routing: Routing,
-) -> LoadParts:
+def load_of(*, in_flight: int, slots: int, scraped: Scrape | None, now: float, routing: Routing) -> LoadParts:
     """Rule 5: the worst of in-flight/slots, waiting/5 and KV usage/0.8.
 
-    In-flight is our own count now and, of the scraped running + waiting, what was not ours then: a proxy that is alone
-    has an exact count, one of several is wrong only by what others did since (bench/herding.py). A gauge that is not
-    there decides nothing. A scrape older than `stale_after_s` means saturated, and its gauges count no more.
+    In-flight is our own current count plus the scraped running + waiting requests that were not ours at the time of the
+    scrape. So the count of a single proxy is exact, and one of several proxies misses only what the others did since
+    (bench/herding.py). A missing gauge is ignored. A stale scrape means saturated, and its gauges are ignored.
     https://gateway-api-inference-extension.sigs.k8s.io
     """
     if scraped is None:
         return LoadParts(in_flight / slots, in_flight, slots, None, None, None, False)
     age = now - scraped.at
     busy = float(in_flight)
-    if age > stale_after_s:
+    if now > scraped.stale_at:
         return LoadParts(max(busy / slots, 1.0), busy, slots, scraped.waiting, scraped.kv, age, True)
     if scraped.running is not None:
         busy += max(0, scraped.running + (scraped.waiting or 0) - scraped.ours)

@@ -1,4 +1,4 @@
-"""How much memory a backend on this machine takes, read from /proc: no backend tells it over HTTP."""
+"""The memory of a backend on this machine, read from /proc, since no backend reports it over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LISTEN = "0A"  # net/tcp's state column: https://docs.kernel.org/networking/proc
 
 
 class Memory(TypedDict):
-    """Bytes; None where it cannot be known: another machine, another user's process, no such file."""
+    """Bytes. None if unknown: another machine, another user's process, no such file."""
 
     process_rss_bytes: int | None
     model_file_bytes: int | None
@@ -34,7 +34,7 @@ def is_local(host: str) -> bool:
 
 
 def listener(port: int) -> int | None:
-    """The process that listens on a TCP port of this machine."""
+    """The id of the process that listens on a TCP port of this machine."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     if not sockets:
         return None
@@ -45,7 +45,7 @@ def listener(port: int) -> int | None:
 
 
 def _open_files(process: Path) -> Iterator[str]:
-    with contextlib.suppress(OSError):  # the process is gone, or not ours to look at
+    with contextlib.suppress(OSError):  # the process is gone, or not ours to read
         for fd in (process / "fd").iterdir():
             with contextlib.suppress(OSError):  # closed since it was listed, as files of a busy server are
                 yield os.readlink(fd)
@@ -69,7 +69,7 @@ def rss(pid: int) -> int | None:
 
 
 def model_file(pid: int) -> int | None:
-    """llama.cpp maps its model into memory: the mapped file's size."""
+    """The size of the model file that llama.cpp has mapped into memory."""
     paths = {line.split(maxsplit=5)[-1] for line in _lines(Path(f"/proc/{pid}/maps")) if line.endswith(".gguf")}
     sizes = [Path(path).stat().st_size for path in paths if Path(path).exists()]
     return sum(sizes) if sizes else None

@@ -1,17 +1,28 @@
-"""From a request's features to live targets."""
+"""The live side of routing: take a snapshot of the fleet, decide, and find the live replicas of the plan."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import time
+from typing import NamedTuple
 
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
-from xgen_proxy.fleet.backend import Fleet
+from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.request.features import Features
-from xgen_proxy.routing.policy import Candidate as Target
-from xgen_proxy.routing.policy import Plan, decide
+from xgen_proxy.routing.plan import Plan
+from xgen_proxy.routing.policy import decide
 
-__all__ = ["Router", "Target"]
+
+class Target(NamedTuple):
+    """A candidate resolved to its live replica."""
+
+    replica: Replica
+    reason: str
+    tier: int
+
+    @property
+    def backend(self) -> Backend:
+        return self.replica.backend
 
 
 class Router:
@@ -20,30 +31,41 @@ class Router:
         self._rng = rng
 
     def default_model(self) -> str:
+        """The model of a request that names none. Raises ServiceUnavailableError while no model is known."""
         model = self.fleet.default_model
         if model is None:
             raise ServiceUnavailableError("no backend has been reached yet, so that no model is known", retry_after=5)
         return model
 
     def plan(self, features: Features) -> Plan:
+        """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
         self._check_model(features.model)
-        return decide(features, self.fleet.backends, self.fleet.settings.routing, self._rng)
-
-    def targets(self, plan: Plan) -> Sequence[Target]:
-        if plan.error is not None:
-            raise plan.error
-        return plan.candidates
+        return decide(features, self.fleet.snapshot(), self.fleet.settings.routing, self._rng, time.monotonic())
 
     def _check_model(self, model: str | None) -> None:
-        """A name is unknown for certain only when every backend has reported its models."""
-        for backend in self.fleet.backends:
+        """404 only once every backend has reported its models; until then 503."""
+        backends = self.fleet.backends
+        for backend in backends:
             if model in backend.models:
                 return
-        silent = [backend.name for backend in self.fleet.backends if not backend.models]
-        if silent:
+        unknown = [backend.name for backend in backends if not backend.models]
+        if unknown:
             raise ServiceUnavailableError(
-                f"no running backend serves {model!r}, and {', '.join(silent)} has not been reached yet", retry_after=5
+                f"no running backend serves {model!r}, and {', '.join(unknown)} has not been reached yet", retry_after=5
             )
-        raise ModelNotFoundError(
-            f"the model {model!r} does not exist; known models: {', '.join(self.fleet.models[:20])}", param="model"
-        )
+        known = ", ".join(self.fleet.models[:20])
+        raise ModelNotFoundError(f"the model {model!r} does not exist; known models: {known}", param="model")
+
+    def targets(self, plan: Plan) -> list[Target]:
+        """The live replicas of the plan, without those that are no longer listed. Raises the plan's error if it has
+        one."""
+        if plan.error is not None:
+            raise plan.error
+        backends = {backend.name: backend for backend in self.fleet.backends}
+        targets = []
+        for candidate in plan.candidates:
+            backend = backends.get(candidate.backend.name)
+            replica = backend.replica(candidate.replica.name) if backend else None
+            if replica is not None:
+                targets.append(Target(replica, candidate.reason, candidate.tier))
+        return targets

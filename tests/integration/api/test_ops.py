@@ -87,7 +87,7 @@ def test_status(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) ->
     memory = replica.pop("memory")
     since = replica.pop("for_s")
     assert replica == {
-        "name": f"vllm@127.0.0.1:{gpu.port}", "url": gpu.url, "state": "up", "reason": "answers", "up": True,
+        "name": f"vllm@127.0.0.1:{gpu.port}", "url": gpu.url, "state": "up", "reason": "healthy", "up": True,
         "in_flight": 0, "slots": 8, "connections": 0,
     }  # fmt: skip
     assert since >= 0

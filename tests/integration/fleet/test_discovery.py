@@ -1,4 +1,4 @@
-"""Replicas that come and go: names are looked up again, newcomers prove themselves, leavers end their work."""
+"""Replicas that come and go: lookups are repeated, new replicas answer a canary first, removed ones drain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Found = list[tuple[Any, ...]]
 
 
 class Names:
-    """A host name whose addresses the test sets; an error of getaddrinfo() is raised instead."""
+    """A host name with the addresses that the test sets, or with an error that getaddrinfo() raises."""
 
     def __init__(self) -> None:
         self.addresses: list[str] = []
@@ -85,11 +85,11 @@ def test_each_address_of_a_name_is_a_replica(
     names.addresses = ["127.0.0.1", "127.0.0.2"]
     proxy = start(backends={"vllm": named(gpu)}, up=2)
     assert [each.name for each in fleet(proxy).replicas] == [f"vllm@127.0.0.{n}:{gpu.port}" for n in (1, 2)]
-    assert not any(fake.talks for fake in (gpu, second)), "who is there from the start need not prove anything"
+    assert not any(fake.talks for fake in (gpu, second)), "replicas that are there from the start get no canary"
     assert all(each.open_slots == each.slots for each in fleet(proxy).replicas)
 
 
-def test_a_newcomer_is_asked_for_a_token_then_given_work_slowly(
+def test_new_replica_answers_a_canary_then_starts_slowly(
     start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream
 ) -> None:
     names.addresses = ["127.0.0.1"]
@@ -106,7 +106,7 @@ def test_a_newcomer_is_asked_for_a_token_then_given_work_slowly(
     assert asked.wait(10)
     new = at(proxy, "127.0.0.2")
     assert new is not None
-    assert (new.state, new.reason) == ("suspect", "new here: asked for a token first")
+    assert (new.state, new.reason) == ("suspect", "new: must answer a canary first")
     answer.set()
     wait_until(lambda: new.up)
     assert [talk.json["max_tokens"] for talk in second.talks] == [1]
@@ -114,7 +114,7 @@ def test_a_newcomer_is_asked_for_a_token_then_given_work_slowly(
     wait_until(lambda: chat(proxy).headers["x-replica"] == new.name)
 
 
-def test_a_newcomer_that_cannot_answer_gets_no_requests(
+def test_new_replica_that_fails_its_canary_gets_no_requests(
     start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.05)
@@ -127,13 +127,13 @@ def test_a_newcomer_that_cannot_answer_gets_no_requests(
     assert {talk.json["max_tokens"] for talk in second.talks} == {1}
 
 
-def test_a_leaver_ends_its_stream_and_is_forgotten(
+def test_removed_replica_finishes_its_stream_and_is_forgotten(
     start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream
 ) -> None:
     names.addresses = ["127.0.0.2"]
     proxy = start(backends={"vllm": named(gpu)}, up=1)
-    leaver = at(proxy, "127.0.0.2")
-    assert leaver is not None
+    removed = at(proxy, "127.0.0.2")
+    assert removed is not None
     second.scripts.append(status(500))
     assert chat(proxy).status_code == 502
     streaming = Streaming(second)
@@ -141,20 +141,18 @@ def test_a_leaver_ends_its_stream_and_is_forgotten(
     names.addresses = ["127.0.0.1"]
     wait_until(lambda: at(proxy, "127.0.0.1") and not at(proxy, "127.0.0.2"))
     wait_until(lambda: at(proxy, "127.0.0.1").up)  # type: ignore[union-attr]
-    assert leaver.state == "draining"
+    assert removed.state == "draining"
     assert chat(proxy).headers["x-replica"] == f"vllm@127.0.0.1:{gpu.port}"
-    assert leaver.name in get(f"{proxy.url}/metrics").text
+    assert removed.name in get(f"{proxy.url}/metrics").text
     streaming.release.set()
     streaming.thread.join(20)
     assert streaming.text.endswith("data: [DONE]\n\n")
     wait_until(lambda: not fleet(proxy).draining)
-    assert leaver.name not in get(f"{proxy.url}/metrics").text
-    wait_until(lambda: not leaver.pool.live)
+    assert removed.name not in get(f"{proxy.url}/metrics").text
+    wait_until(lambda: not removed.pool.live)
 
 
-def test_one_that_is_listed_again_while_it_leaves_stays_who_it_was(
-    start: Start, names: Names, gpu: FakeUpstream
-) -> None:
+def test_draining_replica_that_is_listed_again_is_kept(start: Start, names: Names, gpu: FakeUpstream) -> None:
     names.addresses = ["127.0.0.1"]
     proxy = start(backends={"vllm": named(gpu)}, up=1)
     before = at(proxy, "127.0.0.1")
@@ -175,7 +173,7 @@ def test_one_that_is_listed_again_while_it_leaves_stays_who_it_was(
     assert before.up
 
 
-def test_a_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUpstream) -> None:
+def test_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": named(gpu, models={"m": "m"})}, up=0)
     assert get(f"{proxy.url}/ready").status_code == 503
     answer = chat(proxy)
@@ -185,7 +183,7 @@ def test_a_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUps
     assert chat(proxy).status_code == 200
 
 
-def test_while_no_name_server_answers_everybody_stays(
+def test_replicas_are_kept_while_no_name_server_answers(
     start: Start, names: Names, gpu: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     names.addresses = ["127.0.0.1"]
@@ -194,21 +192,21 @@ def test_while_no_name_server_answers_everybody_stays(
     before = names.lookups
     wait_until(lambda: names.lookups > before + 3)
     assert chat(proxy).status_code == 200
-    assert caplog.text.count("cannot be looked up") == 1, "told once, not every two seconds"
+    assert caplog.text.count("cannot be looked up") == 1, "logged once, not every two seconds"
 
 
-def test_a_name_that_takes_long_holds_up_no_other(
+def test_slow_lookup_delays_no_other_backend(
     start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names.addresses = ["127.0.0.1"]
     slow = {"urls": ["dns://slow.test:8000"], "dialect": "vllm", "models": {"m": "m"}}
-    asked, go_on, found = threading.Event(), threading.Event(), socket.getaddrinfo
+    asked, proceed, found = threading.Event(), threading.Event(), socket.getaddrinfo
 
     def getaddrinfo(host: Any, *rest: Any, **named: Any) -> Any:
         if host == "slow.test":
             if names.lookups > 2:
                 asked.set()
-                go_on.wait(20)
+                proceed.wait(20)
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return found(host, *rest, **named)
 
@@ -217,10 +215,10 @@ def test_a_name_that_takes_long_holds_up_no_other(
     assert asked.wait(10)
     names.addresses.append("127.0.0.2")
     wait_until(lambda: len(proxy.gateway.fleet.backends[1].replicas) == 2, 3)
-    go_on.set()
+    proceed.set()
 
 
-async def test_a_pod_with_addresses_of_both_families_is_one_replica(names: Names) -> None:
+async def test_pod_with_addresses_of_both_families_is_one_replica(names: Names) -> None:
     names.addresses = ["10.0.0.1", "fd00::1"]
     assert await discovery.resolve(["dns://engine.test:8000"]) == ["http://10.0.0.1:8000"]
     names.addresses = ["fd00::1"]
@@ -228,7 +226,7 @@ async def test_a_pod_with_addresses_of_both_families_is_one_replica(names: Names
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Answers SRV questions on a real socket with `records`: "priority weight port target"; none: NXDOMAIN."""
+    """Answers SRV queries on a real socket with `records` ("priority weight port target"), or NXDOMAIN without any."""
 
     def __init__(self) -> None:
         self.records: list[str] = []
@@ -246,7 +244,7 @@ class NameServer(asyncio.DatagramProtocol):
         self.transport.sendto(answer.to_wire(), address)
 
 
-async def test_each_service_record_is_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_srv_record_is_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     transport, server = await loop.create_datagram_endpoint(NameServer, local_addr=("127.0.0.1", 0))
     resolver = dns.asyncresolver.Resolver(configure=False)

@@ -1,4 +1,4 @@
-"""Slots: never more given than there are, each given back once, nobody forgotten, nobody starved."""
+"""A replica never holds more requests than it has slots, each slot is released once, and no request starves."""
 
 from __future__ import annotations
 
@@ -36,66 +36,71 @@ def replicas(*slots: int) -> list[Replica]:
     return found
 
 
+async def acquire(admission: Admission, targets: Sequence[Want], urgency: Urgency) -> Want:
+    """As forwarding/failover.py does."""
+    return admission.try_acquire(targets) or await admission.wait(admission.enqueue(targets, urgency))
+
+
 async def settle() -> None:
-    """Until everything that can go on has gone on."""
+    """Run all tasks until each waits for something."""
     for _ in range(6):
         await asyncio.sleep(0)
 
 
-async def test_a_free_slot_is_taken_at_once_in_the_order_of_the_plan() -> None:
+async def test_free_slots_are_acquired_at_once_in_the_order_of_the_targets() -> None:
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     plan = [Want(first), Want(second)]
-    assert [(await admission.acquire(plan, "normal")).replica for _ in range(2)] == [first, second]
+    assert [(await acquire(admission, plan, "normal")).replica for _ in range(2)] == [first, second]
     assert (first.in_flight, first.backend.in_flight) == (1, 1)
     admission.release(first)
     assert (first.in_flight, first.backend.in_flight) == (0, 0)
 
 
-async def test_a_replica_that_is_down_is_passed_over() -> None:
+async def test_down_replica_is_skipped() -> None:
     first, second = replicas(1, 1)
     first.set_state("down", "test")
-    assert (await Admission(10, 10).acquire([Want(first), Want(second)], "normal")).replica is second
+    assert (await acquire(Admission(10, 10), [Want(first), Want(second)], "normal")).replica is second
 
 
-async def test_all_down_is_told_at_once() -> None:
+async def test_acquire_raises_at_once_if_all_targets_are_down() -> None:
     [replica] = replicas(1)
     replica.set_state("down", "test")
     with pytest.raises(UpstreamConnectError):
-        await Admission(10, 10).acquire([Want(replica)], "normal")
+        await acquire(Admission(10, 10), [Want(replica)], "normal")
 
 
-async def test_the_queue_is_bounded() -> None:
+async def test_full_queue_rejects_requests() -> None:
     [replica] = replicas(1)
     admission = Admission(1, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     with pytest.raises(QueueFullError) as full:
-        await admission.acquire([Want(replica)], "high")
+        await acquire(admission, [Want(replica)], "high")
     assert (full.value.status, full.value.retry_after) == (429, 5)
     admission.release(replica)
     assert (await waiting).replica is replica
 
 
-async def test_waiting_ends_after_the_time_limit() -> None:
+async def test_queued_request_times_out() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 0.01)
-    await admission.acquire([Want(replica)], "normal")
+    await acquire(admission, [Want(replica)], "normal")
     with pytest.raises(QueueFullError, match=r"within 0\.01 s"):
-        await admission.acquire([Want(replica)], "normal")
+        await acquire(admission, [Want(replica)], "normal")
     assert admission.queue == []
     assert replica.in_flight == 1
 
 
-async def test_the_queue_is_in_order_of_arrival_shifted_by_urgency() -> None:
+async def test_queue_is_ordered_by_arrival_shifted_by_urgency() -> None:
     [replica] = replicas(1)
     admission = Admission(100, 100)
-    await admission.acquire([Want(replica)], "normal")
+    await acquire(admission, [Want(replica)], "normal")
     served: list[str] = []
 
     async def work(name: str, urgency: Urgency) -> None:
-        await admission.acquire([Want(replica)], urgency)
+        await acquire(admission, [Want(replica)], urgency)
         served.append(name)
         admission.release(replica)
 
@@ -107,17 +112,19 @@ async def test_the_queue_is_in_order_of_arrival_shifted_by_urgency() -> None:
     assert served == ["high", "first", "second", "low"]
 
 
-async def test_a_low_request_is_served_though_urgent_ones_never_cease(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_low_request_does_not_starve_behind_urgent_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock)
     [replica] = replicas(1)
     admission = Admission(1000, 1000)
-    await admission.acquire([Want(replica)], "normal")
-    low = asyncio.create_task(admission.acquire([Want(replica)], "low"))
+    await acquire(admission, [Want(replica)], "normal")
+    low = asyncio.create_task(acquire(admission, [Want(replica)], "low"))
     urgent: list[asyncio.Task[Want]] = []
-    for second in range(100):  # one comes and one is served each second, behind a backlog of two
+    for second in range(100):  # one arrives and one is served each second, behind a backlog of two
         clock = float(second)
-        urgent += [asyncio.create_task(admission.acquire([Want(replica)], "high")) for _ in range(1 + 2 * (not second))]
+        urgent += [
+            asyncio.create_task(acquire(admission, [Want(replica)], "high")) for _ in range(1 + 2 * (not second))
+        ]
         await settle()
         admission.release(replica)
         await settle()
@@ -129,13 +136,13 @@ async def test_a_low_request_is_served_though_urgent_ones_never_cease(monkeypatc
         task.cancel()
 
 
-async def test_a_slot_goes_past_those_who_cannot_use_it() -> None:
+async def test_slot_goes_to_the_first_request_that_can_use_it() -> None:
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     for replica in (first, second):
-        await admission.acquire([Want(replica)], "normal")
-    for_first = asyncio.create_task(admission.acquire([Want(first)], "high"))
-    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "low"))
+        await acquire(admission, [Want(replica)], "normal")
+    for_first = asyncio.create_task(acquire(admission, [Want(first)], "high"))
+    for_either = asyncio.create_task(acquire(admission, [Want(first), Want(second)], "low"))
     await settle()
     admission.release(second)
     await settle()
@@ -145,20 +152,20 @@ async def test_a_slot_goes_past_those_who_cannot_use_it() -> None:
     assert (await for_first).replica is first
 
 
-async def test_going_down_frees_those_who_wait_for_nothing_else() -> None:
+async def test_replica_going_down_fails_requests_without_another_target() -> None:
     first, second = replicas(1, 1)
     admission = Admission(10, 10)
     for replica in (first, second):
-        await admission.acquire([Want(replica)], "normal")
-    for_first = asyncio.create_task(admission.acquire([Want(first)], "normal"))
-    for_either = asyncio.create_task(admission.acquire([Want(first), Want(second)], "normal"))
+        await acquire(admission, [Want(replica)], "normal")
+    for_first = asyncio.create_task(acquire(admission, [Want(first)], "normal"))
+    for_either = asyncio.create_task(acquire(admission, [Want(first), Want(second)], "normal"))
     await settle()
     first.set_state("down", "test")
     admission.on_replica_down()
     with pytest.raises(UpstreamConnectError):
         await for_first
     assert not for_either.done()
-    admission.release(first)  # who held a slot of it gives it back all the same; nobody gets it
+    admission.release(first)  # the slot is released, but not granted to anyone while it is down
     await settle()
     assert not for_either.done()
     first.set_state("up", "test")
@@ -173,7 +180,7 @@ async def leaves(admission: Admission, task: asyncio.Task[Want], replica: Replic
 
 
 async def loses_its_replica(admission: Admission, task: asyncio.Task[Want], replica: Replica) -> None:
-    """The slot was granted before the replica went down: it is the waiter's, who will find out by itself."""
+    """The slot was granted before the replica went down, so the waiter keeps it."""
     replica.set_state("down", "test")
     admission.on_replica_down()
     assert (await task).replica is replica
@@ -181,13 +188,13 @@ async def loses_its_replica(admission: Admission, task: asyncio.Task[Want], repl
 
 
 @pytest.mark.parametrize("then", [leaves, loses_its_replica])
-async def test_a_slot_granted_in_the_moment_the_waiting_ends(
+async def test_slot_granted_in_the_moment_the_wait_ends(
     then: Callable[[Admission, asyncio.Task[Want], Replica], Awaitable[None]],
 ) -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     admission.release(replica)  # granted: the future is done, its task has not run yet
     await then(admission, waiting, replica)
@@ -195,11 +202,11 @@ async def test_a_slot_granted_in_the_moment_the_waiting_ends(
     assert admission.queue == []
 
 
-async def test_a_slot_granted_to_one_who_leaves_goes_to_the_next() -> None:
+async def test_slot_granted_to_a_cancelled_request_goes_to_the_next() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    first, second = (asyncio.create_task(admission.acquire([Want(replica)], "normal")) for _ in range(2))
+    await acquire(admission, [Want(replica)], "normal")
+    first, second = (asyncio.create_task(acquire(admission, [Want(replica)], "normal")) for _ in range(2))
     await settle()
     admission.release(replica)
     await leaves(admission, first, replica)
@@ -207,11 +214,11 @@ async def test_a_slot_granted_to_one_who_leaves_goes_to_the_next() -> None:
     assert replica.in_flight == 1
 
 
-async def test_leaving_when_the_replica_goes_down_in_the_same_moment_leaves_nothing() -> None:
+async def test_cancelling_while_the_replica_goes_down_leaks_nothing() -> None:
     [replica] = replicas(1)
     admission = Admission(10, 10)
-    await admission.acquire([Want(replica)], "normal")
-    waiting = asyncio.create_task(admission.acquire([Want(replica)], "normal"))
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
     await settle()
     replica.set_state("down", "test")
     admission.on_replica_down()
@@ -219,7 +226,26 @@ async def test_leaving_when_the_replica_goes_down_in_the_same_moment_leaves_noth
     assert (replica.in_flight, admission.queue) == (1, [])
 
 
-# Any story of arrivals, ends, departures, and replicas that go and come
+async def test_checks_get_a_slot_whatever_the_state_and_load() -> None:
+    [replica] = replicas(1)
+    admission = Admission(10, 10)
+    await acquire(admission, [Want(replica)], "normal")
+    waiting = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
+    await settle()
+    with admission.slot_for_check(replica):
+        assert replica.in_flight == 2
+        admission.release(replica)
+        await settle()
+        assert not waiting.done(), "the check holds the only slot"
+    assert (await waiting).replica is replica
+    admission.release(replica)
+    replica.set_state("down", "test")
+    with pytest.raises(ZeroDivisionError), admission.slot_for_check(replica):
+        raise ZeroDivisionError
+    assert replica.in_flight == 0
+
+
+# Any sequence of arrivals, ends, cancellations, and replicas going down and up
 
 
 @dataclass
@@ -234,7 +260,7 @@ class World:
         self.tasks.append(asyncio.create_task(self._serve(wanted or [Want(self.fleet[0])], urgency)))
 
     async def _serve(self, wanted: Sequence[Want], urgency: Urgency) -> Want:
-        want = await self.admission.acquire(wanted, urgency)
+        want = await acquire(self.admission, wanted, urgency)
         assert any(want is each for each in wanted)
         self.held.append(want)
         return want
@@ -265,9 +291,9 @@ class World:
             assert replica.in_flight == sum(want.replica is replica for want in self.held)
         assert len(self.admission.queue) == sum(not task.done() for task in self.tasks)
         for waiter in self.admission.queue:
-            assert any(want.replica.up for want in waiter.candidates), "waits for nothing that is up"
-            assert not any(want.replica.up and want.replica.has_capacity for want in waiter.candidates), (
-                "a slot lies idle"
+            assert any(want.replica.up for want in waiter.targets), "queued without a live target"
+            assert not any(want.replica.up and want.replica.has_capacity for want in waiter.targets), (
+                "queued beside a free slot"
             )
         assert self.admission.queue == sorted(self.admission.queue)
 
@@ -293,9 +319,9 @@ steps = st.one_of(
 )
 
 
-async def tell(slots: list[int], story: list[tuple[object, ...]], queue: int) -> None:
+async def run(slots: list[int], sequence: list[tuple[object, ...]], queue: int) -> None:
     world = World(replicas(*slots), Admission(queue, 100))
-    for name, *values in story:
+    for name, *values in sequence:
         if name == "settle":
             await settle()
             world.check_settled()
@@ -311,12 +337,12 @@ async def tell(slots: list[int], story: list[tuple[object, ...]], queue: int) ->
 
 @given(st.lists(st.integers(1, 3), min_size=3, max_size=3), st.lists(steps, max_size=60), st.integers(0, 12))
 @settings(max_examples=150, deadline=None)
-def test_any_story(slots: list[int], story: list[tuple[object, ...]], queue: int) -> None:
-    asyncio.run(tell(slots, story, queue))
+def test_any_sequence(slots: list[int], sequence: list[tuple[object, ...]], queue: int) -> None:
+    asyncio.run(run(slots, sequence, queue))
 
 
-async def test_a_crowd_with_random_times_leaves_nothing_behind() -> None:
-    """Real timers: time limits, departures and grants fall into the same moments."""
+async def test_concurrent_requests_with_timeouts_and_cancellations_leak_nothing() -> None:
+    """Real timers, so that timeouts, cancellations and grants coincide."""
     rng = random.Random(7)
     fleet = replicas(1, 2, 3)
     admission = Admission(300, 0.01)
@@ -325,7 +351,7 @@ async def test_a_crowd_with_random_times_leaves_nothing_behind() -> None:
     async def client(number: int) -> None:
         wanted = [Want(replica) for replica in rng.sample(fleet, rng.randint(1, 3))]
         try:
-            want = await admission.acquire(wanted, rng.choice(URGENCIES))
+            want = await acquire(admission, wanted, rng.choice(URGENCIES))
         except QueueFullError:
             outcomes.append("full")
             return

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xgen_proxy.fleet.circuit_breaker import FAILURES, FIRST_SHARE, LONGEST_OPEN_S, OPEN_S, SLOW_START_S, CircuitBreaker
+from xgen_proxy.fleet.circuit_breaker import (
+    FAILURES,
+    FIRST_FRACTION,
+    LONGEST_OPEN_S,
+    OPEN_S,
+    SLOW_START_S,
+    CircuitBreaker,
+    slow_start_fraction,
+)
 
 
 def opened(now: float = 0.0) -> CircuitBreaker:
@@ -13,7 +21,7 @@ def opened(now: float = 0.0) -> CircuitBreaker:
     return breaker
 
 
-def test_failures_in_a_row_open_it() -> None:
+def test_failures_in_a_row_open_the_breaker() -> None:
     breaker = CircuitBreaker()
     for _ in range(5):
         for _ in range(FAILURES - 1):
@@ -23,34 +31,34 @@ def test_failures_in_a_row_open_it() -> None:
     assert opened().state == "open"
 
 
-def test_late_failures_of_what_was_sent_before_change_nothing() -> None:
+def test_failures_while_open_do_not_prolong_it() -> None:
     breaker = opened(0)
     assert not breaker.failed(OPEN_S - 0.1)
-    assert breaker.try_again(OPEN_S)
+    assert breaker.try_half_open(OPEN_S)
 
 
-def test_a_late_success_does_not_close_it() -> None:
+def test_success_while_open_does_not_close_it() -> None:
     breaker = opened(0)
     breaker.succeeded()
     assert breaker.state == "open"
-    assert not breaker.try_again(OPEN_S - 0.01)
+    assert not breaker.try_half_open(OPEN_S - 0.01)
 
 
-def test_half_open_lets_one_probe_through() -> None:
+def test_half_open_allows_one_canary() -> None:
     breaker = opened(0)
-    assert not breaker.try_again(OPEN_S - 0.01)
-    assert breaker.try_again(OPEN_S)
+    assert not breaker.try_half_open(OPEN_S - 0.01)
+    assert breaker.try_half_open(OPEN_S)
     assert breaker.state == "half-open"
-    assert not breaker.try_again(OPEN_S + 1)
+    assert not breaker.try_half_open(OPEN_S + 1)
     breaker.close(OPEN_S + 1)
-    assert breaker.state == "closed"
+    assert breaker.state == "closed"  # type: ignore[comparison-overlap]  # close() changed it
 
 
-def test_a_failed_probe_opens_it_for_twice_as_long_up_to_a_limit() -> None:
+def test_each_failed_canary_doubles_the_open_time_up_to_a_limit() -> None:
     breaker, now, lengths = opened(0), 0.0, []
     for _ in range(7):
         began = now
-        while not breaker.try_again(now):
+        while not breaker.try_half_open(now):
             now += 0.5
         lengths.append(now - began)
         assert breaker.failed(now)
@@ -58,43 +66,50 @@ def test_a_failed_probe_opens_it_for_twice_as_long_up_to_a_limit() -> None:
     assert lengths[-1] == LONGEST_OPEN_S
 
 
-def test_only_a_request_that_is_answered_makes_the_next_opening_short_again() -> None:
+def test_only_a_successful_request_resets_the_open_time() -> None:
     breaker = opened(0)
-    assert breaker.try_again(OPEN_S)
+    assert breaker.try_half_open(OPEN_S)
     breaker.close(OPEN_S)
     for _ in range(FAILURES):
         breaker.failed(OPEN_S)
-    assert not breaker.try_again(OPEN_S + 2 * OPEN_S - 0.1), "answers probes, fails requests"
-    assert breaker.try_again(OPEN_S + 2 * OPEN_S)
+    assert not breaker.try_half_open(OPEN_S + 2 * OPEN_S - 0.1), "answers canaries, fails requests"
+    assert breaker.try_half_open(OPEN_S + 2 * OPEN_S)
     breaker.close(20)
     breaker.succeeded()
     for _ in range(FAILURES):
         breaker.failed(20)
-    assert breaker.try_again(20 + OPEN_S)
+    assert breaker.try_half_open(20 + OPEN_S)
 
 
 @pytest.mark.parametrize(
-    ("after", "share"), [(0, FIRST_SHARE), (0.5, FIRST_SHARE), (5, 0.5), (SLOW_START_S, 1), (99, 1)]
+    ("after", "fraction"), [(0, FIRST_FRACTION), (0.5, FIRST_FRACTION), (5, 0.5), (SLOW_START_S, 1), (99, 1)]
 )
-def test_slow_start(after: float, share: float) -> None:
+def test_slow_start(after: float, fraction: float) -> None:
     breaker = CircuitBreaker()
-    assert breaker.share(0) == 1, "a new one starts at full speed"
+    assert slow_start_fraction(breaker.slow_start_at, 0) == 1, "a new replica has no slow start"
     breaker.close(100)
-    assert breaker.share(100 + after) == pytest.approx(share)
+    assert slow_start_fraction(breaker.slow_start_at, 100 + after) == pytest.approx(fraction)
 
 
-@given(st.lists(st.sampled_from(["fail", "succeed", "probe", "close", "wait"])))
-def test_it_never_stays_open_for_longer_than_the_limit(story: list[str]) -> None:
+def test_open_until_canary_is_half_open_at_once() -> None:
+    breaker = CircuitBreaker()
+    breaker.open_until_canary()
+    assert breaker.state == "open"
+    assert breaker.try_half_open(0)
+
+
+@given(st.lists(st.sampled_from(["fail", "succeed", "canary", "close", "wait"])))
+def test_breaker_never_stays_open_longer_than_the_limit(story: list[str]) -> None:
     breaker, now = CircuitBreaker(), 0.0
     for event in story:
         if event == "fail":
             breaker.failed(now)
         elif event == "succeed":
             breaker.succeeded()
-        elif event == "probe" and breaker.try_again(now):
+        elif event == "canary" and breaker.try_half_open(now):
             breaker.failed(now)
         elif event == "close" and breaker.state == "half-open":
             breaker.close(now)
         now += event == "wait"
-        assert 0 < breaker.share(now) <= 1
-    assert breaker.state == "closed" or breaker.try_again(now + LONGEST_OPEN_S)
+        assert 0 < slow_start_fraction(breaker.slow_start_at, now) <= 1
+    assert breaker.state == "closed" or breaker.try_half_open(now + LONGEST_OPEN_S)

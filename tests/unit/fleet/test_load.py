@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.fleet.load import Load, load_of, parse_metrics
+from xgen_proxy.fleet.load import Scrape, load_of, parse_metrics
 
 PAGES = Path(__file__).resolve().parents[2] / "fixtures" / "metrics"
 
@@ -22,11 +22,11 @@ def test_recorded_pages(page: str, expected: dict[str, float | None]) -> None:
     assert parse_metrics((PAGES / page).read_text()) == expected
 
 
-def test_the_old_kv_name() -> None:
+def test_kv_gauge_of_older_vllm() -> None:
     assert parse_metrics('vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
 
 
-def test_engines_are_summed_but_shares_are_averaged() -> None:
+def test_requests_of_engines_are_summed_and_kv_is_averaged() -> None:
     page = "".join(
         f'vllm:num_requests_running{{engine="{n}"}} {n}\nvllm:kv_cache_usage_perc{{engine="{n}"}} 0.{n}\n'
         for n in (2, 4)
@@ -43,35 +43,36 @@ def test_timestamps_and_braces_in_labels() -> None:
     assert parse_metrics(page) == {"running": 3.0, "waiting": 2.0, "kv": None}
 
 
-def test_what_is_not_there_is_unknown_not_zero() -> None:
+def test_missing_gauges_are_none() -> None:
     assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
 
 
-def load(in_flight: int = 0, scraped: Load | None = None, now: float = 0.0) -> float:
+def load(in_flight: int = 0, scraped: Scrape | None = None, now: float = 0.0) -> float:
     parts = load_of(
         in_flight=in_flight,
         slots=10,
         scraped=scraped,
         now=now,
-        stale_after_s=5,
         routing=Routing(),
     )
     return parts.total
 
 
-def scrape(running: float | None = None, waiting: float | None = None, kv: float | None = None, ours: int = 0) -> Load:
-    return Load(running, waiting, kv, at=0.0, ours=ours)
+def scrape(
+    running: float | None = None, waiting: float | None = None, kv: float | None = None, ours: int = 0
+) -> Scrape:
+    return Scrape(running, waiting, kv, at=0.0, stale_at=5.0, ours=ours)
 
 
 PARTS = [
     (0, None, 0.0),
-    (5, None, 0.5),  # without a scrape our own count decides
-    (5, scrape(), 0.5),  # and where the page does not tell
-    (5, scrape(running=5, ours=5), 0.5),  # ours are on the page too, and count once
-    (5, scrape(running=3, ours=5), 0.5),  # the page may not have all of them yet
-    (5, scrape(running=8, ours=5), 0.8),  # the others' are added
-    (6, scrape(running=8, ours=5), 0.9),  # and what we sent since
-    (1, scrape(running=8, ours=5), 0.4),  # what has been answered since is no load
+    (5, None, 0.5),  # our own count decides without a scrape
+    (5, scrape(), 0.5),  # and without gauges
+    (5, scrape(running=5, ours=5), 0.5),  # our requests are on the page too, and count once
+    (5, scrape(running=3, ours=5), 0.5),  # the page may lack some of them yet
+    (5, scrape(running=8, ours=5), 0.8),  # requests of others are added
+    (6, scrape(running=8, ours=5), 0.9),  # and requests that we sent since
+    (1, scrape(running=8, ours=5), 0.4),  # requests that have ended since do not count
     (0, scrape(running=2, waiting=2), 0.4),
     (0, scrape(waiting=4), 0.8),
     (0, scrape(waiting=5), 1.0),
@@ -82,29 +83,34 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("in_flight", "scraped", "expected"), PARTS)
-def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Load | None, expected: float) -> None:
+def test_load_is_the_worst_of_its_parts(in_flight: int, scraped: Scrape | None, expected: float) -> None:
     assert load(in_flight, scraped) == pytest.approx(expected)
 
 
-def test_stale_is_saturated() -> None:
+def test_stale_scrape_means_saturated() -> None:
     assert load(scraped=scrape(running=0), now=5.0) == 0.0
     assert load(scraped=scrape(running=0), now=5.1) == 1.0
 
 
-def test_of_a_stale_scrape_only_our_own_count_is_left() -> None:
+def test_only_our_own_count_exceeds_a_stale_scrape() -> None:
     assert load(3, scrape(running=50, waiting=9, kv=1.0), now=5.1) == 1.0
     assert load(15, scrape(running=0), now=5.1) == 1.5
 
 
-def test_parts_are_told() -> None:
+def test_parts_as_dict() -> None:
     parts = load_of(
         in_flight=1,
         slots=4,
         scraped=scrape(2, 1, 0.2, ours=1),
         now=0.5,
-        stale_after_s=5,
         routing=Routing(),
     )
     assert parts.as_dict() == {
-        "total": 0.75, "in_flight": 3.0, "slots": 4, "waiting": 1, "kv": 0.2, "age_s": 0.5, "stale": False,
-    }  # fmt: skip
+        "total": 0.75,
+        "in_flight": 3.0,
+        "slots": 4,
+        "waiting": 1,
+        "kv": 0.2,
+        "age_s": 0.5,
+        "stale": False,
+    }

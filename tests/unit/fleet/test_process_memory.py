@@ -41,7 +41,7 @@ def child(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.stdin.close()
 
 
-def test_what_a_local_backend_takes(child: tuple[subprocess.Popen[str], int]) -> None:
+def test_memory_of_a_local_backend(child: tuple[subprocess.Popen[str], int]) -> None:
     process, port = child
     assert process_memory.listener(port) == process.pid
     found = process_memory.memory_of("localhost", port)
@@ -51,12 +51,12 @@ def test_what_a_local_backend_takes(child: tuple[subprocess.Popen[str], int]) ->
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_a_listener_is_found(host: str) -> None:
+def test_listener_is_found(host: str) -> None:
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         assert process_memory.listener(sock.getsockname()[1]) == os.getpid()
 
 
-def test_a_connection_is_no_listener() -> None:
+def test_connection_is_no_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         client = socket.create_connection(("127.0.0.1", port))
@@ -65,7 +65,7 @@ def test_a_connection_is_no_listener() -> None:
         client.close()
 
 
-def test_nobody_listens() -> None:
+def test_unused_port_has_no_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     assert process_memory.listener(port) is None
@@ -81,12 +81,12 @@ def test_which_hosts_are_this_machine(host: str, local: bool) -> None:
     assert process_memory.is_local(host) is local
 
 
-def test_another_machine_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_memory, "listener", lambda port: pytest.fail("looked"))
+def test_memory_of_another_machine_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_memory, "listener", lambda port: pytest.fail("searched for a listener"))
     assert process_memory.memory_of("10.0.0.1", 80)["process_rss_bytes"] is None
 
 
-def test_a_process_that_is_gone_has_nothing_to_tell(child: tuple[subprocess.Popen[str], int]) -> None:
+def test_memory_of_a_dead_process_is_unknown(child: tuple[subprocess.Popen[str], int]) -> None:
     process, _ = child
     process.kill()
     process.wait()
@@ -94,7 +94,7 @@ def test_a_process_that_is_gone_has_nothing_to_tell(child: tuple[subprocess.Pope
     assert process_memory.model_file(process.pid) is None
 
 
-def test_a_file_closed_while_looking_hides_nothing(
+def test_file_closed_during_the_search_hides_no_listener(
     child: tuple[subprocess.Popen[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy server opens and closes files all the time."""
@@ -111,7 +111,7 @@ def test_a_file_closed_while_looking_hides_nothing(
     assert process_memory.listener(port) == process.pid
 
 
-def test_processes_that_may_not_be_looked_at_are_passed_over(
+def test_processes_of_other_users_are_skipped(
     child: tuple[subprocess.Popen[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(path: str | os.PathLike[str]) -> str:

@@ -4,35 +4,44 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.builders import FakeBackend, FakeReplica, cpu, down, features, gpu
+from tests.support.builders import backend, cpu, down, features, gpu, replica
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.request.features import NEEDS
-from xgen_proxy.routing.policy import Plan, decide, explain
+from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, to_json
+from xgen_proxy.request.features import NEEDS, Features
+from xgen_proxy.routing.plan import Plan, explain
+from xgen_proxy.routing.policy import decide
 
 ROUTING = Routing()
+NOW = 1000.0
 
 
-def plan(backends: list[FakeBackend], routing: Routing = ROUTING, seed: int = 0, **values: Any) -> Plan:
-    return decide(features(**values), backends, routing, random.Random(seed))
+def decided(asked: Features, backends: list[BackendSnapshot], routing: Routing = ROUTING, seed: int = 0) -> Plan:
+    return decide(asked, FleetSnapshot(tuple(backends)), routing, random.Random(seed), NOW)
 
 
-def order(decided: Plan) -> list[str]:
-    return [candidate.backend.name for candidate in decided.candidates]
+def plan(backends: list[BackendSnapshot], routing: Routing = ROUTING, seed: int = 0, **values: Any) -> Plan:
+    return decided(features(**values), backends, routing, seed)
 
 
-def word(decided: Plan) -> str:
-    return decided.candidates[0].reason.partition(":")[0]
+def order(plan: Plan) -> list[str]:
+    return [candidate.backend.name for candidate in plan.candidates]
+
+
+def word(plan: Plan) -> str:
+    return plan.candidates[0].reason.partition(":")[0]
 
 
 RULES = [
     # rule 1: an explicit backend wins, whatever the load and the length
     ({"backend": "llama_cpp", "prompt_words": 500}, gpu(), cpu(), ["llama_cpp", "vllm"], "explicit"),
     ({"backend": "vllm", "urgency": "high"}, gpu(5.0), cpu(), ["vllm", "llama_cpp"], "explicit"),
-    # rule 2: long work goes to the GPU, from one over each threshold
+    # rule 2: long work goes to the GPU, starting one over each threshold
     ({"prompt_words": 100}, gpu(), cpu(), ["vllm", "llama_cpp"], "default"),
     ({"prompt_words": 101}, gpu(), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
     ({"max_tokens": 1024}, gpu(), cpu(), ["vllm", "llama_cpp"], "default"),
@@ -44,19 +53,19 @@ RULES = [
     ({"urgency": "high"}, gpu(0.69), cpu(), ["vllm", "llama_cpp"], "urgent"),
     ({"urgency": "high"}, gpu(0.7), cpu(), ["llama_cpp", "vllm"], "urgent_spill"),
     ({"urgency": "high"}, down(gpu()), cpu(), ["llama_cpp"], "only"),
-    # rules 4 and 6: else the GPU, and short work spills from the limit on
+    # rules 4 and 6: otherwise the GPU; short work spills at the load limit
     ({}, gpu(), cpu(), ["vllm", "llama_cpp"], "default"),
     ({}, gpu(0.999), cpu(), ["vllm", "llama_cpp"], "default"),
     ({}, gpu(1.0), cpu(), ["llama_cpp", "vllm"], "default_spill"),
     ({"urgency": "low"}, gpu(1.0), cpu(), ["llama_cpp", "vllm"], "default_spill"),
     ({}, down(gpu()), cpu(), ["llama_cpp"], "only"),
     ({}, gpu(), down(cpu()), ["vllm"], "only"),
-    # rule 7: who cannot do it is passed over
+    # rule 7: a backend that cannot serve the request is rejected
     ({"needs": frozenset({"tools"})}, gpu(), cpu(capabilities=NEEDS - {"tools"}), ["vllm"], "only"),
     ({"needs": frozenset({"tools"})}, gpu(capabilities=frozenset()), cpu(), ["llama_cpp"], "only"),
     ({}, gpu(models=frozenset({"other"})), cpu(), ["llama_cpp"], "only"),
     ({"prompt_tokens": 5000}, gpu(context=8192), cpu(context=2048), ["vllm"], "only"),
-    # rule 9: the client may forbid the rest
+    # rule 9: the client may forbid fallbacks
     ({"fallback": False}, gpu(), cpu(), ["vllm"], "default"),
     ({"fallback": False, "backend": "llama_cpp"}, gpu(), cpu(), ["llama_cpp"], "explicit"),
     ({"backend": "vllm"}, down(gpu()), cpu(), ["llama_cpp"], "fallback"),
@@ -64,10 +73,12 @@ RULES = [
 
 
 @pytest.mark.parametrize(("values", "one", "other", "names", "reason"), RULES)
-def test_rules(values: dict[str, Any], one: FakeBackend, other: FakeBackend, names: list[str], reason: str) -> None:
-    decided = plan([one, other], **values)
-    assert order(decided) == names
-    assert word(decided) == reason
+def test_rules(
+    values: dict[str, Any], one: BackendSnapshot, other: BackendSnapshot, names: list[str], reason: str
+) -> None:
+    made = plan([one, other], **values)
+    assert order(made) == names
+    assert word(made) == reason
 
 
 def test_thresholds_are_settings() -> None:
@@ -77,8 +88,10 @@ def test_thresholds_are_settings() -> None:
     assert word(plan([gpu(0.2), cpu()], routing, prompt_words=1)) == "default_spill"
 
 
-def test_long_work_waits_for_the_gpu_and_short_work_does_not() -> None:
-    tiers = lambda decided: [candidate.tier for candidate in decided.candidates]  # noqa: E731
+def test_only_long_or_explicit_work_waits_for_the_gpu() -> None:
+    def tiers(plan: Plan) -> list[int]:
+        return [candidate.tier for candidate in plan.candidates]
+
     assert tiers(plan([gpu(2.0), cpu()], prompt_words=101)) == [0, 1]
     assert tiers(plan([gpu(2.0), cpu()])) == [0, 0]
     assert tiers(plan([gpu(), cpu()], backend="vllm")) == [0, 1]
@@ -101,15 +114,15 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("values", "backends", "status", "message"), ERRORS)
-def test_errors(values: dict[str, Any], backends: list[FakeBackend], status: int, message: str) -> None:
-    decided = plan(backends, **values)
-    assert decided.candidates == ()
-    assert decided.error is not None
-    assert decided.error.status == status
-    assert message in decided.error.message
+def test_errors(values: dict[str, Any], backends: list[BackendSnapshot], status: int, message: str) -> None:
+    made = plan(backends, **values)
+    assert made.candidates == ()
+    assert made.error is not None
+    assert made.error.status == status
+    assert message in made.error.message
 
 
-def test_a_prompt_that_is_too_long_has_openais_code() -> None:
+def test_too_long_prompt_has_openais_error_code() -> None:
     error = plan([gpu()], prompt_tokens=9000).error
     assert error is not None
     assert error.code == "context_length_exceeded"
@@ -118,50 +131,50 @@ def test_a_prompt_that_is_too_long_has_openais_code() -> None:
 @pytest.mark.parametrize(
     ("endpoint", "param"), [("chat", "messages"), ("completions", "prompt"), ("embeddings", "input")]
 )
-def test_a_prompt_that_is_too_long_names_its_own_field(endpoint: str, param: str) -> None:
+def test_too_long_prompt_names_its_field(endpoint: str, param: str) -> None:
     error = plan([gpu()], prompt_tokens=9000, endpoint=endpoint).error
     assert error is not None
     assert error.param == param
 
 
-def test_a_backend_that_is_not_there_is_told_in_brief() -> None:
+def test_error_for_unknown_backend_cuts_its_name() -> None:
     error = plan([gpu()], backend="x" * 9000).error
     assert error is not None
     assert len(error.message) < 200
 
 
-def test_an_estimate_just_over_the_context_is_left_to_the_backend() -> None:
+def test_estimate_just_over_the_context_does_not_reject() -> None:
     assert order(plan([gpu(context=2048)], prompt_tokens=4096)) == ["vllm"]
     assert order(plan([gpu(context=2048)], prompt_tokens=4098)) == []
 
 
-def test_the_less_loaded_of_two_goes_first() -> None:
-    pair = (FakeReplica("a", 0.9), FakeReplica("b", 0.1))
+def test_less_loaded_of_two_replicas_comes_first() -> None:
+    pair = (replica("a", 0.9), replica("b", 0.1))
     for seed in range(20):
-        decided = plan([gpu(replicas=pair)], seed=seed)
-        assert [candidate.replica.name for candidate in decided.candidates] == ["b", "a"]
+        made = plan([gpu(replicas=pair)], seed=seed)
+        assert [candidate.replica.name for candidate in made.candidates] == ["b", "a"]
 
 
-def some(count: int) -> tuple[FakeReplica, ...]:
-    return tuple(FakeReplica(f"r{n}") for n in range(count))
+def some(count: int) -> tuple[ReplicaSnapshot, ...]:
+    return tuple(replica(f"r{n}") for n in range(count))
 
 
-def first(backend: FakeBackend, seed: int = 0, **values: Any) -> str:
+def first(backend: BackendSnapshot, seed: int = 0, **values: Any) -> str:
     return plan([backend], seed=seed, **values).candidates[0].replica.name
 
 
-def homes(backend: FakeBackend) -> dict[str, str]:
+def homes(backend: BackendSnapshot) -> dict[str, str]:
     return {key: first(backend, session=key) for key in map(str, range(200))}
 
 
-def test_a_session_stays_at_home() -> None:
+def test_session_stays_at_its_home() -> None:
     backend = gpu(replicas=some(4))
     assert len({first(backend, seed, session="a") for seed in range(20)}) == 1
     assert set(homes(backend).values()) == {"r0", "r1", "r2", "r3"}
     assert plan([backend], session="a").candidates[0].reason.endswith("; home of its session")
 
 
-def test_a_prompt_that_begins_alike_stays_at_home_if_there_is_enough_of_it() -> None:
+def test_long_enough_prompt_prefix_stays_at_its_home() -> None:
     backend = gpu(replicas=some(4))
     assert len({first(backend, seed, prefix="Once", prompt_words=50) for seed in range(20)}) == 1
     assert plan([backend], prefix="Once", prompt_words=50).candidates[0].reason.endswith("; home of its prompt")
@@ -169,87 +182,106 @@ def test_a_prompt_that_begins_alike_stays_at_home_if_there_is_enough_of_it() -> 
     assert plan([backend], prefix="Once", prompt_words=49).candidates[0].reason.endswith("; less loaded of two")
 
 
-def test_who_comes_or_goes_moves_only_its_own_sessions() -> None:
+def test_removing_a_replica_moves_only_its_own_sessions() -> None:
     before, after = homes(gpu(replicas=some(5))), homes(gpu(replicas=some(4)))
     moved = {key for key in before if before[key] != after[key]}
     assert moved == {key for key in before if before[key] == "r4"}
 
 
-def test_a_home_with_more_than_its_share_sends_on_always_to_the_same() -> None:
+def test_home_with_more_than_its_share_passes_on_to_the_same_replica() -> None:
     replicas = some(4)
-    backend = gpu(replicas=replicas)
-    home = first(backend, session="a")
-    busy = next(each for each in replicas if each.name == home)
-    busy.in_flight = 1
-    assert len({first(backend, seed, session="a") for seed in range(20)} - {home}) == 1
-    for each in replicas:
-        each.in_flight = 4
-    assert first(backend, session="a") == home, "5.3 is its share and a quarter of 17"
-    busy.load = 1.0
-    assert first(backend, session="a") != home, "others fill it"
-    busy.load, busy.up = 0.0, False
-    assert first(backend, session="a") != home
+    home = first(gpu(replicas=replicas), session="a")
+
+    def at_home(in_flight: int, others: int, **values: Any) -> BackendSnapshot:
+        return gpu(
+            replicas=tuple(
+                replica(each.name, in_flight=in_flight, **values)
+                if each.name == home
+                else replica(each.name, in_flight=others)
+                for each in replicas
+            )
+        )
+
+    assert len({first(at_home(1, others=0), seed, session="a") for seed in range(20)} - {home}) == 1
+    assert first(at_home(4, others=4), session="a") == home, "5.3 is 1.25 times the mean of 17 requests"
+    assert first(at_home(4, others=4, load=1.0), session="a") != home, "other proxies fill it"
+    assert first(at_home(4, others=4, up=False), session="a") != home
 
 
-def test_where_nobody_near_on_the_ring_has_room_two_are_drawn() -> None:
-    full = tuple(FakeReplica(f"r{n}", 1.0 + n, in_flight=9) for n in range(3))
+def test_session_without_a_free_home_is_placed_by_load() -> None:
+    full = tuple(replica(f"r{n}", 1.0 + n, in_flight=9) for n in range(3))
     assert plan([gpu(replicas=full)], session="a").candidates[0].reason.endswith("; less loaded of two")
 
 
-def test_dead_replicas_are_passed_over() -> None:
-    replicas = tuple(FakeReplica(f"r{n}", up=n == 7) for n in range(10))
+def test_down_replicas_are_skipped() -> None:
+    replicas = tuple(replica(f"r{n}", up=n == 7) for n in range(10))
     for seed in range(20):
         assert [each.replica.name for each in plan([gpu(replicas=replicas)], seed=seed).candidates] == ["r7"]
 
 
-def test_the_cpu_is_in_the_plan_however_many_gpus_there_are() -> None:
-    many = gpu(replicas=tuple(FakeReplica(f"r{n:02}") for n in range(50)))
-    decided = plan([many, cpu()])
-    assert len(decided.candidates) == ROUTING.max_attempts
-    assert order(decided)[-1] == "llama_cpp"
+def test_cpu_is_in_the_plan_beside_many_gpu_replicas() -> None:
+    many = gpu(replicas=tuple(replica(f"r{n:02}") for n in range(50)))
+    made = plan([many, cpu()])
+    assert len(made.candidates) == ROUTING.max_attempts
+    assert order(made)[-1] == "llama_cpp"
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_single_attempt_goes_to_the_first_choice(seed: int) -> None:
-    """Room for the safety net must not push out the choice itself, nor the choice between two replicas."""
-    pair = (FakeReplica("a", 0.9), FakeReplica("b", 0.1))
-    decided = plan([gpu(replicas=pair), cpu()], Routing(max_attempts=1), seed)
-    assert [(each.replica.name, each.reason.partition(":")[0]) for each in decided.candidates] == [("b", "default")]
+def test_single_attempt_goes_to_the_first_choice(seed: int) -> None:
+    """The safety net must not displace the choice itself, nor the choice between two replicas."""
+    pair = (replica("a", 0.9), replica("b", 0.1))
+    made = plan([gpu(replicas=pair), cpu()], Routing(max_attempts=1), seed)
+    assert [(each.replica.name, each.reason.partition(":")[0]) for each in made.candidates] == [("b", "default")]
 
 
-def test_replicas_share_the_work() -> None:
-    replicas = tuple(FakeReplica(f"r{n}") for n in range(4))
+def test_equal_replicas_share_the_work() -> None:
+    replicas = tuple(replica(f"r{n}") for n in range(4))
     firsts = {plan([gpu(replicas=replicas)], seed=seed).candidates[0].replica.name for seed in range(100)}
     assert firsts == {"r0", "r1", "r2", "r3"}
 
 
-def test_a_thousand_replicas_are_not_looked_at_one_by_one() -> None:
-    looks = 0
+def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
+    computed = 0
 
-    class Counting(FakeReplica):
-        @property
-        def load(self) -> float:
-            nonlocal looks
-            looks += 1
-            return 0.5
+    class Counting(ReplicaSnapshot):
+        def load(self, now: float, routing: Routing) -> float:
+            nonlocal computed
+            computed += 1
+            return super().load(now, routing)
 
-        @load.setter
-        def load(self, value: float) -> None: ...
+    plan([gpu(replicas=tuple(Counting(*replica(f"r{n}")) for n in range(1000)))])
+    assert 0 < computed <= 4
 
-    plan([gpu(replicas=tuple(Counting(f"r{n}") for n in range(1000)))])
-    assert looks <= 4
+
+scrapes = st.builds(
+    Scrape,
+    running=st.none() | st.integers(0, 20).map(float),
+    waiting=st.none() | st.integers(0, 10).map(float),
+    kv=st.none() | st.floats(0, 1),
+    at=st.floats(NOW - 10, NOW),
+    stale_at=st.floats(NOW - 5, NOW + 5),
+    ours=st.integers(0, 10),
+)
+replicas_strategy = st.builds(
+    ReplicaSnapshot,
+    name=st.uuids().map(str),
+    up=st.booleans(),
+    in_flight=st.integers(0, 10),
+    slots=st.integers(1, 10),
+    overcommit=st.integers(0, 4),
+    slow_start_at=st.none() | st.floats(NOW - 20, NOW),
+    scraped=st.none() | scrapes,
+)
 
 
 backends_strategy = st.lists(
     st.builds(
-        FakeBackend,
+        backend,
         name=st.sampled_from(["a", "b", "c", "vllm", "llama_cpp"]),
         device_class=st.sampled_from(["gpu", "cpu"]),
-        replicas=st.lists(
-            st.builds(FakeReplica, name=st.uuids().map(str), load=st.floats(0, 3), up=st.booleans()),
-            min_size=1,
-            max_size=5,
-        ).map(lambda replicas: tuple(sorted(replicas, key=lambda replica: replica.name))),
+        replicas=st.lists(replicas_strategy, min_size=1, max_size=5).map(
+            lambda replicas: tuple(sorted(replicas, key=lambda replica: replica.name))
+        ),
         models=st.sampled_from([frozenset({"m"}), frozenset({"m", "n"}), frozenset({"n"})]),
         capabilities=st.sets(st.sampled_from(sorted(NEEDS))).map(frozenset),
         context=st.sampled_from([None, 10, 2048]),
@@ -270,49 +302,54 @@ features_strategy = st.builds(
 
 
 @given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
-def test_no_rule_raises_and_no_plan_names_one_that_cannot(asked: Any, backends: list[FakeBackend], seed: int) -> None:
-    decided = decide(asked, backends, ROUTING, random.Random(seed))
-    assert (decided.error is None) == bool(decided.candidates)
-    assert len(decided.candidates) <= ROUTING.max_attempts
-    for candidate in decided.candidates:
+def test_decide_never_raises_and_candidates_are_able(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
+    made = decided(asked, backends, seed=seed)
+    assert (made.error is None) == bool(made.candidates)
+    assert len(made.candidates) <= ROUTING.max_attempts
+    for candidate in made.candidates:
         assert candidate.replica.up
         assert asked.model in candidate.backend.models
         assert asked.needs <= candidate.backend.capabilities
-    explain(decided, asked)
+    explain(made, asked)
 
 
 @given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
-def test_an_explicit_backend_is_first(asked: Any, backends: list[FakeBackend], seed: int) -> None:
-    decided = decide(asked, backends, ROUTING, random.Random(seed))
+def test_explicit_backend_comes_first(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
+    made = decided(asked, backends, seed=seed)
     live = any(each.name == asked.backend and any(r.up for r in each.replicas) for each in backends)
-    if asked.backend and decided.candidates and live:
-        assert decided.candidates[0].backend.name == asked.backend
+    if asked.backend and made.candidates and live:
+        assert made.candidates[0].backend.name == asked.backend
 
 
 @given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9), shuffle=st.randoms())
-def test_the_order_of_the_fleet_does_not_matter(asked: Any, backends: Any, seed: int, shuffle: Any) -> None:
+def test_order_of_the_backends_does_not_matter(asked: Any, backends: Any, seed: int, shuffle: Any) -> None:
     shuffled = list(backends)
     shuffle.shuffle(shuffled)
-    one = decide(asked, backends, ROUTING, random.Random(seed))
-    other = decide(asked, shuffled, ROUTING, random.Random(seed))
+    one = decided(asked, backends, seed=seed)
+    other = decided(asked, shuffled, seed=seed)
     names = [[(c.replica.name, c.reason, c.tier) for c in each.candidates] for each in (one, other)]
     assert names[0] == names[1]
 
 
 @given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
-def test_the_cpu_is_last_unless_chosen(asked: Any, backends: list[FakeBackend], seed: int) -> None:
-    decided = decide(replace(asked, backend=None), backends, ROUTING, random.Random(seed))
-    paths = [candidate.backend.device_class for candidate in decided.candidates]
-    if decided.candidates and not decided.candidates[0].reason.startswith(("urgent_spill", "default_spill")):
+def test_cpu_is_last_unless_chosen(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
+    made = decided(replace(asked, backend=None), backends, seed=seed)
+    paths = [candidate.backend.device_class for candidate in made.candidates]
+    if made.candidates and not made.candidates[0].reason.startswith(("urgent_spill", "default_spill")):
         assert paths == sorted(paths, reverse=True)  # every gpu before every cpu
 
 
-def test_explain_is_what_a_person_reads() -> None:
-    asked = features(prompt_words=180)
-    told = explain(decide(asked, [gpu(0.25), cpu(capabilities=frozenset())], ROUTING, random.Random(0)), asked)
-    assert told["candidates"][0] == {
-        "backend": "vllm", "replica": "vllm-0", "device_class": "gpu", "load": 0.25, "tier": 0,
-        "reason": "long_prompt: 180 words > 100",
-    }  # fmt: skip
-    assert told["features"]["prompt_words"] == 180
-    assert told["error"] is None
+@given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
+def test_round_tripped_snapshot_gives_the_same_plan(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
+    fleet = FleetSnapshot(tuple(backends))
+    copy = from_json(orjson.loads(orjson.dumps(to_json(fleet))))
+    one, other = (decide(asked, each, ROUTING, random.Random(seed), NOW) for each in (fleet, copy))
+    assert one.candidates == other.candidates
+    assert one.rejections == other.rejections
+    assert explain(one, asked) == explain(other, asked)
+
+
+@given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
+def test_deciding_twice_gives_the_same_plan(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
+    one, other = (decided(asked, backends, seed=seed) for _ in range(2))
+    assert (one.candidates, one.rejections) == (other.candidates, other.rejections)

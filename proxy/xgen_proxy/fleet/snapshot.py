@@ -1,0 +1,102 @@
+"""The fleet at one moment, as immutable values: what decide() reads, and what a replay or a simulator feeds it.
+
+`now` and all times are seconds of time.monotonic(), or of a simulator's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from xgen_proxy.config.settings import DeviceClass, Routing
+from xgen_proxy.fleet.circuit_breaker import slow_start_fraction
+from xgen_proxy.fleet.hash_ring import HashRing, ring_of
+from xgen_proxy.fleet.load import LoadParts, Scrape, load_of
+
+
+class ReplicaSnapshot(NamedTuple):
+    """`slots`: requests it runs at once. `overcommit`: requests it may hold beyond its slots. `slow_start_at`: when its
+    slow start began, if it had one. `scraped`: its last scrape, if its engine has metrics."""
+
+    name: str
+    up: bool
+    in_flight: int
+    slots: int
+    overcommit: int
+    slow_start_at: float | None = None
+    scraped: Scrape | None = None
+
+    def open_slots(self, now: float) -> int:
+        """The slots that may be used now: fewer than `slots` during a slow start."""
+        fraction = slow_start_fraction(self.slow_start_at, now)
+        return self.slots if fraction == 1.0 else max(1, int(self.slots * fraction))
+
+    def capacity(self, now: float) -> int:
+        """How many requests it may hold now."""
+        open_slots = self.open_slots(now)
+        return open_slots if open_slots < self.slots else self.slots + self.overcommit
+
+    def has_capacity(self, now: float) -> bool:
+        return self.in_flight < self.capacity(now)
+
+    def load(self, now: float, routing: Routing) -> float:
+        """0 is idle, 1 full."""
+        return self.load_parts(now, routing).total
+
+    def load_parts(self, now: float, routing: Routing) -> LoadParts:
+        slots = self.open_slots(now)
+        return load_of(in_flight=self.in_flight, slots=slots, scraped=self.scraped, now=now, routing=routing)
+
+
+class BackendSnapshot(NamedTuple):
+    """`in_flight`: our requests on all its replicas, draining ones included. `ring`: over the names of `replicas`."""
+
+    name: str
+    device_class: DeviceClass
+    models: frozenset[str]
+    capabilities: frozenset[str]
+    context: int | None
+    replicas: tuple[ReplicaSnapshot, ...]
+    in_flight: int
+    ring: HashRing
+
+
+class FleetSnapshot(NamedTuple):
+    backends: tuple[BackendSnapshot, ...]
+
+
+def to_json(fleet: FleetSnapshot) -> dict[str, Any]:
+    """Plain dicts and lists. The rings are left out: they follow from the names."""
+    return {"backends": [_backend_to_json(backend) for backend in fleet.backends]}
+
+
+def _backend_to_json(backend: BackendSnapshot) -> dict[str, Any]:
+    values = backend._asdict()
+    del values["ring"]
+    replicas = [
+        {**replica._asdict(), "scraped": replica.scraped._asdict() if replica.scraped else None}
+        for replica in backend.replicas
+    ]
+    models, capabilities = sorted(backend.models), sorted(backend.capabilities)
+    return {**values, "models": models, "capabilities": capabilities, "replicas": replicas}
+
+
+def from_json(fleet: dict[str, Any]) -> FleetSnapshot:
+    """Raises KeyError or TypeError for anything that to_json() did not make."""
+    return FleetSnapshot(tuple(_backend_from_json(backend) for backend in fleet["backends"]))
+
+
+def _backend_from_json(backend: dict[str, Any]) -> BackendSnapshot:
+    replicas = tuple(
+        ReplicaSnapshot(**{**replica, "scraped": Scrape(**replica["scraped"]) if replica["scraped"] else None})
+        for replica in backend["replicas"]
+    )
+    return BackendSnapshot(
+        name=backend["name"],
+        device_class=backend["device_class"],
+        models=frozenset(backend["models"]),
+        capabilities=frozenset(backend["capabilities"]),
+        context=backend["context"],
+        replicas=replicas,
+        in_flight=backend["in_flight"],
+        ring=ring_of(tuple(replica.name for replica in replicas)),
+    )

@@ -1,0 +1,72 @@
+"""A plan: which replicas may serve a request, in which order, and why. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from xgen_proxy.config.settings import Routing
+from xgen_proxy.errors import ProxyError
+from xgen_proxy.fleet.snapshot import BackendSnapshot, ReplicaSnapshot
+from xgen_proxy.request.features import Features
+
+
+class Candidate(NamedTuple):
+    """Candidates of one `tier` are equally good: the first with a free slot gets the request. The next tier is for
+    failures only: a request waits for the full replicas of an earlier tier."""
+
+    backend: BackendSnapshot
+    replica: ReplicaSnapshot
+    reason: str
+    tier: int
+
+
+class Rejection(NamedTuple):
+    """A backend that cannot serve the request. `code`: OpenAI's error code, if there is one for the reason."""
+
+    name: str
+    reason: str
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`error`: why there is no candidate. `now`, `routing`: the time and the settings it was decided with."""
+
+    candidates: tuple[Candidate, ...]
+    rejections: tuple[Rejection, ...]
+    now: float
+    routing: Routing
+    error: ProxyError | None = None
+
+
+def explain(plan: Plan, features: Features) -> dict[str, Any]:
+    """The plan as JSON, for the dry run, with the very loads that it was decided on."""
+    return {
+        "candidates": [
+            {
+                "backend": candidate.backend.name,
+                "replica": candidate.replica.name,
+                "device_class": candidate.backend.device_class,
+                "load": round(candidate.replica.load(plan.now, plan.routing), 4),
+                "tier": candidate.tier,
+                "reason": candidate.reason,
+            }
+            for candidate in plan.candidates
+        ],
+        "rejections": [{"name": rejection.name, "reason": rejection.reason} for rejection in plan.rejections],
+        "error": {"status": plan.error.status, **plan.error.fields()} if plan.error else None,
+        "features": {
+            "endpoint": features.endpoint,
+            "model": features.model,
+            "prompt_words": features.prompt_words,
+            "prompt_tokens_estimate": features.prompt_tokens,
+            "max_tokens": features.max_tokens,
+            "stream": features.stream,
+            "needs": sorted(features.needs),
+            "backend": features.backend or "auto",
+            "urgency": features.urgency,
+            "task_type": features.task_type,
+            "fallback": features.fallback,
+        },
+    }

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pydantic import SecretStr
+
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.load import Scrape
+
+URLS = [f"http://127.0.0.1:{port}" for port in (1, 2)]
+
+
+def settings(**values: object) -> Settings:
+    return Settings(backends={"vllm": {"urls": URLS, "dialect": "vllm", "slots": 20, **values}})
+
+
+def backend(**values: object) -> Backend:
+    [made] = Fleet(settings(**values)).backends
+    return made
+
+
+CHANGES: dict[str, Callable[[Replica], object]] = {
+    "acquire": lambda replica: replica.acquire(),
+    "release": lambda replica: replica.release(),
+    "state": lambda replica: replica.set_state("up", "test"),
+    "mark_up": lambda replica: replica.mark_up("test"),
+    "mark_suspect": lambda replica: replica.mark_suspect("test"),
+    "scrape": lambda replica: replica.record_scrape(Scrape(1.0, 0.0, 0.1, at=0.0, stale_at=9.0)),
+    "slots": lambda replica: replica.record_info(ReplicaInfo(("m",), slots=7)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_snapshot_follows_each_change_of_a_replica(change: Callable[[Replica], object]) -> None:
+    made = backend(slots=None)
+    replica, other = made.replicas
+    replica.acquire()
+    replica.set_state("suspect", "test")
+    before = made.snapshot()
+    change(replica)
+    after = made.snapshot()
+    assert after.replicas[0] == replica.snapshot()
+    assert after.in_flight == made.in_flight == replica.in_flight
+    assert after.replicas[1] is before.replicas[1], "the other one is not rebuilt"
+    assert after.replicas[1] == other.snapshot()
+
+
+def test_snapshot_is_cached_until_something_changes() -> None:
+    fleet = Fleet(settings())
+    before = fleet.snapshot()
+    assert fleet.snapshot().backends[0] is before.backends[0]
+    next(iter(fleet.replicas)).acquire()
+    assert fleet.snapshot() != before
+    assert before.backends[0].in_flight == 0, "a snapshot does not change"
+
+
+def test_snapshot_follows_settings_and_replica_infos() -> None:
+    fleet = Fleet(settings())
+    [made] = fleet.backends
+    fleet.snapshot()
+    made.record_info(made.replicas[0], ReplicaInfo(("m",), context=4096, capabilities=frozenset({"tools"})))
+    [snapshot] = fleet.snapshot().backends
+    assert (snapshot.models, snapshot.context, snapshot.capabilities) == (frozenset({"m"}), 4096, frozenset({"tools"}))
+    fleet.configure(settings(slots=3, context=1000, tools=False))
+    [snapshot] = fleet.snapshot().backends
+    assert (snapshot.context, snapshot.capabilities) == (1000, frozenset())
+    assert [replica.slots for replica in snapshot.replicas] == [3, 3]
+
+
+def test_snapshot_follows_reconcile() -> None:
+    made = backend()
+    made.snapshot()
+    replica = made.replicas[1]
+    replica.acquire()
+    [removed] = made.reconcile(URLS[:1])
+    assert removed is replica
+    assert removed.state == "draining"
+    snapshot = made.snapshot()
+    assert [each.name for each in snapshot.replicas] == ["vllm@127.0.0.1:1"]
+    assert snapshot.in_flight == 1, "a draining replica's requests count"
+    assert list(snapshot.ring.walk("key")) == [0]
+    removed.release()
+    assert made.snapshot().in_flight == 0
+    assert made.replica(removed.name) is None
+
+
+def test_draining_replica_that_is_listed_again_is_kept() -> None:
+    made = backend()
+    replica = made.replicas[1]
+    made.reconcile(URLS[:1])
+    assert not replica.set_state("up", "test"), "a draining replica keeps draining"
+    assert made.reconcile(URLS) == []
+    assert made.replicas[1] is replica
+    assert (replica.state, replica.reason, made.draining) == ("starting", "listed again", {})
+    assert made.replica(replica.name) is replica
+
+
+def test_drained_is_set_when_the_last_request_ends() -> None:
+    made = backend()
+    replica = made.replicas[1]
+    replica.acquire()
+    made.reconcile([])
+    assert not replica.drained.is_set()
+    replica.release()
+    assert replica.drained.is_set()
+
+
+@pytest.mark.parametrize(("joined_later", "state", "slow"), [
+    (False, "starting", False), (False, "down", True), (False, "suspect", True), (True, "starting", True),
+])  # fmt: skip
+def test_slow_start_of_replicas_that_come_back_or_joined_later(joined_later: bool, state: str, slow: bool) -> None:
+    made = backend()
+    made.reconcile([*URLS, "http://127.0.0.1:3"], joined_later=joined_later)
+    replica = made.replicas[2]
+    replica.set_state(state, "test")  # type: ignore[arg-type]
+    replica.mark_up("test")
+    assert (replica.open_slots < replica.slots) is slow
+
+
+def test_live_replica_and_its_snapshot_agree() -> None:
+    made = backend()
+    replica = made.replicas[0]
+    replica.acquire()
+    assert (replica.capacity, replica.open_slots, replica.has_capacity) == (36, 20, True)
+    assert replica.load == replica.snapshot().load(0, made.routing) == 1 / 20
+
+
+def test_slots_come_from_settings_then_replica_then_dialect() -> None:
+    replica = backend(slots=None).replicas[0]
+    assert replica.slots == replica.backend.dialect.slots == 256
+    replica.record_info(ReplicaInfo(("m",), slots=7))
+    assert replica.slots == 7
+    configured = backend(slots=20).replicas[0]
+    configured.record_info(ReplicaInfo(("m",), slots=7))
+    assert configured.slots == 20
+
+
+def test_backend_has_the_capabilities_of_all_its_replicas() -> None:
+    made = backend(embeddings=True, tools=False)
+    first, second = made.replicas
+    made.record_info(first, ReplicaInfo(("a", "b"), 4096, capabilities=frozenset({"tools", "n", "echo"})))
+    made.record_info(second, ReplicaInfo(("b", "c"), 2048, capabilities=frozenset({"tools", "n"})))
+    assert made.capabilities == {"n", "embeddings"}
+    assert (made.models, made.context) == (frozenset({"a", "b", "c"}), 2048)
+
+
+def test_infos_are_kept_while_all_replicas_are_gone() -> None:
+    made = backend()
+    made.record_info(made.replicas[0], ReplicaInfo(("m",), 4096))
+    made.reconcile([])
+    assert (made.models, made.context) == (frozenset({"m"}), 4096)
+    assert made.snapshot().replicas == ()
+
+
+def test_fleet_configure_keeps_backends_of_the_same_dialect() -> None:
+    one = {"urls": URLS, "dialect": "vllm"}
+    fleet = Fleet(Settings(backends={"a": one, "b": one, "c": one}))
+    a, b, c = fleet.backends
+    removed = fleet.configure(Settings(backends={"a": {**one, "api_key": "hush"}, "b": {**one, "dialect": "openai"}}))
+    assert removed == [b, c]
+    assert fleet.backends[0] is a
+    assert a.settings.api_key == SecretStr("hush")
+    assert all(b"authorization: Bearer hush\r\n" in replica.head for replica in a.replicas)
+    assert fleet.backends[1].dialect.name == "openai"
+
+
+def test_failures_make_a_replica_suspect() -> None:
+    replica = backend().replicas[0]
+    replica.mark_up("test")
+    for _ in range(3):
+        replica.failed("says 500")
+    assert (replica.state, replica.breaker.state) == ("suspect", "open")
+    assert replica.reason == "3 requests failed in a row, the last one: says 500"
