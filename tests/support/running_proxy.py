@@ -82,3 +82,11 @@ def ask(proxy: RunningProxy, **fields: Any) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
     client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
     return client
+
+
+def text_of(answer: httpx.Response) -> str:
+    """The text of a stream, which must be well-formed."""
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
