@@ -24,15 +24,17 @@ import uvloop
 from starlette.types import Message
 
 from xgen_proxy import sse
+from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.dialect import ReplicaInfo
 from xgen_proxy.downstream.direct_writer import DirectWriter
 from xgen_proxy.downstream.request_body import CancelOnDisconnect, read_json, request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter
-from xgen_proxy.forwarding.forwarder import Relay
+from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.observability import logging_setup
+from xgen_proxy.request.call import Origin
 from xgen_proxy.routing.policy import decide
 from xgen_proxy.upstream import Connection, Pool
 
@@ -42,6 +44,7 @@ EVENT = (
     b'data: {"id":"chatcmpl-8f3a2b5c9d1e4f60","object":"chat.completion.chunk","created":1764000000,"model":"m",'
     b'"choices":[{"index":0,"delta":{"content":" hello"},"logprobs":null,"finish_reason":null}]}\n\n'
 )
+ORIGIN = Origin("id", HEADERS)
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 CALLS = 2000
@@ -81,13 +84,19 @@ class Quiet(logging_setup.Lines):
 async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     made = gateway(1)
     body = orjson.loads(RAW)
-    call = made.call("id", "chat", RAW, body, HEADERS)
-    relay = Relay(made, call, made.plan(call.features), send)
-    relay.candidate = relay.plan.candidates[0]
-    relay.reply.first_output = time.perf_counter()
+    endpoint = InferenceEndpoint(made, "chat")
+    call = endpoint.parse(ORIGIN, RAW, body)
+    progress = Progress(call)
+    progress.first_choice = progress.target = made.router.targets(made.router.plan(call.features))[0]
+    progress.attempts = 1
+    writer = ResponseWriter(send, None)
+    writer.first_output = time.perf_counter()
 
     def read() -> object:
-        return made.call("id", "chat", RAW, read_json(RAW, HEADERS), HEADERS)
+        return endpoint.parse(ORIGIN, RAW, read_json(RAW, HEADERS))
+
+    def account() -> None:
+        made.observer.request_finished(call, progress.outcome(200, writer))
 
     def watch() -> None:
         with CancelOnDisconnect(receive):
@@ -96,10 +105,10 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     return [
         ("read: JSON, features, limits", measure(read, repeats)),
         ("request id", measure(lambda: request_id(HEADERS), repeats)),
-        ("decide", measure(lambda: made.plan(call.features), repeats)),
+        ("decide", measure(lambda: made.router.targets(made.router.plan(call.features)), repeats)),
         ("watch for the client", measure(watch, repeats)),
-        ("answer's headers", measure(relay.headers, repeats)),
-        ("metrics and log line", measure(lambda: made.telemetry.finished(call, relay, 200), repeats)),
+        ("answer's headers", measure(progress.response_headers, repeats)),
+        ("metrics and log line", measure(account, repeats)),
     ]  # fmt: skip
 
 
@@ -117,7 +126,7 @@ async def chunk(repeats: int) -> list[float]:
     cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
     reply = ResponseWriter(send, DirectWriter(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
     reply.retained = ReplayBuffer()
-    take = reply.passing(SimpleNamespace(splitter=sse.EventSplitter()))  # type: ignore[arg-type]  # the same
+    take = reply.pass_through(sse.EventSplitter())
     reading = asyncio.create_task(connection.read(60, take=take))
     await asyncio.sleep(0)
     times = measure(lambda: connection.data_received(CHUNK), repeats)
@@ -138,7 +147,7 @@ def growth(repeats: int) -> list[tuple[str, list[float]]]:
     found = []
     for size in SIZES:
         made = gateway(size)
-        call = made.call("id", "chat", RAW, orjson.loads(RAW), HEADERS)
+        call = InferenceEndpoint(made, "chat").parse(ORIGIN, RAW, orjson.loads(RAW))
         rng = random.Random(1)
         fleet, routing = made.fleet.backends, made.settings.routing
         times = measure(lambda: decide(call.features, fleet, routing, rng), repeats)  # noqa: B023

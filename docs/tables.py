@@ -26,8 +26,8 @@ from xgen_proxy.dialects.dialect import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import RULES  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
 from xgen_proxy.fleet.backend import Fleet  # noqa: E402
-from xgen_proxy.observability.fleet_metrics import FleetGauges  # noqa: E402
-from xgen_proxy.observability.metrics import Telemetry  # noqa: E402
+from xgen_proxy.observability.fleet_metrics import FleetMetrics  # noqa: E402
+from xgen_proxy.observability.metrics import Metrics  # noqa: E402
 from xgen_proxy.request.features import NEEDS  # noqa: E402
 from xgen_proxy.request.presets import BY_TASK, PRESETS  # noqa: E402
 
@@ -66,10 +66,10 @@ def metrics() -> Iterator[Row]:
     yield "metric", "type", "labels", "meaning"
     fleet = Fleet(Settings(backends={"llama_cpp": {"urls": ["http://127.0.0.1:1"], "dialect": "llama-server"}}))
     admission = Admission(0, 0)
-    for gauge in FleetGauges(fleet, admission).collect():
+    for gauge in FleetMetrics(fleet, admission).collect():
         yield f"`{gauge.name}`", gauge.type, ", ".join(gauge._labelnames), gauge.documentation
-    for series in Telemetry(fleet, admission).all():
-        family = series.family()
+    for series in Metrics(fleet, admission).all():
+        family = series.to_metric_family()
         name = f"{family.name}_total" if family.type == "counter" else family.name
         yield f"`{name}`", family.type, ", ".join(series.labels), family.documentation
 

@@ -1,4 +1,4 @@
-"""create_app(): the routes and the life of the process, nothing else."""
+"""create_app(): the routes, and the start and stop of the process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,34 @@ from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api import openai, ops
 from xgen_proxy.api.generate import GenerateEndpoint
-from xgen_proxy.api.openai import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.request_body import request_id
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, NotFoundError, ProxyError
+from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Refusal
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.observability.metrics import CLIENT_LEFT
 from xgen_proxy.reload import Reloader
+from xgen_proxy.request.call import Origin
 
 
-def create_app(settings: Settings, read_again: Callable[[], Settings] | None = None) -> ProxyApp:
-    """`read_again`: the settings as they are written by then, for reloads; raises ConfigError."""
+class ProxyApp:
+    """The ASGI application. Inference routes bypass Starlette's router and middleware, which cost more than our own
+    work on a small request."""
+
+    def __init__(self, app: Starlette, gateway: Gateway) -> None:
+        self.app = app
+        self.gateway = gateway
+        self.inference_routes = openai.inference_routes(gateway)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self.inference_routes.get(scope["path"]) if scope["type"] == "http" else None
+        await (endpoint or self.app)(scope, receive, send)
+
+
+def create_app(settings: Settings, reload_settings: Callable[[], Settings] | None = None) -> ProxyApp:
+    """`reload_settings` reads the settings again, for reloads; it raises ConfigError."""
     gateway = Gateway(settings)
-    reloader = Reloader(gateway, read_again) if read_again else None
+    reloader = Reloader(gateway, reload_settings) if reload_settings else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -52,9 +66,9 @@ def create_app(settings: Settings, read_again: Callable[[], Settings] | None = N
             Route("/metrics", ops.metrics),
         ],
         exception_handlers={
-            ProxyError: show_proxy_error,
-            HTTPException: show_http_error,
-            ClientDisconnectedError: show_nobody,
+            ProxyError: respond_with_error,
+            HTTPException: respond_with_http_error,
+            ClientDisconnectedError: ignore_disconnect,
         },
         lifespan=lifespan,
     )
@@ -62,45 +76,29 @@ def create_app(settings: Settings, read_again: Callable[[], Settings] | None = N
     return ProxyApp(app, gateway)
 
 
-class ProxyApp:
-    """Takes the hot routes past Starlette's router and middleware."""
-
-    def __init__(self, app: Starlette, gateway: Gateway) -> None:
-        self.app = app
-        self.gateway = gateway
-        self.hot = {
-            "/v1/chat/completions": InferenceEndpoint(gateway, "chat"),
-            "/v1/completions": InferenceEndpoint(gateway, "completions"),
-            "/v1/embeddings": InferenceEndpoint(gateway, "embeddings"),
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        hot = self.hot.get(scope["path"]) if scope["type"] == "http" else None
-        await (hot or self.app)(scope, receive, send)
-
-
-async def show_proxy_error(request: Request, error: Exception) -> Response:
+async def respond_with_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ProxyError):
         raise error
-    headers = {name.decode(): value.decode() for name, value in error.headers()}
-    id = headers["x-request-id"] = request_id(dict(request.scope["headers"]))
     gateway: Gateway = request.app.state.gateway
+    request_headers = dict(request.scope["headers"])
     client = client_address(request.scope, gateway.settings.trusted_proxies)
-    gateway.telemetry.refused(id, "other", error, client)
-    return Response(error.body(), error.status, headers)
+    origin = Origin(request_id(request_headers), request_headers, client)
+    gateway.observer.request_refused(Refusal(origin, "other", error))
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, {**headers, "x-request-id": origin.request_id})
 
 
-async def show_http_error(request: Request, error: Exception) -> Response:
+async def respond_with_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in OpenAI's shape."""
     if not isinstance(error, HTTPException):
         raise error
     path, method = request.url.path, request.method
     if error.status_code == 405:
         allowed = (error.headers or {})["Allow"]
-        return await show_proxy_error(request, MethodNotAllowedError(path, method, allowed))
-    return await show_proxy_error(request, NotFoundError(f"there is nothing at {path}; the API is under /v1"))
+        return await respond_with_error(request, MethodNotAllowedError(path, method, allowed))
+    return await respond_with_error(request, NotFoundError(f"there is nothing at {path}; the API is under /v1"))
 
 
-async def show_nobody(request: Request, error: Exception) -> Response:
-    """The client left while it sent its body: what is answered goes nowhere, and is no fault of the proxy's."""
-    return Response(status_code=CLIENT_LEFT)
+async def ignore_disconnect(request: Request, error: Exception) -> Response:
+    """The client disconnected while it sent its body. This response goes nowhere; the status is for logs."""
+    return Response(status_code=CLIENT_DISCONNECTED)

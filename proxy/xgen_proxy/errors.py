@@ -1,28 +1,29 @@
-"""Every failure a client or a backend can cause, drawn once.
+"""Every failure that a client or a backend can cause.
 
-    ProxyError                     has an HTTP status and OpenAI's error fields; what a client is shown
-    ├── BadRequest            400  the request is wrong: the message says what to change
-    │   ├── Unauthorized      401
-    │   ├── NotFound          404  unknown path
-    │   ├── ModelNotFound     404
-    │   ├── MethodNotAllowed  405
-    │   ├── ClientTooSlow     408  the request's body did not come
-    │   ├── TooLarge          413
-    │   ├── UnsupportedMedia  415
-    │   └── HeadTooLarge      431
-    ├── Refused               4xx  a backend's own verdict on the request, in OpenAI's shape
-    ├── QueueFull             429  too many wait for a slot
-    │   └── QueueTimeout      429  waited for a slot and none came free
-    ├── Unavailable           503  no backend can answer now
-    ├── GatewayFailed    502, 504  every candidate was tried and failed
-    └── InternalError         500  a fault of the proxy's own; the log has the trace
-    UpstreamFailed                 one attempt failed before the commit point: try the next candidate
-    ├── ConnectFailed              no connection
-    ├── Busy                       429 or 503: healthy but full, never counted against the breaker
-    ├── Unable                     it turns out that this backend cannot do the request: nobody's fault
-    ├── TimedOut                   no first byte, or silence, for longer than the limit
-    └── Broken                     reset, bad HTTP, 5xx, error event, stream without finish_reason
-    ClientLeft                     the client closed its connection: stop everything, answer nobody
+    ProxyError                          sent to the client: an HTTP status and OpenAI's error fields
+    ├── BadRequestError            400  the request is wrong; the message says what to change
+    │   ├── AuthenticationError    401
+    │   ├── NotFoundError          404  unknown path
+    │   ├── ModelNotFoundError     404
+    │   ├── MethodNotAllowedError  405
+    │   ├── RequestTimeoutError    408  the request body did not arrive in time
+    │   ├── RequestTooLargeError   413
+    │   ├── UnsupportedMediaTypeError  415
+    │   └── HeadersTooLargeError   431
+    ├── RequestRejectedError       4xx  a backend rejected the request, in OpenAI's shape
+    ├── QueueFullError             429  too many requests wait for a slot
+    │   └── QueueTimeoutError      429  no slot came free in time
+    ├── ServiceUnavailableError    503  no backend can answer now
+    ├── BadGatewayError       502, 504  every candidate was tried and failed
+    └── InternalServerError        500  a bug in the proxy; the log has the traceback
+    UpstreamError                       one attempt failed before the commit point: try the next candidate
+    ├── UpstreamConnectError            no connection
+    ├── UpstreamOverloadedError         429 or 503: healthy but full; never counted by the circuit breaker
+    ├── UnsupportedByBackendError       this backend cannot serve the request; nobody's fault
+    ├── UpstreamTimeoutError            no first byte, or silence, for longer than the limit
+    └── UpstreamProtocolError           reset, invalid HTTP, 5xx, error event, stream without finish_reason
+    StreamInterruptedError              a stream broke after the commit point: resume it elsewhere
+    ClientDisconnectedError             the client closed its connection: stop all work for it
 
 Error body: https://platform.openai.com/docs/guides/error-codes
 """
@@ -35,17 +36,18 @@ import orjson
 
 
 class ProxyError(Exception):
-    """Shown to the client as ``{"error": {message, type, param, code}}`` with `status`.
+    """Sent to the client as ``{"error": {message, type, param, code}}`` with `status`.
 
-    `retry`: what `x-should-retry` says; None leaves it to the client library's own rule.
-    `retry_after`: seconds, for the `Retry-After` header.
+    `retry` is the value of `x-should-retry`; None omits the header and leaves the choice to the client library.
+    `retry_after` is in seconds. `close` ends the connection, because the rest of the body would be read as the next
+    request.
     """
 
     status = 500
     type = "api_error"
     code: str | None = None
     retry: bool | None = None
-    close = False  # end the connection: what is left of the body would be read as the next request
+    close = False
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class ProxyError(Exception):
         return orjson.dumps({"error": self.fields()})
 
     def event(self) -> bytes:
-        """The same as one SSE event, for a stream that has already begun."""
+        """The error as one SSE event, for a stream that has already begun."""
         return b"data: " + self.body() + b"\n\n"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -109,7 +111,7 @@ class ModelNotFoundError(BadRequestError):
 
 
 class MethodNotAllowedError(BadRequestError):
-    """`allowed`: methods as the Allow header lists them, which HTTP asks of a 405."""
+    """`allowed`: the methods as the Allow header lists them; HTTP requires that header on a 405."""
 
     status = 405
     code = "method_not_allowed"
@@ -155,7 +157,7 @@ class QueueFullError(ProxyError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
-    reason = "queue_full"  # the word in metrics
+    reason = "queue_full"  # label value in metrics
 
 
 class QueueTimeoutError(QueueFullError):
@@ -180,14 +182,17 @@ class InternalServerError(ProxyError):
 
 
 class UpstreamError(Exception):
-    """`outcome` is the word used for it in metrics, logs and messages. `why` is in our own words; `told` in the
-    backend's, which may repeat the prompt: for the client, never for a log."""
+    """One attempt failed.
+
+    `outcome` is the label value in metrics and logs. `reason` is ours and safe to log. `backend_message` may echo the
+    prompt: send it to the client, never log it.
+    """
 
     outcome = "failed"
 
-    def __init__(self, why: str, told: str = "") -> None:
-        super().__init__(f"{why}: {told}" if told else why)
-        self.reason = why
+    def __init__(self, reason: str, backend_message: str = "") -> None:
+        super().__init__(f"{reason}: {backend_message}" if backend_message else reason)
+        self.reason = reason
 
 
 class UpstreamConnectError(UpstreamError):
@@ -210,19 +215,27 @@ class UpstreamProtocolError(UpstreamError):
     outcome = "broken"
 
 
+class StreamInterruptedError(Exception):
+    """`error` is what broke the stream. The bytes sent so far stay sent."""
+
+    def __init__(self, error: UpstreamError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class ClientDisconnectedError(Exception):
-    """The client is gone; whatever runs for it must stop."""
+    """The client closed its connection; all work for it must stop."""
 
 
-def all_failed(tried: Iterable[tuple[str, UpstreamError]]) -> ProxyError:
-    """502, or 504 when time ran out, or 503 when all were busy or down; with what was tried, in words. `tried`: names
-    of replicas, and what became of them."""
-    tried = list(tried)
-    told = "; ".join(f"{name}: {error}" for name, error in tried)
-    message = f"every backend that could answer was tried and failed ({told})"
-    if all(
-        isinstance(error, UpstreamOverloadedError | UpstreamConnectError | UnsupportedByBackendError)
-        for _, error in tried
-    ):
+def all_failed(failures: Iterable[tuple[str, UpstreamError]]) -> ProxyError:
+    """The error for a request whose every candidate failed, given (replica name, error) in order.
+
+    503 if all were overloaded, down or unsuitable, 504 if the last one timed out, else 502.
+    """
+    failures = list(failures)
+    tried = "; ".join(f"{name}: {error}" for name, error in failures)
+    message = f"every backend that could answer was tried and failed ({tried})"
+    temporary = UpstreamOverloadedError | UpstreamConnectError | UnsupportedByBackendError
+    if all(isinstance(error, temporary) for _, error in failures):
         return ServiceUnavailableError(message, code="all_backends_failed", retry_after=2)
-    return BadGatewayError(message, status=504 if isinstance(tried[-1][1], UpstreamTimeoutError) else 502)
+    return BadGatewayError(message, status=504 if isinstance(failures[-1][1], UpstreamTimeoutError) else 502)

@@ -1,129 +1,71 @@
-"""What every route shares: the settings, the fleet, who waits, and the way from a request body to a plan."""
+"""Builds the parts of the proxy from its settings, starts and stops them, and hands new settings to them."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.discovery import Discovery
 from xgen_proxy.fleet.health import HealthMonitor
+from xgen_proxy.forwarding.forwarder import Forwarder
+from xgen_proxy.forwarding.outcome import Observer
 from xgen_proxy.forwarding.retry_budget import RetryBudget
-from xgen_proxy.observability.metrics import Telemetry
-from xgen_proxy.request.features import Endpoint, Features, read_features, strip_hints
-from xgen_proxy.request.presets import fill
-from xgen_proxy.routing.policy import Plan, decide
+from xgen_proxy.observability.metrics import Metrics
+from xgen_proxy.observability.observers import Observers
+from xgen_proxy.observability.request_log import RequestLog
+from xgen_proxy.routing.router import Router
 
 if TYPE_CHECKING:
-    from xgen_proxy.observability.tracing import Trace, Tracing
-
-
-@dataclass(slots=True)
-class Call:
-    """One request, parsed. `body` is without hints and with presets; `raw` is the client's own bytes while they still
-    say the same as `body`, else None. `alias` is the public model name. `started`: time.perf_counter(). `trace`: header
-    lines for the backend. `client`: its address. `key`: the first 8 hex digits of the hash of the key it came in with.
-    """
-
-    id: str
-    features: Features
-    body: dict[str, Any]
-    raw: bytes | None
-    alias: str
-    trace: bytes = b""
-    span: Trace | None = None
-    client: str | None = None
-    key: str | None = None
-    started: float = field(default_factory=time.perf_counter)
+    from xgen_proxy.observability.tracing import Tracing
 
 
 class Gateway:
+    """`draining`: no new work is wanted, since the process is about to exit. `started` is in unix seconds."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.fleet = Fleet(settings)
         self.admission = Admission(settings.limits.queue, settings.limits.queue_timeout_s)
-        self.retries = RetryBudget(settings.limits.queue_timeout_s)
-        self.telemetry = Telemetry(self.fleet, self.admission)
-        self.monitor = HealthMonitor(self.fleet, self.admission, self.telemetry.forget)
-        self.discovery = Discovery(self.fleet, self.monitor)
+        self.retry_budget = RetryBudget(settings.limits.queue_timeout_s)
+        self.metrics = Metrics(self.fleet, self.admission)
+        self.health = HealthMonitor(self.fleet, self.admission, self.metrics.forget)
+        self.discovery = Discovery(self.fleet, self.health)
+        self.router = Router(self.fleet, random.Random())
         self.tracing = tracing_for(settings)
+        observers: list[Observer] = [self.metrics, RequestLog()]
+        if self.tracing is not None:
+            observers.append(self.tracing)
+        self.observer = Observers(*observers)
+        self.forwarder = Forwarder(self.router, self.admission, self.health, self.retry_budget, self.observer)
         self.draining = False
-        self.started = int(time.time())  # unix seconds
-        self._random = random.Random()
-
-    def call(
-        self, id: str, endpoint: Endpoint, raw: bytes, body: dict[str, Any], headers: Mapping[bytes, bytes]
-    ) -> Call:
-        """Raises BadRequestError, ModelNotFoundError, ServiceUnavailableError."""
-        features = read_features(body, headers, endpoint, self.settings.limits)
-        alias = features.model or self._default_model()
-        if not features.model:
-            features = replace(features, model=alias)
-        if not self.settings.routing.continuation:
-            features = replace(features, continuation=False)
-        changed = fill(strip_hints(body), features)
-        trace = trace_lines(headers) if b"traceparent" in headers else b""
-        return Call(id, features, changed, raw if changed is body else None, alias, trace)
-
-    def _default_model(self) -> str:
-        model = self.fleet.default_model
-        if model is None:
-            raise ServiceUnavailableError("no backend has been reached yet, so that no model is known", retry_after=5)
-        return model
-
-    def plan(self, features: Features) -> Plan:
-        self._check_model(features.model)
-        return decide(features, self.fleet.backends, self.settings.routing, self._random)
-
-    def good_plan(self, features: Features) -> Plan:
-        """Raises ProxyError where it has no candidate."""
-        plan = self.plan(features)
-        if plan.error is not None:
-            raise plan.error
-        return plan
-
-    def _check_model(self, model: str | None) -> None:
-        """A name is unknown for certain only when every backend has told its names."""
-        for backend in self.fleet.backends:
-            if model in backend.models:
-                return
-        silent = [backend.name for backend in self.fleet.backends if not backend.models]
-        if silent:
-            raise ServiceUnavailableError(
-                f"no running backend serves {model!r}, and {', '.join(silent)} has not been reached yet", retry_after=5
-            )
-        raise ModelNotFoundError(
-            f"the model {model!r} does not exist; known models: {', '.join(self.fleet.models[:20])}", param="model"
-        )
+        self.started = int(time.time())
 
     @property
     def ready(self) -> bool:
         return not self.draining and any(replica.up for replica in self.fleet.replicas)
 
     def configure(self, settings: Settings) -> None:
-        """Takes new settings; what is in flight goes on."""
+        """Takes new settings. Requests in flight finish under the old ones."""
         self.settings = settings
         self.admission.limit = settings.limits.queue
-        self.admission.timeout_s = self.retries.queue_timeout_s = settings.limits.queue_timeout_s
-        for backend in self.fleet.configure(settings):
-            self.monitor.reconcile(backend, [], joined_later=True)
+        self.admission.timeout_s = self.retry_budget.queue_timeout_s = settings.limits.queue_timeout_s
+        for removed in self.fleet.configure(settings):
+            self.health.reconcile(removed, [], joined_later=True)
         self.discovery.look_soon()
 
     async def start(self) -> None:
-        self.monitor.start()
+        self.health.start()
         await self.discovery.start()
-        await self.monitor.initial_checks()
+        await self.health.initial_checks()
 
     async def stop(self) -> None:
         await self.discovery.stop()
-        await self.monitor.stop()
+        await self.health.stop()
         self.fleet.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
@@ -132,13 +74,6 @@ class Gateway:
 def tracing_for(settings: Settings) -> Tracing | None:
     if settings.otlp_endpoint is None:
         return None
-    from xgen_proxy.observability.tracing import Tracing  # needs an extra, and takes a third of a second
+    from xgen_proxy.observability.tracing import Tracing  # needs an extra, and takes a third of a second to import
 
     return Tracing(settings.otlp_endpoint)
-
-
-def trace_lines(headers: Mapping[bytes, bytes]) -> bytes:
-    """The client's trace context, as it goes on: https://www.w3.org/TR/trace-context/"""
-    lines = b"traceparent: " + headers.get(b"traceparent", b"") + b"\r\n"
-    state = headers.get(b"tracestate", b"")
-    return lines + b"tracestate: " + state + b"\r\n" if state else lines

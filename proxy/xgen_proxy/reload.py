@@ -68,7 +68,7 @@ class Reloader:
             settings = self._read()
         except ConfigError as error:
             log.error("the settings stay as they were (%s): %s", why, error)
-            self.gateway.telemetry.reloads.add("refused")
+            self.gateway.metrics.reloads.inc("refused")
             return
         old = self.gateway.settings
         for name in AT_START_ONLY:
@@ -78,7 +78,7 @@ class Reloader:
             self.gateway.configure(settings)
         except Exception:  # a fault of ours: the next change has to be noticed all the same
             log.exception("taking new settings (%s)", why)
-            self.gateway.telemetry.reloads.add("refused")
+            self.gateway.metrics.reloads.inc("refused")
             return
-        self.gateway.telemetry.reloads.add("taken")
+        self.gateway.metrics.reloads.inc("taken")
         log.info("new settings (%s)", why)

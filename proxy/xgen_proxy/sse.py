@@ -88,3 +88,8 @@ def events(block: bytes) -> Iterator[bytes]:
     for event in block.split(separator):
         if event:
             yield event + separator
+
+
+def comment(text: str) -> bytes:
+    """A comment, for people who read the raw stream; clients ignore it."""
+    return b": " + text.encode("ascii", "replace").replace(b"\n", b" ") + b"\n\n"

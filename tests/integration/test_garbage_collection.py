@@ -13,7 +13,7 @@ from tests.support.counting_upstream import counter, dying
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
 from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post, wait_until
 
-OURS = ("proxy.", "uvicorn.", "uvloop.", "httptools.")
+OURS = ("xgen_proxy.", "uvicorn.", "uvloop.", "httptools.")
 
 
 async def endless(talk: Talk) -> None:
@@ -43,7 +43,7 @@ def fall_back(proxy: RunningProxy, gpu: FakeUpstream) -> None:
 
 def go_on(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(dying(6, 700))
-    assert ": llama_cpp" in chat(proxy, stream=True).text
+    assert ": resumed on llama_cpp" in chat(proxy, stream=True).text
 
 
 def be_wrong(proxy: RunningProxy, gpu: FakeUpstream) -> None:

@@ -173,5 +173,5 @@ async def test_a_fault_of_ours_is_told_and_the_next_settings_are_taken(
         reloader.reload("test")
     assert "ZeroDivisionError" in caplog.text
     reloader.reload("test")
-    assert gateway.telemetry.reloads.values == {("refused",): 1, ("taken",): 1}
+    assert gateway.metrics.reloads.values == {("refused",): 1, ("taken",): 1}
     await gateway.stop()

@@ -250,7 +250,7 @@ def test_every_flag_of_serve_is_told_by_its_help() -> None:
 
 def served_routes() -> Iterator[tuple[str, str]]:
     front = create_app(Settings(backends=LLAMA_CPP))
-    yield from (("POST", path) for path in front.hot)
+    yield from (("POST", path) for path in front.inference_routes)
     for route in front.app.routes:  # type: ignore[attr-defined]
         assert isinstance(route, Route)
         method = "POST" if "POST" in (route.methods or ()) else "GET"
@@ -272,11 +272,11 @@ def test_request_headers() -> None:
 def test_answer_headers() -> None:
     told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     files = (
-        "forwarding/forwarder.py",
+        "forwarding/progress.py",
         "downstream/response_writer.py",
         "errors.py",
         "downstream/request_body.py",
-        "api/openai.py",
+        "api/inference.py",
     )
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
     assert told == sent, "docs/api.md has other answer headers than the code"
@@ -369,5 +369,5 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.AT_LEAST == 3, "the pages say three"
+    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.MINIMUM == 3, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"

@@ -1,9 +1,8 @@
-"""/generate and /generate/stream: the source document's own API, on top of /v1/completions."""
+"""/generate and /generate/stream: a minimal completion API, `prompt` in and `text` out, on top of /v1/completions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import orjson
@@ -11,10 +10,12 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from xgen_proxy import sse
-from xgen_proxy.api.openai import InferenceEndpoint, answer
+from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import BadGatewayError, BadRequestError
-from xgen_proxy.gateway import Call, Gateway
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.request.call import Call, Origin
 
 
 class GenerateRequest(BaseModel):
@@ -28,7 +29,7 @@ class GenerateRequest(BaseModel):
     task_type: str | None = None
 
 
-def read_generate(body: dict[str, Any]) -> GenerateRequest:
+def parse_generate(body: dict[str, Any]) -> GenerateRequest:
     """Raises BadRequestError."""
     try:
         return GenerateRequest.model_validate(body)
@@ -38,31 +39,25 @@ def read_generate(body: dict[str, Any]) -> GenerateRequest:
         raise BadRequestError(f"{field}: {first['msg']}", param=field) from None
 
 
-def to_completion(request: GenerateRequest, stream: bool) -> dict[str, Any]:
-    body = request.model_dump(exclude_none=True)
-    body["stream"] = stream
-    return body
-
-
 class GenerateEndpoint(InferenceEndpoint):
-    """`always_streams`: /generate/stream; /generate streams when the request says so."""
+    """`always_streams` is true for /generate/stream; /generate streams if the request says so."""
 
     def __init__(self, gateway: Gateway, *, always_streams: bool) -> None:
         super().__init__(gateway, "completions")
         self.always_streams = always_streams
 
-    async def read(self, id: str, headers: Mapping[bytes, bytes], receive: Receive) -> Call:
-        raw = await read_body(receive, headers, self.gateway.settings.limits)
-        request = read_generate(read_json(raw, headers))
-        body = to_completion(request, self.always_streams or request.stream)
-        return self.gateway.call(id, self.endpoint, orjson.dumps(body), body, headers)
+    async def read(self, origin: Origin, receive: Receive) -> Call:
+        raw = await read_body(receive, origin.headers, self.gateway.settings.limits)
+        request = parse_generate(read_json(raw, origin.headers))
+        body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
+        return self.parse(origin, orjson.dumps(body), body)
 
-    async def answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        await answer(self.gateway, call, receive, TokenStream(send) if call.features.stream else WholeText(send))
+    def writer(self, call: Call, scope: Scope, send: Send) -> ResponseWriter:
+        return ResponseWriter(TokenStream(send) if call.features.stream else WholeText(send), None)
 
 
 class WholeText:
-    """Turns a whole completion into {text, backend_used, generation_time (s), tokens_per_second}."""
+    """An ASGI send that turns a completion into {text, backend_used, generation_time (s), tokens_per_second}."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -75,13 +70,13 @@ class WholeText:
             return
         body = message["body"]
         if self._start["status"] == 200:
-            body = self._reshape(body)
+            body = self._convert(body)
             headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]
             self._start["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body})
 
-    def _reshape(self, body: bytes) -> bytes:
+    def _convert(self, body: bytes) -> bytes:
         try:
             return orjson.dumps(self._answer(orjson.loads(body)))
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -90,7 +85,7 @@ class WholeText:
             return error.body()
 
     def _answer(self, completion: dict[str, Any]) -> dict[str, Any]:
-        """Raises LookupError, TypeError or AttributeError. Without usage from the backend the speed is null."""
+        """The speed is null if the backend reports no usage. Raises LookupError, TypeError or AttributeError."""
         seconds = time.perf_counter() - self._began
         usage = completion.get("usage")
         return {
@@ -102,16 +97,16 @@ class WholeText:
 
 
 class TokenStream:
-    """Turns a stream of completion chunks into `{"token": …}` events and a closing `{"done": true}`."""
+    """An ASGI send that turns completion chunks into `{"token": …}` events and a closing `{"done": true}`."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._stream = False
+        self._is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._stream = message["status"] == 200
-        elif self._stream:
+            self._is_stream = message["status"] == 200
+        elif self._is_stream:
             message = {**message, "body": b"".join(self._event(data) for data in sse.payloads(message["body"]))}
         await self._send(message)
 

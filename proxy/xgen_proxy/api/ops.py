@@ -1,4 +1,4 @@
-"""/health /ready /metrics /models/status /route: for those who run the proxy."""
+"""/health /ready /metrics /models/status /route: the routes for operators."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.request_body import read_body, read_json, request_id
 from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
+from xgen_proxy.request.call import Origin
 from xgen_proxy.routing.policy import explain
 
 
@@ -25,35 +27,37 @@ def gateway_of(request: Request) -> Gateway:
 
 
 async def health(request: Request) -> Response:
-    """Alive. Says nothing of the backends: restarting the proxy would not mend them."""
+    """The process is alive. Says nothing about the backends: restarting the proxy would not repair them."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """Can a model answer? 503 while none can, and while draining."""
+    """503 while no replica is up, and while draining."""
     gateway = gateway_of(request)
     if gateway.ready:
         return JSONResponse({"status": "ready"})
-    why = "draining" if gateway.draining else "no backend is up"
+    reason = "draining" if gateway.draining else "no backend is up"
     replicas = {replica.name: f"{replica.state}: {replica.reason}" for replica in gateway.fleet.replicas}
-    return JSONResponse({"status": "not ready", "reason": why, "replicas": replicas}, status_code=503)
+    return JSONResponse({"status": "not ready", "reason": reason, "replicas": replicas}, status_code=503)
 
 
 async def metrics(request: Request) -> Response:
-    return Response(gateway_of(request).telemetry.page(), media_type=CONTENT_TYPE_LATEST)
+    return Response(gateway_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def status(request: Request) -> Response:
     gateway = gateway_of(request)
-    shown = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
-    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in shown for replica in replicas])
-    return JSONResponse({
-        "default_model": gateway.fleet.default_model,
-        "models": gateway.fleet.models,
-        "queued": len(gateway.admission.queue),
-        "draining": gateway.draining,
-        "backends": [backend_status(backend, replicas, memory) for backend, replicas in shown],
-    })  # fmt: skip
+    fleet = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
+    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in fleet for replica in replicas])
+    return JSONResponse(
+        {
+            "default_model": gateway.fleet.default_model,
+            "models": gateway.fleet.models,
+            "queued": len(gateway.admission.queue),
+            "draining": gateway.draining,
+            "backends": [backend_status(backend, replicas, memory) for backend, replicas in fleet],
+        }
+    )
 
 
 def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
@@ -89,12 +93,15 @@ def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
 
 
 async def route(request: Request) -> Response:
-    """The dry run: what would be decided for this request now. The body is that of /v1/chat/completions, or of
-    /v1/completions where it has a `prompt`."""
+    """The dry run: what would be decided for this request now.
+
+    The body is that of /v1/chat/completions, or of /v1/completions if it has a `prompt`.
+    """
     gateway = gateway_of(request)
     headers = dict(request.scope["headers"])
     check_key(headers, gateway.settings.api_keys)
     raw = await read_body(request.receive, headers, gateway.settings.limits)
     body = read_json(raw, headers)
-    call = gateway.call(request_id(headers), "completions" if "prompt" in body else "chat", raw, body, headers)
-    return JSONResponse(explain(gateway.plan(call.features), call.features))
+    endpoint = InferenceEndpoint(gateway, "completions" if "prompt" in body else "chat")
+    features = endpoint.parse(Origin(request_id(headers), headers), raw, body).features
+    return JSONResponse(explain(gateway.router.plan(features), features))

@@ -23,6 +23,8 @@ from xgen_proxy.config.settings import Limits
 from xgen_proxy.downstream.direct_writer import EXTENSION
 from xgen_proxy.downstream.request_body import request_id
 from xgen_proxy.errors import BadRequestError, HeadersTooLargeError, ProxyError, RequestTimeoutError
+from xgen_proxy.forwarding.outcome import Refusal
+from xgen_proxy.request.call import Origin
 
 HEAD_LIMIT = 64 * 1024
 HEAD_S = 30.0  # from the connection, or from the first byte of a later request
@@ -121,7 +123,8 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Ends the connection. While an answer runs on it nothing may be said in between."""
-        self.app.gateway.telemetry.refused(request_id({}), "other", error, self.client[0] if self.client else None)
+        origin = Origin(request_id({}), {}, self.client[0] if self.client else None)
+        self.app.gateway.observer.request_refused(Refusal(origin, "other", error))
         answers = self.cycle is not None and not self.cycle.response_complete
         if not answers or (self._in_body and not self.cycle.response_started):
             body = error.body()

@@ -9,8 +9,10 @@ from starlette.types import Send
 
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
-from xgen_proxy.forwarding.exchange import Exchange
+from xgen_proxy.downstream.request_body import send_error
+from xgen_proxy.errors import ProxyError
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
+from xgen_proxy.sse import EventSplitter
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,9 +37,13 @@ class ResponseWriter:
         self._size: int | None = None
 
     @property
-    def size(self) -> int | None:
+    def bytes_sent(self) -> int | None:
         """Bytes of the answer, but for the closing `[DONE]`; None where nobody has counted them."""
         return self._size if self.retained is None else self.retained.size
+
+    @property
+    def chunks(self) -> int | None:
+        return None if self.retained is None else self.retained.count
 
     def _begin(self) -> None:
         self.first_output = time.perf_counter()
@@ -63,27 +69,34 @@ class ResponseWriter:
         else:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def show(self, events: bytes) -> None:
+    async def send(self, events: bytes) -> None:
         if self.retained is not None:
             self.retained.add(events)
         if self._wire is not None and not self._wire.slow:
             self._wire.chunk(events)
         else:
-            await self.say(events)
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
-    async def say(self, data: bytes) -> None:
-        """What is no part of the answer itself."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    async def comment(self, text: str) -> None:
+        """An SSE comment, which is no part of the answer."""
+        await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
+
+    async def fail(self, error: ProxyError, headers: Headers) -> None:
+        """As a response of its own, or as the last event of a stream that has begun."""
+        if self.status:
+            await self._send({"type": "http.response.body", "body": error.event()})
+        else:
+            await send_error(self._send, error, list(headers))
 
     async def end(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
-    def passing(self, attempt: Exchange) -> Callable[[bytes], bool] | None:
+    def pass_through(self, splitter: EventSplitter) -> Callable[[bytes], bool] | None:
         """What hands ordinary events on as they come, without waking anybody: most of what a stream is made of. It says
         whether it has taken them."""
         if self._wire is None:
             return None
-        wire, splitter, retained = self._wire, attempt.splitter, self.retained
+        wire, retained = self._wire, self.retained
 
         def take(data: bytes) -> bool:
             if splitter.rest or not sse.are_ordinary(data) or wire.slow:

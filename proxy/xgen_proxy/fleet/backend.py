@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
+
+import orjson
 
 from xgen_proxy.config.settings import BackendSettings, Settings
 from xgen_proxy.dialects.chat_template import load_template
-from xgen_proxy.dialects.dialect import DIALECTS, Dialect, ReplicaInfo
+from xgen_proxy.dialects.dialect import DIALECTS, Dialect, Json, ReplicaInfo
+from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.hash_ring import HashRing
 from xgen_proxy.fleet.load import Load, LoadParts, load_of
@@ -130,6 +133,19 @@ class Replica:
     def record_activity(self) -> None:
         """It has said something."""
         self.pool.last_activity = time.monotonic()
+
+    async def post_json(self, path: str, body: Json) -> tuple[int, Any]:
+        """Asks the replica a small question, while a slot of it is held. Returns (status, JSON). Raises UpstreamError."""
+        limit = self.backend.settings.first_byte_timeout_s
+        payload = orjson.dumps(body)
+        start = b"POST %b HTTP/1.1\r\n%b" % (path.encode(), self.head)
+        connection = await self.pool.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(payload), payload), limit)
+        try:
+            return connection.status, orjson.loads(await connection.read_all(limit))
+        except orjson.JSONDecodeError:
+            raise UpstreamProtocolError(f"{path} did not answer with JSON") from None
+        finally:
+            self.pool.release(connection)
 
     def succeeded(self) -> None:
         self.breaker.succeeded()

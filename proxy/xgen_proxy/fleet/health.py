@@ -27,7 +27,6 @@ from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProto
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.fleet.load import Load, parse_metrics
-from xgen_proxy.forwarding.exchange import ask
 
 log = logging.getLogger("xgen_proxy.health")
 
@@ -110,11 +109,11 @@ class HealthMonitor:
                 await self.check(replica)
                 misses = 0
             except httpx.ConnectError as error:
-                self.down(replica, str(error) or "no connection")
+                self.mark_down(replica, str(error) or "no connection")
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
                 misses += 1
                 if misses >= MISSES_BEFORE_DOWN or replica.state == "starting":
-                    self.down(replica, f"{misses} looks in a row failed: {error or type(error).__name__}")
+                    self.mark_down(replica, f"{misses} looks in a row failed: {error or type(error).__name__}")
             except Exception:
                 log.exception("looking at %s", replica.name)
             await asyncio.sleep(self.settings.scrape_interval_s * random.uniform(0.9, 1.1))
@@ -152,7 +151,7 @@ class HealthMonitor:
         """One token, for nobody. Any answer but a 5xx shows that the engine runs."""
         replica.acquire()
         try:
-            status, _ = await ask(replica, "/v1/completions", {**CANARY, "model": self._served(replica)})
+            status, _ = await replica.post_json("/v1/completions", {**CANARY, "model": self._served(replica)})
             if status >= 500 and status != 503:
                 raise UpstreamProtocolError(f"says {status}")
         except UpstreamError as error:
@@ -171,7 +170,7 @@ class HealthMonitor:
     def _canary_failed(self, replica: Replica, error: UpstreamError) -> None:
         """Once is enough: nobody waits for a probe, and it had as long as a request has."""
         if isinstance(error, UpstreamConnectError):
-            self.down(replica, str(error))
+            self.mark_down(replica, str(error))
             return
         replica.breaker.open(time.monotonic())
         if replica.state != "down" and replica.set_state("suspect", f"no token for a probe: {error.reason}"):
@@ -201,7 +200,7 @@ class HealthMonitor:
             replica.backend.context,
         )
 
-    def down(self, replica: Replica, why: str) -> None:
+    def mark_down(self, replica: Replica, why: str) -> None:
         if replica.set_state("down", why):
             replica.scraped = None
             log.warning("%s is down: %s", replica.name, why)

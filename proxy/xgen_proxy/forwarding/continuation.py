@@ -1,11 +1,11 @@
-"""A stream that broke goes on from its next character, on another replica or backend. Pure.
+"""Continues the text of a broken stream from its next character. No I/O of its own.
 
-    what was shown ──▶ Shown: text, id, created, finish        can it be continued?  why_not()
-    Shown + dialect ──▶ another request, whose prompt ends with that text        request_for()
-    its events ──▶ events of the stream that broke        Seam
+    events sent so far ──▶ SentPrefix: text, id, created, finish        may it be resumed?  why_not_resumable()
+    SentPrefix + dialect ──▶ another request, whose prompt ends with that text        request_for()
+    its events ──▶ events of the stream that broke        ResumedStream
 
 vLLM and llama-server take the text as the beginning of the assistant's message (`continue_final_message`), completions
-as the end of the prompt; llama-cpp-python, which would begin a new message, takes the rendered template on
+as the end of the prompt. llama-cpp-python would begin a new message, so it gets the rendered chat template on
 /v1/completions. https://huggingface.co/docs/transformers/chat_templating#continuefinalmessage
 """
 
@@ -22,7 +22,8 @@ from xgen_proxy.dialects.stream_editors import Editor, chunks, event
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Features
 
-CAN_GO_ON = frozenset({"images"})  # all else that a request may need binds the text that is to come to what has been
+# All other needs of a request constrain later tokens by earlier ones, so that plain text could not be resumed rightly.
+RESUMABLE_NEEDS = frozenset({"images"})
 PREFILLED = ("continue_final_message", "add_generation_prompt")
 CHAT_ONLY = ("messages", "max_completion_tokens", "chat_template_kwargs")
 HEAD = ("id", "object", "created", "model", "system_fingerprint")
@@ -31,7 +32,7 @@ BLANK = " \t"
 
 @dataclass(frozen=True, slots=True)
 class SentPrefix:
-    """What the client has seen of a stream. `pieces`: chunks with text in them."""
+    """What the client has been sent of a stream. `pieces` counts the chunks with text."""
 
     head: Json
     text: str
@@ -41,8 +42,8 @@ class SentPrefix:
 
     @property
     def partial(self) -> str:
-        """The text without the spaces at its end: a tokenizer reads them together with the word that follows, and a
-        model that is shown them apart writes nonsense."""
+        """The text without trailing spaces: tokenizers join a space with the word that follows it, so that a model
+        whose prompt ends with a space writes nonsense."""
         return self.text.rstrip(BLANK)
 
     @property
@@ -50,17 +51,17 @@ class SentPrefix:
         return self.text[len(self.partial) :]
 
 
-def why_not(features: Features, body: Json) -> str | None:
-    """Why a stream for this request must not be continued; None where it may be."""
+def why_not_resumable(features: Features, body: Json) -> str | None:
+    """Why a stream for this request must not be resumed, or None if it may be."""
     if not features.continuation:
-        return "the client does not want it"
-    needs = features.needs - CAN_GO_ON
+        return "the client opted out"
+    needs = features.needs - RESUMABLE_NEEDS
     if needs:
-        return f"an answer with {', '.join(sorted(needs))} cannot be continued"
+        return f"an answer with {', '.join(sorted(needs))} cannot be resumed"
     if features.endpoint == "chat" and body["messages"][-1].get("role") == "assistant":
         return "the answer began with the client's own words"
     if any(body.get(field) is not None for field in PREFILLED):
-        return "the client says itself how the prompt ends"
+        return "the client sets how the prompt ends"
     return None
 
 
@@ -71,7 +72,7 @@ def can_continue(dialect: Dialect, features: Features, template: ChatTemplate | 
 
 
 def parse_sent_prefix(data: bytes) -> SentPrefix:
-    """Raises UpstreamProtocolError where more than plain text was shown."""
+    """Raises UpstreamProtocolError if anything but plain text was sent."""
     head: Json = {}
     texts: list[str] = []
     finish = None
@@ -86,7 +87,7 @@ def parse_sent_prefix(data: bytes) -> SentPrefix:
 
 
 def _text(choice: Json) -> str:
-    """Raises UpstreamProtocolError: reasoning belongs to no prompt, and a tool call is no text."""
+    """Raises UpstreamProtocolError for reasoning and tool calls: neither can be put into a prompt as text."""
     if "text" in choice:
         return choice["text"] or ""
     delta = dict(choice.get("delta") or {})
@@ -94,29 +95,31 @@ def _text(choice: Json) -> str:
     text: str = delta.pop("content", None) or ""
     more = [name for name, value in delta.items() if value]
     if more:
-        raise UpstreamProtocolError(f"what was shown has {', '.join(sorted(more))}")
+        raise UpstreamProtocolError(f"the answer so far has {', '.join(sorted(more))}")
     return text
 
 
-async def tokens_of(dialect: Dialect, request: BackendRequest, shown: SentPrefix, post: Post) -> int:
-    """How many tokens the text so far is, for the replica that goes on with it; without its help a chunk counts as
-    one. Raises UpstreamError."""
-    if not shown.partial:
+async def tokens_of(dialect: Dialect, request: BackendRequest, prefix: SentPrefix, post: Post) -> int:
+    """Number of tokens sent so far, as the resuming replica counts them, or one for each chunk if it cannot count.
+
+    Raises UpstreamError.
+    """
+    if not prefix.partial:
         return 0
     if dialect.name == "llama-cpp-python":
-        return await count_tokens(shown.partial, post) - await count_tokens("", post)
+        return await count_tokens(prefix.partial, post) - await count_tokens("", post)
     if dialect.name == "vllm":
-        ask = {"model": request.served, "prompt": shown.partial, "add_special_tokens": False}
+        ask = {"model": request.served, "prompt": prefix.partial, "add_special_tokens": False}
     else:
-        ask = {"content": shown.partial, "add_special": False}
+        ask = {"content": prefix.partial, "add_special": False}
     status, answer = await post("/tokenize", ask)
     if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
-        return shown.pieces
+        return prefix.pieces
     return len(answer["tokens"])
 
 
 def tokens_left(features: Features, spent: int) -> int | None:
-    """None: as many as fit."""
+    """Tokens that may still be generated; None if there is no limit."""
     limit = features.max_tokens
     if limit is None:
         limit = LEGACY_COMPLETION_TOKENS if features.endpoint == "completions" else None
@@ -124,11 +127,13 @@ def tokens_left(features: Features, spent: int) -> int | None:
 
 
 def request_for(
-    dialect: Dialect, request: BackendRequest, shown: SentPrefix, left: int | None, template: ChatTemplate | None
+    dialect: Dialect, request: BackendRequest, prefix: SentPrefix, left: int | None, template: ChatTemplate | None
 ) -> BackendRequest:
-    """The request that goes on with what was shown, for at most `left` tokens. Raises UpstreamProtocolError where the template fails.
+    """The request that continues the sent prefix with at most `left` tokens.
 
-    `left` may be 0 where only the usage is still to be told: one token is generated then, for nobody."""
+    If `left` is 0 and only the usage is still to be sent, one token is generated and dropped.
+    Raises UpstreamProtocolError if the chat template fails.
+    """
     body = dict(request.body)
     features = request.features
     if left is not None:
@@ -136,26 +141,26 @@ def request_for(
         body["max_tokens"] = left
         body.pop("max_completion_tokens", None)
     if body.get("min_tokens"):
-        body["min_tokens"] = max(0, body["min_tokens"] - shown.pieces)
+        body["min_tokens"] = max(0, body["min_tokens"] - prefix.pieces)
     if features.endpoint == "completions":
         prompt = body["prompt"]
-        body["prompt"] = (prompt[0] if isinstance(prompt, list) else prompt) + shown.partial
-    elif not shown.partial:
+        body["prompt"] = (prompt[0] if isinstance(prompt, list) else prompt) + prefix.partial
+    elif not prefix.partial:
         pass
     elif dialect.continues_chat:
-        body["messages"] = [*body["messages"], {"role": "assistant", "content": shown.partial}]
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": prefix.partial}]
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     else:
-        body = _as_completion(body, request, shown, template)
+        body = _as_completion(body, request, prefix, template)
         features = replace(features, endpoint="completions", max_tokens=body["max_tokens"])
     return replace(request, features=replace(features, max_tokens=left or features.max_tokens), body=body, raw=None)
 
 
-def _as_completion(body: Json, request: BackendRequest, shown: SentPrefix, template: ChatTemplate | None) -> Json:
+def _as_completion(body: Json, request: BackendRequest, prefix: SentPrefix, template: ChatTemplate | None) -> Json:
     if template is None:
-        raise UpstreamProtocolError("no chat_template is set, which llama-cpp-python needs to go on with a chat")
+        raise UpstreamProtocolError("no chat_template is set, which llama-cpp-python needs to resume a chat")
     kept = {name: value for name, value in body.items() if name not in CHAT_ONLY}
-    prompt = template.render(plain_messages(body, request)["messages"]) + shown.partial
+    prompt = template.render(plain_messages(body, request)["messages"]) + prefix.partial
     return {**kept, "prompt": prompt, "max_tokens": body.get("max_tokens") or request.context or MUCH}
 
 
@@ -163,22 +168,24 @@ MUCH = 2**20  # llama-cpp-python stops at the end of the context by itself
 
 
 class ResumedStream:
-    """An editor that turns the events of the stream that goes on into events of the stream that broke: its id and
-    shape, no second role, and no second time the spaces that were shown already. `spent`: tokens shown before. `quiet`:
-    nothing but the usage is wanted."""
+    """A stream editor that turns the events of the resuming stream into events of the broken one: its id and shape, no
+    second role, and no spaces that were already sent.
 
-    def __init__(self, shown: SentPrefix, spent: int, features: Features, *, quiet: bool) -> None:
-        self._head = shown.head
+    `spent`: tokens sent before. `usage_only`: the answer is complete and only its usage is wanted.
+    """
+
+    def __init__(self, prefix: SentPrefix, spent: int, features: Features, *, usage_only: bool) -> None:
+        self._head = prefix.head
         self._chat = features.endpoint == "chat"
-        self._tells_usage = features.include_usage
-        self._blank = shown.blank
+        self._include_usage = features.include_usage
+        self._blank = prefix.blank
         self._spent = spent
-        self._quiet = quiet
+        self._usage_only = usage_only
         self._inner: Editor | None = None
         self._usage: Json | None = None
 
     def after(self, inner: Editor | None) -> ResumedStream:
-        """`inner`: what puts the backend's own events right first."""
+        """`inner` repairs the backend's own events first."""
         self._inner = inner
         return self
 
@@ -193,13 +200,13 @@ class ResumedStream:
 
     def _parts(self, chunk: Json) -> Iterator[bytes]:
         self._usage = chunk.get("usage") or self._usage
-        for choice in () if self._quiet else chunk["choices"]:
-            text = self._new(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+        for choice in () if self._usage_only else chunk["choices"]:
+            text = self._without_sent_spaces(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
             if text or choice.get("finish_reason"):
                 yield self.event(text, choice.get("finish_reason"))
 
-    def _new(self, text: str) -> str:
-        """Without the spaces that the client has already, as far as they come again."""
+    def _without_sent_spaces(self, text: str) -> str:
+        """The text without those spaces at its start that the client already has."""
         while self._blank and text:
             if text[0] != self._blank[0]:
                 self._blank = ""
@@ -213,22 +220,17 @@ class ResumedStream:
         return event({**self._head, "choices": [choice]})
 
     async def finish(self, post: Post) -> bytes:
-        """Usage of the whole: what went on has counted what had been shown as part of its prompt."""
+        """The usage of the whole answer: the resuming backend counted the sent prefix as part of its prompt."""
         for chunk in chunks(await self._inner.finish(post) if self._inner else b""):
             self._usage = chunk.get("usage") or self._usage
-        if self._usage is None or not self._tells_usage:
+        if self._usage is None or not self._include_usage:
             return b""
         prompt = self._usage["prompt_tokens"] - self._spent
-        completion = self._spent + (0 if self._quiet else self._usage["completion_tokens"])
+        completion = self._spent + (0 if self._usage_only else self._usage["completion_tokens"])
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return event({**self._head, "choices": [], "usage": usage})
 
 
-def note(text: str) -> bytes:
-    """An SSE comment: for people who look; clients pass over it."""
-    return b": " + text.encode("ascii", "replace").replace(b"\n", b" ") + b"\n\n"
-
-
-def is_whole(shown: SentPrefix, features: Features) -> bool:
-    """Has everything been shown but the closing `[DONE]`?"""
-    return shown.finish is not None and (shown.usage or not features.include_usage)
+def is_complete(prefix: SentPrefix, features: Features) -> bool:
+    """Only the closing `[DONE]` is missing."""
+    return prefix.finish is not None and (prefix.usage or not features.include_usage)

@@ -1,7 +1,7 @@
-"""One exchange with one replica: what is sent, how long each step may take, and the events or the whole that come back.
+"""One request to one replica, and its response: a stream's events as they come, or the whole body.
 
-Entered while a slot of the replica is held. On every way out the connection is given back, to the pool where it can
-serve again, else closed, which cancels the request upstream.
+Used while a slot of the replica is held. On every way out the connection goes back to the pool if it can be reused;
+otherwise it is closed, which cancels the request upstream.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-import orjson
+from typing import Any
 
 from xgen_proxy import sse
 from xgen_proxy.dialects.dialect import BackendRequest, Json
@@ -19,136 +17,145 @@ from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_
 from xgen_proxy.dialects.request_rewrites import asks_for_stream
 from xgen_proxy.dialects.request_rules import prepare
 from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.upstream import Connection
 
-if TYPE_CHECKING:
-    from xgen_proxy.fleet.backend import Replica
-    from xgen_proxy.gateway import Call
-    from xgen_proxy.routing.policy import Candidate
-
-PATHS = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions", "embeddings": b"/v1/embeddings"}
-ERROR_BODY_LIMIT = 1024 * 1024
+ERROR_BODY_LIMIT = 1024 * 1024  # bytes
 
 
 class Exchange:
-    """`request`: what is asked of this replica. `streams`: it was asked for a stream. `ending`: set it when the answer
-    is whole and only the closing chunk is still to come. `began`: time.perf_counter()."""
+    """`with Exchange(…) as exchange:`, then `open()`, then either `whole()` or the events.
+
+    `streams`: the replica was asked for a stream.
+    """
 
     __slots__ = (
-        "backend", "began", "call", "candidate", "connection", "deadline", "ending", "limit", "payload", "replica",
-        "request", "splitter", "streams",
-    )  # fmt: skip
+        "_connection",
+        "_deadline",
+        "_expects_close",
+        "_payload",
+        "_request_id",
+        "_timeout_s",
+        "_trace",
+        "dialect",
+        "replica",
+        "request",
+        "splitter",
+        "streams",
+    )
 
-    def __init__(self, call: Call, candidate: Candidate, request: BackendRequest) -> None:
-        """Raises BadRequestError where the backend cannot take the request."""
-        self.call = call
-        self.candidate = candidate
-        self.backend = candidate.backend
-        self.replica = candidate.replica
+    def __init__(self, replica: Replica, request: BackendRequest, request_id: str, trace: bytes) -> None:
+        """`trace`: header lines. Raises BadRequestError if the backend cannot serve the request."""
+        self.replica = replica
+        self.dialect = replica.backend.dialect
         self.request = request
-        self.payload = prepare(self.backend.dialect, request)
-        self.streams = asks_for_stream(self.backend.dialect, request)
-        self.limit = self._first_byte_limit() if self.streams else self.backend.settings.total_timeout_s
+        self.streams = asks_for_stream(self.dialect, request)
         self.splitter = sse.EventSplitter()
-        self.ending = False
+        self._payload = prepare(self.dialect, request)
+        self._request_id = request_id
+        self._trace = trace
+        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.backend.settings.total_timeout_s
+        self._connection: Connection | None = None
+        self._expects_close = False
 
-    def _first_byte_limit(self) -> float:
-        """Seconds; longer for longer prompts, since a CPU prefills some 100 tokens a second."""
-        settings = self.backend.settings
-        return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (
-            self.request.features.prompt_words / 1000
-        )
+    def _first_byte_timeout_s(self) -> float:
+        """Longer for longer prompts: a CPU prefills some 100 tokens a second."""
+        settings, words = self.replica.backend.settings, self.request.features.prompt_words
+        return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (words / 1000)
 
-    async def __aenter__(self) -> Exchange:
-        """Status and headers have come. Raises UpstreamError, and RequestRejectedError where the backend refuses the request."""
-        self.began = time.perf_counter()
-        self.deadline = self.began + self.limit
-        total = self.backend.settings.total_timeout_s
-        self.connection = await self.replica.pool.exchange(self._head() + self.payload, self.limit, total)
-        if self.connection.status != 200:
-            try:
-                raise read_error(self.connection.status, await self.connection.read_all(self._left, ERROR_BODY_LIMIT))
-            finally:
-                self._release()
+    def __enter__(self) -> Exchange:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._release()
+        if self._connection is not None:
+            reuse = not self.streams or self.dialect.reuse_after_stream
+            self.replica.pool.release(self._connection, ending=self._expects_close, reuse=reuse)
 
-    def _release(self) -> None:
-        reuse = not self.streams or self.backend.dialect.reuse_after_stream
-        self.replica.pool.release(self.connection, ending=self.ending, reuse=reuse)
+    async def open(self) -> None:
+        """Sends the request and waits for status and headers.
+
+        Raises UpstreamError, and RequestRejectedError if the backend rejects the request.
+        """
+        self._deadline = time.perf_counter() + self._timeout_s
+        total_s = self.replica.backend.settings.total_timeout_s
+        message = self._head() + self._payload
+        connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
+        if connection.status != 200:
+            raise read_error(connection.status, await connection.read_all(self._time_left, ERROR_BODY_LIMIT))
 
     def _head(self) -> bytes:
-        own = self.call.trace
-        if self.backend.dialect.request_id:
-            own += b"x-request-id: " + self.call.id.encode() + b"\r\n"
-        start = PATHS[self.request.features.endpoint], self.replica.head, own, len(self.payload)
-        return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % start
+        lines = self._trace
+        if self.dialect.request_id:
+            lines += b"x-request-id: " + self._request_id.encode() + b"\r\n"
+        parts = self.request.path.encode(), self.replica.head, lines, len(self._payload)
+        return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % parts
 
     @property
-    def _left(self) -> float:
-        return max(0.01, self.deadline - time.perf_counter())
+    def _time_left(self) -> float:
+        return max(0.01, self._deadline - time.perf_counter())
 
     async def whole(self) -> bytes:
-        """All of an answer that is no stream. Raises UpstreamError."""
-        data = await self.connection.read_all(self.backend.settings.total_timeout_s)
+        """The whole body. Raises UpstreamError."""
+        data = await self.connection.read_all(self.replica.backend.settings.total_timeout_s)
         self.replica.record_activity()
         if sse.is_abort(data):
             raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
         return data
 
-    async def first_events(self, *, past_role: bool = False) -> bytes:
-        """Waits for the first real output: the commit point. vLLM sends 200 and headers before it has accepted
-        anything. `past_role`: a chunk that only names the role is no output either. Raises what an error event or an
-        empty stream means."""
+    async def first_events(self, *, skip_role: bool = False) -> bytes:
+        """Waits for the first real output, the commit point: vLLM sends 200 and headers before it accepts a request.
+
+        `skip_role`: a chunk that only names the role is not output either. Raises the meaning of an error event or of
+        an empty stream.
+        """
         held = b""
         while True:
-            data = await self.connection.read(self._left, self.limit)
+            data = await self.connection.read(self._time_left, self._timeout_s)
             if not data:
-                raise await explain_empty(self.backend.dialect, self.request, self.post)
+                raise await explain_empty(self.dialect, self.request, self.post)
             block = self.splitter.feed(data)
             if sse.is_error(block) or sse.is_abort(block):
-                raise self.verdict(block)
+                raise self.error_in(block)
             held += block
-            if sse.has_line(block, b"data: {") and not (past_role and sse.only_role(held)):
+            if sse.has_line(block, b"data: {") and not (skip_role and sse.only_role(held)):
                 self.replica.record_activity()
                 return held
 
-    async def next_events(self, take: Callable[[bytes], bool] | None = None) -> bytes:
-        """b"" at the end of the stream; what `take` takes is passed over. Raises UpstreamError."""
-        timeout = self.backend.settings.idle_timeout_s
-        while data := await self.connection.read(timeout, take=take):
+    async def next_events(self, pass_through: Callable[[bytes], bool] | None = None) -> bytes:
+        """The next events, b"" at the end of the stream. Raises UpstreamError.
+
+        `pass_through` is offered all data first, and returns whether it has sent it to the client.
+        """
+        timeout_s = self.replica.backend.settings.idle_timeout_s
+        while data := await self.connection.read(timeout_s, take=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()
                 return block
         return b""
 
-    def verdict(self, block: bytes) -> Exception:
-        """What the error event or the abort in these events means."""
+    def error_in(self, block: bytes) -> Exception:
+        """The meaning of the error event or the abort among these events."""
         for event in sse.events(block):
             if sse.is_error(event):
                 return stream_error(event)
         return UpstreamProtocolError("finish_reason abort: the engine is shutting down")
 
-    def stop(self) -> None:
-        """All that is wanted has come: ends the generation."""
+    def expect_close(self) -> None:
+        """The response is complete but for its closing chunk, so that the connection is worth waiting for."""
+        self._expects_close = True
+
+    def cancel(self) -> None:
+        """Ends the generation: all output that is wanted has arrived."""
         self.connection.close()
 
     async def post(self, path: str, body: Json) -> tuple[int, Any]:
-        return await ask(self.replica, path, body)
+        """Asks the same replica a small question. Returns (status, JSON). Raises UpstreamError."""
+        return await self.replica.post_json(path, body)
 
-
-async def ask(replica: Replica, path: str, body: Json) -> tuple[int, Any]:
-    """A small question to a replica, which one slot of is ours: (status, JSON). Raises UpstreamError."""
-    limit = replica.backend.settings.first_byte_timeout_s
-    payload = orjson.dumps(body)
-    start = b"POST %b HTTP/1.1\r\n%b" % (path.encode(), replica.head)
-    connection = await replica.pool.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(payload), payload), limit)
-    try:
-        return connection.status, orjson.loads(await connection.read_all(limit))
-    except orjson.JSONDecodeError:
-        raise UpstreamProtocolError(f"{path} did not answer with JSON") from None
-    finally:
-        replica.pool.release(connection)
+    @property
+    def connection(self) -> Connection:
+        if self._connection is None:
+            raise RuntimeError("the exchange is not open")
+        return self._connection

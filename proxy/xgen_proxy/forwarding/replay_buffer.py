@@ -1,27 +1,34 @@
-"""What a stream's client has been shown, kept so that the stream can go on elsewhere if it breaks."""
+"""The events that a stream's client has been sent, kept so that the stream can be resumed elsewhere if it breaks.
+
+While an answer is short, as most are, this is a list of references: adding a block copies nothing. Beyond FOLD bytes
+the blocks are compressed to about a fifteenth, since chunks repeat themselves. The contract: `all()` returns what was
+added, byte for byte, until `overflowed`.
+"""
 
 from __future__ import annotations
 
 import zlib
 
-FOLD = 64 * 1024  # most answers end before; chunks repeat themselves so much that what is folded takes a fifteenth
-MOST = 16 * 1024 * 1024  # bytes of events, some 60,000 tokens: a longer answer is not continued
+FOLD = 64 * 1024  # bytes kept as they are
+LIMIT = 16 * 1024 * 1024  # bytes of events, some 60,000 tokens; a longer answer cannot be resumed
 
 
 class ReplayBuffer:
-    """Events as they were sent, in order. add() is called for every chunk and does next to nothing; all() is called
-    when something broke. `over`: there was more than is kept."""
+    """`add()` is called for every chunk and does next to nothing; `all()` is called only when a stream has broken.
 
-    __slots__ = ("_blocks", "_folded", "_folder", "_folds", "_size", "over", "total")
+    `size` and `count` cover everything added, also after an overflow.
+    """
+
+    __slots__ = ("_blocks", "_compressed", "_compressor", "_folded_blocks", "_folded_size", "_size", "overflowed")
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
         self._size = 0
-        self._folds = 0  # blocks in what is folded, or dropped
-        self._folder: zlib._Compress | None = None
-        self._folded: list[bytes] = []
-        self.total = 0
-        self.over = False
+        self._folded_blocks = 0
+        self._folded_size = 0
+        self._compressor: zlib._Compress | None = None
+        self._compressed: list[bytes] = []
+        self.overflowed = False
 
     def add(self, block: bytes) -> None:
         self._blocks.append(block)
@@ -31,28 +38,29 @@ class ReplayBuffer:
 
     @property
     def count(self) -> int:
-        """Of the blocks that were added."""
-        return self._folds + len(self._blocks)
+        """Number of blocks added."""
+        return self._folded_blocks + len(self._blocks)
 
     @property
     def size(self) -> int:
-        """Of all that was added, in bytes."""
-        return self.total + self._size
+        """Bytes added."""
+        return self._folded_size + self._size
 
     def _fold(self) -> None:
-        self.total += self._size
-        self._folds += len(self._blocks)
-        if self.total > MOST:
-            self.over = True
-            self._folded.clear()
+        self._folded_size += self._size
+        self._folded_blocks += len(self._blocks)
+        if self._folded_size > LIMIT:
+            self.overflowed = True
+            self._compressed.clear()
         else:
-            self._folder = self._folder or zlib.compressobj(1)
-            self._folded.append(self._folder.compress(b"".join(self._blocks)))
+            self._compressor = self._compressor or zlib.compressobj(1)
+            self._compressed.append(self._compressor.compress(b"".join(self._blocks)))
         self._blocks.clear()
         self._size = 0
 
     def all(self) -> bytes:
-        if self._folder is None:
+        """Everything added. Only valid while not `overflowed`."""
+        if self._compressor is None:
             return b"".join(self._blocks)
-        folded = b"".join(self._folded) + self._folder.copy().flush()
+        folded = b"".join(self._compressed) + self._compressor.copy().flush()
         return zlib.decompress(folded) + b"".join(self._blocks)

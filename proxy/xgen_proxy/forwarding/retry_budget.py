@@ -1,7 +1,7 @@
-"""How many requests may be on a second try at once: a fifth of all that are in flight, at least three.
+"""Limits how many requests retry at once: a fifth of all requests in flight, and at least three.
 
-When much fails at once, retries on top of the usual load would take down what still runs. A retry over the budget is
-not dropped but waits for another to end, since no request is to be lost.
+When much fails at once, retries on top of the usual load would take down what still runs. A retry over the budget
+waits for another one to end; it is not dropped, since no request may be lost.
 https://finagle.github.io/blog/2016/02/08/retry-budgets/
 """
 
@@ -9,66 +9,71 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from types import TracebackType
 
 from xgen_proxy.errors import QueueTimeoutError
 
 SHARE = 0.2
-AT_LEAST = 3
-TIMEOUT_FACTOR = 5  # times the queue's timeout: to be told to come again after a failure of ours is to be lost
+MINIMUM = 3
+TIMEOUT_FACTOR = 5  # times the queue timeout: after a failure of ours, "try again later" would lose the request
 
 
 class RetryBudget:
-    """`async with budget:` around the retries of one request. `in_flight`: requests now; the gateway's own count."""
+    """`request_started` and `request_finished` count the requests in flight that the budget is a share of."""
 
     def __init__(self, queue_timeout_s: float) -> None:
         self.queue_timeout_s = queue_timeout_s
         self.in_flight = 0
         self.retrying = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._queue: deque[asyncio.Future[None]] = deque()
 
     @property
     def timeout_s(self) -> float:
         return self.queue_timeout_s * TIMEOUT_FACTOR
 
     @property
-    def _room(self) -> bool:
-        return self.retrying < max(AT_LEAST, SHARE * self.in_flight)
+    def queued(self) -> int:
+        """Retries that wait for a place."""
+        return len(self._queue)
 
-    async def __aenter__(self) -> None:
-        """Raises QueueTimeoutError when it has waited too long."""
-        if self._waiting or not self._room:
+    def request_started(self) -> None:
+        self.in_flight += 1
+
+    def request_finished(self) -> None:
+        self.in_flight -= 1
+
+    async def acquire(self) -> None:
+        """Waits for a place in the budget, in order. Raises QueueTimeoutError after `timeout_s` seconds."""
+        if self._queue or not self._has_capacity:
             await self._wait()
         else:
             self.retrying += 1
 
+    def release(self) -> None:
+        self.retrying -= 1
+        while self._queue and self._has_capacity:
+            turn = self._queue.popleft()
+            if not turn.done():
+                self.retrying += 1
+                turn.set_result(None)
+
+    @property
+    def _has_capacity(self) -> bool:
+        return self.retrying < max(MINIMUM, SHARE * self.in_flight)
+
     async def _wait(self) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._queue.append(turn)
         try:
             async with asyncio.timeout(self.timeout_s):
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self._give_back()
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
+                self.release()
+            elif turn in self._queue:
+                self._queue.remove(turn)
             if isinstance(error, TimeoutError):
                 raise QueueTimeoutError(
                     f"a backend failed, and no retry was free within {self.timeout_s:g} s; try again later",
                     retry_after=5,
                 ) from None
             raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
-        self.retrying -= 1
-        while self._waiting and self._room:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self.retrying += 1
-                turn.set_result(None)

@@ -19,7 +19,7 @@ REPLICA = ("backend", "replica")
 BREAKER: tuple[str, ...] = get_args(State)
 
 
-class FleetGauges(Collector):
+class FleetMetrics(Collector):
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.fleet = fleet
         self.admission = admission

@@ -20,7 +20,7 @@ BLANK = logging.makeLogRecord({"name": log.name}).__dict__
 straight: Lines | None = None  # where requests' lines go past logging's own machinery, which is half of their cost
 
 
-def tell(level: int, message: str, fields: dict[str, Any]) -> None:
+def log_event(level: int, message: str, fields: dict[str, Any]) -> None:
     """What log.log() does, without looking for what no line of ours has: caller, thread and process."""
     if not log.isEnabledFor(level):
         return

@@ -20,11 +20,11 @@ class Counter:
     """`name` without `_total`. `labels`: their names; what is given to add() are their values, in this order. `known`:
     values of its one label that are told as 0 from the start, so that the first event is a change."""
 
-    def __init__(self, name: str, help: str, labels: Sequence[str] = (), known: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, help: str, labels: Sequence[str] = (), initial_labels: Sequence[str] = ()) -> None:
         self.name, self.help, self.labels = name, help, tuple(labels)
-        self.values: dict[Labels, float] = {(each,): 0.0 for each in known} if labels else {(): 0.0}
+        self.values: dict[Labels, float] = {(each,): 0.0 for each in initial_labels} if labels else {(): 0.0}
 
-    def add(self, *labels: str) -> None:
+    def inc(self, *labels: str) -> None:
         self.values[labels] = self.values.get(labels, 0.0) + 1.0
 
     def inc_by(self, count: float, *labels: str) -> None:
@@ -36,7 +36,7 @@ class Counter:
             at = self.labels.index(label)
             self.values = {labels: count for labels, count in self.values.items() if labels[at] != value}
 
-    def family(self) -> Metric:
+    def to_metric_family(self) -> Metric:
         family = CounterMetricFamily(self.name, self.help, labels=self.labels)
         for labels, value in self.values.items():
             family.add_metric(labels, value)
@@ -55,14 +55,14 @@ class Histogram:
         """How many fell into each bucket, the one without bound last; then the sum of all."""
         return [0.0] * (len(self.bounds) + 2)
 
-    def add(self, seconds: float, *labels: str) -> None:
+    def observe(self, seconds: float, *labels: str) -> None:
         row = self.rows.get(labels)
         if row is None:
             row = self.rows[labels] = self._row()
         row[bisect_left(self.bounds, seconds)] += 1.0
         row[-1] += seconds
 
-    def family(self) -> Metric:
+    def to_metric_family(self) -> Metric:
         family = HistogramMetricFamily(self.name, self.help, labels=self.labels)
         names = [*map(floatToGoString, self.bounds), "+Inf"]
         for labels, row in self.rows.items():

@@ -10,7 +10,7 @@ import pytest
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, chat, get, post
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.forwarding.forwarder import Relay
+from xgen_proxy.forwarding.delivery import Delivery
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_fault_of_our_own_is_told_in_shape(
     async def fault(*_: object) -> None:
         raise ZeroDivisionError("SECRET")
 
-    monkeypatch.setattr(Relay, "_answer", fault)
+    monkeypatch.setattr(Delivery, "deliver", fault)
     answer = chat(door, model="shared", stream=stream, headers={"x-request-id": "find-me"})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "api_error"
@@ -126,11 +126,11 @@ def test_a_fault_of_our_own_is_told_in_shape(
 def test_a_fault_of_our_own_in_mid_stream_is_its_last_event(
     door: RunningProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fault(self: Relay, *_: object) -> None:
-        await self.send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+    async def fault(self: Delivery, *_: object) -> None:
+        await self.writer.send(b"data: {}\n\n")
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Relay, "_relay", fault)
+    monkeypatch.setattr(Delivery, "relay", fault)
     answer = chat(door, model="shared", stream=True)
     assert answer.status_code == 200
     *_, last = answer.text.removesuffix("\n\n").split("\n\n")

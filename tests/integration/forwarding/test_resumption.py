@@ -202,7 +202,7 @@ def test_each_way_to_break_on_each_engine(
     assert text == count()
     assert usage is not None
     assert usage["completion_tokens"] == LAST
-    assert f": llama_cpp@127.0.0.1:{cpu.port} goes on; fallback: vllm@" in answer.text
+    assert f": resumed on llama_cpp@127.0.0.1:{cpu.port}; fallback: vllm@" in answer.text
     assert len([talk for talk in cpu.talks if "tokenize" not in talk.path]) == 1
 
 
@@ -221,7 +221,7 @@ def test_the_second_breaks_too_and_a_third_goes_on(start: Start, gpu: FakeUpstre
         gpu.default = cpu.default = two_more
         answer = stream(proxy)
         assert read(answer)[0] == count()
-        assert answer.text.count("goes on") == 2
+        assert answer.text.count(": resumed on") == 2
     finally:
         third.close()
 
@@ -237,7 +237,7 @@ def test_what_cannot_go_on_there_is_tried_elsewhere(
     assert "[DONE]" not in answer.text
     error = json.loads(answer.text.rstrip().rpartition("data: ")[2])["error"]
     assert error["code"] == "stream_broken"
-    assert "could not go on elsewhere" in error["message"]
+    assert "could not be resumed elsewhere" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_reasoning_is_no_text(pair: Callable[..., RunningProxy], gpu: FakeUpstre
 
     gpu.scripts.append(script)
     answer = stream(proxy)
-    assert "what was shown has reasoning" in answer.text
+    assert "the answer so far has reasoning" in answer.text
     assert cpu.talks == []
 
 

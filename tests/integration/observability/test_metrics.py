@@ -254,7 +254,7 @@ def test_series_of_a_replica_that_is_gone(proxy: RunningProxy, gpu: FakeUpstream
     assert chat(proxy).status_code == 200
     assert chat(proxy).status_code == 200
     wait_until(lambda: len(samples(proxy, "xgen_requests_total")) == 2)
-    proxy.gateway.telemetry.forget(f"vllm@127.0.0.1:{gpu.port}")
+    proxy.gateway.metrics.forget(f"vllm@127.0.0.1:{gpu.port}")
     [left] = samples(proxy, "xgen_requests_total")
     assert f"llama_cpp@127.0.0.1:{cpu.port}" in left
     assert samples(proxy, "xgen_attempt_failures_total") == {}

@@ -15,7 +15,7 @@ from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good,
 from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, post, wait_until
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.api_keys import hash_key
-from xgen_proxy.forwarding.forwarder import Relay
+from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.observability.logging_setup import JsonFormatter, PlainFormatter
 
 SECRET = "SENTINEL"  # in every secret below
@@ -231,14 +231,14 @@ def test_what_a_backend_says(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_fault_of_our_own(door: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    def fault(relay: Relay) -> list[tuple[bytes, bytes]]:
+    def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
         try:
-            raise KeyError(str(relay.call.body))
+            raise KeyError(str(progress.call.body))
         except KeyError as error:
             raise ValueError(PROMPT) from error
 
-    monkeypatch.setattr(Relay, "headers", fault)
+    monkeypatch.setattr(Progress, "response_headers", fault)
     assert ask(door, json=body(stream=stream)).status_code == 500
     wait_until(told)
     assert told()[-1]["code"] == "internal_error"
@@ -247,11 +247,11 @@ def test_a_fault_of_our_own(door: RunningProxy, told: Told, monkeypatch: pytest.
 def test_the_fault_can_be_found(
     door: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fault(relay: Relay) -> list[tuple[bytes, bytes]]:
+    def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
         raise ValueError(PROMPT)
 
-    monkeypatch.setattr(Relay, "headers", fault)
+    monkeypatch.setattr(Progress, "response_headers", fault)
     assert ask(door, json=body()).status_code == 500
     wait_until(told)
     [record] = [record for record in caplog.records if record.exc_info]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.support.chunks import delta, events
-from xgen_proxy.observability.usage import FROM_END, finish_reasons, usage_at_end
+from xgen_proxy.forwarding.usage import TAIL, finish_reasons, usage_at_end
 
 COUNTS = {"prompt_tokens": 12, "total_tokens": 46, "completion_tokens": 34}
 
@@ -31,7 +31,7 @@ def test_of_a_streams_last_events() -> None:
 @pytest.mark.parametrize(
     "data",
     [b"", b"{}", b'{"usage":null}', b'{"usage":{}}', json.dumps({"text": json.dumps({"usage": COUNTS})}).encode(),
-     json.dumps({"usage": COUNTS, "more": "x" * FROM_END}).encode()],
+     json.dumps({"usage": COUNTS, "more": "x" * TAIL}).encode()],
     ids=["nothing", "empty", "null", "no counts", "what the model wrote", "far from the end"],
 )  # fmt: skip
 def test_none(data: bytes) -> None:

@@ -1,0 +1,65 @@
+"""The routes that ask a model: plain ASGI callables, since they are hot."""
+
+from __future__ import annotations
+
+from starlette.types import Receive, Scope, Send
+
+from xgen_proxy.downstream.api_keys import check_key
+from xgen_proxy.downstream.client_address import client_address
+from xgen_proxy.downstream.direct_writer import direct_writer_for
+from xgen_proxy.downstream.request_body import read_body, read_json, request_id, send_error
+from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, ProxyError
+from xgen_proxy.forwarding.outcome import Refusal
+from xgen_proxy.gateway import Gateway
+from xgen_proxy.request.call import Call, Origin, parse_call
+from xgen_proxy.request.features import Endpoint, Json
+
+
+class InferenceEndpoint:
+    """One POST route, from the request's bytes to the response's."""
+
+    def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
+        self.gateway = gateway
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        settings = self.gateway.settings
+        origin = Origin(request_id(headers), headers, client_address(scope, settings.trusted_proxies))
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
+            if settings.api_keys:
+                origin = origin.with_key(check_key(headers, settings.api_keys))
+            call = await self.read(origin, receive)
+        except ProxyError as error:
+            await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])
+            self.gateway.observer.request_refused(Refusal(origin, self.endpoint, error))
+        except ClientDisconnectedError:
+            pass
+        else:
+            self.gateway.observer.request_started(call)
+            outcome = await self.gateway.forwarder.forward(call, receive, self.writer(call, scope, send))
+            self.gateway.observer.request_finished(call, outcome)
+
+    async def read(self, origin: Origin, receive: Receive) -> Call:
+        """Raises ProxyError, ClientDisconnectedError."""
+        raw = await read_body(receive, origin.headers, self.gateway.settings.limits)
+        return self.parse(origin, raw, read_json(raw, origin.headers))
+
+    def parse(self, origin: Origin, raw: bytes, body: Json) -> Call:
+        """`raw` are the bytes that `body` was parsed from. Raises ProxyError."""
+        settings = self.gateway.settings
+        return parse_call(
+            origin,
+            self.endpoint,
+            raw,
+            body,
+            limits=settings.limits,
+            continuation=settings.routing.continuation,
+            default_model=self.gateway.router.default_model,
+        )
+
+    def writer(self, call: Call, scope: Scope, send: Send) -> ResponseWriter:
+        return ResponseWriter(send, direct_writer_for(scope))

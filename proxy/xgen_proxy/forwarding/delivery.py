@@ -1,0 +1,164 @@
+"""Delivers the response of one replica to the client, in one of three ways.
+
+the client wants     the replica was asked for
+a stream             a stream              events pass as they come, repaired where the engine needs it
+a whole response     a stream              collected here, since llama.cpp cancels only streams
+either               a whole response      unparsed; as events if the client wants a stream
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from xgen_proxy import sse
+from xgen_proxy.dialects.dialect import BackendRequest
+from xgen_proxy.dialects.stream_collector import StreamCollector
+from xgen_proxy.dialects.stream_editors import Editor, editor_for
+from xgen_proxy.dialects.whole_response import as_events, repair_whole
+from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.errors import (
+    BadRequestError,
+    ProxyError,
+    StreamInterruptedError,
+    UnsupportedByBackendError,
+    UpstreamError,
+    UpstreamProtocolError,
+)
+from xgen_proxy.forwarding.continuation import why_not_resumable
+from xgen_proxy.forwarding.exchange import Exchange
+from xgen_proxy.forwarding.progress import Progress
+from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
+from xgen_proxy.request.call import Call
+from xgen_proxy.routing.router import Target
+
+
+class Delivery:
+    """`replay`: what the client has been sent of a stream; None if the stream cannot be resumed."""
+
+    def __init__(self, call: Call, writer: ResponseWriter, progress: Progress) -> None:
+        self.call = call
+        self.writer = writer
+        self.progress = progress
+        self.replay: ReplayBuffer | None = None
+
+    async def deliver(self, target: Target, trace: bytes) -> None:
+        """Raises UpstreamError before the commit point, and StreamInterruptedError after it."""
+        with self.exchange_with(target, backend_request(self.call, target), trace) as exchange:
+            if not exchange.streams:
+                await self._pass_whole(exchange)
+            elif self.call.features.stream:
+                await self._stream(exchange)
+            else:
+                await self._collect(exchange)
+
+    def exchange_with(self, target: Target, request: BackendRequest, trace: bytes) -> Exchange:
+        """Raises BadRequestError; on a later attempt UnsupportedByBackendError, since an earlier target could have
+        served the request."""
+        try:
+            return Exchange(target.replica, request, self.call.id, trace)
+        except BadRequestError as error:
+            if not self.progress.failures:
+                raise
+            raise UnsupportedByBackendError(f"cannot take over: {error.message}") from None
+
+    async def _pass_whole(self, exchange: Exchange) -> None:
+        """Sends nothing before all of the response is here, so that it can still fail over."""
+        with self.progress.waiting:
+            await exchange.open()
+            data = await exchange.whole()
+        self.progress.tail = data = repair_whole(exchange.dialect, exchange.request, data)
+        headers = self.progress.response_headers()
+        if not exchange.request.features.stream:
+            await self.writer.whole(headers, data)
+            return
+        events = as_events(exchange.request, data) + sse.DONE
+        await self.writer.start(headers)
+        await self.writer.end(events)
+
+    async def _collect(self, exchange: Exchange) -> None:
+        collector = StreamCollector(exchange.dialect, exchange.request)
+        with self.progress.waiting:
+            await exchange.open()
+            block, done = sse.split_done(await exchange.first_events())
+            while block or not done:
+                if sse.is_error(block):
+                    raise exchange.error_in(block)
+                collector.feed(block)
+                if collector.done:
+                    exchange.cancel()
+                if done or collector.done:
+                    break
+                block, done = sse.split_done(await exchange.next_events())
+                if not block and not done:
+                    break
+            await collector.finish(exchange.post)
+        if done:
+            exchange.expect_close()
+        self.progress.tail = orjson.dumps(collector.result())
+        await self.writer.whole(self.progress.response_headers(), self.progress.tail)
+
+    async def _stream(self, exchange: Exchange) -> None:
+        resumable = why_not_resumable(self.call.features, self.call.body) is None
+        with self.progress.waiting:
+            await exchange.open()
+            # If the stream cannot be resumed, commit as late as possible: hold back the role-only chunk.
+            block = await exchange.first_events(skip_role=not resumable)
+        if resumable:
+            self.replay = self.writer.retained = ReplayBuffer()
+        await self.writer.start(self.progress.response_headers())
+        try:
+            await self.relay(exchange, block, editor_for(exchange.dialect, exchange.request))
+        except UpstreamError as error:
+            raise StreamInterruptedError(error) from None
+        except ProxyError as error:  # the backend rejects the request only now
+            await self.writer.end(error.event())
+
+    async def relay(self, exchange: Exchange, block: bytes, editor: Editor | None, finished: int = 0) -> None:
+        """Relays a stream from its first events to its end. Raises UpstreamError.
+
+        `finished`: number of choices that had their finish_reason before.
+        """
+        request = exchange.request
+        pass_through = self.writer.pass_through(exchange.splitter) if editor is None and request.choices == 1 else None
+        done = False
+        last = b""
+        while block:
+            if sse.is_error(block) or sse.is_abort(block):
+                await self._send_before_error(block, editor)
+                raise exchange.error_in(block)
+            block, done = sse.split_done(block)
+            if editor and block:
+                block = editor.edit(block)
+            if block:
+                finished += sse.finishes(block)
+                last = block
+                await self.writer.send(block)
+            if editor and editor.done:
+                exchange.cancel()
+            if done or (editor and editor.done):
+                break
+            try:
+                block = await exchange.next_events(pass_through)
+            except UpstreamError:
+                if finished < request.choices or request.features.include_usage:
+                    raise
+                break  # only `[DONE]` was missing
+        if finished < request.choices:
+            raise UpstreamProtocolError("the stream ended without a finish_reason")
+        tail = await editor.finish(exchange.post) if editor else b""
+        if done:
+            exchange.expect_close()
+        self.progress.tail = last + tail
+        await self.writer.end(tail + sse.DONE)
+
+    async def _send_before_error(self, block: bytes, editor: Editor | None) -> None:
+        """Sends the events that come before the error or the abort."""
+        for event in sse.events(block):
+            if sse.is_error(event) or sse.is_abort(event):
+                return
+            await self.writer.send(editor.edit(event) if editor else event)
+
+
+def backend_request(call: Call, target: Target) -> BackendRequest:
+    backend = target.backend
+    return BackendRequest(call.features, call.body, call.raw, call.model, backend.served(call.model), backend.context)

@@ -1,0 +1,141 @@
+"""Tries the targets of a request until one succeeds.
+
+An attempt holds one slot of its target from start to end and reports the result to the circuit breaker, the health
+monitor and the observer. The first attempt is free; all further ones before the commit point share the retry budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+
+from xgen_proxy.errors import (
+    StreamInterruptedError,
+    UnsupportedByBackendError,
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamOverloadedError,
+    all_failed,
+)
+from xgen_proxy.fleet.admission import Admission
+from xgen_proxy.fleet.health import HealthMonitor
+from xgen_proxy.forwarding.outcome import Failure, Observer
+from xgen_proxy.forwarding.progress import Progress
+from xgen_proxy.forwarding.retry_budget import TIMEOUT_FACTOR, RetryBudget
+from xgen_proxy.request.call import Call
+from xgen_proxy.routing.router import Target
+
+# Asks one target, given the trace context for it as header lines. Raises UpstreamError to try the next target.
+Work = Callable[[Target, bytes], Awaitable[None]]
+
+
+class Failover:
+    def __init__(
+        self,
+        call: Call,
+        targets: Sequence[Target],
+        progress: Progress,
+        admission: Admission,
+        health: HealthMonitor,
+        retry_budget: RetryBudget,
+        observer: Observer,
+    ) -> None:
+        self.call = call
+        self.remaining = list(targets)
+        self.progress = progress
+        self.admission = admission
+        self.health = health
+        self.retry_budget = retry_budget
+        self.observer = observer
+        self.resuming = False
+
+    async def run(self, work: Work) -> None:
+        """Raises ProxyError if every target fails, and StreamInterruptedError if a stream breaks after the commit."""
+        try:
+            await self._attempt(work)
+        except UpstreamError:
+            with self.progress.waiting:
+                await self.retry_budget.acquire()
+            try:
+                await self._until_success(work)
+            except UpstreamError:
+                raise all_failed((target.replica.name, error) for target, error in self.progress.failures) from None
+            finally:
+                self.retry_budget.release()
+
+    async def resume(self, targets: Sequence[Target], work: Work) -> None:
+        """Runs `work` on new targets, after the commit point. Raises UpstreamError, the last one, if all fail.
+
+        Resumed streams queue longer: the client already has half an answer. They need no retry budget, since each
+        takes the place of a stream that has just ended.
+        """
+        self.remaining = list(targets)
+        self.resuming = True
+        await self._until_success(work)
+
+    async def _until_success(self, work: Work) -> None:
+        while self.remaining:
+            with suppress(UpstreamError):
+                return await self._attempt(work)
+        raise self.progress.failures[-1].error
+
+    async def _attempt(self, work: Work) -> None:
+        target = await self._acquire_slot()
+        progress = self.progress
+        error: BaseException | None = None
+        progress.target = target
+        progress.attempts += 1
+        try:
+            trace = self.observer.attempt_started(self.call, target, progress.attempts)
+            await work(target, self.call.trace if trace is None else trace)
+            target.replica.succeeded()
+        except UpstreamError as failed:
+            error = failed
+            self._record_failure(target, failed)
+            raise
+        except StreamInterruptedError as interrupted:
+            error = interrupted.error
+            self._record_failure(target, interrupted.error)
+            raise
+        except BaseException as other:
+            error = other
+            raise
+        finally:
+            self.admission.release(target.replica)
+            self.observer.attempt_finished(self.call, target, error, progress.tail)
+            error = None  # its traceback holds this frame: a circle, which would wait for the garbage collector
+
+    def _record_failure(self, target: Target, error: UpstreamError) -> None:
+        self.progress.failures.append(Failure(target, error))
+        if isinstance(error, UpstreamConnectError):
+            self.health.mark_down(target.replica, str(error))
+        elif not isinstance(error, UpstreamOverloadedError | UnsupportedByBackendError):
+            target.replica.failed(error.reason)
+            self.admission.on_replica_down()  # the circuit breaker may have opened
+
+    async def _acquire_slot(self) -> Target:
+        """A slot on the first free target of the next tier, which is then no longer remaining.
+
+        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it.
+        """
+        tier = self.remaining[0].tier
+        targets = [target for target in self.remaining if target.tier == tier]
+        try:
+            target = self.admission.try_acquire(targets) or await self._queue(targets)
+        except UpstreamConnectError as error:
+            self.progress.failures += [Failure(target, error) for target in targets]
+            self.remaining = [target for target in self.remaining if target.tier != tier]
+            raise
+        self.remaining.remove(target)
+        return target
+
+    async def _queue(self, targets: Sequence[Target]) -> Target:
+        urgency = "high" if self.resuming else self.call.features.urgency
+        waiter = self.admission.enqueue(targets, urgency)
+        try:
+            with self.progress.waiting, self.progress.queueing:
+                return await self.admission.wait(waiter, TIMEOUT_FACTOR if self.resuming else 1)
+        except asyncio.CancelledError:
+            self.progress.left_queue = True
+            raise
