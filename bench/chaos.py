@@ -35,8 +35,9 @@ import httpx
 
 from bench import children, procfs
 from bench.judge import judge_stream, judge_whole
-from tests.e2e import servers
-from tests.e2e.servers import MODEL, Server, until
+from tests.support import real_servers as servers
+from tests.support.real_servers import MODEL, Server
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
@@ -220,7 +221,7 @@ class Saboteur:
         self.vllm.kill9()
         self.vllm.start().wait_ready()
         warm(self.vllm)
-        until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
+        wait_until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
 
     def replica(self) -> dict[str, Any]:
         status = httpx.get(self.proxy_url + "/models/status", timeout=10).json()
@@ -435,7 +436,7 @@ def run(
     try:
         proxy.start().wait_ready()
         saboteur = Saboteur(vllm, proxy.url)
-        until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
+        wait_until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
         warm(vllm)
         asyncio.run(blow(storm, proxy.url, requests, events, vllm))
         mark_continued(storm, log)

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import children, procfs
-from tests.e2e import servers
-from tests.e2e.door import NEVER_ENDING
-from tests.e2e.servers import MODEL, Proxy, Server, until
+from tests.support import real_servers as servers
+from tests.support.proxied_backend import NEVER_ENDING
+from tests.support.real_servers import MODEL, Proxy, Server
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
@@ -293,7 +294,7 @@ def running(name: str, options: argparse.Namespace, folder: Path) -> Iterator[Su
     try:
         backend.start().wait_ready()
         proxy.start()
-        until(proxy.is_ready, 60, "the proxy to be ready")
+        wait_until(proxy.is_ready, 60, "the proxy to be ready")
         token_s = token_seconds(backend.port) if name == "vllm" else 0.0
         yield Subject(name, backend, proxy, busy, token_s)
     finally:

@@ -21,8 +21,8 @@ import uvloop
 
 from bench import children
 from bench.streams import Round, delays, load, progress
-from tests.e2e.nginx import NameServer, Nginx, ServiceUnavailableError, runner
-from tests.e2e.servers import until
+from tests.support.nginx import NameServer, Nginx, UnavailableError, runner
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
@@ -35,7 +35,7 @@ TARGET_MS = 2.0
 
 
 def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
-    """(the upstream's port, nginx before it). Raises ServiceUnavailableError."""
+    """(the upstream's port, nginx before it). Raises UnavailableError."""
     log = folder / "upstream.log"
     upstream = children.told_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
     names = NameServer("127.0.0.1")
@@ -44,7 +44,7 @@ def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
     stack.callback(nginx.stop)
     nginx.start()
     with nginx.client() as client:
-        until(lambda: client.get("/v1/models").status_code == 200, 20, "nginx to find the upstream")
+        wait_until(lambda: client.get("/v1/models").status_code == 200, 20, "nginx to find the upstream")
     return upstream, nginx
 
 
@@ -89,7 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             upstream, nginx = start(stack, Path(folder))
-        except ServiceUnavailableError as error:
+        except UnavailableError as error:
             print(f"lag_nginx: {error}", file=sys.stderr)
             return 2
         direct, through = run(options, upstream, nginx)

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import pytest
 
-from tests.e2e import servers
-from tests.e2e.door import Door
-from tests.e2e.servers import Proxy, Server
+from tests.support import real_servers as servers
+from tests.support.proxied_backend import ProxiedBackend
+from tests.support.real_servers import Proxy, Server
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 BACKENDS = ["llama_cpp_python", "llama_server", "vllm"]
@@ -83,7 +83,7 @@ def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
-def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> Door:
+def proxied(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> ProxiedBackend:
     """A proxy with one real backend behind it, and nothing to fall back to: once for each kind of backend."""
     kind = request.param
     backend: Server = request.getfixturevalue("vllm_server" if kind == "vllm" else kind)
@@ -92,7 +92,7 @@ def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> D
         flags = ["--llama-cpp", backend.url, "--engine", backend.name]
     proxy = start_proxy(*flags)
     proxy.wait_ready()
-    return Door(kind, "vllm" if kind == "vllm" else "llama_cpp", proxy, backend)
+    return ProxiedBackend(kind, "vllm" if kind == "vllm" else "llama_cpp", proxy, backend)
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +104,12 @@ def template(gguf: str, logs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fleet(vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path) -> Door:
+def fleet(
+    vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path
+) -> ProxiedBackend:
     """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
     flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
     env = {"XGEN_BACKENDS__VLLM__SLOTS": "4", "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE": str(template)}
     proxy = start_proxy(*flags, env=env)
     proxy.wait_ready()
-    return Door("fleet", "vllm", proxy, vllm_server)
+    return ProxiedBackend("fleet", "vllm", proxy, vllm_server)

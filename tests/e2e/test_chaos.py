@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import chaos
-from tests.e2e.servers import Server
+from tests.support.real_servers import Server
 
 
 @pytest.mark.timeout(900)  # vLLM takes 35 s to come back, and was seen to take three minutes on a busy machine

@@ -27,11 +27,12 @@ import openai
 import pytest
 import yaml
 
-from tests.e2e import stack as stacks
 from tests.e2e.conftest import unavailable
-from tests.e2e.door import CAPITAL, NEVER_ENDING
-from tests.e2e.servers import MODEL, until
-from tests.e2e.stack import ROOT, Stack, docker, has_image, inspect
+from tests.support import compose_stack
+from tests.support.compose_stack import ROOT, Stack, docker, has_image, inspect
+from tests.support.proxied_backend import CAPITAL, NEVER_ENDING
+from tests.support.real_servers import MODEL
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1800)  # images are built, and under load each thing takes long
 
@@ -84,16 +85,16 @@ CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
 @pytest.fixture(scope="module")
 def with_docker() -> None:
     try:
-        stacks.check_docker()
-    except stacks.ServiceUnavailableError as error:
+        compose_stack.check_docker()
+    except compose_stack.UnavailableError as error:
         unavailable(f"NOT TESTED IN CONTAINERS: {error}")
 
 
 @pytest.fixture(scope="module")
 def images(with_docker: None) -> dict[str, str]:
     """Settings that name other images, where those of compose.yaml cannot be had."""
-    named = stacks.variables()
-    docker_image = ROOT / "tests" / "e2e" / "nginx_image.sh"
+    named = compose_stack.variables()
+    docker_image = ROOT / "tests" / "support" / "nginx_image.sh"
     subprocess.run([str(docker_image), named["NGINX_IMAGE"]], check=True, capture_output=True, timeout=600)
     settings = {}
     if not had(named["GRAFANA_IMAGE"]):
@@ -208,7 +209,7 @@ class Load:
     def wait(self, more: int) -> None:
         """Until so many more answers are complete."""
         before = self.done()
-        until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
+        wait_until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
 
     def under_way(self, count: int) -> list[Stream]:
         """So many streams that have begun, and are not over."""
@@ -216,7 +217,9 @@ class Load:
         def begun() -> list[Stream]:
             return [each for each in self.streams if 0 < each.chunks < self.tokens // 2 and not each.error]
 
-        return until(lambda: begun() if len(begun()) >= count else None, 120, f"{count} live streams; {self.failed()}")
+        return wait_until(
+            lambda: begun() if len(begun()) >= count else None, 120, f"{count} live streams; {self.failed()}"
+        )
 
     def failed(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.error]
@@ -229,7 +232,7 @@ def test_vllm_knows_the_flags_it_is_given() -> None:
     if not os.environ.get("XGEN_TEST_VLLM"):
         unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
     python = str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
-    command = yaml.safe_load(stacks.COMPOSE.read_text())["services"]["vllm"]["command"]
+    command = yaml.safe_load(compose_stack.COMPOSE.read_text())["services"]["vllm"]["command"]
     flags = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", each) for each in command]
     done = subprocess.run([python, "-c", PARSE_FLAGS, *flags], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -301,7 +304,12 @@ def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
 def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenAI) -> None:
     client.completions.create(model=MODEL, prompt="Hi", max_tokens=1, extra_headers={"X-Request-Id": "who-asks"})
     outer = stack.access_log()["who-asks"]["client"]
-    told = [json.loads(line) for proxy in stack.containers("proxy") for line in stacks.log(proxy) if "who-asks" in line]
+    told = [
+        json.loads(line)
+        for proxy in stack.containers("proxy")
+        for line in compose_stack.log(proxy)
+        if "who-asks" in line
+    ]
     assert [each["client"] for each in told] == [outer]
 
 
@@ -311,19 +319,19 @@ def test_settings_in_a_file_are_taken_without_a_restart(stack: Stack, client: op
 
     file.write_text("[limits]\nbody_bytes = 2000\n")
     try:
-        until(partial(logged, stack, "new settings"), 60, "each proxy to have taken them")
+        wait_until(partial(logged, stack, "new settings"), 60, "each proxy to have taken them")
         for _ in range(4):
             with pytest.raises(openai.APIStatusError) as refused:
                 client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1)
             assert refused.value.status_code == 413
     finally:
         file.unlink()
-    until(partial(logged, stack, "new settings", times=2), 60, "each proxy to have gone back")
+    wait_until(partial(logged, stack, "new settings", times=2), 60, "each proxy to have gone back")
     assert client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1).choices
 
 
 def logged(stack: Stack, text: str, times: int = 1) -> bool:
-    return all(sum(text in line for line in stacks.log(proxy)) >= times for proxy in stack.containers("proxy"))
+    return all(sum(text in line for line in compose_stack.log(proxy)) >= times for proxy in stack.containers("proxy"))
 
 
 def test_the_image_has_what_traces_need(stack: Stack) -> None:
@@ -344,7 +352,7 @@ def test_prometheus_sees_both_proxies(stack: Stack) -> None:
         found = httpx.get(url, params={"query": 'sum(up{job="proxy"})'}).json()["data"]["result"]
         return bool(found) and found[0]["value"][1] == "2"
 
-    until(up, 60, "Prometheus to have scraped both")
+    wait_until(up, 60, "Prometheus to have scraped both")
 
 
 # -- that nothing is lost ----------------------------------------------------------------------------------------------
@@ -353,14 +361,16 @@ def test_prometheus_sees_both_proxies(stack: Stack) -> None:
 def test_a_killed_backend_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
     [llama_cpp] = stack.containers("llama-cpp")
     with Load(client) as load:
-        until(lambda: {each.backend for each in load.under_way(4)} == {"vllm", "llama_cpp"}, 120, "both to be used")
+        wait_until(
+            lambda: {each.backend for each in load.under_way(4)} == {"vllm", "llama_cpp"}, 120, "both to be used"
+        )
         docker("kill", llama_cpp)
         load.wait(more=8)
         docker("start", llama_cpp)
     assert not load.failed()
     assert all(stream.whole for stream in load.streams)
     assert {stream.backend for stream in load.streams} == {"vllm", "llama_cpp"}
-    until(partial(all_up, stack), 90, "the killed one to be up again")
+    wait_until(partial(all_up, stack), 90, "the killed one to be up again")
 
 
 def all_up(stack: Stack, count: int = 2) -> bool:
@@ -378,7 +388,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
             assert inspect(proxy)["State"]["ExitCode"] == 0, "it was killed before it had drained"
             load.wait(more=3)
             docker("start", proxy)
-            until(lambda proxy=proxy: health(proxy) == "healthy", 90, "the proxy to be healthy again")
+            wait_until(lambda proxy=proxy: health(proxy) == "healthy", 90, "the proxy to be healthy again")
         load.wait(more=6)
     served = stack.access_log()
     assert not [f"{each}\n{served.get(each.id)}" for each in load.streams if not each.whole]
@@ -421,7 +431,7 @@ def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: ope
     for stream in lost:
         assert stream.chunks, f"nothing had come of it yet, so nginx could have sent it again: {stream}"
         assert served[stream.id]["proxy"].endswith(victim), stream
-    until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
+    wait_until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
 
 
 # -- that it grows -----------------------------------------------------------------------------------------------------
@@ -432,19 +442,19 @@ def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI)
     stack.compose("up", "--detach", "--no-recreate", "--scale", "proxy=2", "--scale", "llama-cpp=3")
     added = {stack.address(each): each for each in stack.containers("llama-cpp")[1:]}
     assert len(added) == 2
-    until(partial(all_up, stack, 4), 120, "both proxies to use all four backends")
+    wait_until(partial(all_up, stack, 4), 120, "both proxies to use all four backends")
     for proxy in proxies:
         for address, container in added.items():
             assert found_after(proxy, address, container) <= 5
     names = {f"llama_cpp@{stack.address(each)}:8000" for each in stack.containers("llama-cpp")}
     with Load(client, clients=8, tokens=8, hints={"backend": "llama_cpp"}) as load:
-        until(lambda: {each.replica for each in load.streams} >= names, 120, "all three to be used")
+        wait_until(lambda: {each.replica for each in load.streams} >= names, 120, "all three to be used")
     assert not load.failed()
 
 
 def found_after(proxy: str, address: str, container: str) -> float:
     """Seconds from the start of a backend's container to this proxy's word that it is listed."""
-    told = stacks.log(proxy)
+    told = compose_stack.log(proxy)
     found = [line for line in told if f"llama_cpp@{address}:8000 is listed" in line]
     assert found, "\n".join(told[-30:])
     [*_, line] = found

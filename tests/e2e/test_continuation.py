@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.cutter import Cutter
-from tests.e2e.door import GREEDY, NEVER_ENDING, Json, chat
-from tests.e2e.servers import MODEL, Proxy, Server, until
+from tests.support.proxied_backend import GREEDY, NEVER_ENDING, Json, chat
+from tests.support.real_servers import MODEL, Proxy, Server
+from tests.support.stream_cutter import Cutter
+from tests.support.waiting import wait_until
 
 LENGTH = 16
 CUTS = [1, 5, LENGTH - 2]
@@ -85,7 +86,7 @@ def pair(
             env = settings("first", cutter.url, one, "gpu", template)
             env |= settings("second", other.url, other, "cpu", template)
             proxy = start_proxy(env=env)
-            until(lambda: all_up(proxy), 60, "both backends to be up")
+            wait_until(lambda: all_up(proxy), 60, "both backends to be up")
             made[first, second] = Pair(proxy, cutter)
         return made[first, second]
 

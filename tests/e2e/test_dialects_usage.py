@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.e2e.servers import CONTEXT, Server
 from tests.e2e.through import Through, text_of, user
+from tests.support.real_servers import CONTEXT, Server
 from xgen_proxy.dialects.request_rewrites import asks_for_stream
 from xgen_proxy.dialects.stream_editors import chunks as chunks_of
 

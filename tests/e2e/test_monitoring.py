@@ -18,12 +18,13 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e import prometheus
 from tests.e2e.conftest import unavailable
-from tests.e2e.prometheus import DEPLOYED, Prometheus, promtool
-from tests.e2e.servers import Proxy, until
+from tests.support import prometheus
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, good, status
+from tests.support.prometheus import DEPLOYED, Prometheus, promtool
+from tests.support.real_servers import Proxy
+from tests.support.waiting import wait_until
 
 RULES = [
     rule
@@ -163,7 +164,7 @@ class Load:
                 assert [each.result().status_code for each in crowd] == [429, 429, 429]
                 self.drain("hello", **ON_CPU)
                 lucky = pool.submit(self.ask, "hello", **ON_CPU)
-                until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
+                wait_until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
             assert lucky.result().status_code == 200
 
     def all_up(self) -> bool:
@@ -179,7 +180,7 @@ class Load:
         refused = 'xgen_config_reloads_total{result="refused"}'
         before = self.told(refused)
         self.proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: self.told(refused) > before, 10, "the settings to be refused")
+        wait_until(lambda: self.told(refused) > before, 10, "the settings to be refused")
         self.config.write_text(good_settings)
 
     def told(self, series: str) -> float:
@@ -219,7 +220,7 @@ def load(engines: tuple[Engine, Engine], start_proxy: Callable[..., Proxy], tmp_
     gpu, cpu = engines
     config.write_text(SETTINGS.format(gpu=gpu.url, cpu=cpu.url))
     load = Load(start_proxy(env={"XGEN_CONFIG": str(config)}), config)
-    until(load.all_up, 30, "both engines to be up")
+    wait_until(load.all_up, 30, "both engines to be up")
     yield load
     load.proxy.stop()
 
@@ -253,7 +254,7 @@ class Loaded:
     def find(self, expr: str) -> list[dict[str, str]]:
         """The labels of what it gives, as soon as it gives something."""
         expr = expr.replace("$__rate_interval", "30s")
-        return until(lambda: self.query(expr), 60, f"data for {expr}")
+        return wait_until(lambda: self.query(expr), 60, f"data for {expr}")
 
     def query(self, expr: str) -> list[dict[str, str]]:
         if self.working.done():

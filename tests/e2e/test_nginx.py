@@ -24,15 +24,16 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e import servers
 from tests.e2e.conftest import unavailable
-from tests.e2e.door import CAPITAL, assert_openai_error
-from tests.e2e.h2_client import H2
-from tests.e2e.nginx import CONFIGURATION, TMP_MB, NameServer, Nginx, ServiceUnavailableError, certificate, runner
-from tests.e2e.servers import MODEL, Proxy, Server, free_port, until
 from tests.support import documents
+from tests.support import real_servers as servers
 from tests.support.documents import ticked
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, whole
+from tests.support.http2_client import H2
+from tests.support.nginx import CONFIGURATION, TMP_MB, NameServer, Nginx, UnavailableError, certificate, runner
+from tests.support.proxied_backend import CAPITAL, assert_openai_error
+from tests.support.real_servers import MODEL, Proxy, Server, free_port
+from tests.support.waiting import wait_until
 from xgen_proxy import server
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream import http_protocol
@@ -55,7 +56,7 @@ StartNginx = Callable[..., Nginx]
 def nginx_runner() -> str:
     try:
         return runner()
-    except ServiceUnavailableError as error:
+    except UnavailableError as error:
         unavailable(f"NOT TESTED WITH nginx: {error}")
 
 
@@ -124,13 +125,13 @@ def stack(start_nginx: StartNginx, proxy: Proxy) -> Nginx:
 def informed(nginx: Nginx) -> Nginx:
     """It knows the proxies' addresses; before, it answers 502 itself. For those whose proxy is a scripted one."""
     with nginx.client() as client:
-        until(lambda: client.get("/health").status_code != 502, 20, "nginx to find the proxies' addresses")
+        wait_until(lambda: client.get("/health").status_code != 502, 20, "nginx to find the proxies' addresses")
     return nginx
 
 
 def ready(nginx: Nginx) -> Nginx:
     with nginx.client() as client:
-        until(lambda: client.get("/ready").status_code == 200, 20, "a proxy to be ready behind nginx")
+        wait_until(lambda: client.get("/ready").status_code == 200, 20, "a proxy to be ready behind nginx")
     return nginx
 
 
@@ -336,7 +337,7 @@ def test_a_slow_body_reaches_the_proxy_once_it_is_whole(start_nginx: StartNginx)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(20)
         nginx = start_nginx(listener.getsockname()[1])
-        until(lambda: reaches(nginx, listener), 20, "nginx to find the listener's address")
+        wait_until(lambda: reaches(nginx, listener), 20, "nginx to find the listener's address")
         with nginx.connect() as slow, nginx.connect() as quick:
             slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(CONTENT))
             for position in range(10):
@@ -415,7 +416,7 @@ def test_more_bodies_than_there_is_room_for_harm_nobody_else(bare: Nginx, record
         assert 2 <= len(refused) < many
         assert post(client).status_code == 200
     with bare.client() as client:
-        until(lambda: client.post(CHAT, content=b"".join(parts(LIMIT))).status_code == 200, 5, "room again")
+        wait_until(lambda: client.post(CHAT, content=b"".join(parts(LIMIT))).status_code == 200, 5, "room again")
 
 
 HIDDEN = ["/metrics", "/models/status", "/route", "/", "/docs", "/openapi.json", "/v1", "/nginx.conf", "/error"]
@@ -443,7 +444,7 @@ def test_ready_tells_no_names(start_nginx: StartNginx, start_proxy: Callable[...
     lonely = start_proxy("--vllm", "http://127.0.0.1:1")
     nginx = start_nginx(lonely.port)
     with nginx.client() as client:
-        until(lambda: client.get("/health").status_code == 200, 20, "nginx to find the proxy")
+        wait_until(lambda: client.get("/health").status_code == 200, 20, "nginx to find the proxy")
         answer = client.get("/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": "not ready"})
         assert_openai_error(post(client), 503, 404)
@@ -464,7 +465,7 @@ def test_connections_of_one_client_are_limited(
     with ExitStack() as crowd:
         clients = [crowd.enter_context(H2(bare.connect("h2"))) for _ in range(3)]
         streams = [client.request(CHAT, CONTENT) for client in clients[:2] for _ in range(128)]
-        until(lambda: len(recorder.talks) == len(streams), 30, "256 requests to arrive")
+        wait_until(lambda: len(recorder.talks) == len(streams), 30, "256 requests to arrive")
         assert clients[2].status(clients[2].request(CHAT, CONTENT)) == 429
         with bare.client() as client:
             error = assert_openai_error(post(client), 429)
@@ -472,7 +473,7 @@ def test_connections_of_one_client_are_limited(
         release.set()
         assert clients[0].status(streams[127]) == 200
     with bare.client() as client:
-        until(lambda: post(client).status_code == 200, 5, "the crowd to be gone")
+        wait_until(lambda: post(client).status_code == 200, 5, "the crowd to be gone")
 
 
 async def sleep() -> None:
@@ -609,15 +610,15 @@ def test_leaving_frees_the_slot(stack: Nginx, proxy: Proxy, engine: FakeUpstream
         if http2:  # the connection stays: one stream alone is taken back
             with H2(stack.connect("h2")) as client:
                 number = client.request(CHAT, content)
-                until(lambda: in_flight(proxy) == 1, 10, "the request to be under way")
+                wait_until(lambda: in_flight(proxy) == 1, 10, "the request to be under way")
                 client.reset(number)
-                until(lambda: in_flight(proxy) == 0, 2, "the slot to be free")
+                wait_until(lambda: in_flight(proxy) == 0, 2, "the slot to be free")
                 assert client.status(client.request("/health")) == 200
         else:
             with stack.connect() as connection:
                 connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(content), content))
-                until(lambda: in_flight(proxy) == 1, 10, "the request to be under way")
-            until(lambda: in_flight(proxy) == 0, 2, "the slot to be free")
+                wait_until(lambda: in_flight(proxy) == 1, 10, "the request to be under way")
+            wait_until(lambda: in_flight(proxy) == 0, 2, "the slot to be free")
         assert left.wait(2), "the engine still works for a client that is gone"
 
 
@@ -708,7 +709,7 @@ def test_the_error_log_repeats_no_query(start_nginx: StartNginx) -> None:
         assert error["code"] == "bad_gateway"
         assert_openai_error(client.get("/v1/" + "x" * 9000 + "?key=very-secret"), 414)
     raw(nginx, HEAD + b"X-Query: very-secret\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n")
-    until(lambda: [line for line in nginx.lines() if line["status"] == 400], 5, "the last line")
+    wait_until(lambda: [line for line in nginx.lines() if line["status"] == 400], 5, "the last line")
     assert "very-secret" not in nginx.log.read_text()
 
 
@@ -740,11 +741,11 @@ def test_a_proxy_that_comes_back_elsewhere_is_found(
     nginx = start_nginx(port, "127.0.0.2")  # before any proxy is there
     first = start_proxy_on("127.0.0.2", port)
     with nginx.client() as client:
-        until(lambda: post(client).status_code == 200, 20, "the first proxy")
+        wait_until(lambda: post(client).status_code == 200, 20, "the first proxy")
         nginx.names.addresses = ["127.0.0.3"]
         first.kill9()
         start_proxy_on("127.0.0.3", port)
-        until(lambda: post(client).status_code == 200, 10, "the proxy on its new address")
+        wait_until(lambda: post(client).status_code == 200, 10, "the proxy on its new address")
         nginx.names.addresses = ["127.0.0.2", "127.0.0.3"]
         start_proxy_on("127.0.0.2", port)
 
@@ -752,7 +753,7 @@ def test_a_proxy_that_comes_back_elsewhere_is_found(
             assert post(client).status_code == 200
             return {line["proxy"] for line in nginx.lines()[-40:]} >= {f"127.0.0.2:{port}", f"127.0.0.3:{port}"}
 
-        until(both, 10, "both proxies to be used")
+        wait_until(both, 10, "both proxies to be used")
 
 
 def answered(nginx: Nginx, stop: threading.Event) -> list[int]:
@@ -806,19 +807,19 @@ def test_a_proxy_of_two_that_dies_loses_nothing_that_had_not_begun(
     stop = threading.Event()
     with ThreadPoolExecutor(12) as pool, nginx.client() as client, releasing(release, stop):
         waiting = [pool.submit(post, client, max_tokens=WAITING) for _ in range(8)]
-        until(lambda: sum(in_flight(each) for each in proxies) == 8, 20, "8 requests to wait")
+        wait_until(lambda: sum(in_flight(each) for each in proxies) == 8, 20, "8 requests to wait")
         assert 0 < in_flight(proxies[0]) < 8, "random, but of two the less busy one is taken"
         moving = [pool.submit(answered, nginx, stop) for _ in range(2)]
         if how == "stopped":
             assert proxies[0].process
             proxies[0].process.send_signal(signal.SIGTERM)
-            until(lambda: not listens(proxies[0]), 20, "the one that is stopped to take nobody more")
+            wait_until(lambda: not listens(proxies[0]), 20, "the one that is stopped to take nobody more")
         else:
             if "forgotten" in how:
                 nginx.names.addresses = ["127.0.0.3"]
-                until(lambda: {line["proxy"] for line in nginx.lines()[-20:]} == {f"127.0.0.3:{port}"}, 20, how)
+                wait_until(lambda: {line["proxy"] for line in nginx.lines()[-20:]} == {f"127.0.0.3:{port}"}, 20, how)
             proxies[0].kill9()
-            until(lambda: in_flight(proxies[1]) >= 8, 20, "what this one had to be sent to the other")
+            wait_until(lambda: in_flight(proxies[1]) >= 8, 20, "what this one had to be sent to the other")
         release.set()
         assert [each.result(30).status_code for each in waiting] == [200] * 8
         stop.set()
@@ -851,11 +852,11 @@ def test_two_proxies_that_leave_one_after_the_other_lose_nothing(
     with unreachable(first, port), unreachable(second, port), ThreadPoolExecutor(1) as pool:
         nginx = start_nginx(port, first, changed=looks_often)
         alone = f"http://127.0.0.1:{nginx.plain}/health"  # on port 80 nothing is sent again
-        until(lambda: httpx.get(alone, timeout=20).status_code == 504, 60, "nginx to know the first one's address")
+        wait_until(lambda: httpx.get(alone, timeout=20).status_code == 504, 60, "nginx to know the first one's address")
         with nginx.client() as client:
             answer = pool.submit(post, client)
             for tried, next_one in ((first, second), (second, "127.0.0.1")):
-                until(lambda tried=tried: is_tried(tried, port), 20, f"nginx to choose {tried}")
+                wait_until(lambda tried=tried: is_tried(tried, port), 20, f"nginx to choose {tried}")
                 nginx.names.addresses = [next_one]
             assert answer.result(30).status_code == 200
     assert [talk.path for talk in recorder.talks] == [CHAT]

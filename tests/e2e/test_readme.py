@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import Proxy, Server
 from tests.support import documents
 from tests.support.documents import README, ROOT, blocks
+from tests.support.real_servers import Proxy, Server
 
 ADDRESS = "http://127.0.0.1:8080"
 PYTHON = blocks(README, "python")

@@ -11,7 +11,7 @@ import yaml
 
 from backends import healthcheck
 from backends.local import ENGINES
-from tests.e2e.stack import COMPOSE, ROOT, variables
+from tests.support.compose_stack import COMPOSE, ROOT, variables
 from xgen_proxy import __version__
 from xgen_proxy.config.settings import Settings
 

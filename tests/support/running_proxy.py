@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 from tests.support.fake_upstream import FakeUpstream
+from tests.support.waiting import wait_until as wait_until
 from xgen_proxy.app import create_app
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.gateway import Gateway
@@ -24,15 +25,6 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 # httpx reads all certificate authorities for each call (35 ms), though nothing here has TLS
 get = functools.partial(httpx.get, verify=False, timeout=20)
 post = functools.partial(httpx.post, verify=False, timeout=20)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Returns the first true value; fails when time is up."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
-    return value
 
 
 class RunningProxy:
@@ -56,6 +48,19 @@ class RunningProxy:
         self.server.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive(), "the server did not stop"
+
+
+@contextlib.contextmanager
+def running_proxy(up: int | None = None, **values: Any) -> Iterator[RunningProxy]:
+    """A proxy with these settings once `up` replicas (default: all) are up. Checks at the end that it holds nothing."""
+    values.setdefault("scrape_interval_s", 0.05)
+    proxy = RunningProxy(Settings(**values))
+    try:
+        proxy.until_up(len(list(proxy.gateway.fleet.replicas)) if up is None else up)
+        yield proxy
+    finally:
+        proxy.stop()
+    assert_nothing_held(proxy)
 
 
 def backend(*fakes: FakeUpstream, **values: Any) -> dict[str, Any]:

@@ -13,30 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
+
+from tests.support.waiting import wait_until
 
 MODEL = "smollm2"  # the name every test server serves its model under
 CONTEXT = 2048  # tokens per request, on every test server
 VLLM_SLOTS = 16
-
-T = TypeVar("T")
-
-
-def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
-    """The first truthy answer of `look`, asked every 50 ms. Raises AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
-        time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -100,7 +87,7 @@ class Server:
         return self
 
     def wait_ready(self) -> Server:
-        until(self.is_ready, self.start_s, f"{self.name} to answer; its log ends:\n{self.tail()}")
+        wait_until(self.is_ready, self.start_s, f"{self.name} to answer; its log ends:\n{self.tail()}")
         return self
 
     def is_ready(self) -> bool:
@@ -142,7 +129,7 @@ class Server:
         if self.process:
             group = self.process.pid
             self.process.wait(seconds)
-            until(lambda: not members(group), seconds, f"the processes of {self.name} to end")
+            wait_until(lambda: not members(group), seconds, f"the processes of {self.name} to end")
 
 
 class Proxy(Server):
@@ -151,7 +138,7 @@ class Proxy(Server):
     def start(self) -> Proxy:
         self.port = 0
         super().start()
-        listening = until(self._listening, self.start_s, f"the proxy to listen; its log ends:\n{self.tail()}")
+        listening = wait_until(self._listening, self.start_s, f"the proxy to listen; its log ends:\n{self.tail()}")
         self.port = int(listening.group(1))
         return self
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.servers import free_port
+from tests.support.real_servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose.yaml"
@@ -20,17 +20,17 @@ PROFILES = ["gpu", "monitoring"]
 LABEL = "com.docker.compose.project"
 
 
-class ServiceUnavailableError(Exception):
+class UnavailableError(Exception):
     """This machine has no Docker engine, or no Compose; says why."""
 
 
 def check_docker() -> None:
-    """Raises ServiceUnavailableError."""
+    """Raises UnavailableError."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            raise ServiceUnavailableError(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
+            raise UnavailableError(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
 
 
 def docker(*args: str, input: str | None = None, timeout: float = 120) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.servers import MODEL, Proxy, Server
+from tests.support.real_servers import MODEL, Proxy, Server
 
 Json = dict[str, Any]
 
@@ -27,7 +27,7 @@ def chat(content: str = QUESTION, **fields: Any) -> Json:
 
 
 @dataclass(frozen=True)
-class Door:
+class ProxiedBackend:
     """`kind`: the fixture's name. `name`: the backend as the answer's X-Backend header calls it."""
 
     kind: str

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.e2e.servers import free_port, until
 from tests.support.documents import ROOT
+from tests.support.real_servers import free_port
+from tests.support.waiting import wait_until
 
 DEPLOYED = ROOT / "deploy" / "prometheus"
 IMAGE = "prom/prometheus:v3.1.0"
@@ -71,7 +72,7 @@ class Prometheus:
             "--config.file=/config/prometheus.yml", "--storage.tsdb.path=/data",
             f"--web.listen-address=127.0.0.1:{self.port}",
         )  # fmt: skip
-        until(self._ready, 60, "Prometheus to be ready")
+        wait_until(self._ready, 60, "Prometheus to be ready")
         return self
 
     def _config(self) -> dict[str, Any]:

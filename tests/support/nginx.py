@@ -24,12 +24,13 @@ from typing import Any
 
 import httpx
 
-from tests.e2e import stack
-from tests.e2e.servers import free_port, until
+from tests.support import compose_stack
+from tests.support.real_servers import free_port
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "nginx" / "nginx.conf"
-IMAGE = stack.variables()["NGINX_IMAGE"]
+IMAGE = compose_stack.variables()["NGINX_IMAGE"]
 NEWEST_WITHOUT_RESOLVE = (1, 27, 2)
 TMP_MB = 64
 # As compose.yaml runs it: nothing may be written but /tmp.
@@ -37,15 +38,15 @@ CAGE = ["--user", "101:101", "--read-only", "--tmpfs", f"/tmp:size={TMP_MB}m", "
 CAGE += ["--security-opt", "no-new-privileges"]
 
 
-class ServiceUnavailableError(Exception):
+class UnavailableError(Exception):
     """Neither Docker with an image nor a recent nginx is on this machine; says why."""
 
 
 def runner() -> str:
-    """`docker`, with the image there, or the path of an nginx. Raises ServiceUnavailableError."""
+    """`docker`, with the image there, or the path of an nginx. Raises UnavailableError."""
     try:
         subprocess.run(["docker", "info"], check=True, capture_output=True, timeout=30)
-        image = [str(ROOT / "tests" / "e2e" / "nginx_image.sh"), IMAGE]
+        image = [str(ROOT / "tests" / "support" / "nginx_image.sh"), IMAGE]
         subprocess.run(image, check=True, capture_output=True, text=True, timeout=280)
         return "docker"
     except (OSError, subprocess.SubprocessError) as error:
@@ -57,7 +58,7 @@ def runner() -> str:
         if version > NEWEST_WITHOUT_RESOLVE:
             return binary
         why += f"; {told.strip()} is too old"
-    raise ServiceUnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
+    raise UnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
 
 
 class NameServer:
@@ -114,7 +115,7 @@ class Nginx:
         command = self._in_docker(conf) if self.runner == "docker" else self._here(conf)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
-        until(self._answers, 60, f"nginx to answer; its log ends:\n{self.log.read_text()[-2000:]}")
+        wait_until(self._answers, 60, f"nginx to answer; its log ends:\n{self.log.read_text()[-2000:]}")
         return self
 
     def _configuration(self, tls: str) -> str:
@@ -181,7 +182,7 @@ class Nginx:
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The line of one request, which is written when it is over."""
-        return until(
+        return wait_until(
             lambda: next((line for line in self.lines() if line["request_id"] == request_id), None), 5, request_id
         )
 
