@@ -69,7 +69,7 @@ class Run:
         """Where it listens, once it does."""
         found = wait_until(lambda: re.search(r"listens on (http://\S+)", self.said()) or self.process.poll(), START_S)
         assert isinstance(found, re.Match), self.said()
-        return found[1]
+        return str(found[1])
 
     def ended(self, seconds: float = 60.0) -> int:
         return self.process.wait(seconds)
@@ -111,7 +111,7 @@ def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
         family = children(run.process.pid)
         run.process.kill()
         run.process.wait()
-        wait_until(lambda family=family: not set(family) & set(parents()), START_S)
+        wait_until(partial(all_ended, family), START_S)
 
 
 def chat(url: str, **fields: Any) -> httpx.Response:

@@ -7,23 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from tests.support import real_servers as servers
 from tests.support.proxied_backend import ProxiedBackend
 from tests.support.real_servers import Proxy, Server
+from tests.support.unavailable import unavailable
 
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 BACKENDS = ["llama_cpp_python", "llama_server", "vllm"]
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Loud on a person's machine, a failure in CI, where everything must run."""
-    if IN_CI:
-        pytest.fail(f"{reason} (CI must run this)")
-    pytest.skip(reason)
 
 
 def from_make(name: str, what: str) -> str:

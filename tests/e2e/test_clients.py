@@ -15,9 +15,9 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from tests.e2e.conftest import unavailable
 from tests.support.proxied_backend import CAPITAL, GREEDY, QUESTION, ProxiedBackend
 from tests.support.real_servers import MODEL
+from tests.support.unavailable import unavailable
 
 ASK: dict[str, Any] = {
     "model": MODEL,

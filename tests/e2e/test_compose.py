@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 import yaml
 
-from tests.e2e.conftest import unavailable
 from tests.support import compose_stack
 from tests.support.compose_stack import ROOT, Stack, docker, has_image, inspect
 from tests.support.proxied_backend import CAPITAL, NEVER_ENDING
 from tests.support.real_servers import MODEL
+from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1800)  # images are built, and under load each thing takes long
@@ -136,7 +137,7 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
     """Nothing is tried again: what fails once has failed."""
     trusts = ssl.create_default_context(cafile=str(stack.certificate()))
     url = f"https://localhost:{stack.https}/v1"
-    with httpx.Client(verify=trusts, timeout=120) as http:
+    with openai.DefaultHttpxClient(verify=trusts, timeout=120) as http:
         yield openai.OpenAI(base_url=url, api_key="none", http_client=http, max_retries=0)
 
 
@@ -190,17 +191,21 @@ class Load:
             self._ask(stream)
 
     def _ask(self, stream: Stream) -> None:
-        asked = {"messages": CAPITAL, "model": MODEL, "max_tokens": self.tokens, "stream": True}
         headers = {"X-Request-Id": stream.id}
         try:
             answer = self.client.chat.completions.with_raw_response.create(
-                **asked, extra_body={**NEVER_ENDING, **self.hints}, extra_headers=headers
+                messages=CAPITAL,
+                model=MODEL,
+                max_tokens=self.tokens,
+                stream=True,
+                extra_body={**NEVER_ENDING, **self.hints},
+                extra_headers=headers,
             )
             stream.backend, stream.replica = answer.headers["x-backend"], answer.headers["x-replica"]
             for chunk in answer.parse():
                 stream.chunks += 1
                 stream.finish = chunk.choices[0].finish_reason or stream.finish if chunk.choices else stream.finish
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
             stream.error = repr(error)
 
     def done(self) -> int:
@@ -296,7 +301,7 @@ def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
         messages=CAPITAL,
         max_tokens=12,
         temperature=0,
-        stream=True,  # type: ignore[arg-type]
+        stream=True,
     )
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
 
@@ -388,7 +393,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
             assert inspect(proxy)["State"]["ExitCode"] == 0, "it was killed before it had drained"
             load.wait(more=3)
             docker("start", proxy)
-            wait_until(lambda proxy=proxy: health(proxy) == "healthy", 90, "the proxy to be healthy again")
+            wait_until(partial(is_healthy, proxy), 90, "the proxy to be healthy again")
         load.wait(more=6)
     served = stack.access_log()
     assert not [f"{each}\n{served.get(each.id)}" for each in load.streams if not each.whole]

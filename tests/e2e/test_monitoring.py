@@ -18,12 +18,12 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e.conftest import unavailable
 from tests.support import prometheus
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, good, status
 from tests.support.prometheus import DEPLOYED, Prometheus, promtool
 from tests.support.real_servers import Proxy
+from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 
 RULES = [

@@ -30,6 +30,7 @@ from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "nginx" / "nginx.conf"
+README = ROOT / "nginx" / "README.md"
 IMAGE = compose_stack.variables()["NGINX_IMAGE"]
 NEWEST_WITHOUT_RESOLVE = (1, 27, 2)
 TMP_MB = 64

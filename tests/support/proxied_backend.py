@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.support.real_servers import MODEL, Proxy, Server
 
@@ -13,7 +14,7 @@ Json = dict[str, Any]
 
 # One of the few questions that a model of 135M parameters answers rightly on every backend.
 QUESTION = "What is the capital of France? Answer in one word."
-CAPITAL = [{"role": "user", "content": QUESTION}]
+CAPITAL: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
 
 # The same tokens from the same backend each time; llama-cpp-python's own default would be a repeat_penalty of 1.1.
 GREEDY: Json = {"temperature": 0, "seed": 1, "repeat_penalty": 1.0}

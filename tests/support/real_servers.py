@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.support.waiting import wait_until
 
@@ -43,15 +44,12 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def members(group: int) -> list[int]:
-    """Process ids that live in a process group; the dead that nobody has reaped don't count."""
+    """Live processes of a process group, without zombies."""
     alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _parent, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(int(stat.parent.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process.pid)
     return alive
 
 
