@@ -98,12 +98,12 @@ def start(stack: ExitStack, options: argparse.Namespace, logs: Path) -> str:
         ]
         command += ["-c", str(SLOTS * 2048), "-np", str(SLOTS), "--metrics", "--no-ui", "--offline"]
         urls.append(
-            f"http://127.0.0.1:{children.told_port(stack.enter_context(children.running(command, log)), log, 60)}"
+            f"http://127.0.0.1:{children.listening_port(stack.enter_context(children.running(command, log)), log, 60)}"
         )
     log = logs / "proxy"
     flags = ["--llama-cpp", ",".join(urls), "--engine", "llama-server"]
     proxy = stack.enter_context(children.running([*children.PROXY, *flags], log))
-    port = children.told_port(proxy, log)
+    port = children.listening_port(proxy, log)
     children.until_ready(port, 60)
     return f"http://127.0.0.1:{port}"
 

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
-from bench import children, procfs
+from bench import children, processes
 from bench.judge import judge_stream, judge_whole
 from tests.support import real_servers as servers
 from tests.support.real_servers import MODEL, Server
@@ -201,7 +202,7 @@ class Saboteur:
         """The engine's process. Raises AssertionError where there is none."""
         assert self.vllm.process
         for pid in servers.members(self.vllm.process.pid):
-            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if "EngineCore" in " ".join(psutil.Process(pid).cmdline()):
                 return pid
         raise AssertionError("vLLM has no process named EngineCore")
 
@@ -412,7 +413,7 @@ def held_sockets(pid: int, ports: set[int]) -> list[str]:
     """Those to backends that are gone, and those of clients that are gone. A probe of a dead backend is SYN_SENT."""
     return [
         f"socket {each.local} -> {each.remote} {each.state}"
-        for each in procfs.sockets(pid)
+        for each in processes.sockets(pid)
         if each.remote and each.state != "SYN_SENT" and (each.remote in ports or each.local in ports)
     ]
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import children, procfs
+from bench import children, processes
 from tests.support import real_servers as servers
 from tests.support.proxied_backend import NEVER_ENDING
 from tests.support.real_servers import MODEL, Proxy, Server
@@ -159,7 +159,7 @@ class Subject:
         assert self.backend.process
         pid, since, before = self.backend.process.pid, time.perf_counter(), -1.0
         while time.perf_counter() - since < QUIET_S:
-            used = procfs.cpu_seconds(pid)
+            used = processes.cpu_seconds(pid)
             if used - before > QUIET_CPU_S:
                 since, before = time.perf_counter(), used
             time.sleep(POLL_S)

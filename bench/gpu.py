@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import children, plot, procfs
+from bench import children, plot, processes
 
 EXAMPLES = """\
 examples:
@@ -110,10 +110,10 @@ def load_client(python: str, log: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(client: subprocess.Popen[str], log: Path) -> Any:
-    """Its next line. Raises Failed, with the end of its log."""
+    """Its next line. Raises StartError, with the end of its log."""
     line = client.stdout.readline() if client.stdout else ""
     if not line:
-        raise children.Failed(f"the load generator ended: {log.read_text(errors='replace')[-2000:]}")
+        raise children.StartError(f"the load generator ended: {log.read_text(errors='replace')[-2000:]}")
     return json.loads(line)
 
 
@@ -130,7 +130,7 @@ def bench_options(session: Session, url: str, level: Level, seed: int) -> list[s
 
 
 def measure(session: Session, where: str, level: Level, rotation: int, folder: Path) -> Load:
-    before = procfs.cpu_seconds(session.proxy)
+    before = processes.cpu_seconds(session.proxy)
     began = time.monotonic()
     order = json.dumps(bench_options(session, session.urls[where], level, session.options.seed + rotation))
     assert session.client.stdin
@@ -142,7 +142,7 @@ def measure(session: Session, where: str, level: Level, rotation: int, folder: P
         int(result["total_input_tokens"]), time.monotonic() - began,
     )  # fmt: skip
     if where == THROUGH:
-        load.cpu_s = (procfs.cpu_seconds(session.proxy) - before) / max(1, load.completed) * 1000
+        load.cpu_s = (processes.cpu_seconds(session.proxy) - before) / max(1, load.completed) * 1000
     progress(f"{where}, {level.streams} streams: {load.figures['output_throughput']:.0f} tok/s, {load.failed} failed")
     return load
 
@@ -154,14 +154,14 @@ def rotate(session: Session, rotation: int, folder: Path) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Load]:
-    """As many whole rotations as were asked for, and fit into the time. Raises Failed."""
+    """As many whole rotations as were asked for, and fit into the time. Raises StartError."""
     began = time.monotonic()
     log = folder / "proxy.log"
     with (
         children.running([*children.PROXY, "--vllm", options.url], log) as proxy,
         load_client(options.vllm_python, folder / "client.log") as client,
     ):
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         urls = {DIRECT: options.url, THROUGH: f"http://127.0.0.1:{port}"}
         session = Session(options, model_at(options.url), client, urls, proxy.pid)
@@ -263,7 +263,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             loads = run(options, Path(folder))
-        except (children.Failed, OSError) as error:
+        except (children.StartError, OSError) as error:
             sys.exit(f"gpu: {error}")
     if not loads:
         sys.exit("the time was up before the first rotation")

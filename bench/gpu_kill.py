@@ -31,10 +31,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
-from backends.environment import free_port, listening_sockets
+from backends.environment import free_port
 from backends.local import llama_cpp_python
-from bench import children, procfs
+from bench import children, processes
 from bench.gpu import model_at
 from bench.judge import judge_stream
 
@@ -44,7 +45,7 @@ examples:
     python -m bench.gpu_kill --url http://127.0.0.1:8000 --gguf models/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --chat-template models/smollm2-hf/tokenizer_config.json --streams 8 --max-tokens 60 --replicas 1
 """
-ENGINE = b"VLLM::EngineCore"
+ENGINE = "VLLM::EngineCore"
 WORDS = ("river", "sea", "bridge", "bread", "moon", "library", "winter", "clock", "train", "field", "mountain")
 NOTE = b" goes on"  # the comment that the proxy writes into a stream that it continues
 
@@ -134,20 +135,13 @@ def kill(engine: int, streams: list[Stream]) -> float:
 
 
 def engine_of(url: str) -> int:
-    """The engine process of the vLLM server that listens there, which is a child of it. Raises Failed."""
-    mine = listening_sockets(urlsplit(url).port or 80)
-    for server in [pid for pid in procfs.parents() if holds(pid, mine)]:
-        for pid in procfs.process_tree(server):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(ENGINE):
-                    return pid
-    raise children.Failed(f"no process {ENGINE.decode()} belongs to {url}")
-
-
-def holds(pid: int, sockets: set[str]) -> bool:
-    with contextlib.suppress(OSError):  # it has just ended
-        return any(f"socket:[{inode}]" in sockets for inode in procfs.held_inodes(pid))
-    return False
+    """The engine process of the vLLM server that listens at `url`, one of its children. Raises StartError."""
+    server = processes.listener(urlsplit(url).port or 80)
+    for process in processes.process_tree(server.pid) if server else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(ENGINE):
+                return process.pid
+    raise children.StartError(f"no process {ENGINE} belongs to {url}")
 
 
 def start_cpu(stack: ExitStack, model: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -164,7 +158,7 @@ def start_cpu(stack: ExitStack, model: str, options: argparse.Namespace, folder:
 
 
 def until_generates(url: str, log: Path, seconds: float = 120) -> None:
-    """Raises Failed."""
+    """Raises StartError."""
     body = json.dumps({"prompt": "Hi", "max_tokens": 1}).encode()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -173,11 +167,11 @@ def until_generates(url: str, log: Path, seconds: float = 120) -> None:
             urllib.request.urlopen(request, timeout=30).close()
             return
         time.sleep(0.1)
-    raise children.Failed(f"{url} does not generate; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+    raise children.StartError(f"{url} does not generate; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float, str]:
-    """The streams, when the engine was killed, and what the proxy counted. Raises Failed."""
+    """The streams, when the engine was killed, and what the proxy counted. Raises StartError."""
     model, engine = model_at(options.url), engine_of(options.url)
     with ExitStack() as stack:
         cpu = start_cpu(stack, model, options, folder)
@@ -189,7 +183,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float,
             "XGEN_LOG_FORMAT": "json",
         }
         proxy = stack.enter_context(children.running(command, log, env=environment))
-        url = f"http://127.0.0.1:{children.told_port(proxy, log)}"
+        url = f"http://127.0.0.1:{children.listening_port(proxy, log)}"
         children.until_ready(int(url.rpartition(":")[2]))
         until_all_up(url, 1 + options.replicas)
         streams = [Stream(make_request(model, number, options)) for number in range(options.streams)]
@@ -202,7 +196,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float,
 
 
 def until_all_up(url: str, replicas: int, seconds: float = 60) -> None:
-    """Raises Failed."""
+    """Raises StartError."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
@@ -210,7 +204,7 @@ def until_all_up(url: str, replicas: int, seconds: float = 60) -> None:
         if sum(line.startswith("xgen_replica_up{") and line.endswith(" 1.0") for line in lines) == replicas:
             return
         time.sleep(0.1)
-    raise children.Failed(f"not all of the {replicas} backends are up after {seconds:g} s")
+    raise children.StartError(f"not all of the {replicas} backends are up after {seconds:g} s")
 
 
 def progress(text: str) -> None:
@@ -270,7 +264,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             streams, killed, metrics = run(options, Path(folder))
-        except (children.Failed, OSError) as error:
+        except (children.StartError, OSError) as error:
             sys.exit(f"gpu_kill: {error}")
     print(report(streams, killed, metrics))
     if options.json:

@@ -37,7 +37,7 @@ TARGET_MS = 2.0
 def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
     """(the upstream's port, nginx before it). Raises UnavailableError."""
     log = folder / "upstream.log"
-    upstream = children.told_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
+    upstream = children.listening_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
     names = NameServer("127.0.0.1")
     stack.callback(names.close)
     nginx = Nginx(runner(), folder, upstream, names)

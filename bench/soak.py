@@ -29,7 +29,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench import children, plot, procfs
+from bench import children, plot, processes
 
 EXAMPLES = """\
 examples:
@@ -198,10 +198,10 @@ def post(path: str, body: object) -> bytes:
 
 
 def sample(began: float, pid: int, port: int, upstream: set[int]) -> Sample:
-    sockets = procfs.sockets(pid)
+    sockets = processes.sockets(pid)
     clients = sum(1 for each in sockets if each.local == port and each.remote)
     backends = sum(1 for each in sockets if each.remote in upstream)
-    return Sample(time.monotonic() - began, procfs.rss_mb(pid), procfs.open_files(pid), clients, backends)
+    return Sample(time.monotonic() - began, processes.rss_mb(pid), processes.open_files(pid), clients, backends)
 
 
 async def churn(soak: Soak, port: int, pid: int, upstream: set[int], options: argparse.Namespace) -> None:
@@ -233,7 +233,7 @@ def what_is_left(pid: int, port: int, upstream: set[int], seconds: float = 40) -
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
         gauges = re.findall(r"^(xgen_(?:replica_in_flight|queue_requests)\S*) (\S+)$", page, re.M)
         left = [f"{name} is {value}" for name, value in gauges if float(value)]
-        for each in procfs.sockets(pid):
+        for each in processes.sockets(pid):
             client = each.local == port and each.remote
             half_closed = each.remote in upstream and each.state != "ESTABLISHED"
             if client or half_closed:
@@ -250,11 +250,11 @@ def run(options: argparse.Namespace, folder: Path) -> Soak:
         for number in (1, 2):
             log = folder / f"upstream-{number}.log"
             command = [*children.UPSTREAM, "--faults", FAULTS, "--seed", str(options.seed * 10 + number)]
-            ports.append(children.told_port(stack.enter_context(children.running(command, log)), log))
+            ports.append(children.listening_port(stack.enter_context(children.running(command, log)), log))
         log = folder / "proxy.log"
         urls = ",".join(f"http://127.0.0.1:{port}" for port in ports)
         proxy = stack.enter_context(children.running([*children.PROXY, "--vllm", urls], log, env=SETTINGS))
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         uvloop.run(churn(soak, port, proxy.pid, set(ports), options))
         soak.left = what_is_left(proxy.pid, port, set(ports))

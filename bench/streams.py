@@ -27,7 +27,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench import children, procfs
+from bench import children, processes
 
 EXAMPLES = """\
 examples:
@@ -121,19 +121,19 @@ async def load(
 
 async def watch(pid: int, result: Round) -> None:
     while True:
-        result.peak_rss_mb = max(result.peak_rss_mb, procfs.rss_mb(pid))
+        result.peak_rss_mb = max(result.peak_rss_mb, processes.rss_mb(pid))
         await asyncio.sleep(0.5)
 
 
 async def measure(port: int, options: argparse.Namespace, pid: int | None) -> Round:
     """`pid`: the proxy's; None: the upstream itself is asked."""
     result = Round()
-    before = procfs.cpu_seconds(pid) if pid else 0.0
+    before = processes.cpu_seconds(pid) if pid else 0.0
     watching = asyncio.create_task(watch(pid, result)) if pid else None
     await load(port, options.streams, options.chunks, options.gap_ms, result)
     if pid and watching:
         watching.cancel()
-        result.cpu_us_per_chunk = (procfs.cpu_seconds(pid) - before) / max(1, len(result.delays)) * 1e6
+        result.cpu_us_per_chunk = (processes.cpu_seconds(pid) - before) / max(1, len(result.delays)) * 1e6
     return result
 
 
@@ -141,14 +141,14 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Round], list[Ro
     """(direct, through), as many of each as repeats."""
     with ExitStack() as stack:
         log = folder / "upstream.log"
-        upstream = children.told_port(
+        upstream = children.listening_port(
             stack.enter_context(children.running(children.UPSTREAM, log, options.upstream_cores)), log
         )
         log = folder / "proxy.log"
         command = [*children.PROXY, "--vllm", f"http://127.0.0.1:{upstream}"]
         slots = {"XGEN_BACKENDS__VLLM__SLOTS": str(options.streams)}
         proxy = stack.enter_context(children.running(command, log, options.subject_cores, slots))
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         direct: list[Round] = []
         through: list[Round] = []

@@ -29,11 +29,6 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture(scope="session")
-def gguf() -> str:
-    return from_make("XGEN_TEST_GGUF", "the model file for llama.cpp")
-
-
 def running(server: Server) -> Iterator[Server]:
     try:
         yield server.start().wait_ready()

@@ -68,7 +68,7 @@ def test_the_settings_of_the_proxy_are_settings(monkeypatch: pytest.MonkeyPatch,
 def test_the_engines_are_the_images() -> None:
     stages = re.findall(r"(?m)^FROM \S+ AS (\S+)$", DOCKERFILES[1].read_text())
     assert set(ENGINES) <= set(stages)
-    assert set(healthcheck.LOOKS) == set(ENGINES)
+    assert set(healthcheck.HEALTH_PATHS) == set(ENGINES)
 
 
 def test_llama_cpp_is_not_built_for_this_machines_cpu() -> None:
