@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,9 +186,10 @@ def test_a_dead_proxy_ends_it(start: Start) -> None:
     assert "the proxy died" in run.said()
 
 
-def test_replicas_and_a_gpu_backend(start: Start, gpu: FakeUpstream) -> None:
-    run = start("--engine", "llama-server", "--replicas", "2", "--vllm", gpu.url)
-    status = httpx.get(f"{run.url()}/models/status").json()
+def test_replicas_and_a_gpu_backend(start: Start) -> None:
+    with closing(FakeUpstream()) as gpu:
+        run = start("--engine", "llama-server", "--replicas", "2", "--vllm", gpu.url)
+        status = httpx.get(f"{run.url()}/models/status").json()
     sizes = {backend["name"]: len(backend["replicas"]) for backend in status["backends"]}
     assert sizes == {"vllm": 1, "llama_cpp": 2}
 

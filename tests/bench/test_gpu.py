@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from bench import gpu, gpu_kill
 
 def load(where: str, rotation: int, figure: float, **other: int) -> gpu.Load:
     counts = {"completed": 10, "failed": 0, "short": 0, "prompt_tokens": 2560, **other}
-    return gpu.Load(where, 64, rotation, dict.fromkeys(gpu.FIGURES, figure), seconds=1.0, **counts)  # type: ignore[arg-type]
+    return gpu.Load(where, 64, rotation, dict.fromkeys(gpu.FIGURES, figure), seconds=1.0, **counts)
 
 
 def test_a_ratio_is_that_of_one_rotation_whoever_began() -> None:
@@ -39,7 +40,7 @@ def stream(
     arrivals: list[float], *deltas: dict[str, str], finish: str | None = "stop", tail: str = ""
 ) -> gpu_kill.Stream:
     head = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": finish})
     events = "".join(f"data: {json.dumps({**head, 'choices': [choice]})}\n\n" for choice in choices)
     body = bytearray(f"{events}{tail}data: [DONE]\n\n".encode())

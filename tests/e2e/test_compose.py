@@ -422,6 +422,10 @@ def health(container: str) -> str:
     return str(inspect(container)["State"]["Health"]["Status"])
 
 
+def is_healthy(container: str) -> bool:
+    return health(container) == "healthy"
+
+
 def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: openai.OpenAI) -> None:
     first, _ = stack.containers("proxy")
     victim = f"{stack.address(first)}:8080"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,10 @@ class Load:
         when their time is up; one leaves while it waits; and one waits and is served."""
         with ThreadPoolExecutor() as pool, self.held():
             with self.held():
-                crowd = [pool.submit(self.ask, "hello", **ON_CPU) for _ in range(3)]
+                crowd = [pool.submit(partial(self.ask, "hello", **ON_CPU)) for _ in range(3)]
                 assert [each.result().status_code for each in crowd] == [429, 429, 429]
                 self.drain("hello", **ON_CPU)
-                lucky = pool.submit(self.ask, "hello", **ON_CPU)
+                lucky = pool.submit(partial(self.ask, "hello", **ON_CPU))
                 wait_until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
             assert lucky.result().status_code == 200
 
@@ -190,7 +191,7 @@ class Load:
         return float(found[1]) if found else 0.0
 
 
-ON_CPU = {"backend": "llama_cpp", "fallback": "none"}
+ON_CPU: dict[str, Any] = {"backend": "llama_cpp", "fallback": "none"}
 SETTINGS = """
 scrape_interval_s = 0.2
 [backends.vllm]

@@ -71,7 +71,7 @@ def selected(selector: Json, labels: Json) -> bool:
 
 def settings_of(overlay: str) -> dict[str, str]:
     [found] = [each["data"] for each in kinds(overlay, "ConfigMap") if each["metadata"]["name"].startswith("proxy-")]
-    return found
+    return dict(found)
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -293,7 +293,7 @@ WAYS_IN = {
 }
 WAYS_IN["gpu"] = WAYS_IN["gpu-keda"] = WAYS_IN["cpu"] | {("proxy", "vllm"), ("monitoring", "vllm")}
 WAYS_IN["multi-node"] = WAYS_IN["gpu"] | {("vllm", "vllm")}
-WAYS_OUT = {
+WAYS_OUT: dict[str, set[tuple[str, str, int | None]]] = {
     "cpu": {
         ("proxy", "llama-cpp", 8000), ("llama-cpp", "the public Internet", 443),
         ("proxy", "kube-system", 53), ("llama-cpp", "kube-system", 53),

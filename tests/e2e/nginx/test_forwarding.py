@@ -8,7 +8,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from functools import partial
 
 import httpx
 import openai
@@ -94,9 +93,9 @@ def test_the_openai_sdk_reaches_a_real_engine(
     for http2 in (False, True):
         transport = openai.DefaultHttpxClient(verify=nginx.context(), http2=http2)
         with openai.OpenAI(base_url=nginx.url + "/v1", api_key="k", http_client=transport) as client:
-            create = partial(client.chat.completions.create, model=MODEL, messages=CAPITAL, temperature=0)
-            whole = create()
-            chunks = list(create(stream=True))
+            chats = client.chat.completions
+            whole = chats.create(model=MODEL, messages=CAPITAL, temperature=0)
+            chunks = list(chats.create(model=MODEL, messages=CAPITAL, temperature=0, stream=True))
         assert "Paris" in (whole.choices[0].message.content or "")
         assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
