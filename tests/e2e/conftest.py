@@ -1,4 +1,4 @@
-"""Real backends, each started once and when first needed, and real proxies in front of them."""
+"""Real backends, each started once when first needed, and real proxies in front of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def vllm_server(logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
-    """start_proxy(*flags, env={}): a proxy that listens. Waiting until a backend answers is the caller's."""
+    """start_proxy(*flags, env={}) → a listening proxy. Its backends may not be up yet: call wait_ready()."""
     started: list[Proxy] = []
 
     def start(*flags: str, env: dict[str, str] | None = None) -> Proxy:
@@ -71,7 +71,7 @@ def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def proxied(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> ProxiedBackend:
-    """A proxy with one real backend behind it, and nothing to fall back to: once for each kind of backend."""
+    """A proxy with one real backend, for each kind of backend."""
     kind = request.param
     backend: Server = request.getfixturevalue("vllm_server" if kind == "vllm" else kind)
     flags = ["--vllm", backend.url]
@@ -84,7 +84,7 @@ def proxied(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -
 
 @pytest.fixture(scope="session")
 def template(gguf: str, logs: Path) -> Path:
-    """The model's chat template, as `make run` hands it to the proxy."""
+    """The model's chat template, as `make run` passes it to the proxy."""
     path = logs / "tokenizer_config.json"
     subprocess.run([sys.executable, "-m", "backends.llama_cpp.template", gguf, str(path)], check=True)
     return path
@@ -94,7 +94,7 @@ def template(gguf: str, logs: Path) -> Path:
 def fleet(
     vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path
 ) -> ProxiedBackend:
-    """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
+    """A GPU and a CPU backend behind one proxy. vLLM has four slots, so that few requests load it."""
     flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
     env = {"XGEN_BACKENDS__VLLM__SLOTS": "4", "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE": str(template)}
     proxy = start_proxy(*flags, env=env)

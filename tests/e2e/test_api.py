@@ -39,7 +39,7 @@ def counts(usage: Json) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_usage_is_the_backends_own(proxied: ProxiedBackend, prompt: str) -> None:
+def test_usage_equals_the_backends_own(proxied: ProxiedBackend, prompt: str) -> None:
     ask = chat(prompt)
     own = proxied.direct("/v1/chat/completions", ask).json()
     whole = proxied.post("/v1/chat/completions", ask).json()
@@ -63,7 +63,7 @@ def test_usage_of_completions(proxied: ProxiedBackend) -> None:
     assert counts(json.loads(chunks[-1])["usage"]) == counts(own)
 
 
-# A non-streaming answer is the backend's own, also where it was streamed and put together on the way
+# A non-streaming response equals the backend's own, also when the proxy collected it from a stream
 
 SAME_ANSWERS: dict[str, tuple[str, Json]] = {
     "chat": ("/v1/chat/completions", chat()),
@@ -79,12 +79,12 @@ SAME_ANSWERS: dict[str, tuple[str, Json]] = {
     ),
 }
 
-# New in each answer, or dependent on what ran before it (timings, cached tokens).
+# Fields that differ between two answers: ids, timings, cached tokens.
 FLEETING = ("id", "created", "timings", "prompt_tokens_details", "system_fingerprint")
 
 
 def expected(own: Any, answer: Any) -> Any:
-    """`own`, with the fleeting parts taken from `answer`; floats nearly, as batching moves a logprob a little."""
+    """`own` with the varying fields of `answer`. Floats may differ slightly: batching changes logprobs."""
     if isinstance(own, dict) and isinstance(answer, dict):
         return {
             name: answer.get(name) if name in FLEETING else expected(item, answer.get(name))
@@ -96,7 +96,7 @@ def expected(own: Any, answer: Any) -> Any:
 
 
 @pytest.mark.parametrize(("path", "ask"), SAME_ANSWERS.values(), ids=SAME_ANSWERS)
-def test_whole_answer_is_the_backends_own(proxied: ProxiedBackend, path: str, ask: Json) -> None:
+def test_non_streaming_responses_equal_the_backends_own(proxied: ProxiedBackend, path: str, ask: Json) -> None:
     own = proxied.direct(path, ask)
     assert own.status_code == 200, own.text
     answer = proxied.post(path, ask)
@@ -120,7 +120,7 @@ def test_models(proxied: ProxiedBackend) -> None:
     assert unknown.value.code == "model_not_found"
 
 
-def test_a_missing_model_is_the_default_one(proxied: ProxiedBackend) -> None:
+def test_a_missing_model_means_the_default(proxied: ProxiedBackend) -> None:
     ask = chat()
     del ask["model"]
     answer = proxied.post("/v1/chat/completions", ask)
@@ -128,7 +128,7 @@ def test_a_missing_model_is_the_default_one(proxied: ProxiedBackend) -> None:
     assert answer.json()["model"] == MODEL
 
 
-def test_a_public_name_is_answered_under_that_name(proxied: ProxiedBackend, start_proxy: Callable[..., Proxy]) -> None:
+def test_responses_carry_the_public_model_name(proxied: ProxiedBackend, start_proxy: Callable[..., Proxy]) -> None:
     setting = f"XGEN_BACKENDS__{proxied.name.upper()}__"
     dialect = {"vllm": "vllm"}.get(proxied.kind, proxied.backend.name)
     env = {
@@ -170,7 +170,7 @@ def embedder(logs: Path, gguf: str, start_proxy: Callable[..., Proxy]) -> Iterat
 def test_embeddings(embedder: ProxiedBackend) -> None:
     with openai.OpenAI(base_url=embedder.url + "/v1", api_key="none", max_retries=0) as client:
         answer = client.embeddings.create(model=MODEL, input=INPUTS, encoding_format="float")
-        packed = client.embeddings.create(model=MODEL, input=INPUTS)  # the SDK asks for base64 by itself
+        packed = client.embeddings.create(model=MODEL, input=INPUTS)  # the SDK requests base64 by default
     assert answer.model == MODEL
     assert [item.index for item in answer.data] == [0, 1]
     assert [len(item.embedding) for item in answer.data] == [576, 576]
@@ -185,13 +185,13 @@ def test_embeddings_in_base64(embedder: ProxiedBackend) -> None:
     assert len(struct.unpack("<576f", base64.b64decode(item["embedding"]))) == 576
 
 
-def test_embeddings_where_no_backend_can(proxied: ProxiedBackend) -> None:
+def test_embeddings_without_a_capable_backend(proxied: ProxiedBackend) -> None:
     error = assert_openai_error(proxied.post("/v1/embeddings", {"model": MODEL, "input": "cat"}), 400, 404)
     assert "embed" in error["message"]
     proxied.assert_answers()
 
 
-# The source document's own API
+# The minimal completion API
 
 
 def test_generate(proxied: ProxiedBackend) -> None:
@@ -227,7 +227,7 @@ def test_generate_with_stream_true_streams(proxied: ProxiedBackend) -> None:
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": 5}, {"prompt": "Hi", "max_tokens": -1}, {"prompt": "Hi", "urgency": "now"}, []]
 )
-def test_generate_refuses_in_words(proxied: ProxiedBackend, body: Any) -> None:
+def test_generate_errors_have_a_message(proxied: ProxiedBackend, body: Any) -> None:
     for path in ("/generate", "/generate/stream"):
         assert_openai_error(proxied.post(path, body), 400)
     proxied.assert_answers()
@@ -236,14 +236,14 @@ def test_generate_refuses_in_words(proxied: ProxiedBackend, body: Any) -> None:
 # Presets and hints
 
 
-def test_hints_never_reach_the_backend_and_presets_apply(proxied: ProxiedBackend) -> None:
+def test_hints_are_removed_and_presets_apply(proxied: ProxiedBackend) -> None:
     plain = proxied.chat(temperature=0, top_p=1, top_k=1, max_tokens=6).json()
     hinted = proxied.post(
         "/v1/chat/completions",
         {"model": MODEL, "messages": CAPITAL, "max_tokens": 6, "urgency": "high", "backend": "auto", "fallback": None},
     )
     assert hinted.status_code == 200, hinted.text
-    assert hinted.json()["choices"][0]["message"] == plain["choices"][0]["message"]  # `deterministic` was filled in
+    assert hinted.json()["choices"][0]["message"] == plain["choices"][0]["message"]
 
 
 # Operations
@@ -272,7 +272,7 @@ def test_models_status(proxied: ProxiedBackend) -> None:
     [replica] = backend["replicas"]
     assert backend["name"] == proxied.name
     assert backend["models"] == {MODEL: MODEL}
-    # llama-cpp-python tells its context length nowhere; who starts it sets it.
+    # llama-cpp-python does not report its context length; it has to be configured.
     assert backend["context"] == (None if proxied.kind == "llama_cpp_python" else CONTEXT)
     assert replica["url"] == proxied.backend.url
     assert replica["state"] == "up"

@@ -1,4 +1,4 @@
-"""Whatever a client sends, the answer is an error in OpenAI's shape and never a 500, and the backend lives on."""
+"""Bad requests get an error in OpenAI's shape, never a 500, and do not harm the backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def nested(depth: int) -> bytes:
 
 @dataclass(frozen=True)
 class Bad:
-    """`statuses`: what is right; with 200 where a backend may do the request. `code`: OpenAI's, where it matters."""
+    """A bad request. `statuses`: accepted ones, with 200 if a backend may support it. `code`: OpenAI's error code."""
 
     name: str
     body: bytes | dict[str, Any] | list[Any] | None
@@ -142,7 +142,7 @@ LONGS = [
         code="context_length_exceeded",
         path="/v1/completions",
     ),
-    # Only a little too long: here an estimate cannot tell, and the backend's own verdict is what counts.
+    # Only slightly too long: the proxy's estimate passes it, and the backend rejects it.
     Bad("just too long", chat("word " * CONTEXT), code="context_length_exceeded"),
     Bad("just too long, stream", chat("word " * CONTEXT, stream=True), code="context_length_exceeded"),
 ]
@@ -164,11 +164,11 @@ def test_bad_input(proxied: ProxiedBackend, bad: Bad) -> None:
     proxied.assert_answers()
 
 
-def test_405_says_what_is_allowed(proxied: ProxiedBackend) -> None:
+def test_405_lists_the_allowed_method(proxied: ProxiedBackend) -> None:
     assert "POST" in httpx.get(proxied.url + CHAT).headers["Allow"]
 
 
-# What some backends can do and others cannot: it works, or a 400 says what to change.
+# Features that only some backends support: they work, or a 400 says what to change.
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}}
 
@@ -199,7 +199,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Where a 400 is right; anywhere else 200 is.
+# Expected to be 400; everything else is 200.
 CANNOT: dict[str, set[str]] = {
     "n": {"llama_cpp_python"},
     "grammar": {"llama_cpp_python", "vllm"},
@@ -209,7 +209,7 @@ CANNOT: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_works_or_a_400_says_why(proxied: ProxiedBackend, name: str, stream: bool) -> None:
+def test_features_work_or_a_400_says_why(proxied: ProxiedBackend, name: str, stream: bool) -> None:
     answer = proxied.chat(**{**VARIANTS[name], "stream": stream})
     if answer.status_code != 200:
         assert proxied.kind in CANNOT.get(name, set()), answer.text
@@ -230,7 +230,7 @@ def test_it_works_or_a_400_says_why(proxied: ProxiedBackend, name: str, stream: 
         assert message.get("tool_calls"), message
         call = message["tool_calls"][0]["function"]
         assert call["name"] == "weather"
-        if proxied.kind == "llama_cpp_python":  # vLLM's hermes parser does not hold the model to the schema
+        if proxied.kind == "llama_cpp_python":  # vLLM's hermes parser does not enforce the schema
             arguments = json.loads(call["arguments"])
         # vLLM's answers come through untouched, and it does not hold a named tool to its schema: "Paris" is one of them
         assert proxied.kind == "vllm" or arguments["city"] in ("Paris", "Rome")

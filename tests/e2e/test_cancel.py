@@ -1,4 +1,4 @@
-"""A client that leaves frees its slot, at any moment and on every backend."""
+"""A client that disconnects frees its slot, at any time and on every backend."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FREED_S = {"llama_cpp_python": 8, "llama_server": 8, "vllm": 30}
 
 
 def is_busy(proxied: ProxiedBackend) -> bool:
-    """Asked of the backend itself."""
+    """True while the backend itself reports a running request."""
     if proxied.kind == "llama_server":
         return any(slot["is_processing"] for slot in httpx.get(proxied.backend.url + "/slots").json())
     if proxied.kind == "vllm":
         page = httpx.get(proxied.backend.url + "/metrics", timeout=5).text
         return any(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", page, re.M))
-    try:  # llama-cpp-python tells nothing, but its list of models waits for a running request
+    try:  # llama-cpp-python reports nothing, but its list of models waits for a running request
         httpx.get(proxied.backend.url + "/v1/models", timeout=0.3)
     except httpx.ReadTimeout:
         return True
@@ -35,7 +35,7 @@ def is_busy(proxied: ProxiedBackend) -> bool:
 
 
 def wait_until_free(proxied: ProxiedBackend) -> None:
-    """The proxy's own count first, which depends on nobody, then the backend's word."""
+    """Wait until first the proxy and then the backend report no request."""
     wait_until(lambda: in_flight(proxied) == 0, 3, "the proxy to count the request out")
     wait_until(lambda: not is_busy(proxied), FREED_S[proxied.kind], "the slot to be free")
 
@@ -47,7 +47,7 @@ def in_flight(proxied: ProxiedBackend) -> int:
 
 @contextmanager
 def request_in_flight(proxied: ProxiedBackend, body: Json) -> Iterator[socket.socket]:
-    """A raw connection, so that leaving is nothing but closing it."""
+    """A request on a raw connection, which is closed at the end without reading."""
     content = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\n\r\n"
@@ -57,7 +57,7 @@ def request_in_flight(proxied: ProxiedBackend, body: Json) -> Iterator[socket.so
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_leaving_frees_the_slot(proxied: ProxiedBackend, stream: bool) -> None:
+def test_disconnects_free_the_slot(proxied: ProxiedBackend, stream: bool) -> None:
     wait_until(lambda: not is_busy(proxied), 30, "an idle backend")
     with request_in_flight(proxied, {**ENDLESS, "stream": stream}) as connection:
         if stream:
@@ -67,7 +67,7 @@ def test_leaving_frees_the_slot(proxied: ProxiedBackend, stream: bool) -> None:
     proxied.assert_answers()
 
 
-def test_leaving_at_once_is_harmless(proxied: ProxiedBackend) -> None:
+def test_immediate_disconnects_are_harmless(proxied: ProxiedBackend) -> None:
     for stream in (False, True):
         with request_in_flight(proxied, {**ENDLESS, "stream": stream}):
             pass
@@ -75,8 +75,8 @@ def test_leaving_at_once_is_harmless(proxied: ProxiedBackend) -> None:
     proxied.assert_answers()
 
 
-def test_requests_that_wait_for_a_slot_can_leave_too(proxied: ProxiedBackend) -> None:
-    """More than the llama.cpp servers have slots: all leave, and the next one is answered."""
+def test_queued_requests_can_disconnect(proxied: ProxiedBackend) -> None:
+    """More requests than the llama.cpp servers have slots all disconnect, and the next one is answered."""
     with ExitStack() as crowd:
         for number in range(6):
             crowd.enter_context(request_in_flight(proxied, {**ENDLESS, "stream": number % 2 == 0}))

@@ -1,4 +1,4 @@
-"""The clients people use, unchanged but for `base_url`, against each backend."""
+"""Common clients, unchanged except for `base_url`, against each backend."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_sdk_chat(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_sdk_chat_stream_says_the_same(client: openai.OpenAI) -> None:
+def test_sdk_chat_stream_has_the_same_text(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**ASK)
     chunks = list(client.chat.completions.create(**ASK, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
@@ -85,7 +85,7 @@ def test_sdk_completions(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
-def test_sdk_raw_response_tells_how_it_was_routed(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
+def test_sdk_raw_responses_have_routing_headers(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
     raw = client.chat.completions.with_raw_response.create(**ASK)
     headers = raw.headers
     assert raw.parse().choices
@@ -97,7 +97,7 @@ def test_sdk_raw_response_tells_how_it_was_routed(client: openai.OpenAI, proxied
     assert 0 <= float(headers["X-Overhead-Ms"]) < 1000
 
 
-def test_sdk_streaming_raw_response_has_the_headers_too(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
+def test_sdk_streaming_raw_responses_have_routing_headers(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
     with client.chat.completions.with_streaming_response.create(**ASK, stream=True) as raw:
         assert raw.headers["X-Backend"] == proxied.name
         assert raw.headers["X-Request-Id"]
@@ -114,12 +114,12 @@ def test_sdk_parses_structured_output(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.parsed in (City(name="Paris"), City(name="Rome"))
 
 
-def test_sdk_takes_a_request_id_from_the_client(client: openai.OpenAI) -> None:
+def test_sdk_request_ids_are_kept(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(**ASK, extra_headers={"X-Request-Id": "my-own-id.1"})
     assert raw.headers["X-Request-Id"] == "my-own-id.1"
 
 
-def test_sdk_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
+def test_errors_raise_the_sdks_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(**{**ASK, "model": "nope"})
     assert unknown.value.code == "model_not_found"

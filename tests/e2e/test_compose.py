@@ -1,4 +1,4 @@
-"""compose.yaml as it is shipped, brought up for real: what it promises while parts of it are stopped, killed and added.
+"""compose.yaml as shipped, on a real Docker engine, while containers are stopped, killed and added.
 
 The GPU is a stand-in, a second llama.cpp server in vLLM's place, and so are images that cannot be had here. The engine
 is llama-server, which needs no compiling: XGEN_TEST_ENGINE=llama-cpp-python tests the other.
@@ -35,15 +35,22 @@ from tests.support.real_servers import MODEL
 from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(1800)  # images are built, and under load each thing takes long
+pytestmark = pytest.mark.timeout(1800)  # images are built, and everything is slow under load
 
 ENGINE = os.environ.get("XGEN_TEST_ENGINE", "llama-server")
 BUILD_S = 1500
 UP_S = 600
 ONE_SHOT = {"certificate", "model"}
-OURS = {"proxy", "llama-cpp", "nginx", "prometheus", "grafana", *ONE_SHOT}  # sealed: not vllm, whose image is not ours
+OURS = {
+    "proxy",
+    "llama-cpp",
+    "nginx",
+    "prometheus",
+    "grafana",
+    *ONE_SHOT,
+}  # without privileges; vllm's image is not ours
 
-# In vLLM's place, on a machine without a GPU: the same server as on the CPU path, and the proxy is told so.
+# In place of vLLM, on a machine without a GPU: the CPU backend's server, with its dialect configured.
 STAND_IN = f"""
 services:
   proxy:
@@ -65,14 +72,14 @@ services:
     deploy: !reset null
 """
 
-# What Grafana's image is asked for, where it cannot be had.
+# A substitute for Grafana's image where it cannot be pulled.
 NO_GRAFANA = """
 FROM python:3.11-slim
 RUN mkdir -p /www/api && touch /www/api/health && ln -s /usr/bin/true /usr/local/bin/wget
 CMD ["python", "-m", "http.server", "--directory", "/www", "3000"]
 """
 
-# vLLM's own reading of its command line, without starting it.
+# vLLM's own parser for its command line, without starting it.
 PARSE_FLAGS = """
 import sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -93,7 +100,7 @@ def with_docker() -> None:
 
 @pytest.fixture(scope="module")
 def images(with_docker: None) -> dict[str, str]:
-    """Settings that name other images, where those of compose.yaml cannot be had."""
+    """Settings with other images, where those of compose.yaml cannot be pulled."""
     named = compose_stack.variables()
     docker_image = ROOT / "tests" / "support" / "nginx_image.sh"
     subprocess.run([str(docker_image), named["NGINX_IMAGE"]], check=True, capture_output=True, timeout=600)
@@ -120,7 +127,7 @@ def folder_of_its_own(image: str) -> bool:
 
 @pytest.fixture(scope="module")
 def stack(images: dict[str, str]) -> Iterator[Stack]:
-    """Two proxies, a llama.cpp server and one in vLLM's place, nginx, monitoring: all healthy."""
+    """Two proxies, a llama.cpp server and one in place of vLLM, nginx and monitoring, all healthy."""
     made = Stack({"ENGINE": ENGINE, "LLAMA_CPP_CPUS": "1", **images}, STAND_IN)
     made.settings["CONFIG_DIR"] = str(made.readable_folder("config"))
     try:
@@ -134,19 +141,19 @@ def stack(images: dict[str, str]) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    """Nothing is tried again: what fails once has failed."""
+    """Without retries, so that every failure shows."""
     trusts = ssl.create_default_context(cafile=str(stack.certificate()))
     url = f"https://localhost:{stack.https}/v1"
     with openai.DefaultHttpxClient(verify=trusts, timeout=120) as http:
         yield openai.OpenAI(base_url=url, api_key="none", http_client=http, max_retries=0)
 
 
-# -- what is sent meanwhile --------------------------------------------------------------------------------------------
+# -- load -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Stream:
-    """One answer, from the client's side."""
+    """One streamed answer as the client sees it."""
 
     id: str = ""
     backend: str = ""
@@ -162,7 +169,7 @@ class Stream:
 
 @dataclass
 class Load:
-    """`clients` that ask for one stream after another, each of `tokens`, until told to stop."""
+    """`clients` that request one stream of `tokens` after another until stopped."""
 
     client: openai.OpenAI
     clients: int = 6
@@ -212,12 +219,12 @@ class Load:
         return sum(1 for stream in self.streams if stream.finish)
 
     def wait(self, more: int) -> None:
-        """Until so many more answers are complete."""
+        """Wait until `more` answers are complete."""
         before = self.done()
         wait_until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
 
     def under_way(self, count: int) -> list[Stream]:
-        """So many streams that have begun, and are not over."""
+        """Wait for `count` streams that are neither new nor nearly finished."""
 
         def begun() -> list[Stream]:
             return [each for each in self.streams if 0 < each.chunks < self.tokens // 2 and not each.error]
@@ -230,10 +237,10 @@ class Load:
         return [stream for stream in self.streams if stream.error]
 
 
-# -- what cannot be brought up here ------------------------------------------------------------------------------------
+# -- vLLM, which cannot run here ---------------------------------------------------------------------------------------
 
 
-def test_vllm_knows_the_flags_it_is_given() -> None:
+def test_vllm_accepts_its_flags() -> None:
     if not os.environ.get("XGEN_TEST_VLLM"):
         unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
     python = str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
@@ -243,7 +250,7 @@ def test_vllm_knows_the_flags_it_is_given() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# -- that it is up, and shut -------------------------------------------------------------------------------------------
+# -- health and isolation ----------------------------------------------------------------------------------------------
 
 
 def test_everything_is_healthy(stack: Stack) -> None:
@@ -256,18 +263,18 @@ def test_everything_is_healthy(stack: Stack) -> None:
             assert state["Health"]["Status"] == "healthy", service
 
 
-def test_only_nginx_can_be_reached_from_outside(stack: Stack) -> None:
+def test_only_nginx_is_reachable_from_outside(stack: Stack) -> None:
     for each in stack.all_containers():
         service = each["Config"]["Labels"]["com.docker.compose.service"]
         open_at = {binding["HostIp"] for found in each["NetworkSettings"]["Ports"].values() for binding in found or []}
         assert not open_at or service in ("nginx", "prometheus", "grafana"), service
-        assert open_at <= {"127.0.0.1"}, "monitoring never, and nginx not by itself"
+        assert open_at <= {"127.0.0.1"}, "monitoring must listen on loopback only, and nginx by default too"
     assert json.loads(docker("network", "inspect", f"{stack.project}_inside"))[0]["Internal"]
     with pytest.raises(AssertionError):
         docker("exec", stack.containers("proxy")[0], "python", "-c", CONNECT_OUT)
 
 
-def test_containers_can_do_little(stack: Stack) -> None:
+def test_containers_have_few_privileges(stack: Stack) -> None:
     for each in stack.all_containers():
         service, host = each["Config"]["Labels"]["com.docker.compose.service"], each["HostConfig"]
         assert host["CapDrop"] == ["ALL"], service
@@ -281,7 +288,7 @@ def test_containers_can_do_little(stack: Stack) -> None:
             assert docker("exec", each["Id"], "id", "-u") != "0", service
 
 
-def test_no_compiler_is_in_an_image(stack: Stack) -> None:
+def test_images_contain_no_compiler(stack: Stack) -> None:
     for service in ("proxy", "llama-cpp"):
         tools = "for tool in cc gcc g++ c++ clang cmake ninja make ld; do command -v $tool; done; true"
         assert docker("exec", stack.containers(service)[0], "sh", "-c", tools) == ""
@@ -289,7 +296,7 @@ def test_no_compiler_is_in_an_image(stack: Stack) -> None:
         assert labels["org.opencontainers.image.licenses"]
 
 
-def test_the_proxy_gets_longer_to_end_than_it_drains(stack: Stack) -> None:
+def test_docker_waits_longer_than_the_proxy_drains(stack: Stack) -> None:
     proxy = inspect(stack.containers("proxy")[0])
     [drain] = [each for each in proxy["Config"]["Env"] if each.startswith("XGEN_DRAIN_S=")]
     assert proxy["Config"]["StopTimeout"] > float(drain.partition("=")[2]) + 5
@@ -306,7 +313,7 @@ def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
 
 
-def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenAI) -> None:
+def test_the_log_shows_the_clients_address(stack: Stack, client: openai.OpenAI) -> None:
     client.completions.create(model=MODEL, prompt="Hi", max_tokens=1, extra_headers={"X-Request-Id": "who-asks"})
     outer = stack.access_log()["who-asks"]["client"]
     told = [
@@ -318,8 +325,8 @@ def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenA
     assert [each["client"] for each in told] == [outer]
 
 
-def test_settings_in_a_file_are_taken_without_a_restart(stack: Stack, client: openai.OpenAI) -> None:
-    """As .env.example tells it: a folder of the host, read and watched by every proxy."""
+def test_a_settings_file_is_reloaded_without_restart(stack: Stack, client: openai.OpenAI) -> None:
+    """As in .env.example: every proxy reads and watches a folder of the host."""
     file = Path(stack.settings["CONFIG_DIR"]) / "xgen-proxy.toml"
 
     file.write_text("[limits]\nbody_bytes = 2000\n")
@@ -339,13 +346,13 @@ def logged(stack: Stack, text: str, times: int = 1) -> bool:
     return all(sum(text in line for line in compose_stack.log(proxy)) >= times for proxy in stack.containers("proxy"))
 
 
-def test_the_image_has_what_traces_need(stack: Stack) -> None:
+def test_the_image_can_export_traces(stack: Stack) -> None:
     proxy = stack.containers("proxy")[0]
     told = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
     assert "http://collector:4318" in told
 
 
-def test_what_listens_without_tls_leads_to_it(stack: Stack) -> None:
+def test_plain_http_redirects_to_tls(stack: Stack) -> None:
     answer = httpx.get(f"http://localhost:{stack.http}/v1/models")
     assert answer.status_code == 308
     assert answer.headers["location"].startswith("https://localhost")
@@ -360,7 +367,7 @@ def test_prometheus_sees_both_proxies(stack: Stack) -> None:
     wait_until(up, 60, "Prometheus to have scraped both")
 
 
-# -- that nothing is lost ----------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_backend_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
@@ -390,7 +397,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
         for proxy in (first, second):
             load.under_way(3)
             docker("stop", proxy)  # with the stop_grace_period of compose.yaml
-            assert inspect(proxy)["State"]["ExitCode"] == 0, "it was killed before it had drained"
+            assert inspect(proxy)["State"]["ExitCode"] == 0, "the proxy was killed before it had drained"
             load.wait(more=3)
             docker("start", proxy)
             wait_until(partial(is_healthy, proxy), 90, "the proxy to be healthy again")
@@ -402,7 +409,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
 
 
 def test_an_upgrade_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
-    """As docs/operations.md tells it: new ones beside the old, which then end."""
+    """As in docs/operations.md: new containers start beside the old ones, which then end."""
     old = stack.containers("proxy")
     more = ["up", "--detach", "--wait", "--no-recreate", "--no-deps", "--scale", "proxy=4", "proxy"]
     with Load(client) as load:
@@ -426,7 +433,7 @@ def is_healthy(container: str) -> bool:
     return health(container) == "healthy"
 
 
-def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: openai.OpenAI) -> None:
+def test_a_killed_proxy_loses_only_its_own_started_answers(stack: Stack, client: openai.OpenAI) -> None:
     first, _ = stack.containers("proxy")
     victim = f"{stack.address(first)}:8080"
     with Load(client, clients=8) as load:
@@ -436,14 +443,14 @@ def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: ope
         docker("start", first)
     lost = [stream for stream in load.streams if not stream.whole]
     served = stack.access_log()
-    assert lost, "the killed proxy had nothing to do"
+    assert lost, "the killed proxy had no streams"
     for stream in lost:
         assert stream.chunks, f"nothing had come of it yet, so nginx could have sent it again: {stream}"
         assert served[stream.id]["proxy"].endswith(victim), stream
     wait_until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
 
 
-# -- that it grows -----------------------------------------------------------------------------------------------------
+# -- scaling ----------------------------------------------------------------------------------------------------------
 
 
 def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI) -> None:
@@ -462,7 +469,7 @@ def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI)
 
 
 def found_after(proxy: str, address: str, container: str) -> float:
-    """Seconds from the start of a backend's container to this proxy's word that it is listed."""
+    """Seconds from the start of a backend's container until this proxy lists it."""
     told = compose_stack.log(proxy)
     found = [line for line in told if f"llama_cpp@{address}:8000 is listed" in line]
     assert found, "\n".join(told[-30:])
@@ -471,15 +478,15 @@ def found_after(proxy: str, address: str, container: str) -> float:
 
 
 def moment(text: str) -> datetime:
-    """Docker tells nanoseconds, which Python does not read."""
+    """A time from Docker, whose nanoseconds Python cannot parse."""
     return datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$", r"\1+00:00", text))
 
 
-# -- and that it goes --------------------------------------------------------------------------------------------------
+# -- shutdown ----------------------------------------------------------------------------------------------------------
 
 
 def test_down_leaves_nothing(stack: Stack) -> None:
-    """The last test: the stack is gone afterwards."""
+    """The last test, since it removes the stack."""
     assert stack.left()
     stack.down()
     assert stack.left() == []

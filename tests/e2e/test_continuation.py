@@ -1,4 +1,4 @@
-"""Real streams of real servers that are cut in the middle and go on on real servers."""
+"""Real streams that are cut in the middle and resumed on real servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.proxied_backend import GREEDY, NEVER_ENDING, Json, chat
 from tests.support.real_servers import MODEL, Proxy, Server
-from tests.support.stream_cutter import Cutter
+from tests.support.stream_cutter import StreamCutter
 from tests.support.waiting import wait_until
 
 LENGTH = 16
@@ -22,16 +22,16 @@ CUTS = [1, 5, LENGTH - 2]
 CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
 TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
 REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
-NOTE = "\n: "  # an SSE comment tells who went on
+NOTE = "\n: "  # an SSE comment names the backend that resumed
 ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
 
 
 @dataclass
 class Pair:
-    """`first` is cut, `second` goes on; both may be the same server."""
+    """`first` is cut, `second` resumes; both may be the same server."""
 
     proxy: Proxy
-    cutter: Cutter
+    cutter: StreamCutter
 
     def ask(self, path: str, cut_after: int | None, whole: str | None = None) -> tuple[str, Json, str]:
         """(text, usage, all that came). Asked again where there was nothing to cut, or where all of `whole` had come
@@ -46,7 +46,7 @@ class Pair:
         raise AssertionError(f"no answer had more than {cut_after} events:\n{answer}")
 
     def _ask(self, path: str, cut_after: int | None) -> str:
-        """One good answer between two cuts keeps the breaker closed."""
+        """A good answer between two cuts keeps the circuit breaker closed."""
         first = {**REQUESTS[path], "backend": "first"}
         good = httpx.post(self.proxy.url + path, json={**first, "max_tokens": 1}, timeout=120)
         assert good.headers["x-backend"] == "first", good.text
@@ -58,7 +58,7 @@ class Pair:
 
 
 def read(answer: str) -> tuple[str, Json]:
-    """Of a stream that looks as if it had never broken."""
+    """The text and usage of a stream in which the break must not show."""
     events = [line[6:] for line in answer.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]", answer
     chunks = [json.loads(event) for event in events[:-1]]
@@ -75,14 +75,14 @@ def read(answer: str) -> tuple[str, Json]:
 def pair(
     request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy], template: Path
 ) -> Iterator[Callable[[str, str], Pair]]:
-    """pair(first, second): names of fixtures."""
+    """pair(first, second) with the names of fixtures → a Pair."""
     made: dict[tuple[str, str], Pair] = {}
 
     def make(first: str, second: str) -> Pair:
         if (first, second) not in made:
             one: Server = request.getfixturevalue(first)
             other: Server = request.getfixturevalue(second)
-            cutter = Cutter(one.url)
+            cutter = StreamCutter(one.url)
             env = settings("first", cutter.url, one, "gpu", template)
             env |= settings("second", other.url, other, "cpu", template)
             proxy = start_proxy(env=env)
@@ -111,9 +111,9 @@ def settings(name: str, url: str, server: Server, path: str, template: Path) -> 
 
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], engine: str, path: str) -> None:
-    """Unsampled, the text is the very one that the unbroken stream has: nothing lost, nothing doubled, and the model
-    saw what it had said as its own."""
+def test_an_engine_resumes_its_own_stream(pair: Callable[[str, str], Pair], engine: str, path: str) -> None:
+    """Without sampling, the text equals that of an unbroken stream: nothing is lost or repeated, and the model
+    continued its own text."""
     both = pair(engine, engine)
     text, usage, _ = both.ask(path, None)
     for cut in CUTS:
@@ -128,8 +128,8 @@ def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], 
     ("first", "second"),
     [("vllm_server", "llama_cpp_python"), ("vllm_server", "llama_server"), ("llama_server", "vllm_server")],
 )
-def test_another_engine_goes_on(pair: Callable[[str, str], Pair], first: str, second: str, path: str) -> None:
-    """Its numbers differ in the last digits, so that it may choose other words; what was shown stays shown."""
+def test_another_engine_resumes(pair: Callable[[str, str], Pair], first: str, second: str, path: str) -> None:
+    """Its floats differ slightly, so it may choose other words; the text already sent stays."""
     both = pair(first, second)
     whole, usage, _ = both.ask(path, None)
     for cut in CUTS[1:]:
@@ -140,11 +140,11 @@ def test_another_engine_goes_on(pair: Callable[[str, str], Pair], first: str, se
         assert text.startswith(shown)
         assert text != shown
         assert counted["prompt_tokens"] == usage["prompt_tokens"]
-        assert abs(counted["completion_tokens"] - LENGTH) <= 1, "it may read the seam otherwise than it was written"
+        assert abs(counted["completion_tokens"] - LENGTH) <= 1, "tokens around the cut may be split differently"
 
 
 def shown_before(answer: str) -> str:
-    """The text before the note that tells who went on."""
+    """The text before the comment that names the resuming backend."""
     lines = answer.partition(NOTE)[0].splitlines()
     choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: ")]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)

@@ -1,5 +1,7 @@
-"""Every expression that an alert, a recording rule or a panel has is asked of a real Prometheus, which scrapes a proxy
-under load: it must find something. And promtool runs the rules' own tests."""
+"""Every expression of an alert, rule or panel finds data in a real Prometheus that scrapes a proxy under load.
+
+promtool runs the tests of the rules.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ SELECTOR = re.compile(r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|path:\w+:\w
 
 @pytest.fixture(scope="session", autouse=True)
 def docker() -> None:
-    why = prometheus.why_not()
+    why = prometheus.unavailable_reason()
     if why:
         unavailable(f"NOT TESTED WITH PROMETHEUS: {why}")
 
@@ -54,20 +56,20 @@ def docker() -> None:
 # promtool
 
 
-def test_promtool_takes_the_configuration() -> None:
+def test_promtool_accepts_the_configuration() -> None:
     done = promtool("check", "config", "--lint-fatal", "prometheus.yml")
     assert done.returncode == 0, done.stdout
     assert "2 rule files found" in done.stdout
 
 
 @pytest.mark.parametrize("file", ["recording.yml", "alerts.yml"])
-def test_promtool_takes_the_rules(file: str) -> None:
+def test_promtool_accepts_the_rules(file: str) -> None:
     done = promtool("check", "rules", "--lint=all", "--lint-fatal", f"rules/{file}")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("file", sorted((DEPLOYED / "tests").glob("*.yml")), ids=lambda file: file.stem)
-def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
+def test_alerts_fire_only_when_they_should(file: Path) -> None:
     done = promtool("test", "rules", f"tests/{file.name}")
     assert done.returncode == 0, done.stdout
 
@@ -96,7 +98,7 @@ def asked(talk: Talk) -> str:
 
 
 async def gpu_script(talk: Talk) -> None:
-    """What the first message says is what happens."""
+    """Does what the first message says."""
     if asked(talk) == "fail":
         await status(500)(talk)
     elif asked(talk) == "break":
@@ -119,11 +121,11 @@ async def cpu_script(talk: Talk) -> None:
 
 @dataclass
 class Load:
-    """All that can befall requests, again and again."""
+    """Repeats everything that can happen to requests."""
 
     proxy: Proxy
     config: Path
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False))  # nothing here has TLS
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False))  # no TLS here
 
     def round(self) -> None:
         for prompt in ("hello", "fail", "hello", "break", "hello"):
@@ -150,15 +152,15 @@ class Load:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """One slot of the CPU is taken. Its client leaves in mid-answer."""
+        """Hold one slot of the CPU. The client disconnects in mid-answer."""
         with self.client.stream("POST", **self.request("hold", stream=True, **ON_CPU), timeout=20) as answer:
-            pieces = answer.iter_raw()  # when it is thrown away, the connection is
+            pieces = answer.iter_raw()  # the connection is closed with it
             assert next(pieces)
             yield
 
     def crowd(self) -> None:
-        """Two slots, two places in the queue, little patience: of three one is turned away at once and two
-        when their time is up; one leaves while it waits; and one waits and is served."""
+        """With two held slots and a queue of two: of three requests one is rejected at once and two when they time
+        out; one disconnects in the queue; and one is served from the queue."""
         with ThreadPoolExecutor() as pool, self.held():
             with self.held():
                 crowd = [pool.submit(partial(self.ask, "hello", **ON_CPU)) for _ in range(3)]
@@ -185,7 +187,7 @@ class Load:
         self.config.write_text(good_settings)
 
     def told(self, series: str) -> float:
-        """The proxy's own word."""
+        """A metric as the proxy reports it."""
         page = self.client.get(f"{self.proxy.url}/metrics", timeout=10).text
         found = re.search(rf"^{re.escape(series)} (\S+)", page, re.MULTILINE)
         return float(found[1]) if found else 0.0
@@ -247,25 +249,25 @@ def scraping(
 
 @dataclass
 class Loaded:
-    """A Prometheus that looks at a stack under load."""
+    """A Prometheus that scrapes a stack under load."""
 
     server: Prometheus
     working: Future[None]
 
     def find(self, expr: str) -> list[dict[str, str]]:
-        """The labels of what it gives, as soon as it gives something."""
+        """The labels of the results, once there are any."""
         expr = expr.replace("$__rate_interval", "30s")
         return wait_until(lambda: self.query(expr), 60, f"data for {expr}")
 
     def query(self, expr: str) -> list[dict[str, str]]:
         if self.working.done():
-            self.working.result()  # raises what went wrong
+            self.working.result()  # raises its exception
         return self.server.query(expr)
 
 
 @pytest.fixture(scope="module")
 def loaded(scraping: Prometheus, load: Load) -> Iterator[Loaded]:
-    """Under load for as long as something is asked."""
+    """Under load until the end of the module."""
     over = threading.Event()
 
     def work() -> None:
@@ -280,14 +282,14 @@ def loaded(scraping: Prometheus, load: Load) -> Iterator[Loaded]:
 
 
 @pytest.mark.parametrize(("expr", "legend"), SHOWN)
-def test_every_panel_shows_something_and_names_it(loaded: Loaded, expr: str, legend: str) -> None:
+def test_every_panel_shows_data_with_its_labels(loaded: Loaded, expr: str, legend: str) -> None:
     for series in loaded.find(expr):
         assert all(series.get(label) for label in re.findall(r"{{(\w+)}}", legend)), series
 
 
 @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
 def test_every_recording_rule_records(loaded: Loaded, rule: dict[str, str]) -> None:
-    """With the labels that its level has."""
+    """With the labels of its level."""
     level = rule["record"].partition(":")[0]
     labels = {"xgen": set(), "replica": {"backend", "replica"}}.get(level, {level})
     for series in loaded.find(rule["expr"]) + loaded.find(rule["record"]):
@@ -295,7 +297,7 @@ def test_every_recording_rule_records(loaded: Loaded, rule: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_every_alert_looks_at_something_that_is_there(loaded: Loaded, rule: dict[str, Any]) -> None:
+def test_every_alert_reads_existing_series(loaded: Loaded, rule: dict[str, Any]) -> None:
     loaded.query(rule["expr"])
     selectors = SELECTOR.findall(rule["expr"])
     assert selectors
@@ -303,8 +305,8 @@ def test_every_alert_looks_at_something_that_is_there(loaded: Loaded, rule: dict
         assert loaded.find(selector)
 
 
-def test_what_the_load_does_is_what_is_measured(loaded: Loaded) -> None:
-    """Not only something, but the right thing, of what can be told for certain."""
+def test_the_load_is_what_prometheus_measures(loaded: Loaded) -> None:
+    """The values are right, where they are known for certain."""
     assert loaded.find('ALERTS{alertname="XgenStreamsLost", alertstate="firing"} == 1')
     assert loaded.find('ALERTS{alertname="XgenConfigRefused", alertstate="firing"} == 1')
     assert loaded.find('xgen_fallbacks_total{backend="vllm", to="llama_cpp"} > 0')

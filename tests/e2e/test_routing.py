@@ -43,19 +43,19 @@ def test_hints_as_headers(fleet: ProxiedBackend) -> None:
     assert answer.headers["X-Backend"] == "llama_cpp"
 
 
-def test_generate_chooses_too(fleet: ProxiedBackend) -> None:
+def test_generate_is_routed_by_the_same_rules(fleet: ProxiedBackend) -> None:
     for backend in ("vllm", "llama_cpp"):
         answer = fleet.post("/generate", {"prompt": "Hi", "max_tokens": 2, "backend": backend})
         assert answer.json()["backend_used"] == backend
 
 
-def test_dry_run_says_the_same(fleet: ProxiedBackend) -> None:
+def test_dry_run_agrees_with_routing(fleet: ProxiedBackend) -> None:
     plan = fleet.post("/route", chat(LONG)).json()
     assert [candidate["backend"] for candidate in plan["candidates"]] == ["vllm", "llama_cpp"]
     assert plan["candidates"][0]["reason"].startswith("long_prompt")
 
 
-def test_urgent_work_leaves_a_loaded_gpu_alone(fleet: ProxiedBackend) -> None:
+def test_urgent_requests_avoid_a_loaded_gpu(fleet: ProxiedBackend) -> None:
     busy = chat("Count to a thousand.", max_tokens=1500, stream=True, backend="vllm", **NEVER_ENDING)
     with contextlib.ExitStack() as held:
         client = held.enter_context(httpx.Client(timeout=60))
@@ -72,11 +72,11 @@ def test_urgent_work_leaves_a_loaded_gpu_alone(fleet: ProxiedBackend) -> None:
 
 
 def backend_of(fleet: ProxiedBackend, **fields: Any) -> str:
-    """Where a request would go now."""
+    """The backend that a request would go to now."""
     return str(fleet.post("/route", chat("Hi", **fields)).json()["candidates"][0]["backend"])
 
 
-def test_kill_of_vllm_and_its_return(fleet: ProxiedBackend, vllm_server: Server) -> None:
+def test_requests_survive_a_kill_of_vllm_and_return_to_it(fleet: ProxiedBackend, vllm_server: Server) -> None:
     assert fleet.chat("Hi", max_tokens=1).headers["X-Backend"] == "vllm"
     running = chat("Count to a thousand.", max_tokens=100, stream=True, **NEVER_ENDING)
     try:
@@ -88,7 +88,7 @@ def test_kill_of_vllm_and_its_return(fleet: ProxiedBackend, vllm_server: Server)
             assert answer.status_code == 200, answer.text
             assert answer.headers["X-Backend"] == "llama_cpp"
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]", "it goes on on the CPU"
+        assert rest[-1] == "data: [DONE]", "the CPU did not resume the stream"
         assert any(line.startswith(": llama_cpp@") for line in rest)
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 

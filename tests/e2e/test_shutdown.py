@@ -1,4 +1,4 @@
-"""SIGTERM: the proxy stops being ready, live streams end as they should, and the process exits with 0."""
+"""SIGTERM: the proxy stops being ready, live streams finish, and the process exits with 0."""
 
 from __future__ import annotations
 
