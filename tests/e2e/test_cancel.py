@@ -15,8 +15,8 @@ from tests.support.proxied_backend import NEVER_ENDING, Json, ProxiedBackend, ch
 from tests.support.waiting import wait_until
 
 ENDLESS = chat("Count to a thousand.", max_tokens=1500, **NEVER_ENDING)
-# On a machine that does other things too. vLLM's gauges follow its engine's steps: after an abort they may stand still
-# for seconds. Each is far below the minutes that the abandoned requests themselves would take there.
+# Seconds on a busy machine. vLLM's gauges follow its engine's steps, and may not change for seconds after an abort. The
+# abandoned requests themselves would take minutes.
 FREED_S = {"llama_cpp_python": 8, "llama_server": 8, "vllm": 30}
 
 

@@ -22,7 +22,7 @@ CUTS = [1, 5, LENGTH - 2]
 CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
 TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
 REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
-NOTE = "\n: "  # an SSE comment names the backend that resumed
+COMMENT = "\n: "  # an SSE comment names the backend that resumed
 ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
 
 
@@ -34,14 +34,14 @@ class Pair:
     cutter: StreamCutter
 
     def ask(self, path: str, cut_after: int | None, whole: str | None = None) -> tuple[str, Json, str]:
-        """(text, usage, all that came). Asked again where there was nothing to cut, or where all of `whole` had come
-        before the cut: when vLLM is slow to send, it puts several tokens into one event, the last one among them."""
+        """(text, usage, raw response). Repeated if nothing was cut, or if all of `whole` was sent before the cut: when vLLM
+        is slow to send, it puts several tokens into one event, maybe the last ones."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             cuts = self.cutter.cuts
             answer = self._ask(path, cut_after)
-            was_cut = self.cutter.cuts > cuts and NOTE in answer
-            if cut_after is None or (was_cut and shown_before(answer) != whole):
+            was_cut = self.cutter.cuts > cuts and COMMENT in answer
+            if cut_after is None or (was_cut and text_before_cut(answer) != whole):
                 return *read(answer), answer
         raise AssertionError(f"no answer had more than {cut_after} events:\n{answer}")
 
@@ -134,7 +134,7 @@ def test_another_engine_resumes(pair: Callable[[str, str], Pair], first: str, se
     whole, usage, _ = both.ask(path, None)
     for cut in CUTS[1:]:
         text, counted, answer = both.ask(path, cut, whole)
-        shown = shown_before(answer)
+        shown = text_before_cut(answer)
         assert shown
         assert whole.startswith(shown)
         assert text.startswith(shown)
@@ -143,8 +143,8 @@ def test_another_engine_resumes(pair: Callable[[str, str], Pair], first: str, se
         assert abs(counted["completion_tokens"] - LENGTH) <= 1, "tokens around the cut may be split differently"
 
 
-def shown_before(answer: str) -> str:
+def text_before_cut(answer: str) -> str:
     """The text before the comment that names the resuming backend."""
-    lines = answer.partition(NOTE)[0].splitlines()
+    lines = answer.partition(COMMENT)[0].splitlines()
     choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: ")]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)

@@ -50,8 +50,8 @@ def promtool(*args: str) -> subprocess.CompletedProcess[str]:
 
 @dataclass
 class Prometheus:
-    """A Prometheus with the deployed configuration, but with `targets` (HOST:PORT by job name) instead of DNS names, and a
-    scrape every second instead of every 15 s."""
+    """A Prometheus with the deployed configuration, but with `targets` (HOST:PORT by job name) instead of DNS
+    names, and a scrape every second instead of every 15 s."""
 
     directory: Path
     targets: dict[str, list[str]]
