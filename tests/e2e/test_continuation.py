@@ -34,8 +34,8 @@ class Pair:
     cutter: StreamCutter
 
     def ask(self, path: str, cut_after: int | None, whole: str | None = None) -> tuple[str, Json, str]:
-        """(text, usage, raw response). Repeated if nothing was cut, or if all of `whole` was sent before the cut: when vLLM
-        is slow to send, it puts several tokens into one event, maybe the last ones."""
+        """(text, usage, raw response). Repeated if nothing was cut, or if all of `whole` was sent before the cut: a
+        slow vLLM puts several tokens into one event, maybe the last ones."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             cuts = self.cutter.cuts
