@@ -1,4 +1,4 @@
-"""The judge of bench/chaos.py: a perfect answer passes, and each way of being less than that is seen."""
+"""bench/judge.py passes a complete answer and finds each defect."""
 
 from __future__ import annotations
 
