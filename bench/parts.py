@@ -28,7 +28,9 @@ from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.dialect import ReplicaInfo
 from xgen_proxy.downstream.direct_writer import DirectWriter
-from xgen_proxy.downstream.request_body import CancelOnDisconnect, read_json, request_id
+from xgen_proxy.downstream.disconnect import cancel_on_disconnect
+from xgen_proxy.downstream.request_body import read_json
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
@@ -76,8 +78,8 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-class Quiet(logging_setup.Lines):
-    def put(self, line: str) -> None:
+class Quiet(logging_setup.BatchingHandler):
+    def add_line(self, line: str) -> None:
         """It has been made, and is not written."""
 
 
@@ -99,7 +101,7 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
         made.observer.request_finished(call, progress.outcome(200, writer))
 
     def watch() -> None:
-        with CancelOnDisconnect(receive):
+        with cancel_on_disconnect(receive):
             pass
 
     return [
@@ -125,13 +127,13 @@ async def chunk(repeats: int) -> list[float]:
     connection.data_received(STREAM)
     cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
     reply = ResponseWriter(send, DirectWriter(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
-    reply.retained = ReplayBuffer()
-    take = reply.pass_through(sse.EventSplitter())
-    reading = asyncio.create_task(connection.read(60, take=take))
+    reply.sent_log = ReplayBuffer()
+    on_data = reply.pass_through(sse.EventSplitter())
+    reading = asyncio.create_task(connection.read(60, on_data=on_data))
     await asyncio.sleep(0)
     times = measure(lambda: connection.data_received(CHUNK), repeats)
     reading.cancel()
-    assert reply.retained.count == repeats * CALLS, "not all were handed on"
+    assert reply.chunks == repeats * CALLS, "not all were handed on"
     return times
 
 
@@ -168,7 +170,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     logging.basicConfig(level=logging.INFO)
-    logging_setup.straight = Quiet()
+    logging_setup.json_handler = Quiet()
     gc.collect()
     gc.freeze()  # as the server does
     rows = await parts(repeats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -14,9 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api import openai, ops
 from xgen_proxy.api.generate import GenerateEndpoint
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.client_address import client_address
-from xgen_proxy.downstream.request_body import request_id
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, NotFoundError, ProxyError
 from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Refusal
 from xgen_proxy.gateway import Gateway
@@ -38,10 +39,10 @@ class ProxyApp:
         await (endpoint or self.app)(scope, receive, send)
 
 
-def create_app(settings: Settings, reload_settings: Callable[[], Settings] | None = None) -> ProxyApp:
-    """`reload_settings` reads the settings again, for reloads; it raises ConfigError."""
+def create_app(settings: Settings, sources: ConfigSources | None = None) -> ProxyApp:
+    """`sources`: where reloads read the settings from. Without them there are no reloads."""
     gateway = Gateway(settings)
-    reloader = Reloader(gateway, reload_settings) if reload_settings else None
+    reloader = Reloader(gateway, sources) if sources else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

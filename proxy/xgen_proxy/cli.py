@@ -1,4 +1,4 @@
-"""The console script: serve, check, route, status, key. The only place that prints."""
+"""The command line: serve, check, route, status, key. Only this module prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 import orjson
 
 from xgen_proxy import __version__
-from xgen_proxy.config.loading import ConfigError, explain, load, use_file
+from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.server import PortInUseError, serve
 
@@ -28,14 +28,14 @@ examples:
 
 SERVE_EXAMPLES = """\
 examples:
-  one CPU backend:         xgen-proxy serve --llama-cpp http://127.0.0.1:8081
-  llama.cpp's own server:  xgen-proxy serve --llama-cpp http://127.0.0.1:8081 --engine llama-server
-  GPU first, CPU behind:   xgen-proxy serve --vllm http://gpu-box:8000 --llama-cpp http://127.0.0.1:8081
-  several replicas:        xgen-proxy serve --vllm http://gpu-1:8000,http://gpu-2:8000
-  everything from a file:  xgen-proxy serve --config xgen-proxy.toml
+  one CPU backend:           xgen-proxy serve --llama-cpp http://127.0.0.1:8081
+  llama.cpp's own server:    xgen-proxy serve --llama-cpp http://127.0.0.1:8081 --engine llama-server
+  GPU with CPU as fallback:  xgen-proxy serve --vllm http://gpu-box:8000 --llama-cpp http://127.0.0.1:8081
+  several replicas:          xgen-proxy serve --vllm http://gpu-1:8000,http://gpu-2:8000
+  everything from a file:    xgen-proxy serve --config xgen-proxy.toml
 
-Every other setting comes from the environment (XGEN_ROUTING__LONG_PROMPT_WORDS=200), .env or the file;
-`xgen-proxy check` lists them all with their values.
+Every other setting comes from the environment (XGEN_ROUTING__LONG_PROMPT_WORDS=200), .env, the secrets directory or
+the TOML file. `xgen-proxy check` lists all settings with their values.
 """
 
 CHECK_EXAMPLES = """\
@@ -43,8 +43,8 @@ examples:
   xgen-proxy check --llama-cpp http://127.0.0.1:8081
   XGEN_ROUTING__LONG_PROMPT_WORDS=200 xgen-proxy check --vllm http://gpu-box:8000
 
-Each line is: setting, value, and where it came from (flag, environment, .env, file or default). Ends with 2 and says
-which setting is wrong, and what would be right, if one is.
+Each line is a setting, its value and the source of the value: flag, environment, .env, the secrets directory, the TOML
+file or default. If a setting is invalid, the command says which one and how to correct it, and exits with 2.
 """
 
 ROUTE_EXAMPLES = """\
@@ -52,22 +52,25 @@ examples:
   echo '{"messages": [{"role": "user", "content": "Hi"}], "urgency": "high"}' | xgen-proxy route
   xgen-proxy route request.json --url http://127.0.0.1:8080
 
-Asks a running proxy what it would do with this request now, without doing it: the candidates in order, with the reason
-for each, and who was passed over and why.
+Asks a running proxy how it would route this request now, without sending it to a backend. Prints the candidates in the
+order in which they would be tried, each with the reason, and the backends that were ruled out, each with the reason.
 """
 
 STATUS_EXAMPLES = """\
 examples:
   xgen-proxy status
   xgen-proxy status --url http://proxy-box:8080
+
+Each line is one replica. `busy` is requests in flight / slots, `load` is 0 for idle and 1 for full, and `reason`
+explains the state.
 """
 
 KEY_EXAMPLES = """\
 examples:
   xgen-proxy key
 
-Prints a new key for a client and its hash for the setting api_keys (XGEN_API_KEYS=<hash>[,<hash>…]). The proxy keeps
-only hashes; the key itself is shown this once.
+Prints a new key for a client, and its hash for the setting api_keys (XGEN_API_KEYS=<hash>[,<hash>…]). The proxy stores
+only the hash, so keep the key: it cannot be shown again.
 """
 
 
@@ -83,19 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `xgen-proxy check | head`: whoever read has enough
+    except BrokenPipeError:  # as in `xgen-proxy check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 class CommandError(Exception):
-    """Ends the command with this message."""
+    """Ends the command with this message and exit status 2."""
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="xgen-proxy",
-        description="One OpenAI-compatible door in front of vLLM (GPU) and llama.cpp (CPU).",
+        description="An OpenAI-compatible proxy for vLLM (GPU) and llama.cpp (CPU) servers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -110,33 +113,43 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     add_settings(add("serve", run_serve, "Start the proxy.", SERVE_EXAMPLES))
-    add_settings(add("check", run_check, "Show the effective configuration and where it came from.", CHECK_EXAMPLES))
-    route = add("route", run_route, "Dry-run a request: where would it go, and why?", ROUTE_EXAMPLES)
-    route.add_argument("file", nargs="?", default="-", help="a request as JSON; - or nothing: standard input")
+    add_settings(add("check", run_check, "Check the settings and print each with its source.", CHECK_EXAMPLES))
+    route = add("route", run_route, "Show how a request would be routed, without sending it.", ROUTE_EXAMPLES)
+    route.add_argument("file", nargs="?", default="-", help="file with the request as JSON (default: standard input)")
     add_client(route)
-    add_client(add("status", run_status, "Show the fleet as a table.", STATUS_EXAMPLES))
-    add("key", run_key, "Make an API key.", KEY_EXAMPLES)
+    add_client(add("status", run_status, "Show the state and load of every replica.", STATUS_EXAMPLES))
+    add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
     return top
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", help="where to listen (default 127.0.0.1)")
-    command.add_argument("--port", type=int, help="where to listen (default 8080; 0 takes a free port)")
-    command.add_argument("--vllm", metavar="URL[,URL]", help="vLLM servers: the GPU path")
-    command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers: the CPU path")
+    command.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, help="port to listen on; 0 picks a free one (default: 8080)")
+    command.add_argument("--vllm", metavar="URL[,URL]", help="vLLM servers, for the GPU; several with commas")
+    command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers, for the CPU; several with commas")
     command.add_argument(
-        "--engine", choices=["llama-cpp-python", "llama-server"], help="what --llama-cpp speaks (llama-cpp-python)"
+        "--engine",
+        choices=["llama-cpp-python", "llama-server"],
+        help="the software of the --llama-cpp servers (default: llama-cpp-python)",
     )
-    command.add_argument("--config", metavar="FILE", help="a TOML file of settings (default ./xgen-proxy.toml)")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with settings, the lowest-priority source (default: ./xgen-proxy.toml)",
+    )
 
 
 def add_client(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--url", default="http://127.0.0.1:8080", help="the running proxy (%(default)s)")
-    command.add_argument("--api-key", help="where the proxy asks for one")
+    command.add_argument("--url", default="http://127.0.0.1:8080", help="address of the proxy (default: %(default)s)")
+    command.add_argument("--api-key", help="API key, if the proxy requires one")
+
+
+def config_sources(arguments: argparse.Namespace) -> ConfigSources:
+    return ConfigSources(flags_of(arguments), Path(arguments.config) if arguments.config is not None else None)
 
 
 def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, nested as the settings are."""
+    """The flags that were given, nested like the settings."""
     flags = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
     backends: dict[str, dict[str, Any]] = {}
     if arguments.vllm:
@@ -149,16 +162,13 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    use_file(arguments.config)
-    serve(lambda: load(flags_of(arguments)), announce=lambda url: print(f"listening on {url}", flush=True))
+    serve(config_sources(arguments), announce=lambda url: print(f"listening on {url}", flush=True))
     return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    use_file(arguments.config)
-    flags = flags_of(arguments)
-    rows = list(explain(load(flags), flags))
-    print_table([("setting", "value", "from"), *rows])
+    sources = config_sources(arguments)
+    print_table([("setting", "value", "from"), *sources.explain(sources.load())])
     return 0
 
 
@@ -189,13 +199,19 @@ def run_status(arguments: argparse.Namespace) -> int:
     status = ask(arguments, "GET", "/models/status")
     rows = [
         (
-            replica["name"], backend["device_class"], replica["state"], f"{replica['in_flight']}/{replica['slots']}",
-            f"{replica['load']['total']:.2f}", ",".join(backend["models"]), str(backend["context"] or "?"),
-            megabytes(replica["memory"]["process_rss_bytes"]), replica["reason"],
+            replica["name"],
+            backend["device_class"],
+            replica["state"],
+            f"{replica['in_flight']}/{replica['slots']}",
+            f"{replica['load']['total']:.2f}",
+            ",".join(backend["models"]),
+            str(backend["context"] or "?"),
+            megabytes(replica["memory"]["process_rss_bytes"]),
+            replica["reason"],
         )
         for backend in status["backends"]
         for replica in backend["replicas"]
-    ]  # fmt: skip
+    ]
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
     return 0
@@ -212,25 +228,25 @@ def run_key(arguments: argparse.Namespace) -> int:
 
 
 def ask(arguments: argparse.Namespace, method: str, path: str, body: bytes | None = None) -> Any:
-    """Raises Failure with the proxy's own message."""
+    """Send a request to the proxy and return its JSON. Raises CommandError with the proxy's own message."""
     headers = {"content-type": "application/json"} if body is not None else {}
     if arguments.api_key:
         headers["authorization"] = f"Bearer {arguments.api_key}"
     url = arguments.url.rstrip("/") + path
     try:
-        answer = httpx.request(method, url, content=body, headers=headers, timeout=10, trust_env=False)
+        response = httpx.request(method, url, content=body, headers=headers, timeout=10, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise CommandError(
             f"no proxy answers at {arguments.url} ({error}); start one with `xgen-proxy serve`"
         ) from None
     try:
-        data = orjson.loads(answer.content)
-        if answer.status_code == 200:
+        data = orjson.loads(response.content)
+        if response.status_code == 200:
             return data
         message = data["error"]["message"]
     except (orjson.JSONDecodeError, LookupError, TypeError):
         raise CommandError(
-            f"what answers at {arguments.url} is no xgen-proxy: {answer.status_code} for {path}"
+            f"the server at {arguments.url} is not an xgen-proxy: {response.status_code} for {path}"
         ) from None
     raise CommandError(message)
 

@@ -1,6 +1,7 @@
-"""New settings without a restart: on SIGHUP, and when a file they come from has changed.
+"""Reloads the settings without a restart: on SIGHUP, and when one of their files changes.
 
-Requests in flight go on as they were decided. Settings that are wrong change nothing, and the log says what is wrong.
+Requests in flight keep the decisions that were made for them. Invalid settings change nothing, and the log says what is
+wrong with them.
 """
 
 from __future__ import annotations
@@ -8,40 +9,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from xgen_proxy.config.loading import ConfigError
-from xgen_proxy.config.settings import Settings, sources
+from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.gateway import Gateway
 
 log = logging.getLogger("xgen_proxy.reload")
 
-WATCH_S = 2.0
-AT_START_ONLY = ("host", "port", "log_format", "drain_s", "otlp_endpoint")
+WATCH_INTERVAL_S = 2.0
+NEEDS_RESTART = ("host", "port", "log_format", "drain_s", "otlp_endpoint")
 
-Stamps = dict[Path, tuple[int, int, int]]
+Versions = dict[Path, tuple[int, int, int]]
 
 
-def stamps(paths: Iterable[Path]) -> Stamps:
-    """What tells one content of a file from the next: a Kubernetes volume changes by a link that points elsewhere."""
-    found = {}
+def file_versions(paths: Iterable[Path]) -> Versions:
+    """(mtime in ns, size, inode) of each file that exists.
+
+    Following links matters: a Kubernetes volume updates its files by pointing a link elsewhere.
+    """
+    versions = {}
     for path in paths:
         try:
             stat = path.stat()
         except OSError:
             continue
-        found[path] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-    return found
+        versions[path] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return versions
 
 
 class Reloader:
-    """`read`: the settings as they are written now; raises ConfigError."""
-
-    def __init__(self, gateway: Gateway, read: Callable[[], Settings]) -> None:
+    def __init__(self, gateway: Gateway, sources: ConfigSources) -> None:
         self.gateway = gateway
-        self._read = read
-        self._seen = stamps(sources())
+        self._sources = sources
+        self._versions = file_versions(sources.files())
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -57,28 +58,29 @@ class Reloader:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_S)
-            old, new = self._seen, stamps(sources())
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            old, new = self._versions, file_versions(self._sources.files())
             if new != old:
                 self.reload(", ".join(str(path) for path in new.keys() | old.keys() if new.get(path) != old.get(path)))
 
-    def reload(self, why: str) -> None:
-        self._seen = stamps(sources())
+    def reload(self, reason: str) -> None:
+        """`reason`: for the log, such as SIGHUP or the names of the files that changed."""
+        self._versions = file_versions(self._sources.files())
         try:
-            settings = self._read()
+            settings = self._sources.load()
         except ConfigError as error:
-            log.error("the settings stay as they were (%s): %s", why, error)
+            log.error("the settings stay as they were (%s): %s", reason, error)
             self.gateway.metrics.reloads.inc("refused")
             return
         old = self.gateway.settings
-        for name in AT_START_ONLY:
+        for name in NEEDS_RESTART:
             if getattr(old, name) != getattr(settings, name):
                 log.warning("%s is read at the start only: restart for it to change", name)
         try:
             self.gateway.configure(settings)
-        except Exception:  # a fault of ours: the next change has to be noticed all the same
-            log.exception("taking new settings (%s)", why)
+        except Exception:  # a bug in the proxy; keep watching, so that the next change is noticed
+            log.exception("applying new settings (%s)", reason)
             self.gateway.metrics.reloads.inc("refused")
             return
         self.gateway.metrics.reloads.inc("taken")
-        log.info("new settings (%s)", why)
+        log.info("new settings (%s)", reason)

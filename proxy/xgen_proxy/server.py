@@ -1,9 +1,8 @@
-"""Runs the app in uvicorn: one process, uvloop, httptools. One, because a replica's slots are counted in it."""
+"""Runs the app in uvicorn with uvloop and httptools, in one process, since a replica's slots are counted in it."""
 
 from __future__ import annotations
 
 import errno
-import gc
 import math
 import socket
 from collections.abc import Callable
@@ -12,21 +11,26 @@ from types import FrameType
 import uvicorn
 
 from xgen_proxy.app import ProxyApp, create_app
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.downstream.http_protocol import HTTPProtocol
+from xgen_proxy.downstream.http_protocol import http_protocol
+from xgen_proxy.errors import ProxyError
 from xgen_proxy.fleet.process_memory import listener
+from xgen_proxy.forwarding.outcome import Refusal
+from xgen_proxy.garbage_collection import freeze_loaded_objects
 from xgen_proxy.observability.logging_setup import set_up_logging
+from xgen_proxy.request.call import Origin
 
 BACKLOG = 2048
-KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to us (60 s), so that it is never we who cut one
+KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to the proxy (60 s), so that nginx is the one to close them
 
 
 class PortInUseError(Exception):
-    """Says who has it, where /proc tells."""
+    """The proxy cannot listen on its port. The message names the process that uses it, if /proc reveals it."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bound before anything else starts, so that a taken port is told at once. Raises PortInUseError."""
+    """Open the listening socket. Call this first, so that a port in use is reported at once. Raises PortInUseError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,12 +38,12 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise PortInUseError(_why(host, port, error)) from None
+        raise PortInUseError(_explain(host, port, error)) from None
     sock.listen(BACKLOG)
     return sock
 
 
-def _why(host: str, port: int, error: OSError) -> str:
+def _explain(host: str, port: int, error: OSError) -> str:
     if error.errno != errno.EADDRINUSE:
         return f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and --port"
     pid = listener(port)
@@ -48,44 +52,61 @@ def _why(host: str, port: int, error: OSError) -> str:
 
 
 class Server(uvicorn.Server):
-    """Tells the gateway that it drains as soon as a signal comes, so that /ready fails first."""
+    """Calls `on_exit` when the first signal arrives, before connections drain, so that /ready fails first."""
 
-    def __init__(self, config: uvicorn.Config, app: ProxyApp) -> None:
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app = app
+        self._on_exit = on_exit
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's own, which raises the signal again after the drain: an orderly end exits with 0."""
-        self._app.gateway.draining = True
-        self.force_exit = self.should_exit  # a second signal, of whichever kind, ends it at once
+        """Exit with 0 after the drain. uvicorn's own handler raises the signal again instead."""
+        self._on_exit()
+        self.force_exit = self.should_exit  # a second signal, SIGINT or SIGTERM, exits at once
         self.should_exit = True
 
 
-def config_for(app: ProxyApp, settings: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, loop="uvloop", http=HTTPProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
-        workers=1,  # whatever WEB_CONCURRENCY says
-        server_header=False, date_header=True, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s), backlog=BACKLOG,
-    )  # fmt: skip
+def server_for(app: ProxyApp, settings: Settings) -> Server:
+    gateway = app.gateway
+
+    def get_body_timeout_s() -> float:
+        return gateway.settings.limits.body_timeout_s
+
+    def report_refused(request_id: str, error: ProxyError, client: str | None) -> None:
+        gateway.observer.request_refused(Refusal(Origin(request_id, {}, client), "other", error))
+
+    def start_draining() -> None:
+        gateway.draining = True
+
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=http_protocol(get_body_timeout_s, report_refused),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        workers=1,  # regardless of WEB_CONCURRENCY
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        backlog=BACKLOG,
+    )
+    return Server(config, start_draining)
 
 
-def serve(read: Callable[[], Settings], announce: Callable[[str], None]) -> None:
-    """`read` is called again for each reload. Returns when a signal has ended it. Raises ConfigError, PortInUseError."""
-    settings = read()
+def serve(sources: ConfigSources, announce: Callable[[str], None]) -> None:
+    """Serve until a signal arrives. Raises ConfigError, PortInUseError.
+
+    `sources` are read now and again for each reload. `announce` is called with the proxy's URL once it listens.
+    """
+    settings = sources.load()
     set_up_logging(settings.log_format)
     sock = listen(settings.host, settings.port)
-    app = create_app(settings, read)
+    app = create_app(settings, sources)
     host, port = sock.getsockname()[:2]
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    server = Server(config_for(app, settings), app)
-    spare_the_collector()
+    server = server_for(app, settings)
+    freeze_loaded_objects()
     server.run(sockets=[sock])
-
-
-def spare_the_collector() -> None:
-    """What is loaded now stays, and going through it took 13 % of the CPU of a small request. What requests leave in
-    circles, failed ones above all, is little to look through. https://docs.python.org/3/library/gc.html#gc.freeze"""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)

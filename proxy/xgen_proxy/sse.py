@@ -1,6 +1,9 @@
-"""Server-sent events as the backends send them: `data: {json}` and a blank line; `data: [DONE]` closes.
+"""Server-sent events as the backends send them: `data: {json}` and a blank line each, and `data: [DONE]` at the end.
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+The functions below search the bytes of complete events instead of parsing them. That is safe because JSON escapes
+quotes and newlines inside a string: nothing that a model writes can look like a field or a line of its own.
 """
 
 from __future__ import annotations
@@ -12,55 +15,57 @@ from xgen_proxy.errors import UpstreamProtocolError
 
 DONE = b"data: [DONE]\n\n"
 ROLE = re.compile(rb'"delta": ?\{"role": ?"assistant"(?:, ?"content": ?(?:""|null))?\}')
-MAX_EVENT = 8 * 1024 * 1024  # an event that never ends must not fill the memory
+MAX_EVENT = 8 * 1024 * 1024  # bytes; an event that never ends must not fill the memory
 
 
 class EventSplitter:
-    """Cuts a byte stream where events end, without copying when a read ends with an event, as nearly all do."""
+    """Cuts a byte stream at the end of events. A read that ends with an event, as nearly all do, is not copied."""
 
-    __slots__ = ("rest",)
+    __slots__ = ("pending",)
 
     def __init__(self) -> None:
-        self.rest = b""
+        self.pending = b""  # the beginning of an event whose end has not arrived
 
     def feed(self, data: bytes) -> bytes:
-        """Returns the whole events that have come, b"" if none; keeps what is cut short. Raises UpstreamProtocolError."""
-        if self.rest:
-            data = self.rest + data
+        """Return the events that are complete now, b"" if none. Raises UpstreamProtocolError."""
+        if self.pending:
+            data = self.pending + data
         if data.endswith((b"\n\n", b"\r\n\r\n")):
-            self.rest = b""
+            self.pending = b""
             return data
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4)
-        if end < 4:  # neither found: 1 and 3
+        if end < 4:  # neither was found: rfind() returned -1, which gives 1 and 3
             end = 0
-        self.rest = data[end:]
-        if len(self.rest) > MAX_EVENT:
+        self.pending = data[end:]
+        if len(self.pending) > MAX_EVENT:
             raise UpstreamProtocolError(f"an event of more than {MAX_EVENT} bytes")
         return data[:end]
 
 
-def are_ordinary(data: bytes) -> bool:
-    """Whole events, each of which goes on with the one choice, unfinished? No error, end or usage is among them."""
+def are_unfinished_chunks(data: bytes) -> bool:
+    """Whether these are complete events, each a chunk of one choice that has not finished.
+
+    If so, there is no error, no end and no usage among them. A text that contains "data: " gives False, which is safe.
+    """
     return data.endswith(b"\n\n") and data.count(b"data: ") == data.count(b'"finish_reason":null')
 
 
-def has_line(block: bytes, start: bytes) -> bool:
-    """Is there a line that begins so? JSON escapes newlines, so that nothing a model writes can look like a line."""
-    return block.startswith(start) or b"\n" + start in block
+def has_line_starting(block: bytes, prefix: bytes) -> bool:
+    return block.startswith(prefix) or b"\n" + prefix in block
 
 
 def is_error(block: bytes) -> bool:
-    return has_line(block, b'data: {"error"') or has_line(block, b"error:")
+    return has_line_starting(block, b'data: {"error"') or has_line_starting(block, b"error:")
 
 
-def finishes(block: bytes) -> int:
-    """How many choices end in this block. Inside a JSON string the quotes would be escaped."""
+def count_finished(block: bytes) -> int:
+    """Number of choices that finish in this block."""
     return block.count(b'"finish_reason":"') + block.count(b'"finish_reason": "')
 
 
-def only_role(block: bytes) -> bool:
-    """Is it a single chunk that says no more than whose turn it is?"""
-    return block.count(b"data: {") == 1 and ROLE.search(block) is not None and not finishes(block)
+def is_role_only(block: bytes) -> bool:
+    """Whether this is a single chunk that contains nothing but the role."""
+    return block.count(b"data: {") == 1 and ROLE.search(block) is not None and not count_finished(block)
 
 
 def is_abort(block: bytes) -> bool:
@@ -68,7 +73,7 @@ def is_abort(block: bytes) -> bool:
 
 
 def split_done(block: bytes) -> tuple[bytes, bool]:
-    """(events before `data: [DONE]`, whether it came)."""
+    """(the events before `data: [DONE]`, whether it arrived)."""
     if block.startswith(b"data: [DONE]"):
         return b"", True
     at = block.find(b"\ndata: [DONE]")
@@ -76,14 +81,14 @@ def split_done(block: bytes) -> tuple[bytes, bool]:
 
 
 def payloads(block: bytes) -> Iterator[bytes]:
-    """The data of each event; comments and other fields are passed over."""
+    """The data of each event, without comments and other fields."""
     for line in block.splitlines():
         if line.startswith(b"data:"):
             yield line[5:].lstrip(b" ")
 
 
 def events(block: bytes) -> Iterator[bytes]:
-    """Each whole event with its closing blank line."""
+    """Each complete event with its closing blank line."""
     separator = b"\r\n\r\n" if b"\r\n\r\n" in block else b"\n\n"
     for event in block.split(separator):
         if event:

@@ -1,15 +1,15 @@
-"""The HTTP/1.1 connection to one backend server, and the pool of them: the measured hot path.
+"""The HTTP/1.1 connection to one backend server, and the pool of them: the hot path.
 
-Own code because the relay is what this project exists for: on httptools' response parser (the parser that uvicorn
-uses for requests) a relay costs a fiftieth of the CPU it costs on httpx (bench/overhead.py). It hands on whatever bytes
-have arrived; it never splits or copies a body.
+Hand-written because the relay is what this project exists for. On httptools' response parser (uvicorn uses its request
+parser) a relayed request costs 75 µs of CPU; on httpx it costs 58 times that (docs/measurements.md). Bytes are passed
+on as they arrive; a body is never split or copied.
 
     Pool.exchange ── idle connection, else a new one ── request written ── status and headers read ──▶ Connection
-    Connection.read ── body bytes as they come, b"" at the end
-    Pool.release ── complete: kept for the next exchange; else closed, which cancels the request upstream
+    Connection.read ── body bytes as they arrive, b"" at the end
+    Pool.release ── response complete: kept for the next exchange; else closed, which cancels the request upstream
 
-Backends close idle connections after 5 s (uvicorn, llama-server), so ours are kept for less, and a reused connection
-that dies before the first byte is replaced once for free: https://github.com/vllm-project/vllm/pull/18472
+Backends close idle connections after 5 s (uvicorn, llama-server), so the pool closes its own earlier. A reused
+connection that breaks before the first byte is replaced once: https://github.com/vllm-project/vllm/pull/18472
 """
 
 from __future__ import annotations
@@ -24,20 +24,43 @@ import httptools
 
 from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError, UpstreamTimeoutError
 
-IDLE_S = 3.0  # backends close theirs at 5 s
+MAX_IDLE_S = 3.0  # backends close idle connections after 5 s
 MAX_EXCHANGES = 90  # llama-server closes a connection after 100
-HIGH_WATER = 256 * 1024  # stop reading from a backend when a slow client has this much to take
-LINGER_S = 1.0  # for the last chunk of a stream whose `[DONE]` has come
+HIGH_WATER = 256 * 1024  # bytes; reading from a backend pauses while this much waits for a slow client
+LAST_CHUNK_WAIT_S = 1.0  # for the empty last chunk of a stream whose `[DONE]` has arrived
 
 
 class Connection(asyncio.Protocol):
-    """One exchange at a time. `status` and `headers` (lower-case names) belong to the current one."""
+    """One connection, with one exchange at a time.
+
+    `status` and `headers` (lower-case names) belong to the current exchange. `paused`: reading is paused because
+    `buffered`, the bytes that have arrived and were not read, exceeded HIGH_WATER.
+    """
 
     __slots__ = (
-        "_chunks", "_expires", "_failure", "_heard", "_keep_alive", "_loop", "_parser", "_paused", "_pool", "_size",
-        "_take", "_timer", "_total", "_transport", "_waiter", "complete", "exchanges", "framed", "headers",
-        "idle_since", "status", "touched",
-    )  # fmt: skip
+        "_chunks",
+        "_deadline",
+        "_failure",
+        "_keep_alive",
+        "_last_data",
+        "_loop",
+        "_on_data",
+        "_parser",
+        "_pool",
+        "_timer",
+        "_total",
+        "_transport",
+        "_waiter",
+        "buffered",
+        "complete",
+        "exchanges",
+        "framed",
+        "headers",
+        "idle_since",
+        "paused",
+        "status",
+        "touched",
+    )
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
@@ -45,18 +68,19 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._chunks: list[bytes] = []
-        self._size = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._failure: tuple[type[UpstreamError], str] | None = None  # no exception: its traceback would hold us
-        self._paused = False
-        self._take: Callable[[bytes], bool] | None = None
-        self._heard = 0.0  # loop time of what it took last
+        # Not an exception: its traceback would refer back to this connection (garbage_collection.py).
+        self._failure: tuple[type[UpstreamError], str] | None = None
+        self._on_data: Callable[[bytes], bool] | None = None
+        self._last_data = 0.0  # loop time when `_on_data` last accepted data
         self._keep_alive = False
-        self._total = self._expires = math.inf  # seconds the exchange may take, loop time when they are over
+        self._total = self._deadline = math.inf  # seconds that the exchange may take, and loop time when they are over
+        self.buffered = 0
+        self.paused = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
-        self.framed = False  # the body's end is marked by length or chunks, not by closing
-        self.touched = False  # a byte of the answer has come
+        self.framed = False  # the body's end is marked by its length or by chunks, not by closing the connection
+        self.touched = False  # a byte of the response has arrived
         self.complete = True
         self.exchanges = 0
         self.idle_since = 0.0
@@ -67,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.complete:  # nobody asked: a server that talks out of turn is not to be trusted with the next request
+        if self.complete:  # unsolicited data: close, or the next response could be misattributed
             self.close()
             return
         self.touched = True
@@ -76,25 +100,25 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._fail(UpstreamProtocolError, f"not HTTP: {error}")
             self.close()
-        if self._take is None or not self._chunks or not self._take(self._joined()):
+        if self._on_data is None or not self._chunks or not self._on_data(self._join_chunks()):
             self._wake()
         else:
-            self._emptied()
-            self._heard = self._pool.last_activity = self._loop.time()
+            self._clear_chunks()
+            self._last_data = self._pool.last_activity = self._loop.time()
             if self.complete:
                 self._wake()
 
-    def _joined(self) -> bytes:
+    def _join_chunks(self) -> bytes:
         chunks = self._chunks
         if len(chunks) > 1:
             chunks[:] = [b"".join(chunks)]
         return chunks[0]
 
-    def _emptied(self) -> None:
+    def _clear_chunks(self) -> None:
         self._chunks.clear()
-        self._size = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
+        self.buffered = 0
+        if self.paused and self._transport is not None:
+            self.paused = False
             self._transport.resume_reading()
 
     def eof_received(self) -> None:
@@ -111,7 +135,7 @@ class Connection(asyncio.Protocol):
                     "the connection broke in mid-answer" if self.touched else "closed without an answer",
                 )
         self._transport = None
-        del self._parser  # it holds our methods: a circle, which would wait for the garbage collector
+        del self._parser  # it refers to this connection: break the reference cycle (garbage_collection.py)
         self._wake()
 
     # httptools callbacks
@@ -128,15 +152,15 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status >= 200:  # 1xx is followed by the real answer
+        if status >= 200:  # 1xx is followed by the real response
             self.status = status
-            self._keep_alive = self._parser.should_keep_alive()  # it forgets when the message is complete
+            self._keep_alive = self._parser.should_keep_alive()  # no longer available once the message is complete
 
     def on_body(self, body: bytes) -> None:
         self._chunks.append(body)
-        self._size += len(body)
-        if self._size > HIGH_WATER and not self._paused and self._transport is not None:
-            self._paused = True
+        self.buffered += len(body)
+        if self.buffered > HIGH_WATER and not self.paused and self._transport is not None:
+            self.paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
@@ -147,6 +171,10 @@ class Connection(asyncio.Protocol):
     # one exchange
 
     @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    @property
     def open(self) -> bool:
         return self._transport is not None
 
@@ -154,7 +182,7 @@ class Connection(asyncio.Protocol):
     def reusable(self) -> bool:
         return (
             self.complete
-            and not self._paused
+            and not self.paused
             and self._failure is None
             and self._transport is not None
             and not self._transport.is_closing()
@@ -163,47 +191,52 @@ class Connection(asyncio.Protocol):
         )
 
     def begin(self, request: bytes, total: float) -> None:
+        """Send a request whose response may take `total` seconds in all."""
         self._total = total
-        self._expires = self._loop.time() + total
+        self._deadline = self._loop.time() + total
         self.status = 0
         self.headers = {}
         self.framed = self.touched = self.complete = False
         self.exchanges += 1
         self._chunks.clear()
-        self._size = 0
+        self.buffered = 0
         if self._transport is None:
             self._fail(UpstreamProtocolError, "closed without an answer")
         else:
             self._transport.write(request)
 
-    async def answered(self, timeout: float) -> None:
-        """Returns when status and headers are there. Raises UpstreamTimeoutError, UpstreamProtocolError."""
-        deadline = self._loop.time() + timeout  # for all of it: one byte a minute is no answer
+    async def read_headers(self, timeout: float) -> None:
+        """Wait for status and headers. Raises UpstreamTimeoutError, UpstreamProtocolError."""
+        deadline = self._loop.time() + timeout  # for all of them: a server that drips bytes times out too
         while not self.status:
-            await self._arrival(deadline - self._loop.time(), timeout)
+            await self._wait_for_data(deadline - self._loop.time(), timeout)
 
     async def read(
-        self, timeout: float, limit: float | None = None, take: Callable[[bytes], bool] | None = None
+        self, timeout: float, limit: float | None = None, on_data: Callable[[bytes], bool] | None = None
     ) -> bytes:
-        """All body bytes that have come since the last call; b"" at the end. Raises UpstreamTimeoutError, UpstreamProtocolError.
+        """Return the body bytes that have arrived since the last call, b"" at the end.
 
-        `limit`: the seconds that the message names, where `timeout` is what is left of them. `take` is called with what
-        comes meanwhile, as it comes, and says whether it takes it; what it does not take is returned.
+        `limit`: the seconds that an error message names, if `timeout` is what is left of them. `on_data` is called with
+        bytes as they arrive; if it returns True it has handled them and read() keeps waiting, else read() returns them.
+        Raises UpstreamTimeoutError, UpstreamProtocolError.
         """
         while not self._chunks:
             if self.complete:
                 return b""
-            self._take = take
+            self._on_data = on_data
             try:
-                await self._arrival(timeout, limit or timeout)
+                await self._wait_for_data(timeout, limit or timeout)
             finally:
-                self._take = None
-        data = self._joined()
-        self._emptied()
+                self._on_data = None
+        data = self._join_chunks()
+        self._clear_chunks()
         return data
 
     async def read_all(self, timeout: float, limit: int = 64 * 1024 * 1024) -> bytes:
-        """The rest of the body, within `timeout` seconds. Raises UpstreamTimeoutError, UpstreamProtocolError."""
+        """Return the rest of the body, at most `limit` bytes, within `timeout` seconds.
+
+        Raises UpstreamTimeoutError, UpstreamProtocolError.
+        """
         parts: list[bytes] = []
         size = 0
         deadline = self._loop.time() + timeout
@@ -218,32 +251,32 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def _arrival(self, timeout: float, limit: float) -> None:
+    async def _wait_for_data(self, timeout: float, limit: float) -> None:
         if self._failure is not None:
-            kind, why = self._failure
-            raise kind(why)
+            kind, reason = self._failure
+            raise kind(reason)
         waiter = self._waiter = self._loop.create_future()
-        self._heard = -math.inf
-        self._watch(timeout, limit)
+        self._last_data = -math.inf
+        self._start_timer(timeout, limit)
         try:
             await waiter
         finally:
             self._timer.cancel()
             self._waiter = None
 
-    def _watch(self, timeout: float, limit: float) -> None:
-        """Arms the timer for the end of the silence, or of the whole exchange where that comes first."""
-        left = self._expires - self._loop.time()
+    def _start_timer(self, timeout: float, limit: float) -> None:
+        """Start the timer for the longest silence, or for the end of the whole exchange if that comes first."""
+        left = self._deadline - self._loop.time()
         if left < timeout:
             self._timer = self._loop.call_later(left, self._expire, "the answer took more than", self._total)
         else:
-            self._timer = self._loop.call_later(timeout, self._silent, limit)
+            self._timer = self._loop.call_later(timeout, self._on_silence, limit)
 
-    def _silent(self, limit: float) -> None:
-        """What was taken since the waiting began puts it off: so a chunk costs no timer."""
-        left = self._heard + limit - self._loop.time()
+    def _on_silence(self, limit: float) -> None:
+        """Wait longer if `_on_data` has accepted data meanwhile. This way a chunk costs no timer of its own."""
+        left = self._last_data + limit - self._loop.time()
         if left > 0:
-            self._watch(left, limit)
+            self._start_timer(left, limit)
         else:
             self._expire("nothing more came within", limit)
 
@@ -252,9 +285,9 @@ class Connection(asyncio.Protocol):
             self._fail(UpstreamTimeoutError, f"{what} {seconds:.3g} s")
             self._wake()
 
-    def _fail(self, kind: type[UpstreamError], why: str) -> None:
+    def _fail(self, kind: type[UpstreamError], reason: str) -> None:
         if self._failure is None:
-            self._failure = kind, why
+            self._failure = kind, reason
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -263,8 +296,12 @@ class Connection(asyncio.Protocol):
 
 
 class Pool:
-    """Connections to one server. `opened` counts them over its life; `live` are open now, idle ones included. `last_activity`:
-    when part of an answer was last passed on, loop time, which is time.monotonic()'s."""
+    """The connections to one server.
+
+    `opened` counts all that were ever opened; `live` are open now, including `idle` ones, oldest first.
+    `last_activity`: when data was last received and passed on, as loop time, which is that of time.monotonic().
+    `awaiting_last_chunk`: connections that were released with only the last chunk missing, and their timers.
+    """
 
     def __init__(self, host: str, port: int, *, connect_timeout_s: float = 2.0) -> None:
         self.host = host
@@ -273,72 +310,78 @@ class Pool:
         self.opened = 0
         self.last_activity = 0.0
         self.live: set[Connection] = set()
-        self._idle: deque[Connection] = deque()
-        self._ending: dict[Connection, asyncio.TimerHandle] = {}
+        self.idle: deque[Connection] = deque()
+        self.awaiting_last_chunk: dict[Connection, asyncio.TimerHandle] = {}
 
     async def exchange(self, request: bytes, timeout: float, total: float = math.inf) -> Connection:
-        """Sends `request` (head and body) and waits up to `timeout` seconds for status and headers. From then on no
-        read of the answer waits longer than `total` seconds after the request was sent.
+        """Send `request` (head and body) and wait up to `timeout` seconds for status and headers.
 
-        Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamProtocolError. Whoever gets the connection must release() it.
+        No read of the response waits longer than `total` seconds after the request was sent. The caller must release()
+        the connection. Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamProtocolError.
         """
         while True:
-            connection = self._take_idle() or await self._connect()
+            connection = self._pop_idle() or await self._connect()
             try:
                 connection.begin(request, total)
-                await connection.answered(timeout)
+                await connection.read_headers(timeout)
             except UpstreamProtocolError:
                 connection.close()
                 if connection.exchanges > 1 and not connection.touched:
-                    continue  # it had died while idle; the request never reached the server
+                    continue  # it broke while idle, so the request never reached the server
                 raise
             except BaseException:
                 connection.close()
                 raise
             return connection
 
-    def release(self, connection: Connection, *, ending: bool = False, reuse: bool = True) -> None:
-        """`ending`: the answer is whole and only the closing chunk is still to come, so that waiting for it pays."""
-        if not reuse or connection._failure is not None:
+    def release(self, connection: Connection, *, expect_last_chunk: bool = False, reuse: bool = True) -> None:
+        """Keep the connection for reuse if its response is complete; else close it.
+
+        `expect_last_chunk`: the response is complete except for its empty last chunk, so wait for that instead.
+        """
+        if not reuse or connection.failed:
             connection.close()
         elif connection.complete:
-            self._park(connection)
-        elif ending:
-            self._ending[connection] = asyncio.get_running_loop().call_later(LINGER_S, connection.close)
+            self._keep(connection)
+        elif expect_last_chunk:
+            timer = asyncio.get_running_loop().call_later(LAST_CHUNK_WAIT_S, connection.close)
+            self.awaiting_last_chunk[connection] = timer
         else:
             connection.close()
 
     def completed(self, connection: Connection) -> None:
-        timer = self._ending.pop(connection, None)
+        """Called by the connection when its response is complete."""
+        timer = self.awaiting_last_chunk.pop(connection, None)
         if timer is not None:
             timer.cancel()
-            self._park(connection)
+            self._keep(connection)
 
     def forget(self, connection: Connection) -> None:
+        """Called by the connection when it has been closed."""
         self.live.discard(connection)
-        timer = self._ending.pop(connection, None)
+        timer = self.awaiting_last_chunk.pop(connection, None)
         if timer is not None:
             timer.cancel()
-        if connection in self._idle:
-            self._idle.remove(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
 
     def close(self) -> None:
         for connection in list(self.live):
             connection.close()
 
-    def _park(self, connection: Connection) -> None:
+    def _keep(self, connection: Connection) -> None:
         if connection.reusable:
             connection.idle_since = asyncio.get_running_loop().time()
-            self._idle.append(connection)
+            self.idle.append(connection)
         else:
             connection.close()
 
-    def _take_idle(self) -> Connection | None:
-        """The youngest, so that the rest grow old and are closed."""
-        oldest = asyncio.get_running_loop().time() - IDLE_S
-        while self._idle and self._idle[0].idle_since < oldest:
-            self._idle.popleft().close()
-        return self._idle.pop() if self._idle else None
+    def _pop_idle(self) -> Connection | None:
+        """The most recently used connection, so that the others age and get closed."""
+        oldest = asyncio.get_running_loop().time() - MAX_IDLE_S
+        while self.idle and self.idle[0].idle_since < oldest:
+            self.idle.popleft().close()
+        return self.idle.pop() if self.idle else None
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -350,6 +393,6 @@ class Pool:
         except OSError as error:
             raise UpstreamConnectError(error.strerror or str(error)) from None
         self.opened += 1
-        if connection.open:  # not in connection_made: uvloop calls no connection_lost for one that nobody waited for
+        if connection.open:  # not in connection_made(): uvloop calls no connection_lost() after a cancelled connect
             self.live.add(connection)
         return connection

@@ -1,4 +1,4 @@
-"""Each command as its user sees it: what it prints, where, and how it ends."""
+"""Each command as its user sees it: its output, its errors and its exit status."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend
 from xgen_proxy import __version__, cli
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.api_keys import hash_key
 
@@ -24,14 +25,14 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu", tools=False)}
-    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    running = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
+    running.until_up(2)
+    yield running
+    running.stop()
+    assert_nothing_held(running)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         try:
             status = cli.main(arguments)
-        except SystemExit as end:  # argparse's own end
+        except SystemExit as end:  # from argparse
             status = end.code if isinstance(end.code, int) else 1
         out, err = capsys.readouterr()
         return status, out, err
@@ -65,15 +66,15 @@ def table(out: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key"])
-def test_every_command_teaches_by_example(run: Cli, command: str) -> None:
+def test_help_of_a_command_has_examples(run: Cli, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
     assert "examples:" in out
     assert f"xgen-proxy {command}" in out
-    assert out.splitlines()[2].endswith(".") or out.splitlines()[2].endswith("?")
+    assert out.splitlines()[2].endswith(".")
 
 
-def test_the_top_names_every_command(run: Cli) -> None:
+def test_help_lists_every_command(run: Cli) -> None:
     status, out, _ = run("--help")
     assert status == 0
     for command in ("serve", "check", "route", "status", "key"):
@@ -118,8 +119,7 @@ def test_check_prints_every_setting_with_its_source(run: Cli, monkeypatch: pytes
     assert "hush" not in out
 
 
-def test_check_of_a_named_file(run: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XGEN_CONFIG", "to be restored after the test")
+def test_check_of_a_named_file(run: Cli, directory: Path) -> None:
     (directory / "mine.toml").write_text('port = 82\n[backends.vllm]\nurls = ["http://a:1"]\n')
     status, out, _ = run("check", "--config", "mine.toml")
     assert status == 0
@@ -137,13 +137,8 @@ def test_check_of_a_named_file(run: Cli, directory: Path, monkeypatch: pytest.Mo
         (["--vllm", "http://a:1", "--config", "no.toml"], "the configuration file no.toml does not exist"),
     ],
 )
-def test_what_is_wrong_is_told_in_words(
-    run: Cli, command: str, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        if "--config" in arguments:
-            patch.setenv("XGEN_CONFIG", "to be restored after the test")
-        status, out, err = run(command, *arguments)
+def test_invalid_settings_are_explained(run: Cli, command: str, arguments: list[str], words: str) -> None:
+    status, out, err = run(command, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(f"xgen-proxy: {words}")
 
@@ -151,7 +146,7 @@ def test_what_is_wrong_is_told_in_words(
 # serve
 
 
-def test_serve_when_the_port_is_taken_says_by_whom(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_on_a_port_in_use_names_the_process(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xgen_proxy.server.set_up_logging", lambda log_format: None)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
@@ -161,21 +156,23 @@ def test_serve_when_the_port_is_taken_says_by_whom(run: Cli, monkeypatch: pytest
     assert "choose another with --port" in err
 
 
-def test_serve_hands_its_settings_on(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_uses_its_flags(run: Cli, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     served: list[Settings] = []
 
-    def serve(read: Callable[[], Settings], announce: Callable[[str], None]) -> None:
-        served.append(read())
+    def serve(sources: ConfigSources, announce: Callable[[str], None]) -> None:
+        served.append(sources.load())
+        assert sources.files()[0] == Path("mine.toml")
         announce("http://127.0.0.1:1234")
 
     monkeypatch.setattr(cli, "serve", serve)
-    status, out, _ = run("serve", "--llama-cpp", "http://a:1", "--port", "0")
+    (directory / "mine.toml").write_text("drain_s = 5\n")
+    status, out, _ = run("serve", "--llama-cpp", "http://a:1", "--port", "0", "--config", "mine.toml")
     assert (status, out) == (0, "listening on http://127.0.0.1:1234\n")
-    assert served[0].port == 0
+    assert (served[0].port, served[0].drain_s) == (0, 5)
     assert served[0].backends["llama_cpp"].urls == ["http://a:1"]
 
 
-def test_an_interrupted_command(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_command(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -190,8 +187,8 @@ def request(**fields: Any) -> bytes:
     return json.dumps({**CHAT, **fields}).encode()
 
 
-def test_route_from_stdin(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    status, out, _ = run("route", "--url", door.url, stdin=request(urgency="high"))
+def test_route_from_stdin(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    status, out, _ = run("route", "--url", proxy.url, stdin=request(urgency="high"))
     gpu, cpu = fakes
     assert status == 0
     assert table(out) == [
@@ -202,23 +199,23 @@ def test_route_from_stdin(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstrea
     assert gpu.talks == []
 
 
-def test_route_from_a_file(run: Cli, door: RunningProxy, directory: Path) -> None:
+def test_route_from_a_file(run: Cli, proxy: RunningProxy, directory: Path) -> None:
     (directory / "request.json").write_bytes(request(backend="llama_cpp"))
-    status, out, _ = run("route", "request.json", "--url", door.url + "/")
+    status, out, _ = run("route", "request.json", "--url", proxy.url + "/")
     assert status == 0
     assert table(out)[1][1] == "llama_cpp"
 
 
-def test_route_tells_who_was_passed_over(run: Cli, door: RunningProxy) -> None:
+def test_route_lists_backends_that_were_ruled_out(run: Cli, proxy: RunningProxy) -> None:
     body = request(tools=[{"type": "function", "function": {"name": "f"}}])
-    status, out, _ = run("route", "-", "--url", door.url, stdin=body)
+    status, out, _ = run("route", "-", "--url", proxy.url, stdin=body)
     assert status == 0
     assert "not llama_cpp: cannot do tools" in out
 
 
-def test_route_of_a_request_that_nobody_can_do(run: Cli, door: RunningProxy) -> None:
+def test_route_of_a_request_that_no_backend_supports(run: Cli, proxy: RunningProxy) -> None:
     body = request(backend="llama_cpp", tools=[{"type": "function", "function": {"name": "f"}}])
-    status, out, _ = run("route", "--url", door.url, stdin=body)
+    status, out, _ = run("route", "--url", proxy.url, stdin=body)
     assert status == 1
     assert out.startswith("refused: backend llama_cpp cannot do tools")
     assert "try" not in out.split()
@@ -228,14 +225,14 @@ def test_route_of_a_request_that_nobody_can_do(run: Cli, door: RunningProxy) -> 
     ("body", "words"),
     [(b"{", "not valid JSON"), (b"", "empty"), (request(model="none"), "'none' does not exist; known models: m")],
 )
-def test_route_of_what_is_no_request(run: Cli, door: RunningProxy, body: bytes, words: str) -> None:
-    status, out, err = run("route", "--url", door.url, stdin=body)
+def test_route_of_an_invalid_request(run: Cli, proxy: RunningProxy, body: bytes, words: str) -> None:
+    status, out, err = run("route", "--url", proxy.url, stdin=body)
     assert (status, out) == (2, "")
     assert words in err
 
 
-def test_route_of_a_file_that_is_not_there(run: Cli, door: RunningProxy) -> None:
-    assert run("route", "no.json", "--url", door.url)[::2] == (
+def test_route_of_a_missing_file(run: Cli, proxy: RunningProxy) -> None:
+    assert run("route", "no.json", "--url", proxy.url)[::2] == (
         2, "xgen-proxy: cannot read no.json: No such file or directory\n",
     )  # fmt: skip
 
@@ -243,8 +240,8 @@ def test_route_of_a_file_that_is_not_there(run: Cli, door: RunningProxy) -> None
 # status
 
 
-def test_status(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    status, out, _ = run("status", "--url", door.url)
+def test_status(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    status, out, _ = run("status", "--url", proxy.url)
     assert status == 0
     header, cpu, gpu, waiting = table(out)
     assert header == ["replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"]
@@ -254,7 +251,7 @@ def test_status(run: Cli, door: RunningProxy, fakes: tuple[FakeUpstream, FakeUps
     assert waiting == ["waiting", "for", "a", "slot:", "0"]
 
 
-def test_status_of_what_is_not_there(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_status_of_a_backend_that_is_down(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     gpu.kill()
     proxy = start(up=0, backends={"vllm": backend(gpu)})
     status, out, _ = run("status", "--url", proxy.url)
@@ -263,7 +260,7 @@ def test_status_of_what_is_not_there(run: Cli, start: Callable[..., RunningProxy
 
 
 @pytest.mark.parametrize("command", ["status", "route"])
-def test_no_proxy_there(run: Cli, command: str) -> None:
+def test_no_server_at_the_url(run: Cli, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     for wrong in (url, "no url", "http://"):
@@ -275,8 +272,8 @@ def test_no_proxy_there(run: Cli, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["status", "route"])
 @pytest.mark.parametrize("body", [b"<html>404</html>", {"detail": "Not Found"}, [1]])
-def test_another_server_there(run: Cli, command: str, body: object) -> None:
-    """Such as a backend whose address was given instead."""
+def test_another_server_at_the_url(run: Cli, command: str, body: object) -> None:
+    """Such as a backend, whose URL was given by mistake."""
 
     class Other(FakeUpstream):
         async def _look(self, talk: Talk) -> None:
@@ -289,10 +286,10 @@ def test_another_server_there(run: Cli, command: str, body: object) -> None:
     status, out, err = run(command, "--url", other.url, stdin=b"{}")
     other.close()
     assert (status, out) == (2, "")
-    assert f"what answers at {other.url} is no xgen-proxy" in err
+    assert f"the server at {other.url} is not an xgen-proxy" in err
 
 
-def test_keys(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_key_works_with_its_hash(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     status, out, _ = run("key")
     [[_, key], [_, hash]] = table(out)
     assert status == 0
@@ -304,7 +301,7 @@ def test_keys(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -
     assert "send a valid API key" in err
 
 
-def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["xgen-proxy", "key"])
     monkeypatch.delitem(sys.modules, "xgen_proxy.cli")
     with pytest.raises(SystemExit) as end:
@@ -313,7 +310,7 @@ def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("key ")
 
 
-def test_who_reads_the_first_line_only_sees_no_traceback() -> None:
+def test_closed_output_pipe_causes_no_traceback() -> None:
     command = f"{sys.executable} -m xgen_proxy.cli check --vllm http://a:1 | head -n 1"
     root = str(Path(cli.__file__).parents[2])
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, cwd=root)

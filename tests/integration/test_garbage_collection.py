@@ -1,5 +1,7 @@
-"""A request's memory is free when it ends. What is held in a circle waits for the garbage collector, which the server
-lets come seldom (server.py): by the thousand it looked like a leak."""
+"""A finished request leaves no reference cycles, so its memory is freed at once.
+
+Cycles wait for the garbage collector, which runs rarely (garbage_collection.py): by the thousand they look like a leak.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import pytest
 from tests.support.counting_upstream import counter, dying
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
 from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post, wait_until
+from xgen_proxy.garbage_collection import freeze_loaded_objects
 
 OURS = ("xgen_proxy.", "uvicorn.", "uvloop.", "httptools.")
 
@@ -30,33 +33,33 @@ def stream(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert chat(proxy, stream=True).text.endswith("data: [DONE]\n\n")
 
 
-def drain(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def disconnect(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(endless)
     with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json={**CHAT, "stream": True}) as response:
         next(response.iter_raw())
 
 
-def fall_back(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def failover(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(status(500))
     assert chat(proxy, stream=True).headers["x-backend"] == "llama_cpp"
 
 
-def go_on(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def resume(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(dying(6, 700))
     assert ": resumed on llama_cpp" in chat(proxy, stream=True).text
 
 
-def be_wrong(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def invalid(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert post(f"{proxy.url}/v1/chat/completions", content=b"{").status_code == 400
 
 
-def be_lost(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def not_found(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert post(f"{proxy.url}/v1/nothing").status_code == 404
 
 
 @pytest.fixture
 def garbage() -> Iterator[Callable[[], set[str]]]:
-    """Call it for the kinds of our objects that the collector has had to find by then."""
+    """Call it to get the types of the proxy's objects that only the collector could free."""
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
 
@@ -70,8 +73,19 @@ def garbage() -> Iterator[Callable[[], set[str]]]:
     gc.garbage.clear()
 
 
-@pytest.mark.parametrize("request_", [whole, stream, drain, fall_back, go_on, be_wrong, be_lost])
-def test_no_request_leaves_circles(
+def test_loaded_objects_are_frozen() -> None:
+    threshold = gc.get_threshold()
+    try:
+        freeze_loaded_objects()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_threshold()[0] > threshold[0]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize("request_", [whole, stream, disconnect, failover, resume, invalid, not_found])
+def test_requests_leave_no_reference_cycles(
     request_: Callable[[RunningProxy, FakeUpstream], None],
     start: Callable[..., RunningProxy],
     gpu: FakeUpstream,

@@ -1,4 +1,4 @@
-"""New settings without a restart, in a real process: by SIGHUP and by a file that changed."""
+"""Reloading the settings of a real process: on SIGHUP, and when a file changes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.running_proxy import CHAT, get, post, wait_until
 from tests.support.server_process import Process, Streaming
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.reload import Reloader
 
-WORDS = {**CHAT, "messages": [{"role": "user", "content": "word " * 50}]}
+LONG_CHAT = {**CHAT, "messages": [{"role": "user", "content": "word " * 50}]}
 
 
 class Configured:
-    """A proxy whose settings are in a file."""
+    """A proxy that reads its settings from a file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.file = directory / "xgen-proxy.toml"
 
     def write(self, **settings: Any) -> None:
-        """At once, as an editor and a Kubernetes volume do it."""
+        """Replace the file atomically, as editors and Kubernetes volumes do."""
         new = self.directory / "new"
         tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if key not in tables]
@@ -64,7 +66,7 @@ def proxy(tmp_path: Path) -> Iterator[Configured]:
     made.process.close()
 
 
-def test_thresholds_change_when_the_file_does(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_changed_file_changes_thresholds(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     backends = {
         "backends.vllm": {"urls": [gpu.url]},
         "backends.llama_cpp": {"urls": [cpu.url], "dialect": "vllm", "device_class": "cpu"},
@@ -72,14 +74,14 @@ def test_thresholds_change_when_the_file_does(proxy: Configured, gpu: FakeUpstre
     proxy.write(**backends)
     proxy.start()
     wait_until(lambda: set(proxy.replicas().values()) == {"up"})
-    assert proxy.chat(messages=WORDS["messages"]).headers["x-route-reason"].startswith("default")
+    assert proxy.chat(messages=LONG_CHAT["messages"]).headers["x-route-reason"].startswith("default")
     proxy.write(**backends, routing={"long_prompt_words": 20})
     wait_until(lambda: proxy.reloads("taken"))
-    assert proxy.chat(messages=WORDS["messages"]).headers["x-route-reason"].startswith("long_prompt")
+    assert proxy.chat(messages=LONG_CHAT["messages"]).headers["x-route-reason"].startswith("long_prompt")
     assert proxy.logged("new settings (xgen-proxy.toml)")
 
 
-def test_replicas_come_and_go_while_a_stream_lives(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_removed_replica_finishes_its_stream(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     proxy.write(**{"backends.vllm": {"urls": [gpu.url]}})
     proxy.start()
     streaming = Streaming(gpu)
@@ -94,7 +96,7 @@ def test_replicas_come_and_go_while_a_stream_lives(proxy: Configured, gpu: FakeU
     assert streaming.error is None
 
 
-def test_a_backend_is_added_and_another_removed(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_backend_is_added_and_another_removed(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     proxy.write(**{"backends.one": {"urls": [gpu.url], "dialect": "vllm"}})
     proxy.start()
     proxy.write(**{"backends.two": {"urls": [cpu.url], "dialect": "vllm"}})
@@ -103,7 +105,7 @@ def test_a_backend_is_added_and_another_removed(proxy: Configured, gpu: FakeUpst
     assert 'backend="one"' not in get(f"{proxy.process.url}/metrics").text.partition("xgen_requests_total")[0]
 
 
-def test_keys_change(proxy: Configured, gpu: FakeUpstream) -> None:
+def test_api_keys_change(proxy: Configured, gpu: FakeUpstream) -> None:
     (old, old_hash), (new, new_hash) = new_key(), new_key()
     backends = {"backends.vllm": {"urls": [gpu.url]}}
     proxy.write(api_keys=[old_hash], **backends)
@@ -121,7 +123,7 @@ def test_keys_change(proxy: Configured, gpu: FakeUpstream) -> None:
 
 
 @pytest.mark.parametrize("text", ["routing = [", "typo = 1\n", '[backends.vllm]\nurls = ["nonsense"]\n', ""])
-def test_a_bad_file_changes_nothing_and_is_told(proxy: Configured, gpu: FakeUpstream, text: str) -> None:
+def test_invalid_file_changes_nothing_and_is_logged(proxy: Configured, gpu: FakeUpstream, text: str) -> None:
     proxy.write(**{"backends.vllm": {"urls": [gpu.url]}})
     proxy.start()
     proxy.file.write_text(text)
@@ -131,7 +133,7 @@ def test_a_bad_file_changes_nothing_and_is_told(proxy: Configured, gpu: FakeUpst
     assert proxy.chat().status_code == 200
 
 
-def test_what_only_a_restart_changes_is_told(proxy: Configured, gpu: FakeUpstream) -> None:
+def test_setting_that_needs_a_restart_is_logged(proxy: Configured, gpu: FakeUpstream) -> None:
     backends = {"backends.vllm": {"urls": [gpu.url]}}
     proxy.write(drain_s=30, **backends)
     proxy.start()
@@ -141,9 +143,7 @@ def test_what_only_a_restart_changes_is_told(proxy: Configured, gpu: FakeUpstrea
     assert proxy.logged("drain_s is read at the start only")
 
 
-def test_a_secret_is_read_from_its_file_and_again_when_it_changes(
-    proxy: Configured, gpu: FakeUpstream, tmp_path: Path
-) -> None:
+def test_changed_secret_is_read_again(proxy: Configured, gpu: FakeUpstream, tmp_path: Path) -> None:
     (old, old_hash), (new, new_hash) = new_key(), new_key()
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -162,12 +162,13 @@ def test_a_secret_is_read_from_its_file_and_again_when_it_changes(
     wait_until(lambda: status(new) == 200)
 
 
-async def test_a_fault_of_ours_is_told_and_the_next_settings_are_taken(
+async def test_failed_reload_is_logged_and_the_next_one_applied(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(backends={"vllm": {"urls": ["http://127.0.0.1:1"]}})
     gateway = Gateway(settings)
-    reloader = Reloader(gateway, lambda: settings)
+    sources = Mock(spec=ConfigSources, **{"load.return_value": settings, "files.return_value": []})
+    reloader = Reloader(gateway, sources)
     with monkeypatch.context() as faulty:
         faulty.setattr(gateway.fleet, "configure", lambda _: 1 / 0)
         reloader.reload("test")

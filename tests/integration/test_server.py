@@ -1,4 +1,4 @@
-"""The process: its port, its signals, its end. In a process of its own, since signals and logging belong to one."""
+"""The server process: its port, its signals and its exit. Signals and logging need a process of its own."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.support.fake_upstream import FakeUpstream, good
 from tests.support.running_proxy import CHAT, get, post, wait_until
 from tests.support.server_process import Process, Streaming
 from xgen_proxy import cli, server
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.server import PortInUseError, listen
 
@@ -43,7 +44,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         process.close()
 
 
-def test_a_port_that_is_taken() -> None:
+def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         with pytest.raises(PortInUseError) as error:
@@ -51,13 +52,13 @@ def test_a_port_that_is_taken() -> None:
     assert str(error.value) == f"port {port} is taken by process {os.getpid()}; end that, or choose another with --port"
 
 
-def test_a_port_taken_by_who_knows_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use_by_an_unknown_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xgen_proxy.server.listener", lambda port: None)
     with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(PortInUseError, match=r"\d+ is taken; end that"):
         listen("127.0.0.1", sock.getsockname()[1])
 
 
-def test_a_port_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forbidden_port(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -67,22 +68,22 @@ def test_a_port_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
-def test_an_address_that_is_not_ours(host: str) -> None:
+def test_address_of_another_host(host: str) -> None:
     with pytest.raises(PortInUseError, match="cannot listen on"):
         listen(host, 0)
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_a_free_port(host: str) -> None:
+def test_free_port(host: str) -> None:
     with listen(host, 0) as sock:
         socket.create_connection((host, sock.getsockname()[1])).close()
 
 
-def test_a_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_path: Path) -> None:
+def test_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_path: Path) -> None:
     first = serve("--vllm", gpu.url)
     second = subprocess.run(
         [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", str(first.port), "--vllm", gpu.url],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "proxy")}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert second.returncode == 2
     assert f"is taken by process {first.child.pid}" in second.stderr
@@ -92,21 +93,23 @@ def test_a_second_proxy_on_the_same_port(serve: Serve, gpu: FakeUpstream, tmp_pa
 @pytest.mark.parametrize(
     ("name", "url"), [(("127.0.0.1", 81), "http://127.0.0.1:81"), (("::1", 81, 0, 0), "http://[::1]:81")]
 )
-def test_what_it_announces(monkeypatch: pytest.MonkeyPatch, name: tuple[Any, ...], url: str) -> None:
-    """The address is there to be pasted; this machine may have no IPv6."""
+def test_announced_url(monkeypatch: pytest.MonkeyPatch, name: tuple[Any, ...], url: str) -> None:
+    """The URL can be pasted into a client. The socket is a mock, since the machine may have no IPv6."""
     listening = Mock(**{"getsockname.return_value": name})
     monkeypatch.setattr(server, "listen", lambda host, port: listening)
     monkeypatch.setattr(server, "set_up_logging", lambda log_format: None)
     monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
-    told: list[str] = []
-    server.serve(Settings, told.append)
-    assert told == [url]
+    monkeypatch.setattr(server, "freeze_loaded_objects", lambda: None)
+    announced: list[str] = []
+    sources = Mock(spec=ConfigSources, **{"load.return_value": Settings(), "files.return_value": []})
+    server.serve(sources, announced.append)
+    assert announced == [url]
 
 
-# the end
+# exit
 
 
-def test_idle_it_ends_at_once_with_0(serve: Serve, gpu: FakeUpstream) -> None:
+def test_idle_server_exits_at_once_with_0(serve: Serve, gpu: FakeUpstream) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         process = serve("--vllm", gpu.url)
         process.until_ready()
@@ -115,7 +118,7 @@ def test_idle_it_ends_at_once_with_0(serve: Serve, gpu: FakeUpstream) -> None:
         assert "Traceback" not in process.log.read_text()
 
 
-def test_a_live_stream_finishes_while_nobody_new_is_let_in(serve: Serve, gpu: FakeUpstream) -> None:
+def test_live_stream_finishes_while_new_requests_are_refused(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url)
     process.until_ready()
     streaming = Streaming(gpu)
@@ -132,8 +135,8 @@ def test_a_live_stream_finishes_while_nobody_new_is_let_in(serve: Serve, gpu: Fa
     assert streaming.text.count('"finish_reason":"stop"') == 1
 
 
-def test_ready_fails_first(serve: Serve, gpu: FakeUpstream) -> None:
-    """On a connection that is there already: /ready says 503, or the connection is closed; never 200."""
+def test_ready_fails_before_the_drain(serve: Serve, gpu: FakeUpstream) -> None:
+    """On an existing connection /ready gives 503, or the connection is closed; never 200 again."""
     process = serve("--vllm", gpu.url)
     process.until_ready()
     streaming = Streaming(gpu)
@@ -158,7 +161,7 @@ def _ended(client: httpx.Client, answers: list[int]) -> bool:
     return False
 
 
-def test_streams_that_outlive_the_drain_time_are_cut(serve: Serve, gpu: FakeUpstream) -> None:
+def test_streams_are_cut_after_the_drain_time(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url, XGEN_DRAIN_S="0.1")
     process.until_ready()
     streaming = Streaming(gpu)
@@ -167,11 +170,11 @@ def test_streams_that_outlive_the_drain_time_are_cut(serve: Serve, gpu: FakeUpst
     assert process.child.wait(20) == 0
     streaming.thread.join(20)
     assert "[DONE]" not in streaming.text
-    assert streaming.left.wait(20), "the backend was not told to stop"
+    assert streaming.left.wait(20), "the request to the backend was not cancelled"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(serve: Serve, gpu: FakeUpstream, second: int) -> None:
+def test_second_signal_exits_at_once(serve: Serve, gpu: FakeUpstream, second: int) -> None:
     process = serve("--vllm", gpu.url, XGEN_DRAIN_S="3600")
     process.until_ready()
     streaming = Streaming(gpu)
@@ -184,13 +187,13 @@ def test_a_second_signal_ends_it_at_once(serve: Serve, gpu: FakeUpstream, second
     process.child.wait(20)
     assert time.monotonic() - began < 15
     streaming.thread.join(20)
-    assert streaming.left.wait(20), "the backend was not told to stop"
+    assert streaming.left.wait(20), "the request to the backend was not cancelled"
 
 
 # one process
 
 
-def test_there_is_one_process_whatever_the_environment_says(serve: Serve, gpu: FakeUpstream) -> None:
+def test_there_is_one_process_regardless_of_the_environment(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url, WEB_CONCURRENCY="4", UVICORN_WORKERS="4")
     process.until_ready()
     threads = Path(f"/proc/{process.child.pid}/task").glob("*/children")
@@ -199,10 +202,10 @@ def test_there_is_one_process_whatever_the_environment_says(serve: Serve, gpu: F
         cli.parser().parse_args(["serve", "--workers", "4"])
 
 
-# what it writes
+# log and headers
 
 
-def test_the_log_is_json_without_prompts(serve: Serve, gpu: FakeUpstream) -> None:
+def test_json_log_without_prompts(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url)
     process.until_ready()
     gpu.default = good
@@ -222,14 +225,14 @@ def test_the_log_is_json_without_prompts(serve: Serve, gpu: FakeUpstream) -> Non
     assert not [line for line in lines if line["logger"].startswith(("httpx", "httpcore"))]
 
 
-def test_or_plain(serve: Serve, gpu: FakeUpstream) -> None:
+def test_plain_log(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url, XGEN_LOG_FORMAT="plain")
     process.until_ready()
     wait_until(lambda: "is up" in process.log.read_text())
     assert not process.log.read_text().startswith("{")
 
 
-def test_the_server_says_nothing_of_itself(serve: Serve, gpu: FakeUpstream) -> None:
+def test_no_server_header(serve: Serve, gpu: FakeUpstream) -> None:
     process = serve("--vllm", gpu.url)
     answer = get(f"{process.url}/health")
     assert "server" not in answer.headers

@@ -24,7 +24,7 @@ Server = Callable[["Peer"], Coroutine[Any, Any, None]]
 
 
 class Peer:
-    """The server's end of one connection. `number`: it is the how-manieth connection, from 1."""
+    """The server's end of one connection. `number` counts the connections, from 1."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         self.reader = reader
@@ -39,7 +39,13 @@ class Peer:
             self.writer.write(part)
             await self.writer.drain()
 
-    async def gone(self) -> None:
+    @property
+    def blocked(self) -> bool:
+        """send() waits, since the proxy does not read."""
+        transport = self.writer.transport
+        return transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
+
+    async def closed(self) -> None:
         """Returns when the proxy has closed the connection."""
         try:
             while await self.reader.read(65536):
@@ -50,7 +56,7 @@ class Peer:
 
 @asynccontextmanager
 async def serving(script: Server) -> AsyncIterator[Pool]:
-    """A pool for a server that runs `script` on each connection and then closes it. Nothing is left open at the end."""
+    """A pool for a server that runs `script` on each connection and then closes it. Checks that nothing stays open."""
     failures: list[BaseException] = []
     running: set[asyncio.Task[Any]] = set()
     count = 0
@@ -76,8 +82,8 @@ async def serving(script: Server) -> AsyncIterator[Pool]:
     yield pool
     pool.close()
     await until(lambda: not pool.live)
-    assert list(pool._idle) == []
-    assert pool._ending == {}
+    assert list(pool.idle) == []
+    assert pool.awaiting_last_chunk == {}
     server.close()
     await until(lambda: not running)
     assert failures == []
@@ -99,7 +105,7 @@ async def ask(pool: Pool, timeout: float = 10) -> tuple[int, bytes]:
 
 
 def answers(*parts: bytes, then: Server | None = None) -> Server:
-    """Each request on each connection gets `parts`; `then` comes after the first answer."""
+    """Respond to each request on each connection with `parts`; run `then` after the first response, and close."""
 
     async def script(peer: Peer) -> None:
         while True:
@@ -123,11 +129,11 @@ async def reset(peer: Peer) -> None:
     peer.writer.transport.abort()
 
 
-async def wait(peer: Peer) -> None:
-    await peer.gone()
+async def stay_silent(peer: Peer) -> None:
+    await peer.closed()
 
 
-# the ways in which an answer is framed
+# the ways in which a response is framed
 
 GOOD: dict[str, tuple[Server, bytes]] = {
     "content-length": (answers(OK), b"ok"),
@@ -142,48 +148,48 @@ GOOD: dict[str, tuple[Server, bytes]] = {
 
 
 @pytest.mark.parametrize(("script", "body"), GOOD.values(), ids=GOOD.keys())
-async def test_an_answer(script: Server, body: bytes) -> None:
+async def test_good_response(script: Server, body: bytes) -> None:
     async with serving(script) as pool:
         for _ in range(3):
             assert await ask(pool) == (200, body)
 
 
-async def test_status_and_headers_are_there_before_the_body() -> None:
-    go_on = asyncio.Event()
+async def test_status_and_headers_are_available_before_the_body() -> None:
+    proceed = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 429 Too Many\r\nRetry-After: 7\r\ncontent-length: 2\r\n\r\n")
-        await go_on.wait()
+        await proceed.wait()
         await peer.send(b"no")
 
     async with serving(script) as pool:
         connection = await pool.exchange(REQUEST, 10)
         assert (connection.status, connection.headers[b"retry-after"]) == (429, b"7")
-        go_on.set()
+        proceed.set()
         assert await connection.read_all(10) == b"no"
         pool.release(connection)
 
 
-async def test_a_stream_is_handed_on_as_it_comes() -> None:
-    go_on = asyncio.Event()
+async def test_stream_is_read_as_it_arrives() -> None:
+    proceed = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(CHUNKED, b"1\r\na\r\n")
-        await go_on.wait()
+        await proceed.wait()
         await peer.send(b"1\r\nb\r\n1\r\nc\r\n0\r\n\r\n")
 
     async with serving(script) as pool:
         connection = await pool.exchange(REQUEST, 10)
         assert await connection.read(10) == b"a"
-        go_on.set()
+        proceed.set()
         assert await connection.read(10) == b"bc"
         assert await connection.read(10) == b""
         pool.release(connection)
 
 
-# the ways in which it goes wrong
+# the ways in which a response breaks
 
 BROKEN: dict[str, Server] = {
     "closed without a byte": answers(then=hang_up),
@@ -195,38 +201,40 @@ BROKEN: dict[str, Server] = {
     "reset in the body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok", then=reset),
     "closed between chunks": answers(CHUNKED, b"2\r\nok\r\n", then=hang_up),
     "reset in a body without length": answers(b"HTTP/1.1 200 OK\r\n\r\nok", then=reset),
-    "not HTTP": answers(b"SSH-2.0-OpenSSH_9.6\r\n", then=wait),
-    "a bad chunk size": answers(CHUNKED, b"zz\r\nok\r\n", then=wait),
-    "a bad content-length": answers(b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\nok", then=wait),
+    "not HTTP": answers(b"SSH-2.0-OpenSSH_9.6\r\n", then=stay_silent),
+    "a bad chunk size": answers(CHUNKED, b"zz\r\nok\r\n", then=stay_silent),
+    "a bad content-length": answers(b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\nok", then=stay_silent),
     "both framings": answers(
-        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", then=wait
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", then=stay_silent
     ),
-    "another protocol": answers(b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", then=wait),
+    "another protocol": answers(
+        b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", then=stay_silent
+    ),
 }
 
 
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
-async def test_a_broken_answer(script: Server) -> None:
+async def test_broken_response(script: Server) -> None:
     async with serving(script) as pool:
         with pytest.raises(UpstreamProtocolError):
             await ask(pool)
         assert pool.opened == 1
 
 
-async def test_nobody_listens() -> None:
+async def test_connection_refused() -> None:
     async with serving(answers(OK)) as pool:
         port = pool.port
     with pytest.raises(UpstreamConnectError):
         await Pool("127.0.0.1", port).exchange(REQUEST, 10)
 
 
-async def test_a_name_that_is_none() -> None:
+async def test_unknown_host_name() -> None:
     with pytest.raises(UpstreamConnectError):
         await Pool("no-such-host.invalid", 80).exchange(REQUEST, 10)
 
 
-async def test_a_connection_that_is_not_made_in_time() -> None:
-    """Nobody accepts, and the kernel's own queue is full: it drops what else comes, as a dead host does."""
+async def test_connect_timeout() -> None:
+    """The kernel's queue is full and nothing accepts, so further connections are dropped, as by a dead host."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -243,15 +251,15 @@ async def test_a_connection_that_is_not_made_in_time() -> None:
 
 
 SILENT: dict[str, Server] = {
-    "no byte": answers(then=wait),
-    "half a head": answers(b"HTTP/1.1 200 OK\r\n", then=wait),
-    "no body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", then=wait),
-    "half a body": answers(CHUNKED, b"1\r\na\r\n", then=wait),
+    "no byte": answers(then=stay_silent),
+    "half a head": answers(b"HTTP/1.1 200 OK\r\n", then=stay_silent),
+    "no body": answers(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", then=stay_silent),
+    "half a body": answers(CHUNKED, b"1\r\na\r\n", then=stay_silent),
 }
 
 
 @pytest.mark.parametrize("script", SILENT.values(), ids=SILENT.keys())
-async def test_silence_is_bounded(script: Server) -> None:
+async def test_silence_times_out(script: Server) -> None:
     async with serving(script) as pool:
         with pytest.raises(UpstreamTimeoutError, match=r"within 0\.05 s"):
             await ask(pool, 0.05)
@@ -264,14 +272,14 @@ async def drip(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
-async def test_a_server_that_drips_is_bounded_too(start: bytes) -> None:
+async def test_dripping_server_times_out(start: bytes) -> None:
     async with serving(answers(start, then=drip)) as pool:
         with pytest.raises(UpstreamTimeoutError):
             async with asyncio.timeout(5):
                 await ask(pool, 0.2)
 
 
-async def test_a_stream_may_last_while_it_is_not_silent() -> None:
+async def test_stream_may_last_longer_than_its_silence_limit() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(CHUNKED)
@@ -289,7 +297,7 @@ async def test_a_stream_may_last_while_it_is_not_silent() -> None:
         pool.release(connection)
 
 
-async def test_but_not_longer_than_it_may_in_all() -> None:
+async def test_stream_may_not_last_longer_than_its_total_limit() -> None:
     async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", then=drip)) as pool:
         connection = await pool.exchange(REQUEST, 10, total=0.2)
         read: list[bytes] = []
@@ -305,12 +313,14 @@ async def test_but_not_longer_than_it_may_in_all() -> None:
         pool.release(connection)
 
 
-async def test_the_limit_of_one_exchange_is_not_that_of_the_next() -> None:
+async def test_total_limit_applies_to_one_exchange() -> None:
     async with serving(answers(OK)) as pool:
-        connection = await pool.exchange(REQUEST, 10, total=0.01)
+        loop = asyncio.get_running_loop()
+        connection = await pool.exchange(REQUEST, 10, total=0.1)
+        over = loop.time() + 0.1
         await connection.read_all(10)
         pool.release(connection)
-        await asyncio.sleep(0.02)
+        await until(lambda: loop.time() > over)
         assert await ask(pool) == (200, b"ok")
         assert pool.opened == 1
 
@@ -318,7 +328,7 @@ async def test_the_limit_of_one_exchange_is_not_that_of_the_next() -> None:
 # the pool
 
 
-async def test_connections_are_reused_the_youngest_first() -> None:
+async def test_most_recently_used_connection_is_reused_first() -> None:
     async with serving(answers(OK)) as pool:
         first, second = [await pool.exchange(REQUEST, 10) for _ in range(2)]
         for connection in (first, second):
@@ -339,16 +349,16 @@ async def test_connections_are_reused_the_youngest_first() -> None:
         OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
         OK + b"\x00\x01garbage",
     ],
-    ids=["close", "HTTP/1.0", "a second answer", "garbage after it"],
+    ids=["close", "HTTP/1.0", "a second response", "garbage after it"],
 )
-async def test_a_connection_that_may_not_be_reused(answer: bytes) -> None:
+async def test_connection_that_must_not_be_reused(answer: bytes) -> None:
     async with serving(answers(answer)) as pool:
         for _ in range(3):
             assert await ask(pool) == (200, b"ok")
         assert pool.opened == 3
 
 
-async def test_who_talks_out_of_turn_is_not_asked_again() -> None:
+async def test_unsolicited_data_closes_the_connection() -> None:
     answered = asyncio.Event()
 
     async def script(peer: Peer) -> None:
@@ -357,7 +367,7 @@ async def test_who_talks_out_of_turn_is_not_asked_again() -> None:
         await answered.wait()
         if peer.number == 1:
             await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
-        await peer.gone()
+        await peer.closed()
 
     async with serving(script) as pool:
         assert await ask(pool) == (200, b"ok")
@@ -366,15 +376,15 @@ async def test_who_talks_out_of_turn_is_not_asked_again() -> None:
         assert await ask(pool) == (200, b"ok")
 
 
-async def test_idle_connections_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_old_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(answers(OK)) as pool:
         await ask(pool)
-        monkeypatch.setattr(upstream, "IDLE_S", -1.0)
+        monkeypatch.setattr(upstream, "MAX_IDLE_S", -1.0)
         await ask(pool)
         assert pool.opened == 2
 
 
-async def test_connections_are_given_up_before_llama_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_are_closed_before_llama_server_closes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "MAX_EXCHANGES", 2)
     async with serving(answers(OK)) as pool:
         for _ in range(4):
@@ -382,15 +392,15 @@ async def test_connections_are_given_up_before_llama_server_does(monkeypatch: py
         assert pool.opened == 2
 
 
-async def test_a_connection_that_died_while_idle_is_replaced_for_free() -> None:
+async def test_connection_that_broke_while_idle_is_replaced() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(OK)
         if peer.number <= 2:
-            await peer.reader.read(1)  # the next request begins: gone without a byte
+            await peer.reader.read(1)  # the next request begins: close without sending a byte
             peer.writer.transport.abort()
         else:
-            await peer.gone()
+            await peer.closed()
 
     async with serving(script) as pool:
         first, second = [await pool.exchange(REQUEST, 10) for _ in range(2)]
@@ -401,14 +411,14 @@ async def test_a_connection_that_died_while_idle_is_replaced_for_free() -> None:
         assert pool.opened == 3
 
 
-async def test_a_server_that_closes_an_idle_connection_is_noticed() -> None:
+async def test_idle_connection_closed_by_the_server_is_dropped() -> None:
     async with serving(answers(OK, then=hang_up)) as pool:
         await ask(pool)
         await until(lambda: not pool.live)
         assert await ask(pool) == (200, b"ok")
 
 
-async def test_an_answer_that_began_is_never_asked_for_again() -> None:
+async def test_request_is_not_repeated_once_its_response_began() -> None:
     requests = 0
 
     async def script(peer: Peer) -> None:
@@ -428,7 +438,7 @@ async def test_an_answer_that_began_is_never_asked_for_again() -> None:
         assert requests == 2
 
 
-async def test_a_new_connection_that_dies_at_once_is_not_tried_for_ever() -> None:
+async def test_broken_new_connection_is_not_replaced() -> None:
     connections = 0
 
     async def script(peer: Peer) -> None:
@@ -442,99 +452,101 @@ async def test_a_new_connection_that_dies_at_once_is_not_tried_for_ever() -> Non
 
 
 async def streamed(pool: Pool) -> Connection:
-    """An exchange whose closing chunk has not come yet."""
+    """An exchange whose last chunk has not arrived."""
     connection = await pool.exchange(REQUEST, 10)
     assert await connection.read(10) == b"[DONE]"
     return connection
 
 
-async def test_a_stream_that_is_all_but_over_is_waited_for() -> None:
-    go_on = asyncio.Event()
+async def test_connection_is_reused_after_the_last_chunk() -> None:
+    proceed = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
-        await go_on.wait()
+        await proceed.wait()
         await peer.send(b"0\r\n\r\n")
         await peer.request()
         await peer.send(OK)
 
     async with serving(script) as pool:
         connection = await streamed(pool)
-        pool.release(connection, ending=True)
-        go_on.set()
+        pool.release(connection, expect_last_chunk=True)
+        proceed.set()
         await until(lambda: connection.complete)
         assert await ask(pool) == (200, b"ok")
         assert pool.opened == 1
 
 
-async def test_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "LINGER_S", 0.01)
-    async with serving(answers(CHUNKED, b"6\r\n[DONE]\r\n", then=wait)) as pool:
-        pool.release(await streamed(pool), ending=True)
+async def test_waiting_for_the_last_chunk_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "LAST_CHUNK_WAIT_S", 0.01)
+    async with serving(answers(CHUNKED, b"6\r\n[DONE]\r\n", then=stay_silent)) as pool:
+        pool.release(await streamed(pool), expect_last_chunk=True)
         await until(lambda: not pool.live)
 
 
-async def test_a_server_that_closes_meanwhile() -> None:
-    go_on = asyncio.Event()
+async def test_server_closes_instead_of_the_last_chunk() -> None:
+    proceed = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
-        await go_on.wait()
+        await proceed.wait()
 
     async with serving(script) as pool:
-        pool.release(await streamed(pool), ending=True)
-        go_on.set()
+        pool.release(await streamed(pool), expect_last_chunk=True)
+        proceed.set()
         await until(lambda: not pool.live)
-        assert pool._ending == {}
+        assert pool.awaiting_last_chunk == {}
 
 
-@pytest.mark.parametrize("values", [{}, {"reuse": False}, {"reuse": False, "ending": True}])
-async def test_an_unfinished_answer_is_cancelled_by_closing(values: dict[str, bool]) -> None:
-    left = asyncio.Event()
+@pytest.mark.parametrize("values", [{}, {"reuse": False}, {"reuse": False, "expect_last_chunk": True}])
+async def test_unfinished_response_is_cancelled_by_closing(values: dict[str, bool]) -> None:
+    closed = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(CHUNKED, b"6\r\n[DONE]\r\n")
-        await peer.gone()
-        left.set()
+        await peer.closed()
+        closed.set()
 
     async with serving(script) as pool:
         pool.release(await streamed(pool), **values)
         async with asyncio.timeout(10):
-            await left.wait()
+            await closed.wait()
 
 
-async def test_whoever_stops_waiting_for_an_answer_closes_its_connection() -> None:
-    left = asyncio.Event()
+async def test_cancelled_exchange_closes_its_connection() -> None:
+    closed = asyncio.Event()
     asked = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         asked.set()
-        await peer.gone()
-        left.set()
+        await peer.closed()
+        closed.set()
 
     async with serving(script) as pool:
         task = asyncio.create_task(ask(pool))
         await asked.wait()
         task.cancel()
         async with asyncio.timeout(10):
-            await left.wait()
+            await closed.wait()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: not pool.live)
 
 
-# a reader slower than its server
+# a reader that is slower than its server
 
 
-async def test_what_nobody_reads_stays_with_the_server() -> None:
+async def test_unread_data_pauses_the_server() -> None:
     sent = 0
+    peers: list[Peer] = []
 
     async def script(peer: Peer) -> None:
         nonlocal sent
+        peers.append(peer)
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\n\r\n")
         while sent < 200_000_000:
@@ -543,20 +555,18 @@ async def test_what_nobody_reads_stays_with_the_server() -> None:
 
     async with serving(script) as pool:
         connection = await pool.exchange(REQUEST, 10)
-        await until(lambda: connection._paused)
-        before = -1
-        while before != sent:  # until the sockets' own buffers are full as well
-            before = sent
-            await asyncio.sleep(0.1)
-        assert connection._size <= HIGH_WATER + 1_000_000
+        await until(lambda: connection.paused)
+        await until(lambda: peers[0].blocked)  # the sockets' own buffers are full as well
+        before = sent
+        assert connection.buffered <= HIGH_WATER + 1_000_000
         assert sent < 50_000_000
         assert len(await connection.read(10)) >= HIGH_WATER
-        while sent == before:  # and goes on when it is read: the sockets' buffers first, then the server
+        while sent == before:  # it continues once data is read: the sockets' buffers first, then the server
             await connection.read(10)
         pool.release(connection)
 
 
-async def test_all_of_a_large_answer_comes() -> None:
+async def test_large_response() -> None:
     size = 20 * HIGH_WATER
     script = answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size)
     async with serving(script) as pool:
@@ -566,16 +576,16 @@ async def test_all_of_a_large_answer_comes() -> None:
         assert pool.opened == 1
 
 
-async def test_an_answer_may_be_too_large() -> None:
-    async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, then=wait)) as pool:
+async def test_response_over_the_limit() -> None:
+    async with serving(answers(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, then=stay_silent)) as pool:
         connection = await pool.exchange(REQUEST, 10)
         with pytest.raises(UpstreamProtocolError, match="more than 999 bytes"):
             await connection.read_all(10, 999)
         pool.release(connection)
 
 
-async def test_a_whole_answer_that_nobody_read_does_not_block_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client left when all of it had come, more of it than is read ahead, so that reading was paused."""
+async def test_unread_complete_response_does_not_block_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client disconnected after all of it had arrived, so much that reading was paused."""
     monkeypatch.setattr(upstream, "HIGH_WATER", 10)
     async with serving(answers(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)) as pool:
         for _ in range(2):

@@ -22,7 +22,7 @@ from xgen_proxy import cli, errors
 from xgen_proxy.api.generate import GenerateRequest
 from xgen_proxy.api.ops import backend_status
 from xgen_proxy.app import create_app
-from xgen_proxy.config.loading import env_name, explain, load
+from xgen_proxy.config.loading import ConfigSources, env_name
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
@@ -118,7 +118,7 @@ def source_of_tests() -> str:
 
 def known_settings() -> set[str]:
     fleet_of_both = {each: {"urls": ["http://127.0.0.1:1"]} for each in ("vllm", "llama_cpp")}
-    return {setting for setting, _, _ in explain(Settings(backends=fleet_of_both), {})}
+    return {setting for setting, _, _ in ConfigSources().explain(Settings(backends=fleet_of_both))}
 
 
 def check_make(words: list[str]) -> None:
@@ -232,7 +232,7 @@ def test_the_example_file_is_a_configuration(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "xgen-proxy.toml"
     file.write_text(example)
     monkeypatch.setenv("XGEN_CONFIG", str(file))
-    settings = load({})
+    settings = ConfigSources().load()
     assert settings.default_model == "chat"
     assert all("chat" in backend.models for backend in settings.backends.values())
     assert tomllib.loads(example).keys() == {"default_model", "backends", "routing"}

@@ -21,7 +21,7 @@ import yaml
 
 from tests.repo.test_docs import METRICS, served_routes
 from tests.support.documents import ROOT
-from xgen_proxy.config.loading import load
+from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.fleet.discovery import LOOKUP_INTERVAL_S
 
 DEPLOYED = ROOT / "deploy" / "kubernetes"
@@ -212,10 +212,10 @@ def test_arguments_name_variables_that_are_set(overlay: str) -> None:
 
 
 def test_the_proxys_settings_are_settings(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """load() refuses names that it does not know."""
+    """ConfigSources.load() refuses names that it does not know."""
     for name, value in settings_of(overlay).items():
         monkeypatch.setenv(name, value)
-    settings = load({})
+    settings = ConfigSources().load()
     assert settings.host == "0.0.0.0"
     assert settings.backends["llama_cpp"].dialect == "llama-server"
     assert ("vllm" in settings.backends) == (overlay != "cpu")
@@ -432,7 +432,7 @@ def test_secrets_are_read_from_a_kubernetes_mount(tmp_path: Path, monkeypatch: p
     for name, value in settings_of("gpu").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XGEN_SECRETS_DIR", str(tmp_path))
-    settings = load({})
+    settings = ConfigSources().load()
     assert settings.api_keys == ["ab" * 32]
     key = settings.backends["vllm"].api_key
     assert key is not None

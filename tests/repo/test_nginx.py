@@ -10,7 +10,7 @@ from tests.support.nginx import CONFIGURATION, README
 from xgen_proxy import server
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream import http_protocol
-from xgen_proxy.downstream.request_body import REQUEST_ID
+from xgen_proxy.downstream.request_id import REQUEST_ID
 
 
 def directive(name: str) -> str:
@@ -38,8 +38,8 @@ def test_limits_match_the_proxys() -> None:
     sizes = re.findall(r"client_max_body_size (\d+);", CONFIGURATION.read_text())
     assert sizes == [str(settings.limits.body_bytes), "0"], "only the error pages may have another limit"
     assert f"more than {settings.limits.body_bytes} bytes" in CONFIGURATION.read_text()
-    assert seconds("send_timeout") == http_protocol.STALL_S
-    assert seconds("client_header_timeout") <= http_protocol.HEAD_S
+    assert seconds("send_timeout") == http_protocol.STALL_TIMEOUT_S
+    assert seconds("client_header_timeout") <= http_protocol.HEAD_TIMEOUT_S
     assert seconds("proxy_read_timeout") > settings.limits.queue_timeout_s + backend.total_timeout_s
     assert seconds("worker_shutdown_timeout") >= seconds("proxy_read_timeout")
     upstream = CONFIGURATION.read_text().partition("upstream proxies {")[2].partition("}")[0]

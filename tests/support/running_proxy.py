@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until as wait_until
 from xgen_proxy.app import create_app
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.server import Server, config_for, listen
+from xgen_proxy.server import listen, server_for
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -36,7 +36,7 @@ class RunningProxy:
         sock = listen("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(config_for(self.app, settings), self.app)
+        self.server = server_for(self.app, settings)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)

@@ -16,11 +16,11 @@ CRLF = LF.replace(b"\n", b"\r\n")
 
 def fed(parts: list[bytes]) -> tuple[list[bytes], bytes]:
     splitter = sse.EventSplitter()
-    return [splitter.feed(part) for part in parts], splitter.rest
+    return [splitter.feed(part) for part in parts], splitter.pending
 
 
 @pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])
-def test_a_cut_at_any_byte(stream: bytes) -> None:
+def test_stream_cut_at_any_byte(stream: bytes) -> None:
     for at in range(len(stream) + 1):
         blocks, rest = fed([stream[:at], stream[at:]])
         assert b"".join(blocks) == stream
@@ -30,14 +30,14 @@ def test_a_cut_at_any_byte(stream: bytes) -> None:
 
 
 @pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])
-def test_byte_by_byte_each_event_comes_when_it_is_whole(stream: bytes) -> None:
+def test_each_event_is_returned_once_complete(stream: bytes) -> None:
     blocks, rest = fed([bytes([byte]) for byte in stream])
     assert [block for block in blocks if block] == list(sse.events(stream))
     assert rest == b""
 
 
 @given(st.lists(st.text(max_size=20), max_size=6), st.booleans(), st.data())
-def test_any_cuts_of_any_stream(texts: list[str], crlf: bool, data: st.DataObject) -> None:
+def test_any_stream_with_any_cuts(texts: list[str], crlf: bool, data: st.DataObject) -> None:
     end = b"\r\n\r\n" if crlf else b"\n\n"
     events = [b"data: " + json.dumps({"t": text}, ensure_ascii=False).encode() + end for text in texts]
     stream = b"".join(events) + b"data: unfinished"
@@ -48,12 +48,12 @@ def test_any_cuts_of_any_stream(texts: list[str], crlf: bool, data: st.DataObjec
     assert rest == b"data: unfinished"
 
 
-def test_a_read_that_ends_with_an_event_is_not_copied() -> None:
+def test_read_that_ends_with_an_event_is_not_copied() -> None:
     splitter = sse.EventSplitter()
     assert splitter.feed(LF) is LF
 
 
-def test_an_event_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_event_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT", 100)
     splitter = sse.EventSplitter()
     assert splitter.feed(b"data: " + b"1" * 94) == b""
@@ -61,7 +61,7 @@ def test_an_event_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPat
         splitter.feed(b"2")
 
 
-def test_a_long_block_of_whole_events_is_no_long_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_block_of_complete_events_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT", 100)
     block = b"data: 1\n\n" * 50
     assert sse.EventSplitter().feed(block) == block
@@ -79,16 +79,16 @@ def test_a_long_block_of_whole_events_is_no_long_event(monkeypatch: pytest.Monke
         (b'data: {"id":"1","error":null}\n\n', False),
     ],
 )
-def test_an_error_is_a_line_of_its_own(block: bytes, found: bool) -> None:
+def test_error_is_found_only_as_a_line_of_its_own(block: bytes, found: bool) -> None:
     assert sse.is_error(block) is found
 
 
-def test_finishes_are_counted_by_choice_and_never_in_text() -> None:
+def test_finished_choices_are_counted_and_text_is_not() -> None:
     chunk = {"choices": [{"text": '"finish_reason":"stop"', "finish_reason": None}]}
     for separators in ((",", ":"), (", ", ": ")):
-        assert sse.finishes(json.dumps(chunk, separators=separators).encode()) == 0
+        assert sse.count_finished(json.dumps(chunk, separators=separators).encode()) == 0
         chunk["choices"] = [{"finish_reason": "stop"}, {"finish_reason": "length"}]
-        assert sse.finishes(json.dumps(chunk, separators=separators).encode()) == 2
+        assert sse.count_finished(json.dumps(chunk, separators=separators).encode()) == 2
         chunk["choices"] = [{"text": '"finish_reason":"stop"', "finish_reason": None}]
 
 
@@ -103,13 +103,52 @@ def test_finishes_are_counted_by_choice_and_never_in_text() -> None:
         (b"", b"", False),
     ],
 )
-def test_done(block: bytes, before: bytes, done: bool) -> None:
+def test_split_done(block: bytes, before: bytes, done: bool) -> None:
     assert sse.split_done(block) == (before, done)
 
 
 def test_payloads() -> None:
     block = b': hello\n\ndata:1\n\nevent: x\nid: 7\ndata: {"a": 2}\n\ndata: [DONE]\r\n\r\n'
     assert list(sse.payloads(block)) == [b"1", b'{"a": 2}', b"[DONE]"]
+
+
+CHUNK = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("block", "found"),
+    [
+        (CHUNK, True),
+        (CHUNK * 3, True),
+        (CHUNK[:-1], False),
+        (CHUNK.replace(b"null", b'"stop"'), False),
+        (CHUNK + CHUNK.replace(b"null", b'"stop"'), False),
+        (CHUNK + b"data: [DONE]\n\n", False),
+        (CHUNK + b'data: {"choices":[],"usage":{}}\n\n', False),
+        (CHUNK + b'data: {"error":{}}\n\n', False),
+        (CHUNK.replace(b"x", b'\\"finish_reason\\":null'), True),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x"), False),
+    ],
+)
+def test_unfinished_chunks(block: bytes, found: bool) -> None:
+    assert sse.are_unfinished_chunks(block) is found
+
+
+@pytest.mark.parametrize(
+    ("delta", "found"),
+    [
+        (b'{"role":"assistant"}', True),
+        (b'{"role": "assistant", "content": ""}', True),
+        (b'{"role":"assistant","content":null}', True),
+        (b'{"role":"assistant","content":"x"}', False),
+        (b'{"content":"x"}', False),
+    ],
+)
+def test_role_only(delta: bytes, found: bool) -> None:
+    chunk = b'data: {"choices":[{"delta":%b,"finish_reason":null}]}\n\n' % delta
+    assert sse.is_role_only(chunk) is found
+    assert not sse.is_role_only(chunk + chunk)
+    assert not sse.is_role_only(chunk.replace(b"null}]", b'"stop"}]'))
 
 
 def test_abort() -> None:

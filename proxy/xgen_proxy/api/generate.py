@@ -47,7 +47,7 @@ class GenerateEndpoint(InferenceEndpoint):
         self.always_streams = always_streams
 
     async def read(self, origin: Origin, receive: Receive) -> Call:
-        raw = await read_body(receive, origin.headers, self.gateway.settings.limits)
+        raw = await read_body(receive, origin.headers, self.gateway.settings.limits.body_bytes)
         request = parse_generate(read_json(raw, origin.headers))
         body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
         return self.parse(origin, orjson.dumps(body), body)

@@ -7,8 +7,9 @@ from starlette.types import Receive, Scope, Send
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.direct_writer import direct_writer_for
-from xgen_proxy.downstream.request_body import read_body, read_json, request_id, send_error
-from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_id import request_id
+from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, ProxyError
 from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.gateway import Gateway
@@ -45,7 +46,7 @@ class InferenceEndpoint:
 
     async def read(self, origin: Origin, receive: Receive) -> Call:
         """Raises ProxyError, ClientDisconnectedError."""
-        raw = await read_body(receive, origin.headers, self.gateway.settings.limits)
+        raw = await read_body(receive, origin.headers, self.gateway.settings.limits.body_bytes)
         return self.parse(origin, raw, read_json(raw, origin.headers))
 
     def parse(self, origin: Origin, raw: bytes, body: Json) -> Call:

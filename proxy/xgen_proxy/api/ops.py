@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
-from xgen_proxy.downstream.request_body import read_body, read_json, request_id
+from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
@@ -100,7 +101,7 @@ async def route(request: Request) -> Response:
     gateway = gateway_of(request)
     headers = dict(request.scope["headers"])
     check_key(headers, gateway.settings.api_keys)
-    raw = await read_body(request.receive, headers, gateway.settings.limits)
+    raw = await read_body(request.receive, headers, gateway.settings.limits.body_bytes)
     body = read_json(raw, headers)
     endpoint = InferenceEndpoint(gateway, "completions" if "prompt" in body else "chat")
     features = endpoint.parse(Origin(request_id(headers), headers), raw, body).features

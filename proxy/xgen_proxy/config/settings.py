@@ -1,8 +1,14 @@
-"""Every knob: its unit, its default, its reason.
+"""Every setting: its unit, its default, its reason.
 
-Values come, strongest first, from command-line flags, environment (`XGEN_…`, nested with `__`), `.env`, files in
-/run/secrets (or XGEN_SECRETS_DIR) that are named like the variables in lower case, and a TOML file (`--config`,
-`XGEN_CONFIG`, or ./xgen-proxy.toml). `xgen-proxy check` prints each value with where it came from.
+Values come from five sources, highest priority first:
+
+1. command-line flags
+2. environment variables: `XGEN_…`, nested with `__`
+3. `.env`, with the same names
+4. the secrets directory, /run/secrets or XGEN_SECRETS_DIR: files with the same names in lower case
+5. a TOML file: `--config`, XGEN_CONFIG or ./xgen-proxy.toml
+
+`xgen-proxy check` prints each value with its source.
 """
 
 from __future__ import annotations
@@ -29,14 +35,14 @@ from pydantic_settings import (
 from xgen_proxy.dialects.chat_template import load_template
 
 DEFAULT_CONFIG = Path("xgen-proxy.toml")
-DEFAULT_SECRETS = Path("/run/secrets")  # where compose puts them
+DEFAULT_SECRETS = Path("/run/secrets")  # where Docker Compose mounts them
 
 DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
 DeviceClass = Literal["gpu", "cpu"]
 
 
 def split_commas(value: Any) -> Any:
-    """Lists may be written `a,b` in the environment, where JSON is a nuisance to quote. JSON is understood too."""
+    """Accept `a,b` for a list as well as JSON, which is awkward to quote in an environment variable."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -49,7 +55,7 @@ def check_url(url: str) -> str:
     host = rest.rstrip("/")
     forms = {"http": _has_good_port, "dns": _has_a_port, "srv": _is_a_name}
     if not host or set(host) & set("/@?#") or scheme not in forms or not forms[scheme](url):
-        shown = repr(url) if "@" not in url else "what is set"  # it may have a password in it
+        shown = repr(url) if "@" not in url else "what is set"  # it may contain a password
         raise ValueError(f"{shown} is not a backend URL; write {URL_FORMS} (no path, no credentials, no TLS)")
     return f"{scheme}://{host}"
 
@@ -80,11 +86,11 @@ class BackendSettings(BaseModel, extra="forbid"):
 
     urls: Urls = Field(
         min_length=1,
-        description="http://HOST:PORT of each replica, comma-separated. dns://HOST:PORT: one at each address of the"
-        " name, srv://NAME: one for each SRV record; looked up every 2 s.",
+        description="http://HOST:PORT of each replica, comma-separated. dns://HOST:PORT stands for one replica at each"
+        " address of the name, srv://NAME for one at each SRV record; both are looked up every 2 s.",
     )
     dialect: DialectName = Field(description="What the servers speak.")
-    device_class: DeviceClass = Field(description="gpu is preferred for long work; cpu is the safety net.")
+    device_class: DeviceClass = Field(description="gpu is preferred for long requests; cpu is the fallback.")
     models: dict[str, str] = Field(
         default_factory=dict,
         description="Public model name → the name this backend serves it under. Empty: the names it lists itself.",
@@ -95,19 +101,25 @@ class BackendSettings(BaseModel, extra="forbid"):
     context: int | None = Field(
         None,
         ge=1,
-        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none: tell its"
-        " --n_ctx, and counting a chat's tokens leaves its cache alone.",
+        description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none: set this"
+        " to its --n_ctx, and counting a chat's tokens leaves its cache alone.",
     )
     api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
     chat_template: Path | None = Field(
         None,
-        description="llama-cpp-python only: a tokenizer_config.json with the model's chat_template. With it a chat that"
-        " broke off elsewhere goes on here; `make run` sets it.",
+        description="llama-cpp-python only: a tokenizer_config.json with the model's chat_template, with which this"
+        " backend can resume a chat whose stream broke elsewhere; `make run` sets it.",
     )
-    tools: bool | None = Field(None, description="Can it call tools? Unset: what the dialect or the replica says.")
-    images: bool | None = Field(None, description="Can it read images? Unset: what the dialect or the replica says.")
-    embeddings: bool | None = Field(None, description="Can it embed? Unset: what the dialect or the replica says.")
-    connect_timeout_s: float = Field(2.0, gt=0, description="To open a connection. Backends are near: 2 s is long.")
+    tools: bool | None = Field(
+        None, description="Whether it can call tools. Unset: what the dialect or the replica says."
+    )
+    images: bool | None = Field(
+        None, description="Whether it can read images. Unset: what the dialect or the replica says."
+    )
+    embeddings: bool | None = Field(
+        None, description="Whether it can compute embeddings. Unset: what the dialect or the replica says."
+    )
+    connect_timeout_s: float = Field(2.0, gt=0, description="To open a connection. Backends are close, so 2 s is long.")
     first_byte_timeout_s: float = Field(
         60.0, gt=0, description="From sending a short request to its first output. Queueing in vLLM counts."
     )
@@ -156,9 +168,9 @@ class Routing(BaseModel, extra="forbid"):
     waiting_full: float = Field(5.0, gt=0, description="Rule 5: this many waiting requests are load 1.")
     kv_full: float = Field(0.8, gt=0, le=1, description="Rule 5: this share of KV cache used is load 1.")
     continuation: bool = Field(
-        True, description="A stream that breaks goes on elsewhere. A client opts out with `X-Continuation: none`."
+        True, description="Resume a broken stream on another replica. A client opts out with `X-Continuation: none`."
     )
-    max_attempts: int = Field(4, ge=1, description="Most candidates in a plan, and so most attempts.")
+    max_attempts: int = Field(4, ge=1, description="Maximum number of candidates in a plan, and so of attempts.")
 
 
 class Limits(BaseModel, extra="forbid"):
@@ -179,47 +191,48 @@ class Settings(BaseSettings):
         env_prefix="XGEN_",
         env_nested_delimiter="__",
         env_file=".env",
-        dotenv_filtering="only_existing",  # .env is shared with other programs; effective.py tells of typos in XGEN_…
+        dotenv_filtering="only_existing",  # other programs share .env; loading.py reports typos in XGEN_… names
         extra="forbid",
         nested_model_default_partial_update=True,
     )
 
-    host: str = Field("127.0.0.1", description="Where to listen. 0.0.0.0 needs api_keys or a guarded network.")
-    port: int = Field(8080, ge=0, le=65535, description="Where to listen; 0 takes a free port.")
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 needs api_keys or a protected network.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     backends: dict[str, BackendSettings] = Field(
         default_factory=dict,
-        description="The fleet by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
+        description="The backends by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
     )
     default_model: str | None = Field(None, description="For requests that name no model. Unset: the first known.")
     api_keys: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
         default_factory=list,
-        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is asked.",
+        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is needed.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
         default=(),
-        description="IP networks, comma-separated, whose X-Forwarded-For is believed when the log names the client.",
+        description="IP networks, comma-separated, whose X-Forwarded-For is trusted when the log names the client.",
     )
     routing: Routing = Routing()
     limits: Limits = Limits()
-    scrape_interval_s: float = Field(1.0, gt=0, description="Between two looks at a replica's load, with jitter.")
+    scrape_interval_s: float = Field(1.0, gt=0, description="Between two scrapes of a replica's load, with jitter.")
     scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
-    stale_after_s: float = Field(5.0, gt=0, description="Load older than this counts as saturated.")
+    stale_after_s: float = Field(5.0, gt=0, description="A load older than this counts as full.")
     canary_interval_s: float = Field(
         30.0,
         ge=0,
-        description="A vLLM silent so long is asked for a token: when its engine hangs, it answers looks. 0: never.",
+        description="A vLLM that has sent nothing for this long gets a request for one token, since a hung engine still"
+        " passes health checks. 0: never.",
     )
-    drain_s: float = Field(30.0, ge=0, description="After SIGTERM live requests get this long to finish.")
+    drain_s: float = Field(30.0, ge=0, description="How long live requests may take to finish after SIGTERM.")
     otlp_endpoint: str | None = Field(
         None,
-        description="The OpenTelemetry collector for traces, as http://HOST:4318. Unset: none. Needs the extra otel.",
+        description="OpenTelemetry collector for traces, as http://HOST:4318. Unset: no traces. Needs the extra otel.",
     )
     log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
 
     @model_validator(mode="before")
     @classmethod
     def _known_backends(cls, values: Any) -> Any:
-        """`vllm` and `llama_cpp` name their dialect themselves."""
+        """The names `vllm` and `llama_cpp` imply their dialect."""
         known = {"vllm": "vllm", "llama_cpp": "llama-cpp-python"}
         backends = values.get("backends") if isinstance(values, dict) else None
         if isinstance(backends, dict):
@@ -262,11 +275,21 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         secrets = secrets_source(settings_cls)
-        toml = TomlConfigSettingsSource(settings_cls, config_file())
+        toml = TomlConfigSettingsSource(settings_cls, settings_cls.model_config.get("toml_file") or config_file())
         return init_settings, env_settings, dotenv_settings, secrets, toml
 
 
+def settings_with_file(path: Path) -> type[Settings]:
+    """Settings that read their TOML from `path`. pydantic-settings takes it from the class, not from an argument."""
+
+    class SettingsWithFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    return SettingsWithFile
+
+
 def config_file() -> Path:
+    """The TOML file that is read without `--config`."""
     return Path(os.environ.get("XGEN_CONFIG", DEFAULT_CONFIG))
 
 
@@ -276,8 +299,3 @@ def secrets_dir() -> Path:
 
 def secrets_source(settings: type[BaseSettings]) -> NestedSecretsSettingsSource:
     return NestedSecretsSettingsSource(SecretsSettingsSource(settings), secrets_dir(), secrets_dir_missing="ok")
-
-
-def sources() -> list[Path]:
-    """The files that settings come from, whether they are there or not."""
-    return [config_file(), Path(".env"), *sorted(secrets_dir().glob("xgen_*"))]

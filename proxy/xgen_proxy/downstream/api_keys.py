@@ -1,4 +1,4 @@
-"""API keys: kept as SHA-256, compared in constant time. Keys are random and long, so that a plain hash is enough."""
+"""API keys, stored as SHA-256 and compared in constant time. Keys are long and random, so a plain hash is enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xgen_proxy.errors import AuthenticationError
 
 
 def new_key() -> tuple[str, str]:
-    """(the key for the client, the hash for `api_keys`)."""
+    """(the key for the client, its hash for `api_keys`)."""
     key = f"sk-{secrets.token_urlsafe(32)}"
     return key, hash_key(key)
 
@@ -21,13 +21,16 @@ def hash_key(key: str) -> str:
 
 
 def check_key(headers: Mapping[bytes, bytes], hashes: Sequence[str]) -> str | None:
-    """Returns what logs may call the key: the first 8 digits of its hash. With no keys configured everybody may come
-    in, as None. Raises AuthenticationError."""
+    """Return the first 8 digits of the key's hash, which is how logs name the key.
+
+    Returns None if no keys are configured: then every request is accepted. Raises AuthenticationError.
+    """
     if not hashes:
         return None
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     given = hashlib.sha256(key.strip()).hexdigest()
-    known = [hmac.compare_digest(given, each) for each in hashes]  # all of them: the time must not tell which
-    if scheme.lower() != b"bearer" or not any(known):
+    # Compare with every hash, so that the time does not reveal which one matches.
+    matches = [hmac.compare_digest(given, each) for each in hashes]
+    if scheme.lower() != b"bearer" or not any(matches):
         raise AuthenticationError("send a valid API key, as in Authorization: Bearer sk-…")
     return given[:8]

@@ -1,7 +1,7 @@
-"""Which address a request comes from, for the log: the peer's, or, where that is a trusted proxy, whom it forwards for.
+"""The client's address, for the log: the peer's, or the one that a trusted proxy reports in X-Forwarded-For.
 
-X-Forwarded-For grows to the right, and what is left of the last address that no trusted proxy wrote is the client's own
-invention: https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/X-Forwarded-For
+Each proxy appends to X-Forwarded-For, so only the addresses right of the last untrusted one are reliable:
+https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/X-Forwarded-For
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from ipaddress import ip_address, ip_network
 
 from starlette.types import Scope
 
-LONGEST = 45  # characters of an IPv6 address that ends with an IPv4 one
+MAX_LENGTH = 45  # characters of an IPv6 address that ends with an IPv4 one
 
 
 def client_address(scope: Scope, trusted: tuple[str, ...]) -> str | None:
-    """`trusted`: networks, as 10.0.0.0/8. None where the connection has no address."""
+    """`trusted`: networks such as 10.0.0.0/8. Returns None if the connection has no address."""
     client = scope["client"]
     peer: str | None = client[0] if client else None
     if not trusted or peer is None or not _is_trusted(peer, trusted):
@@ -33,8 +33,8 @@ def client_address(scope: Scope, trusted: tuple[str, ...]) -> str | None:
 
 
 def _is_address(text: str) -> bool:
-    """What follows a % is free text, and no log is the place for that."""
-    if len(text) > LONGEST or "%" in text:
+    """Addresses with a zone (`%…`) are rejected: the zone is free text and could carry anything into the log."""
+    if len(text) > MAX_LENGTH or "%" in text:
         return False
     try:
         ip_address(text)
@@ -46,5 +46,5 @@ def _is_address(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def _is_trusted(address: str, networks: tuple[str, ...]) -> bool:
     ip = ip_address(address)
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # as a socket for both families shows IPv4
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # a dual-stack socket reports IPv4 addresses as IPv6
     return any(ip in ip_network(network) for network in networks)

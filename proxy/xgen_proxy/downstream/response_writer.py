@@ -1,18 +1,17 @@
-"""What the client is sent: by the wire where there is one, else by ASGI's send()."""
+"""Sends a response to the client: through the direct writer if the server offers one, else through ASGI's send()."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
-from xgen_proxy.downstream.request_body import send_error
+from xgen_proxy.downstream.pass_through import pass_through
 from xgen_proxy.errors import ProxyError
-from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
-from xgen_proxy.sse import EventSplitter
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -22,88 +21,108 @@ EVENT_STREAM = [
 JSON = (b"content-type", b"application/json")
 
 
+class SentLog(Protocol):
+    """Records the events that a stream sends. add() is called before each block is written."""
+
+    def add(self, block: bytes) -> None: ...
+
+    @property
+    def size(self) -> int:
+        """Bytes that were added."""
+
+    @property
+    def count(self) -> int:
+        """Blocks that were added."""
+
+
 class ResponseWriter:
-    """`status`: 0 until something has been sent. `first_output`: when that was, time.perf_counter(). `retained`: what
-    was shown of a stream; None where a break cannot be mended anyway."""
+    """Sends one response with status 200.
 
-    __slots__ = ("_send", "_size", "_wire", "first_output", "retained", "status")
+    `status` is 0 until something has been sent. `first_output`: when that was, as time.perf_counter(). Set `sent_log`
+    before a stream starts to record and count its events.
+    """
 
-    def __init__(self, send: Send, wire: DirectWriter | None) -> None:
+    __slots__ = ("_body_size", "_direct", "_send", "first_output", "sent_log", "status")
+
+    def __init__(self, send: Send, direct: DirectWriter | None) -> None:
         self._send = send
-        self._wire = wire
+        self._direct = direct
+        self._body_size: int | None = None
         self.status = 0
         self.first_output = 0.0
-        self.retained: ReplayBuffer | None = None
-        self._size: int | None = None
+        self.sent_log: SentLog | None = None
 
     @property
     def bytes_sent(self) -> int | None:
-        """Bytes of the answer, but for the closing `[DONE]`; None where nobody has counted them."""
-        return self._size if self.retained is None else self.retained.size
+        """Bytes of the response without the closing `[DONE]`; None for a stream without a log."""
+        return self._body_size if self.sent_log is None else self.sent_log.size
 
     @property
     def chunks(self) -> int | None:
-        return None if self.retained is None else self.retained.count
+        """Chunks of the stream; None without a log."""
+        return None if self.sent_log is None else self.sent_log.count
 
     def _begin(self) -> None:
         self.first_output = time.perf_counter()
         self.status = 200
 
     async def whole(self, headers: Headers, data: bytes) -> None:
+        """Send a complete JSON response."""
         self._begin()
-        self._size = len(data)
+        self._body_size = len(data)
         headers = [JSON, *headers]
-        if self._wire is not None and not self._wire.slow:
-            self._wire.whole(headers, data)
+        if self._direct is not None and not self._direct.paused:
+            self._direct.whole(headers, data)
         else:
             headers.append((b"content-length", b"%d" % len(data)))
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             await self.end(data)
 
     async def start(self, headers: Headers) -> None:
-        """Of a stream."""
         self._begin()
         headers = [*EVENT_STREAM, *headers]
-        if self._wire is not None:
-            self._wire.start(headers)
+        if self._direct is not None:
+            self._direct.start(headers)
         else:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, events: bytes) -> None:
-        if self.retained is not None:
-            self.retained.add(events)
-        if self._wire is not None and not self._wire.slow:
-            self._wire.chunk(events)
+        """Send events of the stream, and record them."""
+        if self.sent_log is not None:
+            self.sent_log.add(events)
+        if self._direct is not None and not self._direct.paused:
+            self._direct.chunk(events)
         else:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def comment(self, text: str) -> None:
-        """An SSE comment, which is no part of the answer."""
+        """Send an SSE comment. It is not part of the response, so it is not recorded."""
         await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
 
     async def fail(self, error: ProxyError, headers: Headers) -> None:
-        """As a response of its own, or as the last event of a stream that has begun."""
+        """Send an error: as a response of its own, or as the last event if a stream has started."""
         if self.status:
             await self._send({"type": "http.response.body", "body": error.event()})
         else:
-            await send_error(self._send, error, list(headers))
+            await send_error(self._send, error, headers)
 
     async def end(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
-    def pass_through(self, splitter: EventSplitter) -> Callable[[bytes], bool] | None:
-        """What hands ordinary events on as they come, without waking anybody: most of what a stream is made of. It says
-        whether it has taken them."""
-        if self._wire is None:
+    def pass_through(self, splitter: sse.EventSplitter) -> Callable[[bytes], bool] | None:
+        """The callback that pass_through.py describes; None without a direct writer."""
+        if self._direct is None:
             return None
-        wire, retained = self._wire, self.retained
+        return pass_through(self._direct, splitter, None if self.sent_log is None else self.sent_log.add)
 
-        def take(data: bytes) -> bool:
-            if splitter.rest or not sse.are_ordinary(data) or wire.slow:
-                return False
-            if retained is not None:
-                retained.add(data)
-            wire.chunk(data)
-            return True
 
-        return take
+async def send_error(send: Send, error: ProxyError, headers: Headers) -> None:
+    """Send an error as a complete response, before anything else has been sent."""
+    body = error.body()
+    start: Message = {
+        "type": "http.response.start",
+        "status": error.status,
+        "headers": [*error.headers(), (b"content-length", str(len(body)).encode()), *headers],
+    }
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

@@ -104,7 +104,7 @@ class Delivery:
             # If the stream cannot be resumed, commit as late as possible: hold back the role-only chunk.
             block = await exchange.first_events(skip_role=not resumable)
         if resumable:
-            self.replay = self.writer.retained = ReplayBuffer()
+            self.replay = self.writer.sent_log = ReplayBuffer()
         await self.writer.start(self.progress.response_headers())
         try:
             await self.relay(exchange, block, editor_for(exchange.dialect, exchange.request))
@@ -130,7 +130,7 @@ class Delivery:
             if editor and block:
                 block = editor.edit(block)
             if block:
-                finished += sse.finishes(block)
+                finished += sse.count_finished(block)
                 last = block
                 await self.writer.send(block)
             if editor and editor.done:

@@ -71,7 +71,7 @@ class Exchange:
     ) -> None:
         if self._connection is not None:
             reuse = not self.streams or self.dialect.reuse_after_stream
-            self.replica.pool.release(self._connection, ending=self._expects_close, reuse=reuse)
+            self.replica.pool.release(self._connection, expect_last_chunk=self._expects_close, reuse=reuse)
 
     async def open(self) -> None:
         """Sends the request and waits for status and headers.
@@ -119,7 +119,7 @@ class Exchange:
             if sse.is_error(block) or sse.is_abort(block):
                 raise self.error_in(block)
             held += block
-            if sse.has_line(block, b"data: {") and not (skip_role and sse.only_role(held)):
+            if sse.has_line_starting(block, b"data: {") and not (skip_role and sse.is_role_only(held)):
                 self.replica.record_activity()
                 return held
 
@@ -129,7 +129,7 @@ class Exchange:
         `pass_through` is offered all data first, and returns whether it has sent it to the client.
         """
         timeout_s = self.replica.backend.settings.idle_timeout_s
-        while data := await self.connection.read(timeout_s, take=pass_through):
+        while data := await self.connection.read(timeout_s, on_data=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()
                 return block

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from starlette.types import Receive
 
-from xgen_proxy.downstream.request_body import CancelOnDisconnect
+from xgen_proxy.downstream.disconnect import cancel_on_disconnect
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import ClientDisconnectedError, InternalServerError, ProxyError, StreamInterruptedError
 from xgen_proxy.fleet.admission import Admission
@@ -58,7 +58,7 @@ class Forwarder:
         try:
             targets = self.router.targets(self.router.plan(call.features))
             progress.first_choice = targets[0]
-            with CancelOnDisconnect(receive):
+            with cancel_on_disconnect(receive):
                 await self._forward(call, targets, writer, progress)
         except ClientDisconnectedError:
             return progress.outcome(CLIENT_DISCONNECTED, writer)

@@ -1,5 +1,4 @@
-"""Metrics of the fleet, read off it when scraped, so that they cannot drift from it and vanish with a
-removed replica."""
+"""Gauges of the fleet, computed on scrape, so that they always match it and disappear with a removed replica."""
 
 from __future__ import annotations
 
@@ -16,42 +15,47 @@ from xgen_proxy.fleet.backend import Fleet, Replica
 from xgen_proxy.fleet.circuit_breaker import State
 
 REPLICA = ("backend", "replica")
-BREAKER: tuple[str, ...] = get_args(State)
+BREAKER_STATES: tuple[str, ...] = get_args(State)
 
 
 class FleetMetrics(Collector):
+    """prometheus_client calls collect() for each scrape."""
+
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.fleet = fleet
         self.admission = admission
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         replicas = list(self.fleet.replicas)
-        yield _of_each(replicas, "up", "1: the replica takes requests.", lambda replica: replica.up)
+        yield _of_each(replicas, "up", "1: the replica accepts requests.", lambda replica: replica.up)
         yield _of_each(replicas, "load", "0 idle, 1 full; see routing rule 5.", lambda replica: replica.load)
         yield _of_each(replicas, "in_flight", "Requests that hold one of its slots.", lambda replica: replica.in_flight)
         yield _of_each(replicas, "slots", "Requests it runs at once.", lambda replica: replica.slots)
-        yield _of_each(replicas, "scrape_age_seconds", "Since its load was last read, where its engine tells.", _age)
+        yield _of_each(replicas, "scrape_age_seconds", "Since its load was last read, if its engine reports one.", _age)
         yield _breakers(replicas)
         queued = GaugeMetricFamily("xgen_queue_requests", "Requests that wait for a slot.", labels=())
         queued.add_metric((), len(self.admission.queue))
-        paths = GaugeMetricFamily("xgen_backend_device_class", "1: the backend is on this class of device, gpu or cpu.",
-                                  labels=("backend", "device_class"))  # fmt: skip
+        device_classes = GaugeMetricFamily(
+            "xgen_backend_device_class",
+            "1: the backend is on this class of device, gpu or cpu.",
+            labels=("backend", "device_class"),
+        )
         for backend in self.fleet.backends:
-            paths.add_metric((backend.name, backend.device_class), 1)
+            device_classes.add_metric((backend.name, backend.device_class), 1)
         build = GaugeMetricFamily("xgen_build_info", "1: the version that runs.", labels=("version",))
         build.add_metric((__version__,), 1)
-        yield from (queued, paths, build)
+        yield from (queued, device_classes, build)
 
 
 def _of_each(
     replicas: list[Replica], name: str, help: str, value: Callable[[Replica], float | None]
 ) -> GaugeMetricFamily:
-    """None: no sample of this replica."""
+    """One sample per replica, without those for which `value` returns None."""
     family = GaugeMetricFamily(f"xgen_replica_{name}", help, labels=REPLICA)
     for replica in replicas:
-        told = value(replica)
-        if told is not None:
-            family.add_metric((replica.backend.name, replica.name), told)
+        sample = value(replica)
+        if sample is not None:
+            family.add_metric((replica.backend.name, replica.name), sample)
     return family
 
 
@@ -61,10 +65,11 @@ def _age(replica: Replica) -> float | None:
 
 def _breakers(replicas: list[Replica]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
-        "xgen_replica_breaker_state", "1 for the state its circuit breaker is in, 0 for the others.",
+        "xgen_replica_breaker_state",
+        "1 for the state its circuit breaker is in, 0 for the others.",
         labels=(*REPLICA, "state"),
-    )  # fmt: skip
+    )
     for replica in replicas:
-        for state in BREAKER:
+        for state in BREAKER_STATES:
             family.add_metric((replica.backend.name, replica.name, state), replica.breaker.state == state)
     return family

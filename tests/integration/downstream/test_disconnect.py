@@ -1,4 +1,7 @@
-"""A client may leave at any moment, or stop reading: what was done for it stops, and everything is given back."""
+"""A client may disconnect at any moment, or stop reading: its work is cancelled and all that it held is released.
+
+Without sockets: tests/unit/downstream/test_disconnect.py.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,17 @@ import pytest
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, silent, status, whole
 from tests.support.running_proxy import CHAT, RunningProxy, ask, backend, chat, get, wait_until
 from xgen_proxy.downstream import http_protocol
-from xgen_proxy.downstream.request_body import WATCH_AFTER_S, CancelOnDisconnect
-from xgen_proxy.errors import ClientDisconnectedError
 
 Start = Callable[..., RunningProxy]
 
 
 def held(proxy: RunningProxy) -> int:
+    """Requests that hold a slot or wait for one."""
     waiting = len(proxy.gateway.admission.queue)
     return waiting + sum(replica.in_flight for replica in proxy.gateway.fleet.replicas)
 
 
-def left(proxy: RunningProxy) -> bool:
+def cancellation_counted(proxy: RunningProxy) -> bool:
     return "\nxgen_cancellations_total{" in get(f"{proxy.url}/metrics").text
 
 
@@ -58,41 +60,41 @@ MOMENTS: dict[str, tuple[Script, dict[str, Any]]] = {
     "before the first byte": (silent, {}),
     "after the headers": (headers_only, {}),
     "in the stream": (midway, {}),
-    "in a whole answer": (half_whole, {"stream": False}),
-    "before a whole answer": (silent, {"stream": False}),
+    "in a whole response": (half_whole, {"stream": False}),
+    "before a whole response": (silent, {"stream": False}),
     "in an error": (half_error, {}),
 }
 
 
 @pytest.mark.parametrize(("script", "fields"), MOMENTS.values(), ids=MOMENTS.keys())
 @pytest.mark.parametrize("tries", [1, 2])
-def test_leaving(
+def test_disconnect_cancels_the_request(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, script: Script, fields: dict[str, Any], tries: int
 ) -> None:
-    """In the first try, and in a second one, which tenacity drives."""
-    gone = threading.Event()
+    """In the first attempt, and in a second one."""
+    cancelled = threading.Event()
 
-    async def noting(talk: Talk) -> None:
+    async def watched(talk: Talk) -> None:
         try:
             await script(talk)
         finally:
-            gone.set()
+            cancelled.set()
 
     proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")})
     last = [gpu, cpu][tries - 1]
     if tries == 2:
         gpu.scripts.append(status(500))
-    last.scripts.append(noting)
+    last.scripts.append(watched)
     with ask(proxy, **fields):
         wait_until(lambda: last.talks)
         wait_until(lambda: held(proxy) == 1)
-    assert gone.wait(5), "the backend was not told to stop"
+    assert cancelled.wait(5), "the request to the backend was not cancelled"
     wait_until(lambda: held(proxy) == 0, seconds=5)
-    wait_until(lambda: left(proxy))
+    wait_until(lambda: cancellation_counted(proxy))
     assert chat(proxy).status_code == 200
 
 
-def test_leaving_the_queue(start: Start, gpu: FakeUpstream) -> None:
+def test_disconnect_in_the_queue(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)})
     gpu.scripts.append(midway)
     with ask(proxy):
@@ -106,13 +108,13 @@ def test_leaving_the_queue(start: Start, gpu: FakeUpstream) -> None:
     assert chat(proxy).status_code == 200
 
 
-def test_leaving_while_the_connection_is_made(start: Start, gpu: FakeUpstream) -> None:
+def test_disconnect_while_connecting_to_the_backend(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu, connect_timeout_s=60)})
     [replica] = proxy.gateway.fleet.replicas
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
-        queued = [socket.socket() for _ in range(3)]  # fill the kernel's own queue: it drops what else comes
+        queued = [socket.socket() for _ in range(3)]  # fill the kernel's queue, so that it drops the next connection
         for each in queued:
             each.setblocking(False)
             each.connect_ex(deaf.getsockname())
@@ -126,8 +128,8 @@ def test_leaving_while_the_connection_is_made(start: Start, gpu: FakeUpstream) -
     assert chat(proxy).status_code == 200
 
 
-def test_leaving_the_moment_the_answer_ends(start: Start, gpu: FakeUpstream) -> None:
-    """Whichever comes first: nothing is left, and the next one is served."""
+def test_disconnect_at_the_moment_the_response_ends(start: Start, gpu: FakeUpstream) -> None:
+    """Whichever comes first: nothing stays held, and the next request is served."""
     proxy = start(backends={"vllm": backend(gpu)})
     for number in range(30):
         with ask(proxy, stream=bool(number % 2)) as client:
@@ -137,11 +139,11 @@ def test_leaving_the_moment_the_answer_ends(start: Start, gpu: FakeUpstream) -> 
     assert chat(proxy).status_code == 200
 
 
-# a client that does not read
+# a client that reads slowly or not at all
 
 
-def test_a_client_that_does_not_read_holds_its_backend_back(start: Start, gpu: FakeUpstream) -> None:
-    """Nothing of an answer is kept in the proxy's memory but what the sockets and two small buffers hold."""
+def test_slow_client_slows_its_backend_down(start: Start, gpu: FakeUpstream) -> None:
+    """The proxy keeps no more of a response in memory than the sockets and two small buffers hold."""
     sent = 0
     total = 2000
     text = "x" * 50_000
@@ -160,16 +162,16 @@ def test_a_client_that_does_not_read_holds_its_backend_back(start: Start, gpu: F
     with ask(proxy) as client:
         wait_until(lambda: sent > 0)
         stalled_since, before = time.monotonic(), sent
-        while time.monotonic() - stalled_since < 0.3:  # no byte has moved for so long
+        while time.monotonic() - stalled_since < 0.3:  # until no byte has moved for this long
             if sent != before:
                 stalled_since, before = time.monotonic(), sent
             time.sleep(0.01)
-        assert sent < 40_000_000, "the proxy takes it all in"
+        assert sent < 40_000_000, "the proxy buffers the whole response"
         [replica] = proxy.gateway.fleet.replicas
         assert replica.in_flight == 1
         read = 0
         ending = b""
-        while not ending.endswith(b"0\r\n\r\n"):  # and when it reads, all of it comes
+        while not ending.endswith(b"0\r\n\r\n"):  # once the client reads, all of it arrives
             part = client.recv(1_000_000)
             assert part
             read += len(part)
@@ -178,8 +180,8 @@ def test_a_client_that_does_not_read_holds_its_backend_back(start: Start, gpu: F
     assert b"data: [DONE]" in ending
 
 
-def test_leaving_without_having_read(start: Start, gpu: FakeUpstream) -> None:
-    gone = threading.Event()
+def test_disconnect_of_a_client_that_reads_nothing(start: Start, gpu: FakeUpstream) -> None:
+    cancelled = threading.Event()
 
     async def endless(talk: Talk) -> None:
         await talk.start_stream()
@@ -187,22 +189,24 @@ def test_leaving_without_having_read(start: Start, gpu: FakeUpstream) -> None:
             while True:
                 await talk.event(delta("x" * 50_000))
         finally:
-            gone.set()
+            cancelled.set()
 
     gpu.scripts.append(endless)
     proxy = start(backends={"vllm": backend(gpu)})
     with ask(proxy):
         [replica] = proxy.gateway.fleet.replicas
-        wait_until(lambda: any(connection._paused for connection in list(replica.pool.live)))
-    assert gone.wait(10)
+        wait_until(lambda: any(connection.paused for connection in list(replica.pool.live)))
+    assert cancelled.wait(10)
     wait_until(lambda: held(proxy) == 0)
     assert chat(proxy).status_code == 200
 
 
-def test_a_client_that_never_reads_is_gone(start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps its connection, but not its backend's slot."""
-    monkeypatch.setattr(http_protocol, "STALL_S", 0.2)
-    gone = threading.Event()
+def test_client_that_never_reads_loses_its_slot(
+    start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is aborted, so that the response does not look complete."""
+    monkeypatch.setattr(http_protocol, "STALL_TIMEOUT_S", 0.2)
+    cancelled = threading.Event()
 
     async def endless(talk: Talk) -> None:
         await talk.start_stream()
@@ -210,23 +214,23 @@ def test_a_client_that_never_reads_is_gone(start: Start, gpu: FakeUpstream, monk
             while True:
                 await talk.event(delta("x" * 50_000))
         finally:
-            gone.set()
+            cancelled.set()
 
     gpu.scripts.append(endless)
     proxy = start(backends={"vllm": backend(gpu)})
     with ask(proxy) as client:
-        assert gone.wait(20)
+        assert cancelled.wait(20)
         wait_until(lambda: held(proxy) == 0)
         ending = b""
         with contextlib.suppress(ConnectionResetError):
             while part := client.recv(1_000_000):
                 ending = part[-10:]
         assert ending
-        assert not ending.endswith(b"0\r\n\r\n"), "the answer looks whole"
-    wait_until(lambda: left(proxy))
+        assert not ending.endswith(b"0\r\n\r\n"), "the response looks complete"
+    wait_until(lambda: cancellation_counted(proxy))
 
 
-def test_a_huge_whole_answer(start: Start, gpu: FakeUpstream) -> None:
+def test_huge_whole_response(start: Start, gpu: FakeUpstream) -> None:
     size = 20_000_000
 
     async def huge(talk: Talk) -> None:
@@ -239,8 +243,8 @@ def test_a_huge_whole_answer(start: Start, gpu: FakeUpstream) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_that_never_ends_is_ended(start: Start, gpu: FakeUpstream, stream: bool) -> None:
-    gone = threading.Event()
+def test_endless_response_is_cut_at_total_timeout(start: Start, gpu: FakeUpstream, stream: bool) -> None:
+    cancelled = threading.Event()
 
     async def endless(talk: Talk) -> None:
         await talk.start_stream()
@@ -249,22 +253,22 @@ def test_an_answer_that_never_ends_is_ended(start: Start, gpu: FakeUpstream, str
                 await talk.event(delta("x"))
                 await asyncio.sleep(0.01)
         finally:
-            gone.set()
+            cancelled.set()
 
     gpu.default = endless
     proxy = start(backends={"only": backend(gpu, dialect="llama-server", total_timeout_s=0.3)})
     answer = chat(proxy, stream=stream)
     assert "took more than 0.3 s" in answer.text
     assert answer.status_code == (200 if stream else 504)
-    assert gone.wait(10)
+    assert cancelled.wait(10)
     wait_until(lambda: held(proxy) == 0)
 
 
 # everything at once
 
 
-def test_whatever_happens_nothing_is_left(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    """Clients that leave at any moment, backends that fail in every way, one that is killed and comes back."""
+def test_nothing_stays_held_after_a_storm(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """Clients disconnect at any moment, backends fail in every way, and one is killed and restarted."""
     rng = random.Random(11)
 
     async def slow(talk: Talk) -> None:
@@ -316,8 +320,8 @@ def test_whatever_happens_nothing_is_left(start: Start, gpu: FakeUpstream, cpu: 
     wait_until(lambda: held(proxy) == 0, seconds=5)
 
 
-def test_leaving_with_another_request_waiting_behind(proxy: RunningProxy, gpu: FakeUpstream) -> None:
-    """Pipelined: the one that runs is not the last that came."""
+def test_disconnect_with_a_pipelined_request(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    """The request that runs is not the last one received."""
     gpu.scripts.append(midway)
     client = ask(proxy)
     try:
@@ -328,78 +332,4 @@ def test_leaving_with_another_request_waiting_behind(proxy: RunningProxy, gpu: F
     finally:
         client.close()
     wait_until(lambda: held(proxy) == 0, seconds=5)
-    wait_until(lambda: left(proxy))
-
-
-# CancelWhenGone itself
-
-
-class Receiving:
-    """An ASGI receive() whose client leaves when the test says so."""
-
-    def __init__(self, *messages: dict[str, Any]) -> None:
-        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        for message in messages:
-            self.queue.put_nowait(message)
-
-    async def __call__(self) -> dict[str, Any]:
-        return await self.queue.get()
-
-    def drain(self) -> None:
-        self.queue.put_nowait({"type": "http.disconnect"})
-
-
-async def test_what_runs_is_cancelled_and_the_task_goes_on() -> None:
-    receive = Receiving({"type": "http.request", "body": b"more", "more_body": False})
-    asyncio.get_running_loop().call_later(0.01, receive.drain)
-    cleaned: list[bool] = []
-
-    async def work() -> None:
-        with CancelOnDisconnect(receive):
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cleaned.append(True)
-
-    with pytest.raises(ClientDisconnectedError):
-        await work()
-    assert cleaned
-    task = asyncio.current_task()
-    assert task
-    assert task.cancelling() == 0
-    await asyncio.sleep(0)  # is not cancelled once more
-
-
-async def test_nothing_happens_where_the_client_stays() -> None:
-    receive = Receiving()
-    with CancelOnDisconnect(receive):
-        await asyncio.sleep(0)
-    receive.drain()
-    await asyncio.sleep(0.01)
-    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
-
-
-async def test_an_error_inside_goes_out() -> None:
-    with pytest.raises(ZeroDivisionError), CancelOnDisconnect(Receiving()):
-        raise ZeroDivisionError
-
-
-async def test_leaving_when_it_is_over_already() -> None:
-    """The end of the answer and the departure in one turn of the loop: the answer was first."""
-    receive = Receiving()
-    with CancelOnDisconnect(receive):
-        await asyncio.sleep(2 * WATCH_AFTER_S)  # it listens now
-        receive.drain()
-    await asyncio.sleep(0.01)
-
-
-async def test_being_cancelled_from_outside_is_no_departure() -> None:
-    async def work() -> None:
-        with CancelOnDisconnect(Receiving()):
-            await asyncio.sleep(60)
-
-    task = asyncio.create_task(work())
-    await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    wait_until(lambda: cancellation_counted(proxy))

@@ -1,4 +1,4 @@
-"""What comes in on a client's connection before it is a request."""
+"""Limits and fixes of the HTTP protocol, on real connections: what a client sends before it is a request."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ def fake() -> Iterator[FakeUpstream]:
 
 
 @pytest.fixture(scope="module")
-def door(fake: FakeUpstream) -> Iterator[RunningProxy]:
-    proxy = RunningProxy(Settings(backends={"vllm": backend(fake)}, scrape_interval_s=0.05))
-    proxy.until_up(1)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
+    running = RunningProxy(Settings(backends={"vllm": backend(fake)}, scrape_interval_s=0.05))
+    running.until_up(1)
+    yield running
+    running.stop()
+    assert_nothing_held(running)
 
 
 @pytest.fixture
-def client(door: RunningProxy) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as client:
+def client(proxy: RunningProxy) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
         yield client
 
 
 def status_of(client: socket.socket) -> int:
-    """Of one whole answer, whose head and body may come apart."""
-    answer = HTTPResponse(client)
-    answer.begin()
-    answer.read()
-    return answer.status
+    """Read one complete response, whose head and body may arrive separately."""
+    response = HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response.status
 
 
-def all_of(client: socket.socket) -> bytes:
-    """Until the proxy closes the connection."""
+def read_all(client: socket.socket) -> bytes:
+    """All that arrives until the proxy closes the connection."""
     data = b""
     try:
         while part := client.recv(65536):
             data += part
-    except ConnectionResetError:  # it closed with bytes of ours unread
+    except ConnectionResetError:  # it closed before it had read everything
         pass
     return data
 
@@ -69,73 +69,73 @@ def error_of(data: bytes) -> tuple[int, dict[str, object]]:
     return int(head.split()[1]), error
 
 
-# a head without end
+# the size of a head
 
 
 @pytest.mark.parametrize("path", [b"x: " + b"a" * 500_000, b"x: 1\r\n" * 50_000], ids=["one header", "many headers"])
-def test_a_head_that_is_too_large(door: RunningProxy, client: socket.socket, path: bytes) -> None:
-    with contextlib.suppress(OSError):  # refused before all of it was sent
+def test_oversized_head_does_not_block_others(proxy: RunningProxy, client: socket.socket, path: bytes) -> None:
+    with contextlib.suppress(OSError):  # it is refused before all of it was sent
         client.sendall(POST + path)
-    data = all_of(client)
-    if data:  # a reset can overtake it
+    data = read_all(client)
+    if data:  # a reset can overtake the response
         assert error_of(data)[0] == 431
-    assert chat(door).status_code == 200
+    assert chat(proxy).status_code == 200
 
 
-def test_what_is_too_large_is_told(client: socket.socket) -> None:
-    client.sendall(POST + b"x: " + b"a" * http_protocol.HEAD_LIMIT)
-    status, error = error_of(all_of(client))
+def test_oversized_head_is_refused(client: socket.socket) -> None:
+    client.sendall(POST + b"x: " + b"a" * http_protocol.MAX_HEAD_BYTES)
+    status, error = error_of(read_all(client))
     assert (status, error["code"]) == (431, "headers_too_large")
-    assert str(http_protocol.HEAD_LIMIT) in str(error["message"])
+    assert str(http_protocol.MAX_HEAD_BYTES) in str(error["message"])
 
 
-def test_a_large_head_that_is_not_too_large(client: socket.socket) -> None:
-    client.sendall(GET[:-2] + b"x: " + b"a" * (http_protocol.HEAD_LIMIT // 2))
+def test_head_below_the_limit(client: socket.socket) -> None:
+    client.sendall(GET[:-2] + b"x: " + b"a" * (http_protocol.MAX_HEAD_BYTES // 2))
     client.sendall(b"\r\n\r\n")
     assert status_of(client) == 200
 
 
-def test_heads_of_one_connection_are_not_added_up(client: socket.socket) -> None:
+def test_heads_of_one_connection_are_limited_separately(client: socket.socket) -> None:
     for _ in range(4):
-        client.sendall(GET[:-2] + b"x: " + b"a" * (http_protocol.HEAD_LIMIT // 2))
+        client.sendall(GET[:-2] + b"x: " + b"a" * (http_protocol.MAX_HEAD_BYTES // 2))
         client.sendall(b"\r\n\r\n")
         assert status_of(client) == 200
 
 
-# a head that does not come
+# the time of a head
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_S", 0.2)
+def short_head_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.2)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_who_says_nothing_is_told_nothing(door: RunningProxy) -> None:
-    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as client:
-        assert all_of(client) == b""
+@pytest.mark.usefixtures("short_head_timeout")
+def test_silent_connection_is_closed_without_a_response(proxy: RunningProxy) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+        assert read_all(client) == b""
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_head_that_does_not_end(door: RunningProxy) -> None:
-    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as client:
+@pytest.mark.usefixtures("short_head_timeout")
+def test_unfinished_head_times_out(proxy: RunningProxy) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
         client.sendall(POST)
-        status, error = error_of(all_of(client))
+        status, error = error_of(read_all(client))
     assert (status, error["code"]) == (408, "request_timeout")
 
 
-@pytest.mark.usefixtures("impatient")
-def test_the_head_of_a_later_request_that_does_not_end(door: RunningProxy) -> None:
-    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as client:
+@pytest.mark.usefixtures("short_head_timeout")
+def test_unfinished_head_of_a_later_request_times_out(proxy: RunningProxy) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
         client.sendall(GET)
         assert status_of(client) == 200
         client.sendall(GET[:20])
-        assert error_of(all_of(client))[0] == 408
+        assert error_of(read_all(client))[0] == 408
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_kept_connection_may_be_idle_for_longer(door: RunningProxy) -> None:
-    with socket.create_connection(("127.0.0.1", door.port), timeout=0.6) as client:
+@pytest.mark.usefixtures("short_head_timeout")
+def test_kept_alive_connection_may_be_idle_for_longer(proxy: RunningProxy) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=0.6) as client:
         client.sendall(GET)
         assert status_of(client) == 200
         with pytest.raises(TimeoutError):
@@ -144,44 +144,44 @@ def test_a_kept_connection_may_be_idle_for_longer(door: RunningProxy) -> None:
         assert status_of(client) == 200
 
 
-def test_leaving_in_the_head(door: RunningProxy) -> None:
-    wait_until(lambda: not door.server.server_state.connections)
-    with socket.create_connection(("127.0.0.1", door.port)) as client:
+def test_disconnect_in_the_head(proxy: RunningProxy) -> None:
+    wait_until(lambda: not proxy.server.server_state.connections)
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(POST)
-        wait_until(lambda: door.server.server_state.connections)
-    wait_until(lambda: not door.server.server_state.connections)
+        wait_until(lambda: proxy.server.server_state.connections)
+    wait_until(lambda: not proxy.server.server_state.connections)
 
 
-# what is no HTTP
+# input that is not HTTP
 
 
 @pytest.mark.parametrize(
     "data", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", POST + b"content-length: x\r\n\r\n"]
 )
-def test_what_is_no_http(client: socket.socket, data: bytes) -> None:
+def test_input_that_is_not_http(client: socket.socket, data: bytes) -> None:
     client.sendall(data)
-    status, error = error_of(all_of(client))
+    status, error = error_of(read_all(client))
     assert (status, error["type"]) == (400, "invalid_request_error")
 
 
-def test_what_is_no_http_behind_a_running_request(door: RunningProxy, fake: FakeUpstream) -> None:
-    """Its answer is cut; nothing that looks like a part of it is put in."""
-    go_on = threading.Event()
+def test_input_that_is_not_http_during_a_response(proxy: RunningProxy, fake: FakeUpstream) -> None:
+    """The response is cut, and no error response is written into it."""
+    cancelled = threading.Event()
 
     async def streams(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("hel"))
         await talk.until_client_leaves()
-        go_on.set()
+        cancelled.set()
 
     fake.scripts.append(streams)
     body = json.dumps({**CHAT, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
         client.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         assert b"hel" in client.recv(65536)
         client.sendall(b"\x00\x01\r\n\r\n")
-        assert b"HTTP/1.1" not in all_of(client)
-    assert go_on.wait(10)
+        assert b"HTTP/1.1" not in read_all(client)
+    assert cancelled.wait(10)
 
 
 # Upgrade
@@ -189,10 +189,10 @@ def test_what_is_no_http_behind_a_running_request(door: RunningProxy, fake: Fake
 
 @pytest.mark.parametrize("name", [b"Upgrade", b"upgrade"])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_client_that_would_rather_speak_http_2(
-    door: RunningProxy, client: socket.socket, fake: FakeUpstream, name: bytes, apart: bool
+def test_upgrade_to_http_2_is_ignored(
+    proxy: RunningProxy, client: socket.socket, fake: FakeUpstream, name: bytes, apart: bool
 ) -> None:
-    """As Java's client asks with each request. What looks like the header in the body is left alone."""
+    """Java's client asks for it with each request. A body that contains the header's text is left alone."""
     fake.talks.clear()
     text = "a\r\nUpgrade: b"
     body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
@@ -201,7 +201,7 @@ def test_a_client_that_would_rather_speak_http_2(
     for _ in range(2):
         if apart:
             client.sendall(head)
-            wait_until(lambda: door.server.server_state.tasks)
+            wait_until(lambda: proxy.server.server_state.tasks)
             client.sendall(body)
         else:
             client.sendall(head + body)

@@ -1,4 +1,4 @@
-"""The client's side of a request on a real socket: bodies that are too large, too slow, wrong or never finished."""
+"""Request bodies on real connections: too large, too slow, invalid or never finished."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def upstream() -> Iterator[FakeUpstream]:
 
 
 @pytest.fixture(scope="module")
-def door(upstream: FakeUpstream) -> Iterator[RunningProxy]:
+def proxy(upstream: FakeUpstream) -> Iterator[RunningProxy]:
     limits = {"body_bytes": LIMIT, "body_timeout_s": 0.5, "json_depth": 10, "json_nodes": 1000}
-    proxy = RunningProxy(Settings(backends={"vllm": backend(upstream)}, limits=limits, scrape_interval_s=0.05))
-    proxy.until_up(1)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    running = RunningProxy(Settings(backends={"vllm": backend(upstream)}, limits=limits, scrape_interval_s=0.05))
+    running.until_up(1)
+    yield running
+    running.stop()
+    assert_nothing_held(running)
 
 
 @pytest.fixture(autouse=True)
-def no_request_reaches_the_backend(door: RunningProxy, upstream: FakeUpstream) -> Iterator[None]:
-    """And the proxy goes on as if nothing had been."""
+def no_request_reaches_the_backend(proxy: RunningProxy, upstream: FakeUpstream) -> Iterator[None]:
+    """After each test the proxy serves the next request as usual."""
     upstream.talks.clear()
     yield
     assert upstream.talks == []
-    assert chat(door).status_code == 200
+    assert chat(proxy).status_code == 200
     upstream.talks.clear()
 
 
-class Raw:
-    """A client that says exactly what the test says."""
+class RawClient:
+    """A client that sends exactly the bytes that the test gives it."""
 
     def __init__(self, proxy: RunningProxy) -> None:
         self.socket = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
@@ -58,8 +58,8 @@ class Raw:
     def begin(self, path: str, headers: str) -> None:
         self.send(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\r\n".encode())
 
-    def all(self) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and body of all that comes until the proxy closes the connection."""
+    def read_response(self) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and body of the response, read until the proxy closes the connection."""
         data = b""
         while part := self.socket.recv(65536):
             data += part
@@ -68,7 +68,7 @@ class Raw:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         return int(status.split()[1]), headers, json.loads(body)
 
-    def __enter__(self) -> Raw:
+    def __enter__(self) -> RawClient:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,10 +76,10 @@ class Raw:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_too_large_by_its_own_words_is_refused_before_it_is_read(door: RunningProxy, route: str) -> None:
-    with Raw(door) as client:
+def test_too_large_content_length_is_refused_before_reading(proxy: RunningProxy, route: str) -> None:
+    with RawClient(proxy) as client:
         client.begin(route, f"content-length: {LIMIT + 1}\r\n")
-        status, headers, body = client.all()
+        status, headers, body = client.read_response()
     assert (status, body["error"]["code"]) == (413, "request_too_large")
     assert str(LIMIT) in body["error"]["message"]
     assert headers["connection"] == "close"
@@ -87,42 +87,42 @@ def test_too_large_by_its_own_words_is_refused_before_it_is_read(door: RunningPr
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_too_large_in_chunks_is_refused_when_it_is(door: RunningProxy, route: str) -> None:
-    with Raw(door) as client:
+def test_too_large_chunked_body_is_refused_at_the_limit(proxy: RunningProxy, route: str) -> None:
+    with RawClient(proxy) as client:
         client.begin(route, "transfer-encoding: chunked\r\n")
         client.send(b"800\r\n" + b" " * 0x800 + b"\r\n")
         client.send(b"801\r\n" + b" " * 0x801 + b"\r\n")
-        status, headers, body = client.all()
+        status, headers, body = client.read_response()
     assert (status, body["error"]["code"]) == (413, "request_too_large")
     assert headers["connection"] == "close"
 
 
-def test_a_common_client_reads_the_413_of_a_large_body(door: RunningProxy) -> None:
+def test_ordinary_client_can_read_the_413(proxy: RunningProxy) -> None:
     content = b'{"messages": "' + b"x" * 5_000_000 + b'"}'
-    answer = post(f"{door.url}/v1/chat/completions", content=content)
-    assert answer.status_code == 413
+    response = post(f"{proxy.url}/v1/chat/completions", content=content)
+    assert response.status_code == 413
 
 
-def test_exactly_the_limit_is_not_too_large(door: RunningProxy, upstream: FakeUpstream) -> None:
+def test_body_of_exactly_the_limit(proxy: RunningProxy, upstream: FakeUpstream) -> None:
     body = json.dumps(CHAT).encode().ljust(LIMIT)
-    assert post(f"{door.url}/v1/chat/completions", content=body).status_code == 200
+    assert post(f"{proxy.url}/v1/chat/completions", content=body).status_code == 200
     assert len(upstream.talks) == 1
     upstream.talks.clear()
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_body_that_does_not_come_is_not_waited_for(door: RunningProxy, route: str) -> None:
-    with Raw(door) as client:
+def test_missing_body_times_out(proxy: RunningProxy, route: str) -> None:
+    with RawClient(proxy) as client:
         client.begin(route, "content-length: 100\r\n")
         client.send(b'{"a"')
-        status, headers, body = client.all()
+        status, headers, body = client.read_response()
     assert (status, body["error"]["code"]) == (408, "request_timeout")
     assert "0.5 s" in body["error"]["message"]
     assert headers["connection"] == "close"
 
 
-def test_a_body_that_drips_is_not_waited_for_either(door: RunningProxy) -> None:
-    with Raw(door) as client:
+def test_dripping_body_times_out(proxy: RunningProxy) -> None:
+    with RawClient(proxy) as client:
         client.begin("/v1/chat/completions", "content-length: 4000\r\n")
         client.socket.settimeout(0.02)
         data = b""
@@ -141,20 +141,20 @@ def test_a_body_that_drips_is_not_waited_for_either(door: RunningProxy) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("headers", ["content-length: 100\r\n", "transfer-encoding: chunked\r\n"])
-def test_a_client_that_leaves_while_it_sends_leaves_nothing(
-    door: RunningProxy, route: str, headers: str, caplog: pytest.LogCaptureFixture
+def test_disconnect_while_sending_leaves_nothing(
+    proxy: RunningProxy, route: str, headers: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = len(door.server.server_state.connections)
-    with Raw(door) as client:
+    before = len(proxy.server.server_state.connections)
+    with RawClient(proxy) as client:
         client.begin(route, headers)
         client.send(b'4\r\n{"a"\r\n')
-        wait_until(lambda: len(door.server.server_state.tasks) == 1)
-    wait_until(lambda: not door.server.server_state.tasks)
-    wait_until(lambda: len(door.server.server_state.connections) <= before)
+        wait_until(lambda: len(proxy.server.server_state.tasks) == 1)
+    wait_until(lambda: not proxy.server.server_state.tasks)
+    wait_until(lambda: len(proxy.server.server_state.connections) <= before)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-WRONG: dict[str, tuple[bytes, str, int, str]] = {
+INVALID: dict[str, tuple[bytes, str, int, str]] = {
     "empty": (b"", "application/json", 400, "empty"),
     "not JSON": (b"{", "application/json", 400, "not valid JSON"),
     "not UTF-8": (b'{"a": "\xff"}', "application/json", 400, "not valid JSON"),
@@ -171,66 +171,66 @@ WRONG: dict[str, tuple[bytes, str, int, str]] = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(("content", "kind", "status", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_body(door: RunningProxy, route: str, content: bytes, kind: str, status: int, words: str) -> None:
+@pytest.mark.parametrize(("content", "kind", "status", "words"), INVALID.values(), ids=INVALID.keys())
+def test_invalid_body(proxy: RunningProxy, route: str, content: bytes, kind: str, status: int, words: str) -> None:
     if route.startswith("/generate") and words in ("10 levels", "1000 values"):
-        return  # takes its own fields only, and none of them is deep
-    answer = post(door.url + route, content=content, headers={"content-type": kind})
-    assert answer.status_code == status
-    error = answer.json()["error"]
+        return  # it accepts its own fields only, and none of them is deep
+    response = post(proxy.url + route, content=content, headers={"content-type": kind})
+    assert response.status_code == status
+    error = response.json()["error"]
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert answer.headers["x-should-retry"] == "false"
-    assert answer.headers["x-request-id"]
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-request-id"]
 
 
-def test_json_with_a_charset_is_json(door: RunningProxy, upstream: FakeUpstream) -> None:
+def test_json_with_a_charset(proxy: RunningProxy, upstream: FakeUpstream) -> None:
     for kind in ("application/json; charset=utf-8", "Application/JSON"):
         content = json.dumps(CHAT).encode()
-        answer = post(f"{door.url}/v1/chat/completions", content=content, headers={"content-type": kind})
-        assert answer.status_code == 200
+        response = post(f"{proxy.url}/v1/chat/completions", content=content, headers={"content-type": kind})
+        assert response.status_code == 200
     upstream.talks.clear()
 
 
 @pytest.mark.parametrize("given", ["a", "A.b-c_9", "x" * 128])
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_harmless_request_id_is_kept(door: RunningProxy, route: str, given: str) -> None:
-    answer = post(door.url + route, content=b"{", headers={"x-request-id": given})
-    assert answer.headers["x-request-id"] == given
+def test_safe_request_id_is_kept(proxy: RunningProxy, route: str, given: str) -> None:
+    response = post(proxy.url + route, content=b"{", headers={"x-request-id": given})
+    assert response.headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\tb", "<script>", "é".encode().decode("latin-1")])
 @pytest.mark.parametrize("route", ROUTES)
-def test_any_other_is_replaced(door: RunningProxy, route: str, given: str) -> None:
+def test_unsafe_request_id_is_replaced(proxy: RunningProxy, route: str, given: str) -> None:
     headers = [(b"x-request-id", given.encode("latin-1"))]
-    ids = {post(door.url + route, content=b"{", headers=headers).headers["x-request-id"] for _ in range(2)}
+    ids = {post(proxy.url + route, content=b"{", headers=headers).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
     assert all(id.startswith("req-") for id in ids)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_another_method(door: RunningProxy, route: str) -> None:
-    answer = get(door.url + route)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
-    assert "POST" in answer.json()["error"]["message"]
+def test_wrong_method(proxy: RunningProxy, route: str) -> None:
+    response = get(proxy.url + route)
+    assert (response.status_code, response.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert "POST" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v2/chat/completions", "/v1/chat/completions/", "/generate/x"])
-def test_an_unknown_path(door: RunningProxy, path: str) -> None:
-    for answer in (get(door.url + path), post(door.url + path, json=CHAT)):
-        assert answer.status_code == 404
-        assert answer.json()["error"]["type"] == "not_found_error"
-        assert answer.headers["x-request-id"]
+def test_unknown_path(proxy: RunningProxy, path: str) -> None:
+    for response in (get(proxy.url + path), post(proxy.url + path, json=CHAT)):
+        assert response.status_code == 404
+        assert response.json()["error"]["type"] == "not_found_error"
+        assert response.headers["x-request-id"]
 
 
-def test_many_requests_on_one_connection(door: RunningProxy, upstream: FakeUpstream) -> None:
-    """Wrong ones between right ones: each answer belongs to its request."""
-    with httpx.Client(base_url=door.url, verify=False) as client:
+def test_many_requests_on_one_connection(proxy: RunningProxy, upstream: FakeUpstream) -> None:
+    """Invalid and valid requests alternate, and each response belongs to its request."""
+    with httpx.Client(base_url=proxy.url, verify=False) as client:
         for number in range(5):
             headers = {"x-request-id": f"id-{number}"}
-            wrong = client.post("/v1/chat/completions", content=b"{", headers=headers)
-            right = client.post("/v1/chat/completions", json=CHAT, headers=headers)
-            assert (wrong.status_code, right.status_code) == (400, 200)
-            assert wrong.headers["x-request-id"] == right.headers["x-request-id"] == f"id-{number}"
+            invalid = client.post("/v1/chat/completions", content=b"{", headers=headers)
+            valid = client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert (invalid.status_code, valid.status_code) == (400, 200)
+            assert invalid.headers["x-request-id"] == valid.headers["x-request-id"] == f"id-{number}"
     assert [talk.headers["x-request-id"] for talk in upstream.talks] == [f"id-{number}" for number in range(5)]
     upstream.talks.clear()

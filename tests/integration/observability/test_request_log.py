@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 import logging
 import socket
-import threading
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 import pytest
@@ -18,8 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
 from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.observability import logging_setup
-from xgen_proxy.observability.logging_setup import JsonFormatter, Lines, PlainFormatter
+from xgen_proxy.observability.logging_setup import JsonFormatter, PlainFormatter
 
 PROMPT = "the-secret-of-this-prompt"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -242,55 +237,6 @@ def test_a_quiet_log_costs_no_line(door: RunningProxy, caplog: pytest.LogCapture
     assert lines(caplog) == []
 
 
-# the two ways to write a line
-
-
-def formatted(formatter: logging.Formatter, *, fields: dict[str, Any] | None = None, error: bool = False) -> str:
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter)
-    logger = logging.Logger("some.name")
-    logger.addHandler(handler)
-    try:
-        if error:
-            raise ZeroDivisionError("why")
-        logger.warning("message %s", "é\n", extra={"fields": fields} if fields else {})
-    except ZeroDivisionError:
-        logger.exception("failed")
-    return stream.getvalue()
-
-
-def test_json_lines() -> None:
-    text = formatted(JsonFormatter(), fields={"a": 1, "b": None, "c": "x\ny"})
-    assert text.count("\n") == 1
-    line = json.loads(text)
-    time = line.pop("time")
-    assert line == {
-        "level": "warning", "logger": "some.name", "message": "message é\n", "a": 1, "b": None, "c": "x\ny",
-    }  # fmt: skip
-    assert time[-1] == "Z"
-    assert abs(datetime.fromisoformat(time).timestamp() - datetime.now().timestamp()) < 60
-
-
-def test_json_lines_hold_tracebacks() -> None:
-    text = formatted(JsonFormatter(), error=True)
-    assert text.count("\n") == 1
-    exception = json.loads(text)["exception"]
-    assert exception.endswith("\nZeroDivisionError")
-    assert "in formatted\n" in exception
-
-
-def test_json_lines_hold_anything() -> None:
-    assert "Event object" in json.loads(formatted(JsonFormatter(), fields={"a": asyncio.Event()}))["a"]
-
-
-def test_plain_lines() -> None:
-    text = formatted(PlainFormatter(), fields={"a": 1, "b": [{"d": "y"}], "c": "x"})
-    assert text[2] == text[5] == ":"
-    assert text[8:] == ' message é\n a=1 b=[{"d":"y"}] c=x\n'
-    assert formatted(PlainFormatter(), error=True).endswith("\nZeroDivisionError\n")
-
-
 def test_what_a_backend_says_is_not_logged(
     door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,57 +251,3 @@ def test_what_a_backend_says_is_not_logged(
     told = "".join(str(vars(record)) for record in caplog.records)
     assert "says 500" in told
     assert PROMPT not in told
-
-
-class Writes(io.StringIO):
-    """Keeps what each write() was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.each: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.each.append(text)
-        return len(text)
-
-
-async def test_lines_of_one_turn_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    lines = Lines()
-    for number in range(3):
-        lines.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-    assert writes.each == []
-    await asyncio.sleep(0)
-    assert writes.each == ["line 0\nline 1\nline 2\n"]
-
-
-async def test_a_line_that_goes_straight_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    caplog.set_level(logging.INFO)
-    logging_setup.log_event(logging.INFO, "request", {"a": 1})
-    monkeypatch.setattr(logging_setup, "straight", Lines())
-    logging_setup.log_event(logging.INFO, "request", {"a": 1})
-    caplog.set_level(logging.ERROR, "xgen_proxy.request")
-    logging_setup.log_event(logging.INFO, "request", {"a": 2})
-    await asyncio.sleep(0)
-    [straight], [around] = [json.loads(text) for text in writes.each], lines(caplog)
-    assert straight.pop("time") >= around.pop("time")
-    assert straight == around
-
-
-async def test_another_thread_does_not_wait_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that which sends traces."""
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    lines = Lines()
-    lines.handle(logging.makeLogRecord({"msg": "from the loop"}))
-    thread = threading.Thread(target=lines.handle, args=[logging.makeLogRecord({"msg": "from a thread"})])
-    thread.start()
-    thread.join()
-    assert writes.each == ["from a thread\n"]
-    await asyncio.sleep(0)
-    assert writes.each == ["from a thread\n", "from the loop\n"]

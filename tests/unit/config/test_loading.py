@@ -1,4 +1,4 @@
-"""Where each value came from, and what is wrong with one, in words that name the setting and the remedy."""
+"""Where each value comes from, and how errors name the setting and its correction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xgen_proxy.config.loading import ConfigError, env_name, explain, load, use_file
+from xgen_proxy.config.loading import ConfigError, ConfigSources, env_name
 
 FLAGS: dict[str, Any] = {"backends": {"vllm": {"urls": "http://gpu-1:8000"}}}
 
@@ -19,18 +19,23 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(flags: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    return {setting: (value, origin) for setting, value, origin in explain(load(flags), flags)}
+    sources = ConfigSources(flags)
+    return {setting: (value, origin) for setting, value, origin in sources.explain(sources.load())}
 
 
 def problem(flags: dict[str, Any] | None = None) -> str:
     with pytest.raises(ConfigError) as error:
-        load(FLAGS if flags is None else flags)
+        ConfigSources(FLAGS if flags is None else flags).load()
     return str(error.value)
 
 
-def test_each_value_knows_its_source(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+def test_each_value_has_its_source(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     (directory / "xgen-proxy.toml").write_text("drain_s = 5\n[routing]\nkv_full = 0.5\n[backends.vllm]\nslots = 9\n")
     (directory / ".env").write_text("XGEN_HOST=0.0.0.0\nXGEN_DRAIN_S=4\n")
+    secrets = directory / "secrets"
+    secrets.mkdir()
+    (secrets / "xgen_backends__vllm__api_key").write_text("sk-engine\n")
+    monkeypatch.setenv("XGEN_SECRETS_DIR", str(secrets))
     monkeypatch.setenv("XGEN_LIMITS__QUEUE", "7")
     monkeypatch.setenv("XGEN_BACKENDS__VLLM__CONTEXT", "4096")
     monkeypatch.setenv("XGEN_PORT", "1")
@@ -42,6 +47,7 @@ def test_each_value_knows_its_source(monkeypatch: pytest.MonkeyPatch, directory:
         "backends.vllm.context": ("4096", "environment"),
         "host": ("0.0.0.0", ".env"),
         "drain_s": ("4.0", ".env"),
+        "backends.vllm.api_key": ("********", str(secrets)),
         "routing.kv_full": ("0.5", "xgen-proxy.toml"),
         "backends.vllm.slots": ("9", "xgen-proxy.toml"),
         "backends.vllm.dialect": ("vllm", "default"),
@@ -52,15 +58,32 @@ def test_each_value_knows_its_source(monkeypatch: pytest.MonkeyPatch, directory:
     assert {setting: found[setting] for setting in expected} == expected
 
 
-def test_a_named_file_is_told_by_its_name(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (directory / "mine.toml").write_text("port = 7\n")
-    monkeypatch.setenv("XGEN_CONFIG", "to be restored after the test")
-    use_file("mine.toml")
-    use_file(None)  # no --config: as it was
-    assert rows(FLAGS)["port"] == ("7", "mine.toml")
+def test_config_argument_overrides_the_environment(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "mine.toml").write_text("port = 7\nhost = 'file'\n")
+    (directory / "other.toml").write_text("port = 8\ndrain_s = 8\n")
+    monkeypatch.setenv("XGEN_CONFIG", "other.toml")
+    sources = ConfigSources(FLAGS, Path("mine.toml"))
+    settings = sources.load()
+    assert (settings.port, settings.host, settings.drain_s) == (7, "file", 30)
+    assert ("port", "7", "mine.toml") in sources.explain(settings)
+    assert sources.files() == [Path("mine.toml"), Path(".env")]
+    assert ConfigSources(FLAGS).load().port == 8
+    assert ConfigSources(FLAGS).files()[0] == Path("other.toml")
 
 
-def test_secrets_are_masked_wherever_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_argument_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml does not exist"):
+        ConfigSources(FLAGS, Path("no.toml")).load()
+
+
+def test_files_include_secrets(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XGEN_SECRETS_DIR", str(directory))
+    (directory / "xgen_api_keys").write_text("")
+    (directory / "other").write_text("")
+    assert ConfigSources().files() == [Path("xgen-proxy.toml"), Path(".env"), directory / "xgen_api_keys"]
+
+
+def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XGEN_BACKENDS__VLLM__API_KEY", "hush-hush")
     found = rows(FLAGS)
     assert found["backends.vllm.api_key"] == ("********", "environment")
@@ -76,8 +99,8 @@ def test_no_backend() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("XGEN_PROT", "1", ["XGEN_PROT is no setting", "did you mean XGEN_PORT?"]),
-        ("XGEN_QQQQQQ", "1", ["XGEN_QQQQQQ is no setting", "XGEN_BACKENDS"]),
+        ("XGEN_PROT", "1", ["XGEN_PROT is not a setting", "did you mean XGEN_PORT?"]),
+        ("XGEN_QQQQQQ", "1", ["XGEN_QQQQQQ is not a setting", "XGEN_BACKENDS"]),
         ("XGEN_PORT", "70000", ["port:", "65535", "XGEN_PORT"]),
         ("XGEN_ROUTING__LONG_WORDS", "1", ["routing.long_words: there is no such setting"]),
         ("XGEN_ROUTING", "{", ["routing", "write JSON, or set each part"]),
@@ -88,18 +111,16 @@ def test_no_backend() -> None:
         ("XGEN_CONFIG", "no.toml", ["no.toml does not exist", "--config or XGEN_CONFIG"]),
     ],
 )
-def test_what_is_wrong_in_the_environment(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: list[str]
-) -> None:
+def test_invalid_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: list[str]) -> None:
     monkeypatch.setenv(name, value)
-    told = problem()
-    assert [word for word in words if word not in told] == []
-    assert "\n" not in told
+    message = problem()
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
 
 
-def test_every_problem_has_a_line_of_its_own() -> None:
-    told = problem({**FLAGS, "port": "x", "drain_s": -1}).splitlines()
-    assert [line.partition(":")[0] for line in told] == ["port", "drain_s"]
+def test_every_problem_has_its_own_line() -> None:
+    lines = problem({**FLAGS, "port": "x", "drain_s": -1}).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["port", "drain_s"]
 
 
 @pytest.mark.parametrize(
@@ -109,20 +130,20 @@ def test_every_problem_has_a_line_of_its_own() -> None:
         ("xgen-proxy.toml", b"\xff\xfe", "not UTF-8"),
         ("xgen-proxy.toml", b"prot = 1", "prot: there is no such setting"),
         ("xgen-proxy.toml", b"[limits]\nqueu = 1", "limits.queu: there is no such setting"),
-        (".env", b"XGEN_PROT=1", "in .env, XGEN_PROT is no setting; did you mean XGEN_PORT?"),
+        (".env", b"XGEN_PROT=1", "in .env, XGEN_PROT is not a setting; did you mean XGEN_PORT?"),
         (".env", b"XGEN_PORT=x", "port: Input should be a valid integer"),
         (".env", b"\xff\xfe=1", "not UTF-8"),
     ],
 )
-def test_what_is_wrong_in_a_file(directory: Path, file: str, text: bytes, words: str) -> None:
+def test_invalid_file(directory: Path, file: str, text: bytes, words: str) -> None:
     (directory / file).write_bytes(text)
     assert words in problem()
 
 
-def test_the_names_of_the_tests_own_variables_are_no_typos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_tests_are_not_typos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XGEN_TEST_SOMETHING", "1")
-    assert load(FLAGS).port == 8080
+    assert ConfigSources(FLAGS).load().port == 8080
 
 
-def test_names_in_the_environment() -> None:
+def test_env_name() -> None:
     assert env_name("backends.vllm.urls") == "XGEN_BACKENDS__VLLM__URLS"

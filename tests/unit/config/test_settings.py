@@ -1,4 +1,4 @@
-"""What each setting takes and refuses, whichever way it is written."""
+"""The values that each setting accepts and rejects, in each way of writing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ URL = {"XGEN_BACKENDS__VLLM__URLS": "http://gpu-1:8000"}
 
 @pytest.fixture(autouse=True)
 def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No .env and no xgen-proxy.toml but those that a test writes."""
+    """No .env and no xgen-proxy.toml except those that a test writes."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -38,40 +38,51 @@ def from_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> Settings
         (None, None),
     ],
 )
-def test_lists_by_comma_or_as_json(written: object, read: object) -> None:
+def test_lists_with_commas_or_as_json(written: object, read: object) -> None:
     assert split_commas(written) == read
 
 
 @pytest.mark.parametrize("url", ["http://a:1", "http://a", "http://127.0.0.1:8000", "http://[::1]:80", "http://a:1/"])
-def test_a_backend_url(url: str) -> None:
+def test_valid_backend_url(url: str) -> None:
     assert check_url(url) == url.rstrip("/")
 
 
 @pytest.mark.parametrize(
     "url",
-    ["a:1", "https://a:1", "http://", "http://a:1/v1", "http://a:x", "http://a:99999", "http://a:0", "http://a?b=1",
-     "http://[::1", "ftp://a", ""],
-)  # fmt: skip
-def test_no_backend_url(url: str) -> None:
+    [
+        "a:1",
+        "https://a:1",
+        "http://",
+        "http://a:1/v1",
+        "http://a:x",
+        "http://a:99999",
+        "http://a:0",
+        "http://a?b=1",
+        "http://[::1",
+        "ftp://a",
+        "",
+    ],
+)
+def test_invalid_backend_url(url: str) -> None:
     with pytest.raises(ValueError, match="write http://HOST:PORT"):
         check_url(url)
 
 
-def test_a_password_in_a_url_is_not_repeated() -> None:
+def test_password_in_a_url_is_not_repeated() -> None:
     with pytest.raises(ValueError, match="no credentials") as error:
         check_url("http://me:hush@a:1")
     assert "hush" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "dialect", "path"), [("vllm", "vllm", "gpu"), ("llama_cpp", "llama-cpp-python", "cpu")]
+    ("name", "dialect", "device_class"), [("vllm", "vllm", "gpu"), ("llama_cpp", "llama-cpp-python", "cpu")]
 )
-def test_known_names_need_only_urls(name: str, dialect: str, path: str) -> None:
+def test_known_names_need_only_urls(name: str, dialect: str, device_class: str) -> None:
     backend = Settings(backends={name: {"urls": "http://a:1"}}).backends[name]
-    assert (backend.dialect, backend.device_class, backend.urls) == (dialect, path, ["http://a:1"])
+    assert (backend.dialect, backend.device_class, backend.urls) == (dialect, device_class, ["http://a:1"])
 
 
-def test_an_own_name_tells_its_dialect_and_may_tell_its_path() -> None:
+def test_other_names_need_a_dialect_and_may_set_a_device_class() -> None:
     backends = {
         "big": {"urls": "http://a:1", "dialect": "openai"},
         "small": {"urls": "http://b:1", "dialect": "llama-server"},
@@ -87,7 +98,7 @@ def test_an_own_name_tells_its_dialect_and_may_tell_its_path() -> None:
         Settings(backends={"big": {"urls": "http://a:1"}})
 
 
-def test_what_is_passed_is_left_as_it_was() -> None:
+def test_arguments_are_not_modified() -> None:
     flags: dict[str, Any] = {"backends": {"vllm": {"urls": "http://a:1"}}}
     Settings(**flags)
     assert flags == {"backends": {"vllm": {"urls": "http://a:1"}}}
@@ -109,7 +120,7 @@ def test_nested_values_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.routing.long_max_tokens == 1024
 
 
-def test_stronger_sources_win_value_by_value(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+def test_priority_of_sources_applies_to_each_value(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
     (empty_directory / "xgen-proxy.toml").write_text(
         'host = "file"\nport = 1\ndrain_s = 1\nscrape_timeout_s = 1\n'
         '[backends.vllm]\nurls = ["http://file:1"]\nslots = 3\ncontext = 4\n'
@@ -124,13 +135,13 @@ def test_stronger_sources_win_value_by_value(monkeypatch: pytest.MonkeyPatch, em
     assert (backend.urls, backend.slots, backend.context) == (["http://flag:1"], 5, 4)
 
 
-def test_the_file_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+def test_path_of_the_file_from_the_environment(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
     (empty_directory / "other.toml").write_text("port = 7\n")
     monkeypatch.setenv("XGEN_CONFIG", "other.toml")
     assert Settings().port == 7
 
 
-def test_env_files_of_other_programs_are_no_concern_of_ours(empty_directory: Path) -> None:
+def test_other_variables_in_env_files_are_ignored(empty_directory: Path) -> None:
     (empty_directory / ".env").write_text("HF_TOKEN=abc\nXGEN_PORT=7\n")
     assert Settings().port == 7
 
@@ -154,18 +165,18 @@ def test_env_files_of_other_programs_are_no_concern_of_ours(empty_directory: Pat
         ("XGEN_API_KEYS", "z" * 64),
     ],
 )
-def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
+def test_invalid_values_are_rejected(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
     from_environment(monkeypatch)
     with pytest.raises(ValidationError):
         from_environment(monkeypatch, **{setting: value})
 
 
-def test_hashes_of_keys_are_compared_in_small_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_of_keys_are_lowercased(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = from_environment(monkeypatch, XGEN_API_KEYS=f"{'A' * 64},{'b' * 64}")
     assert settings.api_keys == ["a" * 64, "b" * 64]
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     for model in (Settings, BackendSettings, Routing, Limits):
         for name, field in model.model_fields.items():
             assert field.description or name in ("routing", "limits"), name

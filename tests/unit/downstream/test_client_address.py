@@ -1,4 +1,4 @@
-"""Whose request it is, behind proxies that are trusted and others."""
+"""The client's address behind trusted and untrusted proxies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, object]:
     [
         ("10.0.0.1", [], "10.0.0.1"),
         ("10.0.0.1", ["192.0.2.1"], "192.0.2.1"),
-        ("10.0.0.1", ["198.51.100.9, 192.0.2.1"], "192.0.2.1"),  # what is further left anybody may have written
+        ("10.0.0.1", ["198.51.100.9, 192.0.2.1"], "192.0.2.1"),  # the client may have written what is further left
         ("10.0.0.1", ["198.51.100.9, 192.0.2.1, 10.2.2.2"], "192.0.2.1"),
         ("10.0.0.1", ["198.51.100.9", "192.0.2.1"], "192.0.2.1"),
         ("10.0.0.1", ["10.1.1.1, 10.2.2.2"], "10.1.1.1"),
@@ -41,11 +41,11 @@ def test_address(peer: str | None, forwarded: list[str], address: str | None) ->
     assert client_address(scope(peer, *forwarded), OURS) == address
 
 
-def test_by_default_nobody_is_trusted() -> None:
+def test_no_proxy_is_trusted_by_default() -> None:
     assert client_address(scope("127.0.0.1", "192.0.2.1"), Settings().trusted_proxies) == "127.0.0.1"
 
 
-def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_proxies_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XGEN_TRUSTED_PROXIES", "10.0.0.7, fd00::/8")
     assert Settings().trusted_proxies == ("10.0.0.7/32", "fd00::/8")
     monkeypatch.setenv("XGEN_TRUSTED_PROXIES", "nginx")

@@ -1,79 +1,221 @@
-"""What is written past ASGI's send(), and the state it leaves behind."""
+"""The contract of the direct writer with the installed uvicorn: each response is sent twice through uvicorn's own
+RequestResponseCycle, once with ASGI's send() and once with the direct writer, and nothing may differ."""
 
 from __future__ import annotations
 
 import asyncio
-import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.server import ServerState
 
-from xgen_proxy.downstream.direct_writer import EXTENSION, DirectWriter, direct_writer_for
+from xgen_proxy.downstream.direct_writer import DirectWriter, direct_writer_for
+from xgen_proxy.downstream.http_protocol import http_protocol
 
-
-class Cycle(SimpleNamespace):
-    """What Wire uses of uvicorn's RequestResponseCycle."""
-
-    def __init__(self, **values: Any) -> None:
-        self.written: list[bytes] = []
-        self.closed: list[bool] = []
-        self.over: list[bool] = []
-        transport = SimpleNamespace(write=self.written.append, close=lambda: self.closed.append(True))
-        super().__init__(
-            written=self.written, closed=self.closed, over=self.over, transport=transport,
-            flow=SimpleNamespace(write_paused=False), default_headers=[(b"date", b"now")], keep_alive=True,
-            disconnected=False, response_started=False, response_complete=False, waiting_for_100_continue=True,
-            chunked_encoding=None, message_event=asyncio.Event(), on_response=lambda: self.over.append(True),
-        )  # fmt: skip
-        self.__dict__.update(values)
+HEADERS = [(b"content-type", b"application/json"), (b"x-request-id", b"req-1")]
 
 
-def test_a_whole_answer() -> None:
-    cycle = Cycle()
-    DirectWriter(cycle).whole([(b"x-a", b"1")], b"{}")
-    assert cycle.written == [b"HTTP/1.1 200 OK\r\ndate: now\r\nx-a: 1\r\ncontent-length: 2\r\n\r\n{}"]
-    assert (cycle.response_started, cycle.response_complete, cycle.waiting_for_100_continue) == (True, True, False)
-    assert (cycle.over, cycle.closed, cycle.message_event.is_set()) == ([True], [], True)
+class MemoryTransport(asyncio.Transport):
+    """Keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
 
 
-def test_a_stream_that_send_ends() -> None:
-    cycle = Cycle()
-    wire = DirectWriter(cycle)
-    wire.start([])
-    wire.chunk(b"data: x\n\n")
-    assert cycle.written == [
-        b"HTTP/1.1 200 OK\r\ndate: now\r\ntransfer-encoding: chunked\r\n\r\n",
-        b"9\r\ndata: x\n\n\r\n",
-    ]
-    assert (cycle.chunked_encoding, cycle.response_started, cycle.response_complete) == (True, True, False)
+class Connection:
+    """A client's connection to `app` in uvicorn, without sockets."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.state = ServerState()
+        self.state.default_headers = [(b"date", b"now")]
+        config = Config(app, ws="none", log_config=None)
+        self.protocol = http_protocol(lambda: 30.0, lambda *_: None)(config, self.state, {})
+        self.transport = MemoryTransport()
+        self.protocol.connection_made(self.transport)
+
+    @property
+    def cycle(self) -> RequestResponseCycle:
+        return self.protocol.cycle
+
+    async def finish(self) -> None:
+        async with asyncio.timeout(10):
+            while tasks := list(self.state.tasks):  # a pipelined request starts a task of its own
+                await asyncio.wait(tasks)
+
+    def outcome(self) -> dict[str, Any]:
+        """The bytes sent, and every plain value of the cycle's state."""
+        cycle = {name: value for name, value in vars(self.cycle).items() if isinstance(value, int | None)}
+        return {
+            **cycle,
+            "message_event": self.cycle.message_event.is_set(),
+            "written": self.transport.written,
+            "closed": self.transport.closed,
+            "total_requests": self.state.total_requests,
+        }
 
 
-def test_the_last_answer_on_a_connection() -> None:
-    cycle = Cycle(keep_alive=False)
-    DirectWriter(cycle).whole([], b"")
-    assert b"connection: close\r\n" in cycle.written[0]
-    assert cycle.closed == [True]
+def writer(scope: Scope) -> DirectWriter:
+    direct = direct_writer_for(scope)
+    assert direct is not None
+    return direct
 
 
-def test_nobody_is_there() -> None:
-    cycle = Cycle(disconnected=True)
-    wire = DirectWriter(cycle)
-    wire.start([])
-    wire.chunk(b"x")
-    wire.whole([], b"x")
-    assert (cycle.written, cycle.over) == ([], [])
+def body(data: bytes, more: bool) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-def test_a_line_break_in_a_header_is_refused() -> None:
-    cycle = Cycle()
-    with pytest.raises(ValueError, match="line break"):
-        DirectWriter(cycle).whole([(b"x-a", b"1\r\nx-evil: 2")], b"")
-    assert (cycle.written, cycle.response_started) == ([], False)
+async def whole_by_send(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [*HEADERS, (b"content-length", b"11")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send(body(b'{"text":""}', more=False))
 
 
-def test_under_another_server_there_is_none() -> None:
+async def whole_directly(scope: Scope, receive: Receive, send: Send) -> None:
+    writer(scope).whole(HEADERS, b'{"text":""}')
+
+
+async def stream_by_send(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+    for data in (b"data: 1\n\n", b"data: %s\n\n" % (b"x" * 5000), b"data: 3\n\n"):
+        await send(body(data, more=True))
+    await send(body(b"data: [DONE]\n\n", more=False))
+
+
+async def stream_directly(scope: Scope, receive: Receive, send: Send) -> None:
+    direct = writer(scope)
+    direct.start(HEADERS)
+    direct.chunk(b"data: 1\n\n")
+    direct.chunk(b"data: %s\n\n" % (b"x" * 5000))
+    direct.chunk(b"data: 3\n\n")
+    await send(body(b"data: [DONE]\n\n", more=False))
+
+
+async def stream_by_both(scope: Scope, receive: Receive, send: Send) -> None:
+    direct = writer(scope)
+    direct.start(HEADERS)
+    direct.chunk(b"data: 1\n\n")
+    await send(body(b"data: %s\n\n" % (b"x" * 5000), more=True))
+    direct.chunk(b"data: 3\n\n")
+    await send(body(b"data: [DONE]\n\n", more=False))
+
+
+REQUESTS = {
+    "keep-alive": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
+    "close": b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}",
+    "HTTP/1.0": b"POST / HTTP/1.0\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
+    "expects 100": b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n",
+    "pipelined": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}" * 3,
+}
+APPS = {
+    "whole": (whole_by_send, whole_directly),
+    "stream": (stream_by_send, stream_directly),
+    "stream, by both": (stream_by_send, stream_by_both),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS.keys())
+@pytest.mark.parametrize(("by_send", "directly"), APPS.values(), ids=APPS.keys())
+async def test_same_bytes_and_state_as_send(request_: bytes, by_send: ASGIApp, directly: ASGIApp) -> None:
+    outcomes = []
+    for app in (by_send, directly):
+        connection = Connection(app)
+        connection.protocol.data_received(request_)
+        await connection.finish()
+        outcomes.append(connection.outcome())
+        connection.protocol.connection_lost(None)
+    expected, found = outcomes
+    assert found == expected
+    assert found["response_complete"]
+    assert found["total_requests"] == found["written"].count(b"HTTP/1.1 200 OK\r\n") == request_.count(b"POST")
+
+
+@pytest.mark.parametrize(("by_send", "directly"), APPS.values(), ids=APPS.keys())
+async def test_same_while_the_server_shuts_down(by_send: ASGIApp, directly: ASGIApp) -> None:
+    outcomes = []
+    for app in (by_send, directly):
+        connection = Connection(app)
+        connection.protocol.data_received(REQUESTS["keep-alive"])
+        connection.protocol.shutdown()
+        await connection.finish()
+        outcomes.append(connection.outcome())
+        connection.protocol.connection_lost(None)
+    expected, found = outcomes
+    assert found == expected
+    assert b"connection: close\r\n" in found["written"]
+    assert found["closed"]
+
+
+@pytest.mark.parametrize(("by_send", "directly"), APPS.values(), ids=APPS.keys())
+async def test_same_after_the_client_disconnected(by_send: ASGIApp, directly: ASGIApp) -> None:
+    outcomes = []
+    for app in (by_send, directly):
+        connection = Connection(app)
+        connection.protocol.data_received(REQUESTS["keep-alive"])
+        connection.protocol.connection_lost(None)
+        await connection.finish()
+        outcomes.append(connection.outcome())
+    expected, found = outcomes
+    assert found == expected
+    assert found["written"] == b""
+
+
+async def test_paused_is_when_send_would_wait() -> None:
+    seen: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        direct = writer(scope)
+        seen.append(direct.paused)
+        connection.protocol.pause_writing()
+        seen.append(direct.paused)
+        connection.protocol.resume_writing()
+        seen.append(direct.paused)
+        direct.whole(HEADERS, b"{}")
+
+    connection = Connection(app)
+    connection.protocol.data_received(REQUESTS["keep-alive"])
+    await connection.finish()
+    assert seen == [False, True, False]
+    connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("header", [(b"x-a", b"1\r\nx-evil: 2"), (b"x-a\n", b"1")])
+async def test_line_break_in_a_header_is_refused(header: tuple[bytes, bytes]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with pytest.raises(ValueError, match="line break"):
+            writer(scope).whole([header], b"")
+        with pytest.raises(ValueError, match="line break"):
+            writer(scope).start([header])
+        assert connection.transport.written == b""
+        assert not connection.cycle.response_started
+        await whole_by_send(scope, receive, send)
+
+    connection = Connection(app)
+    connection.protocol.data_received(REQUESTS["keep-alive"])
+    await connection.finish()
+    assert connection.transport.written.startswith(b"HTTP/1.1 200 OK\r\n")
+    connection.protocol.connection_lost(None)
+
+
+def test_other_servers_offer_no_direct_writer() -> None:
     assert direct_writer_for({"type": "http"}) is None
     assert direct_writer_for({"type": "http", "extensions": {"http.response.trailers": {}}}) is None
-    cycle = Cycle()
-    assert direct_writer_for({"type": "http", "extensions": {EXTENSION: weakref.ref(cycle)}}) is not None

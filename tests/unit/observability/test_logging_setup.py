@@ -1,0 +1,192 @@
+"""How log lines are formatted and written."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from xgen_proxy.observability import logging_setup
+from xgen_proxy.observability.logging_setup import BatchingHandler, JsonFormatter, PlainFormatter, log_event
+
+
+def formatted(formatter: logging.Formatter, *, fields: dict[str, Any] | None = None, error: bool = False) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    logger = logging.Logger("some.name")
+    logger.addHandler(handler)
+    try:
+        if error:
+            raise ZeroDivisionError("why")
+        logger.warning("message %s", "é\n", extra={"fields": fields} if fields else {})
+    except ZeroDivisionError:
+        logger.exception("failed")
+    return stream.getvalue()
+
+
+def test_json_line() -> None:
+    text = formatted(JsonFormatter(), fields={"a": 1, "b": None, "c": "x\ny"})
+    assert text.count("\n") == 1
+    line = json.loads(text)
+    time = line.pop("time")
+    assert line == {
+        "level": "warning",
+        "logger": "some.name",
+        "message": "message é\n",
+        "a": 1,
+        "b": None,
+        "c": "x\ny",
+    }
+    assert time[-1] == "Z"
+    assert abs(datetime.fromisoformat(time).timestamp() - datetime.now().timestamp()) < 60
+
+
+def test_json_line_with_a_traceback() -> None:
+    text = formatted(JsonFormatter(), error=True)
+    assert text.count("\n") == 1
+    exception = json.loads(text)["exception"]
+    assert exception.endswith("\nZeroDivisionError")
+    assert "in formatted\n" in exception
+
+
+def test_json_line_with_any_object() -> None:
+    assert "Event object" in json.loads(formatted(JsonFormatter(), fields={"a": asyncio.Event()}))["a"]
+
+
+def test_plain_line() -> None:
+    text = formatted(PlainFormatter(), fields={"a": 1, "b": [{"d": "y"}], "c": "x"})
+    assert text[2] == text[5] == ":"
+    assert text[8:] == ' message é\n a=1 b=[{"d":"y"}] c=x\n'
+    assert formatted(PlainFormatter(), error=True).endswith("\nZeroDivisionError\n")
+
+
+class Writes(io.StringIO):
+    """Records the text of each write()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.each.append(text)
+        return len(text)
+
+
+async def test_lines_of_one_turn_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    handler = BatchingHandler()
+    for number in range(3):
+        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    assert writes.each == []
+    await asyncio.sleep(0)
+    assert writes.each == ["line 0\nline 1\nline 2\n"]
+
+
+class Records(logging.Handler):
+    """Keeps the records that it handles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
+    """What the request logger hands to an ordinary handler."""
+    handler = Records()
+    monkeypatch.setattr(logging_setup, "json_handler", None)
+    level = logging_setup.log.level
+    logging_setup.log.setLevel(logging.INFO)
+    logging_setup.log.addHandler(handler)
+    yield handler.records
+    logging_setup.log.removeHandler(handler)
+    logging_setup.log.setLevel(level)
+
+
+def test_event_for_other_handlers_is_an_ordinary_record(records: list[logging.LogRecord]) -> None:
+    fields = {"a": 1}
+    log_event(logging.WARNING, "attempt failed", fields)
+    logging_setup.log.warning("attempt failed", extra={"fields": fields})
+    fast, ordinary = (json.loads(JsonFormatter().format(record)) for record in records)
+    assert ordinary.pop("time") >= fast.pop("time")
+    assert fast == ordinary
+    fast_plain, plain = (PlainFormatter().format(record) for record in records)
+    assert fast_plain[8:] == plain[8:] == " attempt failed a=1"
+
+
+async def test_event_goes_straight_to_the_json_handler(
+    monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
+) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    log_event(logging.INFO, "request", {"a": 1})
+    monkeypatch.setattr(logging_setup, "json_handler", BatchingHandler())
+    log_event(logging.INFO, "request", {"a": 1})
+    await asyncio.sleep(0)
+    [straight], [record] = [json.loads(text) for text in writes.each], records
+    around = json.loads(JsonFormatter().format(record))
+    assert straight.pop("time") >= around.pop("time")
+    assert straight == around
+
+
+async def test_disabled_event_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    monkeypatch.setattr(logging_setup, "json_handler", BatchingHandler())
+    monkeypatch.setattr(logging_setup.log, "isEnabledFor", lambda level: False)
+    log_event(logging.INFO, "request", {"a": 2})
+    await asyncio.sleep(0)
+    assert writes.each == []
+
+
+async def test_another_thread_writes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread that exports traces does."""
+    writes = Writes()
+    monkeypatch.setattr("sys.stderr", writes)
+    handler = BatchingHandler()
+    handler.handle(logging.makeLogRecord({"msg": "from the loop"}))
+    thread = threading.Thread(target=handler.handle, args=[logging.makeLogRecord({"msg": "from a thread"})])
+    thread.start()
+    thread.join()
+    assert writes.each == ["from a thread\n"]
+    await asyncio.sleep(0)
+    assert writes.each == ["from a thread\n", "from the loop\n"]
+
+
+@pytest.fixture
+def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing"):
+        monkeypatch.setattr(logging, name, getattr(logging, name))
+    monkeypatch.setattr(logging_setup, "json_handler", None)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("logging_restored")
+@pytest.mark.parametrize(("log_format", "json_lines"), [("json", True), ("plain", False), ("auto", True)])
+def test_set_up_logging(monkeypatch: pytest.MonkeyPatch, log_format: str, json_lines: bool) -> None:
+    writes = Writes()  # not a terminal, so that auto means JSON
+    monkeypatch.setattr("sys.stderr", writes)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    logging_setup.set_up_logging(log_format)
+    [handler] = root.handlers
+    assert (logging_setup.json_handler is handler) is json_lines
+    logging.getLogger("xgen_proxy.test").info("hello")
+    [text] = writes.each
+    assert ("hello" in text, text.startswith("{")) == (True, json_lines)
