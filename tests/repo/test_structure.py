@@ -32,7 +32,7 @@ LEVELS = [
     {"dialects"},
     {"request", "downstream"},
     {"upstream", "sse"},
-    {"errors"},
+    {"errors", "garbage_collection"},
     {"__init__"},  # the version
 ]
 LEVEL = {name: -number for number, names in enumerate(LEVELS) for name in names}
