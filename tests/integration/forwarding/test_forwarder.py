@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -107,7 +108,7 @@ def test_a_whole_answer_fails_over(proxy: RunningProxy, gpu: FakeUpstream, scrip
     assert answer.headers["x-backend"] == "llama_cpp"
 
 
-def test_a_slow_first_byte_fails_over(start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_slow_first_byte_fails_over(start: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     async def silent(talk: Talk) -> None:
         await talk.start_stream()
         await talk.until_client_leaves()
@@ -139,7 +140,7 @@ def test_everything_busy_is_503_with_retry_after(proxy: RunningProxy, gpu: FakeU
     assert "retry-after" in answer.headers
 
 
-def test_time_ran_out_is_504(start, gpu: FakeUpstream) -> None:
+def test_time_ran_out_is_504(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     async def silent(talk: Talk) -> None:
         await talk.until_client_leaves()
 
@@ -216,7 +217,7 @@ def test_a_client_that_leaves_cancels_upstream(proxy: RunningProxy, gpu: FakeUps
         wait_until(lambda: not any(replica.in_flight for replica in proxy.gateway.fleet.replicas), seconds=1)
 
 
-def test_one_at_a_time_where_there_is_one_slot(start, gpu: FakeUpstream) -> None:
+def test_one_at_a_time_where_there_is_one_slot(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     inside = []
     peak = []
 
@@ -238,7 +239,7 @@ def test_one_at_a_time_where_there_is_one_slot(start, gpu: FakeUpstream) -> None
     assert max(peak) <= 1
 
 
-def test_a_full_queue_is_429(start, gpu: FakeUpstream) -> None:
+def test_a_full_queue_is_429(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     async def endless(talk: Talk) -> None:
         await talk.until_client_leaves()
 

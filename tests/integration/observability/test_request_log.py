@@ -60,7 +60,7 @@ class Watch:
         self.proxy = proxy
         self.before = page(proxy)
 
-    def changes(self) -> dict[str, dict[str, str] | float]:
+    def changes(self) -> dict[str, dict[str, str]]:
         now = page(self.proxy)
         grown = {key: value - self.before.get(key, 0) for key, value in now.items() if value != self.before.get(key, 0)}
         self.before = now
