@@ -22,7 +22,7 @@ CUTS = [1, 5, LENGTH - 2]
 CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
 TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
 REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
-COMMENT = "\n: "  # an SSE comment names the backend that resumed
+COMMENT = "\n: resumed on "  # the SSE comment of a resumed stream
 ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
 
 
@@ -101,9 +101,9 @@ def all_up(proxy: Proxy) -> bool:
     return all(replica["up"] for backend in backends for replica in backend["replicas"])
 
 
-def settings(name: str, url: str, server: Server, path: str, template: Path) -> dict[str, Any]:
+def settings(name: str, url: str, server: Server, device_class: str, template: Path) -> dict[str, Any]:
     dialect = "vllm" if server.name == "vLLM" else server.name
-    values = {"urls": url, "dialect": dialect, "path": path, "context": "2048"}
+    values = {"urls": url, "dialect": dialect, "device_class": device_class, "context": "2048"}
     if dialect == "llama-cpp-python":
         values["chat_template"] = str(template)
     return {f"XGEN_BACKENDS__{name.upper()}__{key.upper()}": value for key, value in values.items()}

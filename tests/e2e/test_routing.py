@@ -89,7 +89,7 @@ def test_requests_survive_a_kill_of_vllm_and_return_to_it(fleet: ProxiedBackend,
             assert answer.headers["X-Backend"] == "llama_cpp"
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]", "the CPU did not resume the stream"
-        assert any(line.startswith(": llama_cpp@") for line in rest)
+        assert any(line.startswith(": resumed on llama_cpp@") for line in rest)
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
         for content, fields in (("Hi", {"urgency": "high"}), (LONG, {}), ("Hi", {"backend": "vllm"})):
