@@ -220,7 +220,7 @@ def report(streams: list[Stream], killed: float, metrics: str) -> str:
         ("live when the engine was killed", str(len(stalls))),
         ("complete", str(sum(not stream.wrong for stream in streams))),
         ("continued, as the proxy says in them", str(sum(stream.continued for stream in streams))),
-        ("tokens told before the kill, median", f"{statistics.median(told_before(streams, killed)):.0f}"),
+        ("tokens received before the kill, median", f"{statistics.median(tokens_before(streams, killed)):.0f}"),
         ("stall, p50", f"{statistics.median(stalls):.2f} s" if stalls else "-"),
         ("stall, longest", f"{max(stalls):.2f} s" if stalls else "-"),
         ("the last one over, after the kill", f"{max(ends):.2f} s" if ends else "-"),
@@ -231,7 +231,7 @@ def report(streams: list[Stream], killed: float, metrics: str) -> str:
     return "\n".join(lines)
 
 
-def told_before(streams: list[Stream], killed: float) -> list[int]:
+def tokens_before(streams: list[Stream], killed: float) -> list[int]:
     """Reads of each stream before the kill, about one token each."""
     return [sum(moment <= killed for moment in stream.arrivals) for stream in streams]
 

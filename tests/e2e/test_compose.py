@@ -316,13 +316,13 @@ def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
 def test_the_log_shows_the_clients_address(stack: Stack, client: openai.OpenAI) -> None:
     client.completions.create(model=MODEL, prompt="Hi", max_tokens=1, extra_headers={"X-Request-Id": "who-asks"})
     outer = stack.access_log()["who-asks"]["client"]
-    told = [
+    lines = [
         json.loads(line)
         for proxy in stack.containers("proxy")
         for line in compose_stack.log(proxy)
         if "who-asks" in line
     ]
-    assert [each["client"] for each in told] == [outer]
+    assert [each["client"] for each in lines] == [outer]
 
 
 def test_a_settings_file_is_reloaded_without_restart(stack: Stack, client: openai.OpenAI) -> None:
@@ -348,8 +348,8 @@ def logged(stack: Stack, text: str, times: int = 1) -> bool:
 
 def test_the_image_can_export_traces(stack: Stack) -> None:
     proxy = stack.containers("proxy")[0]
-    told = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
-    assert "http://collector:4318" in told
+    output = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
+    assert "http://collector:4318" in output
 
 
 def test_plain_http_redirects_to_tls(stack: Stack) -> None:
@@ -470,9 +470,9 @@ def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI)
 
 def found_after(proxy: str, address: str, container: str) -> float:
     """Seconds from the start of a backend's container until this proxy lists it."""
-    told = compose_stack.log(proxy)
-    found = [line for line in told if f"llama_cpp@{address}:8000 is listed" in line]
-    assert found, "\n".join(told[-30:])
+    lines = compose_stack.log(proxy)
+    found = [line for line in lines if f"llama_cpp@{address}:8000 is listed" in line]
+    assert found, "\n".join(lines[-30:])
     [*_, line] = found
     return (moment(json.loads(line)["time"]) - moment(inspect(container)["State"]["StartedAt"])).total_seconds()
 

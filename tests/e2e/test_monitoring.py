@@ -167,7 +167,7 @@ class Load:
                 assert [each.result().status_code for each in crowd] == [429, 429, 429]
                 self.drain("hello", **ON_CPU)
                 lucky = pool.submit(partial(self.ask, "hello", **ON_CPU))
-                wait_until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
+                wait_until(lambda: self.metric("xgen_queue_requests"), 10, "a request to wait")
             assert lucky.result().status_code == 200
 
     def all_up(self) -> bool:
@@ -181,12 +181,12 @@ class Load:
         assert self.proxy.process
         self.config.write_text("nonsense = 1\n")
         refused = 'xgen_config_reloads_total{result="refused"}'
-        before = self.told(refused)
+        before = self.metric(refused)
         self.proxy.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self.told(refused) > before, 10, "the settings to be refused")
+        wait_until(lambda: self.metric(refused) > before, 10, "the settings to be refused")
         self.config.write_text(good_settings)
 
-    def told(self, series: str) -> float:
+    def metric(self, series: str) -> float:
         """A metric as the proxy reports it."""
         page = self.client.get(f"{self.proxy.url}/metrics", timeout=10).text
         found = re.search(rf"^{re.escape(series)} (\S+)", page, re.MULTILINE)

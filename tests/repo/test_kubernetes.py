@@ -189,11 +189,11 @@ def test_no_service_has_the_name_of_a_group() -> None:
 
 def test_a_group_has_the_machines_and_gpus_in_vllms_flags() -> None:
     [group] = kinds("multi-node", "LeaderWorkerSet")
-    told = {key: value for each in kinds("multi-node", "ConfigMap") for key, value in each["data"].items()}
-    assert group["spec"]["leaderWorkerTemplate"]["size"] == int(told["VLLM_PIPELINE_PARALLEL_SIZE"])
+    flags = {key: value for each in kinds("multi-node", "ConfigMap") for key, value in each["data"].items()}
+    assert group["spec"]["leaderWorkerTemplate"]["size"] == int(flags["VLLM_PIPELINE_PARALLEL_SIZE"])
     leader, worker = (template["spec"]["containers"][0] for template in group_templates(group["spec"]))
     for machine in (leader, worker):
-        assert machine["resources"]["limits"]["nvidia.com/gpu"] == int(told["VLLM_TENSOR_PARALLEL_SIZE"])
+        assert machine["resources"]["limits"]["nvidia.com/gpu"] == int(flags["VLLM_TENSOR_PARALLEL_SIZE"])
     assert set(leader["args"]) - set(worker["args"]) == {"--port=8000", "--shutdown-timeout=60"}
     assert set(worker["args"]) - set(leader["args"]) == {"--headless"}
 

@@ -41,8 +41,8 @@ panels = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title
 
 def test_the_page_lists_every_alert() -> None:
     section = PAGE.read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
-    told = re.findall(r"^### (\w+)\n\n\*(critical|warning)\.\*", section, re.MULTILINE)
-    assert sorted(told) == sorted((alert["alert"], alert["labels"]["severity"]) for alert in ALERTS)
+    listed = re.findall(r"^### (\w+)\n\n\*(critical|warning)\.\*", section, re.MULTILINE)
+    assert sorted(listed) == sorted((alert["alert"], alert["labels"]["severity"]) for alert in ALERTS)
 
 
 @alerts
@@ -133,9 +133,9 @@ def expressions() -> list[str]:
 
 def test_every_queried_metric_exists() -> None:
     rows = documents.table_rows(ROOT / "docs" / "metrics.md", "metric")
-    told = {metric for row in rows for metric in documents.ticked(row[0])}
+    documented = {metric for row in rows for metric in documents.ticked(row[0])}
     asked = {found for expr in expressions() for found in re.findall(r"(?<![\w:])xgen_\w+", expr)}
-    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked} <= told
+    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked} <= documented
 
 
 def test_every_recorded_series_exists_and_is_used() -> None:

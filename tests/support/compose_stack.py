@@ -115,8 +115,8 @@ class Stack:
 
     def replicas(self, proxy: str) -> dict[str, str]:
         """The state of each replica as this proxy reports it."""
-        told = docker("exec", proxy, "xgen-proxy", "status")
-        return {line.split()[0]: line.split()[2] for line in told.splitlines()[1:] if "@" in line}
+        output = docker("exec", proxy, "xgen-proxy", "status")
+        return {line.split()[0]: line.split()[2] for line in output.splitlines()[1:] if "@" in line}
 
     def access_log(self) -> dict[str, dict[str, Any]]:
         """nginx's log lines by request id."""
@@ -136,8 +136,8 @@ class Stack:
 
     @staticmethod
     def _words_of(container: str) -> str:
-        told = inspect(container)
-        return "\n".join([f"{told['Name']} {told['State']['Status']}", *log(container)[-12:]])
+        output = inspect(container)
+        return "\n".join([f"{output['Name']} {output['State']['Status']}", *log(container)[-12:]])
 
 
 def log(container: str) -> list[str]:
@@ -148,8 +148,8 @@ def log(container: str) -> list[str]:
 
 
 def inspect(container: str) -> dict[str, Any]:
-    [told] = json.loads(docker("inspect", container))
-    return dict(told)
+    [output] = json.loads(docker("inspect", container))
+    return dict(output)
 
 
 def variables() -> dict[str, str]:

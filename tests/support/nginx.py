@@ -54,11 +54,11 @@ def runner() -> str:
         why = f"docker: {getattr(error, 'stderr', None) or error}"
     binary = shutil.which("nginx")
     if binary:
-        told = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
-        version = tuple(int(part) for part in re.findall(r"nginx/([\d.]+)", told)[0].split("."))
+        output = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
+        version = tuple(int(part) for part in re.findall(r"nginx/([\d.]+)", output)[0].split("."))
         if version > NEWEST_WITHOUT_RESOLVE:
             return binary
-        why += f"; {told.strip()} is too old"
+        why += f"; {output.strip()} is too old"
     raise UnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
 
 
