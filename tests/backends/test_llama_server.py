@@ -28,7 +28,7 @@ def test_a_binary_on_the_path_gets_the_same_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["-m", "/nowhere/model.gguf"], "llama_server: "),
         ([], "the following arguments are required: -m/--model"),
@@ -36,12 +36,12 @@ def test_a_binary_on_the_path_gets_the_same_flags(tmp_path: Path) -> None:
     ],
     ids=["no such model", "no model", "no such flag"],
 )
-def test_errors_are_reported(without_binary: dict[str, str], flags: list[str], told: str) -> None:
+def test_errors_are_reported(without_binary: dict[str, str], flags: list[str], message: str) -> None:
     done = subprocess.run(
         [*LAUNCHER, "--port", "0", *flags], env=without_binary, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode in (1, 2)
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

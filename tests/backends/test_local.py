@@ -227,9 +227,9 @@ def test_a_failed_load_shows_the_servers_last_lines(start: Start, engine: str, t
     assert LOAD_ERRORS[engine] in run.said()
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
+@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
 def test_a_wrong_model_file_is_reported_before_anything_starts(
-    start: Start, tmp_path: Path, content: bytes | None, told: str
+    start: Start, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "model.gguf"
     if content is not None:
@@ -237,7 +237,7 @@ def test_a_wrong_model_file_is_reported_before_anything_starts(
     began = time.monotonic()
     run = start(model=str(file))
     assert run.ended() == 1
-    assert told in run.said()
+    assert message in run.said()
     assert "Traceback" not in run.said()
     assert not (run.folder / "proxy.log").exists()
     assert time.monotonic() - began < START_S

@@ -168,16 +168,16 @@ def test_a_taken_port_is_reported_with_its_process() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        told = port_taken("127.0.0.1", taken.getsockname()[1])
-    assert told is not None
-    assert f"by process {os.getpid()} (" in told
+        message = port_taken("127.0.0.1", taken.getsockname()[1])
+    assert message is not None
+    assert f"by process {os.getpid()} (" in message
     assert port_taken("127.0.0.1", free_port()) is None
 
 
 def test_a_foreign_address_is_reported() -> None:
-    told = port_taken("192.0.2.1", 8080)  # https://www.rfc-editor.org/rfc/rfc5737
-    assert told is not None
-    assert "192.0.2.1:8080" in told
+    message = port_taken("192.0.2.1", 8080)  # https://www.rfc-editor.org/rfc/rfc5737
+    assert message is not None
+    assert "192.0.2.1:8080" in message
 
 
 def test_cores_follow_the_affinity() -> None:
