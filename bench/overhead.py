@@ -38,7 +38,7 @@ examples:
   with more cores: subject, upstream and load apart
     python -m bench.overhead --subject-cores 2 --upstream-cores 4 --load-cores 6,8
   before and after a change, in one run:
-    python -m bench.overhead --baseline ../before --only 'xgen-proxy ../before' xgen-proxy
+    python -m bench.overhead --baseline ../before --only 'baseline before' xgen-proxy
   only xgen-proxy and the lower bound, quickly:
     python -m bench.overhead --repeats 1 --seconds 3 --only 'nginx proxy_pass' xgen-proxy
 """
@@ -224,7 +224,10 @@ def subjects(options: argparse.Namespace, upstream: int, folder: Path) -> list[S
     uvicorn = ["env", f"UPSTREAM={target}", python, "-m", "uvicorn", *flags]
     found.append(Subject("Starlette + httpx", lambda port: [*uvicorn, str(port), "bench.httpx_relay:app"]))
     found.append(Subject("the relay alone", lambda port: [*uvicorn, str(port), "bench.bare_relay:app"]))
-    found += [Subject(f"xgen-proxy {checkout}", partial(baseline, checkout, target)) for checkout in options.baseline]
+    found += [
+        Subject(f"baseline {checkout.resolve().name}", partial(baseline, checkout, target))
+        for checkout in options.baseline
+    ]
     ours = [python, "-m", "xgen_proxy.cli", "serve", "--vllm", target, "--port"]
     found.append(Subject("xgen-proxy", lambda port: [*ours, str(port)]))
     return found
