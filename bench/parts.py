@@ -26,7 +26,7 @@ from starlette.types import Message
 from xgen_proxy import sse
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.downstream.direct_writer import DirectWriter
 from xgen_proxy.downstream.disconnect import cancel_on_disconnect
 from xgen_proxy.downstream.request_body import read_json

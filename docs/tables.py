@@ -21,14 +21,15 @@ PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 sys.path.insert(0, str(DOCS.parent))
 
 from xgen_proxy.config.loading import env_name  # noqa: E402
-from xgen_proxy.config.settings import BackendSettings, Limits, Routing, Settings  # noqa: E402
-from xgen_proxy.dialects.dialect import DIALECTS  # noqa: E402
-from xgen_proxy.dialects.request_rules import RULES  # noqa: E402
+from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
+from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
+from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
 from xgen_proxy.fleet.backend import Fleet  # noqa: E402
 from xgen_proxy.observability.fleet_metrics import FleetMetrics  # noqa: E402
 from xgen_proxy.observability.metrics import Metrics  # noqa: E402
 from xgen_proxy.request.features import NEEDS  # noqa: E402
+from xgen_proxy.request.limits import Limits  # noqa: E402
 from xgen_proxy.request.presets import BY_TASK, PRESETS  # noqa: E402
 
 Row = tuple[str, ...]
@@ -76,9 +77,12 @@ def metrics() -> Iterator[Row]:
 
 def rules() -> Iterator[Row]:
     yield "what", "engines", "done", "otherwise"
-    for rule in RULES:
-        engines = "all" if len(rule.dialects) == len(DIALECTS) else ", ".join(rule.dialects)
-        yield rule.name, engines, rule.action, rule.hazard
+    engines: dict[Rule, list[str]] = {}
+    for dialect in DIALECTS.values():
+        for rule in dialect.rules:
+            engines.setdefault(rule, []).append(dialect.name)
+    for rule, names in engines.items():
+        yield rule.name, "all" if len(names) == len(DIALECTS) else ", ".join(names), rule.action, rule.hazard
 
 
 def abilities() -> Iterator[Row]:
@@ -90,9 +94,9 @@ def abilities() -> Iterator[Row]:
 def dialects() -> Iterator[Row]:
     yield "", *DIALECTS
     for title, attribute in {
-        "slots where nobody says": "slots",
+        "slots by default": "slots",
         "sent beyond its slots": "overcommit",
-        "looked at by GET": "health_path",
+        "health check: GET": "health_path",
         "asked when it comes up": "info_paths",
     }.items():
         yield title, *(shown(getattr(dialect, attribute)) for dialect in DIALECTS.values())

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
+
+import orjson
 
 from xgen_proxy.errors import UpstreamProtocolError
 
@@ -98,3 +101,25 @@ def events(block: bytes) -> Iterator[bytes]:
 def comment(text: str) -> bytes:
     """A comment, for people who read the raw stream; clients ignore it."""
     return b": " + text.encode("ascii", "replace").replace(b"\n", b" ") + b"\n\n"
+
+
+def encode(data: Any) -> bytes:
+    """An event with `data` as JSON."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def parse_chunks(block: bytes) -> Iterator[dict[str, Any]]:
+    """The chunks in these events. Raises UpstreamProtocolError.
+
+    Skips `[DONE]`, and the null with which llama-server begins a stream for several prompts.
+    """
+    for data in payloads(block):
+        if data in (b"[DONE]", b"null"):
+            continue
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise UpstreamProtocolError(f"an event that is not JSON: {error}") from None
+        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+            raise UpstreamProtocolError("an event without choices")
+        yield chunk

@@ -9,8 +9,7 @@ import pytest
 
 from tests.e2e.through import Through, text_of, user
 from tests.support.real_servers import CONTEXT, Server
-from xgen_proxy.dialects.request_rewrites import asks_for_stream
-from xgen_proxy.dialects.stream_editors import chunks as chunks_of
+from xgen_proxy import sse
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 16}
 
@@ -138,9 +137,9 @@ def own_answer(through: Through, endpoint: Any, body: dict[str, Any]) -> Any:
     answer = own.json()
     place = answer["choices"][0] if endpoint == "completions" else answer["choices"][0]["message"]
     name = "text" if endpoint == "completions" else "content"
-    streams = asks_for_stream(through.dialect, through.request(endpoint, body)) and "stop" not in body
+    streams = through.dialect.asks_for_stream(through.request(endpoint, body)) and "stop" not in body
     if streams and not (place[name] or "").isascii():
-        streamed = text_of(list(chunks_of(through.own(endpoint, **body, stream=True).content)))
+        streamed = text_of(list(sse.parse_chunks(through.own(endpoint, **body, stream=True).content)))
         rest = iter(place[name])
         assert all(character in rest for character in streamed), "it loses characters, and changes nothing else"
         place[name] = streamed

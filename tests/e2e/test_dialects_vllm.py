@@ -9,10 +9,9 @@ import httpx
 import pytest
 
 from tests.e2e.through import JSON, Through, text_of, user
+from tests.support.chunks import VLLM
 from tests.support.real_servers import CONTEXT, MODEL, Server
-from xgen_proxy.dialects.dialect import VLLM
 from xgen_proxy.dialects.error_mapping import read_error
-from xgen_proxy.dialects.request_rules import prepare
 from xgen_proxy.errors import BadRequestError, RequestRejectedError, UpstreamError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 8}
@@ -26,7 +25,7 @@ def through(vllm_server: Server) -> Through:
 
 def test_a_request_passes_as_it_came(vllm_server: Server) -> None:
     request = Through("vllm", vllm_server.url, alias=MODEL).request("chat", {"messages": FRANCE, "n": 2})
-    assert prepare(VLLM, request) is request.raw
+    assert VLLM.prepare(request) is request.raw
 
 
 @pytest.mark.parametrize(

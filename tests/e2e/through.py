@@ -11,15 +11,12 @@ import orjson
 
 from tests.support.real_servers import MODEL
 from xgen_proxy import sse
-from xgen_proxy.config.settings import Limits
-from xgen_proxy.dialects.dialect import DIALECTS, BackendRequest, Json
-from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_error
-from xgen_proxy.dialects.request_rewrites import asks_for_stream
-from xgen_proxy.dialects.request_rules import prepare
-from xgen_proxy.dialects.stream_collector import StreamCollector
-from xgen_proxy.dialects.stream_editors import chunks, editor_for
-from xgen_proxy.dialects.whole_response import as_events, repair_whole
-from xgen_proxy.request.features import Endpoint, read_features
+from xgen_proxy.dialects.backend_request import BackendRequest
+from xgen_proxy.dialects.error_mapping import read_error, stream_error
+from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.dialects.whole_response import as_events
+from xgen_proxy.request.features import Endpoint, Json, parse_features
+from xgen_proxy.request.limits import Limits
 
 T = TypeVar("T")
 PATHS: dict[Endpoint, str] = {
@@ -51,19 +48,19 @@ class Through:
         """The server's own answer to the same, whole unless `stream` is among it."""
         request = self.request(endpoint, body)
         kept = {name: body[name] for name in ("stop", "stream") if name in body}
-        sent = {**orjson.loads(prepare(self.dialect, request)), "stream": False, **kept}
+        sent = {**orjson.loads(self.dialect.prepare(request)), "stream": False, **kept}
         sent.pop("stream_options", None)
         return httpx.post(self.url + request.path, json=sent, timeout=120)
 
     def request(self, endpoint: Endpoint, body: Json) -> BackendRequest:
         body = {"model": self.alias, **body}
-        features = read_features(body, {}, endpoint, Limits())
+        features = parse_features(body, {}, endpoint, Limits())
         return BackendRequest(features, body, orjson.dumps(body), self.alias, MODEL, self.context)
 
     async def _ask(self, request: BackendRequest) -> Any:
-        if not asks_for_stream(self.dialect, request):
-            return orjson.loads(repair_whole(self.dialect, request, await self._whole(request)))
-        aggregate = StreamCollector(self.dialect, request)
+        if not self.dialect.asks_for_stream(request):
+            return orjson.loads(self.dialect.repair_whole(request, await self._whole(request)))
+        aggregate = self.dialect.stream_collector(request)
         async for block in self._blocks(request):
             aggregate.feed(block)
             if aggregate.done:
@@ -72,28 +69,28 @@ class Through:
         return aggregate.result()
 
     async def _stream(self, request: BackendRequest) -> list[Json]:
-        if not asks_for_stream(self.dialect, request):
-            data = repair_whole(self.dialect, request, await self._whole(request))
-            return list(chunks(as_events(request, data)))
-        editor = editor_for(self.dialect, request)
+        if not self.dialect.asks_for_stream(request):
+            data = self.dialect.repair_whole(request, await self._whole(request))
+            return list(sse.parse_chunks(as_events(request, data)))
+        editor = self.dialect.stream_editor(request)
         out = b""
         async for block in self._blocks(request):
             out += editor.edit(block) if editor else block
             if editor and editor.done:
                 break
         out += await editor.finish(self.post) if editor else b""
-        return list(chunks(out))
+        return list(sse.parse_chunks(out))
 
     async def _whole(self, request: BackendRequest) -> bytes:
         async with httpx.AsyncClient(timeout=120) as client:
-            answer = await client.post(self.url + request.path, content=prepare(self.dialect, request), headers=JSON)
+            answer = await client.post(self.url + request.path, content=self.dialect.prepare(request), headers=JSON)
         if answer.status_code != 200:
             raise read_error(answer.status_code, answer.content)
         return answer.content
 
     async def _blocks(self, request: BackendRequest) -> AsyncIterator[bytes]:
         """Whole events up to `[DONE]`. Raises what an error of any shape means."""
-        content = prepare(self.dialect, request)
+        content = self.dialect.prepare(request)
         came = False
         async with (
             httpx.AsyncClient(timeout=120) as client,
@@ -113,7 +110,7 @@ class Through:
                     if done:
                         return
         if not came:
-            raise await explain_empty(self.dialect, request, self.post)
+            raise await self.dialect.explain_empty_stream(request, self.post)
 
     async def post(self, path: str, body: Json) -> tuple[int, Any]:
         async with httpx.AsyncClient(timeout=120) as client:

@@ -154,3 +154,15 @@ def test_role_only(delta: bytes, found: bool) -> None:
 def test_abort() -> None:
     assert sse.is_abort(b'{"finish_reason":"abort"}')
     assert not sse.is_abort(b'{"text":"\\"finish_reason\\":\\"abort\\""}')
+
+
+@pytest.mark.parametrize("block", [b"data: {\n\n", b"data: 5\n\n", b'data: {"a": 1}\n\n'])
+def test_malformed_chunks_raise(block: bytes) -> None:
+    with pytest.raises(UpstreamProtocolError):
+        list(sse.parse_chunks(block))
+
+
+def test_parse_chunks_reads_what_encode_writes() -> None:
+    chunks = [{"choices": [], "a": "x\ny"}, {"choices": [1]}]
+    block = b": comment\n\ndata: null\n\n" + b"".join(map(sse.encode, chunks)) + sse.DONE
+    assert list(sse.parse_chunks(block)) == chunks

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
@@ -32,12 +32,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from xgen_proxy.dialects.chat_template import load_template
+from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
+from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.request.limits import Limits
 
 DEFAULT_CONFIG = Path("xgen-proxy.toml")
 DEFAULT_SECRETS = Path("/run/secrets")  # where Docker Compose mounts them
 
-DialectName = Literal["vllm", "llama-cpp-python", "llama-server", "openai"]
 DeviceClass = Literal["gpu", "cpu"]
 
 
@@ -78,6 +79,16 @@ def _is_a_name(url: str) -> bool:
     return ":" not in urlsplit(url).netloc
 
 
+DIALECT_NAMES = ", ".join(f"`{name}`" for name in DIALECTS)
+
+
+def check_dialect(name: str) -> str:
+    if name not in DIALECTS:
+        raise ValueError(f"there is no such dialect; choose one of {', '.join(DIALECTS)}")
+    return name
+
+
+DialectName = Annotated[str, AfterValidator(check_dialect)]
 Urls = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
 
 
@@ -89,7 +100,7 @@ class BackendSettings(BaseModel, extra="forbid"):
         description="http://HOST:PORT of each replica, comma-separated. dns://HOST:PORT stands for one replica at each"
         " address of the name, srv://NAME for one at each SRV record; both are looked up every 2 s.",
     )
-    dialect: DialectName = Field(description="What the servers speak.")
+    dialect: DialectName = Field(description=f"What the servers speak. One of {DIALECT_NAMES}.")
     device_class: DeviceClass = Field(description="gpu is preferred for long requests; cpu is the fallback.")
     models: dict[str, str] = Field(
         default_factory=dict,
@@ -146,15 +157,16 @@ class BackendSettings(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _embeddings_that_work(self) -> BackendSettings:
-        if self.embeddings and self.dialect == "llama-cpp-python":
-            raise ValueError("llama-cpp-python gives a vector for each token; use llama-server for embeddings")
+        if self.embeddings and (reason := DIALECTS[self.dialect].why_no_embeddings):
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _device_class_follows_dialect(cls, values: Any) -> Any:
         if isinstance(values, dict) and "device_class" not in values:
-            values = {**values, "device_class": "gpu" if values.get("dialect") in ("vllm", "openai") else "cpu"}
+            dialect = DIALECTS.get(str(values.get("dialect")))
+            values = {**values, "device_class": dialect.device_class if dialect else "cpu"}
         return values
 
 
@@ -171,19 +183,6 @@ class Routing(BaseModel, extra="forbid"):
         True, description="Resume a broken stream on another replica. A client opts out with `X-Continuation: none`."
     )
     max_attempts: int = Field(4, ge=1, description="Maximum number of candidates in a plan, and so of attempts.")
-
-
-class Limits(BaseModel, extra="forbid"):
-    """What a client may send. Over it: 400, 408 or 413. The reasons are hostile requests that were tried."""
-
-    body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
-    body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
-    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
-    json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
-    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
-    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
-    queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
-    queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
 
 
 class Settings(BaseSettings):

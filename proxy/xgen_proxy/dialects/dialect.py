@@ -1,170 +1,115 @@
-"""What vLLM, llama-server and llama-cpp-python each are, and where their peculiarities are dealt with.
+"""Dialect: everything that distinguishes one engine from another.
 
-    bodies.py    RULES: the one table of what is renamed, filled in, dropped or refused in a request
-    verdicts.py  error bodies and error events → OpenAI's shape, or "try another backend"
-    editors.py   what is repaired in a stream on its way through
-    aggregate.py a stream put together to the whole answer
-
-`docs/dialects.md` tells the same for people; a test holds the two together.
+The base class is any OpenAI-compatible server. Each engine overrides what it does differently in a module of its own;
+`docs/dialects.md` tells users the same, and a test compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from xgen_proxy.request.features import NEEDS, Features
+import orjson
 
-Json = dict[str, Any]
-Name = Literal["vllm", "llama-server", "llama-cpp-python", "openai"]
-
-# (path, body) → (status, JSON answer) of the same replica, while its slot is ours. Raises UpstreamError.
-Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
-
-
-@dataclass(slots=True)
-class BackendRequest:
-    """`body`: the client's JSON without our hints and with presets filled in. `raw`: the client's own bytes where they
-    still say the same as `body`, else None. `alias`: the public model name the answer must carry. `served`: the name
-    the chosen backend knows the model by. `context`: its context length in tokens, where that is known."""
-
-    features: Features
-    body: Json
-    raw: bytes | None
-    alias: str
-    served: str
-    context: int | None = None
-
-    @property
-    def choices(self) -> int:
-        """How many finish_reasons the answer has."""
-        return self.prompts * (self.body.get("n") or 1)
-
-    @property
-    def prompts(self) -> int:
-        prompt = self.body.get("prompt")
-        return len(prompt) if "prompt_list" in self.features.needs and isinstance(prompt, list) else 1
-
-    @property
-    def path(self) -> str:
-        return {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}[
-            self.features.endpoint
-        ]
+from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
+from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
+from xgen_proxy.dialects.request_rules import Rule
+from xgen_proxy.dialects.stream_collector import StreamCollector
+from xgen_proxy.dialects.stream_editors import ModelName, StreamEditor, rename_model
+from xgen_proxy.errors import ProxyError, UpstreamError, UpstreamProtocolError
+from xgen_proxy.request.features import NEEDS, Features, Json
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """What one replica says of itself. None: it does not say. `can` replaces the dialect's."""
-
-    models: tuple[str, ...]
-    context: int | None = None
-    slots: int | None = None
-    capabilities: frozenset[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Dialect:
-    """`can`: what it can do unless settings or the replica say otherwise. `slots`: requests a replica runs at once,
-    where nobody says. `margin`: how many more it may be sent, so that a free slot never waits for the network.
-    `streams_only`: it cancels only streams, so that whole answers are streamed from it and put together here.
-    `look_path`: takes no lock and waits for no slot; any answer below 500 is a sign of life. `probe_paths`: asked once
-    when a replica comes up."""
+    """The attributes are facts about the engine; the methods are what it takes to talk to it."""
 
-    name: Name
-    capabilities: frozenset[str]
-    slots: int
-    overcommit: int
-    streams_only: bool
-    reuse_after_stream: bool
-    health_path: str
-    has_metrics: bool
-    info_paths: tuple[str, ...]
-    continues_chat: bool = False  # takes the beginning of the assistant's message as such
-    continues_text: bool = False
-    uses_canary: bool = False  # asked for a token when in doubt; not where tokens may cost money
-    hides_hangs: bool = False  # a process of its own answers looks for the engine
-    tokenize: bool = False  # counts tokens for us where it sends no usage
-    request_id: bool = True  # False: answers 400 to an X-Request-Id that is not a UUID
+    name: ClassVar[str]
+    device_class: ClassVar[str] = "gpu"  # where it usually runs
+    capabilities: ClassVar[frozenset[str]] = NEEDS  # unless the settings or the replica say otherwise
+    why_no_embeddings: ClassVar[str] = ""  # if not empty, embeddings cannot be turned on for it
+    slots: ClassVar[int] = 64  # requests that a replica runs at once, unless something says otherwise
+    overcommit: ClassVar[int] = 0  # requests sent beyond the slots, so that a free slot never waits for the network
+    health_path: ClassVar[str] = "/v1/models"  # takes no lock and waits for no slot; below 500 is alive
+    has_metrics: ClassVar[bool] = False  # `health_path` is a page of Prometheus metrics
+    info_paths: ClassVar[tuple[str, ...]] = ("/v1/models",)  # asked once when a replica comes up
+    uses_canary: ClassVar[bool] = False  # asked for one token when in doubt; not where tokens may cost money
+    hides_hangs: ClassVar[bool] = False  # a process of its own answers health checks for the engine
+    sends_request_id: ClassVar[bool] = True
+    reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    # what a replica reports
 
     def parse_info(self, answers: Mapping[str, Any]) -> ReplicaInfo:
-        """Raises KeyError or TypeError for an answer that is none."""
+        """`answers` by path, None where there was none. Raises KeyError or TypeError if one is malformed."""
         cards = answers["/v1/models"]["data"]
-        probe = ReplicaInfo(tuple(str(card["id"]) for card in cards), context=_context(cards))
-        props = answers.get("/props")
-        return _with_props(probe, props, self.capabilities) if isinstance(props, dict) else probe
+        return ReplicaInfo(tuple(str(card["id"]) for card in cards), context=self.context_length(cards))
 
+    def context_length(self, cards: list[Json]) -> int | None:
+        """In tokens, from the cards of /v1/models: `max_model_len` in vLLM's, `meta.n_ctx` in llama-server's."""
+        lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
+        return min((int(length) for length in lengths if length), default=None)
 
-def _context(cards: list[Json]) -> int | None:
-    """vLLM calls it max_model_len; llama-server meta.n_ctx, per slot."""
-    lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
-    return min((int(length) for length in lengths if length), default=None)
+    # the request
 
+    def prepare(self, request: BackendRequest) -> bytes:
+        """The request body for this engine. Raises BadRequestError, whose message says what to change."""
+        body = self.prepared(request)
+        if body is request.body and request.raw is not None:
+            return request.raw
+        return orjson.dumps(body)
 
-def _with_props(probe: ReplicaInfo, props: Json, capabilities: frozenset[str]) -> ReplicaInfo:
-    tools = bool((props.get("chat_template_caps") or {}).get("supports_tools"))
-    images = bool((props.get("modalities") or {}).get("vision"))
-    capabilities = capabilities | ({"tools", "forced_tool"} if tools else set()) | ({"images"} if images else set())
-    return ReplicaInfo(probe.models, probe.context, props.get("total_slots"), capabilities)
+    def prepared(self, request: BackendRequest) -> Json:
+        body = request.body
+        for rule in self.rules:
+            body = rule.apply(body, request)
+        return body
 
+    def asks_for_stream(self, request: BackendRequest) -> bool:
+        """Whether the engine is asked for a stream, whatever the client wants."""
+        return request.features.stream
 
-VLLM = Dialect(
-    name="vllm",
-    capabilities=NEEDS - {"grammar", "embeddings"},
-    slots=256,  # vLLM's own default of --max-num-seqs
-    overcommit=16,
-    streams_only=False,
-    reuse_after_stream=True,
-    health_path="/metrics",
-    has_metrics=True,
-    info_paths=("/v1/models",),
-    continues_chat=True,
-    continues_text=True,
-    uses_canary=True,
-    hides_hangs=True,
-)
+    # the response
 
-LLAMA_SERVER = Dialect(
-    name="llama-server",
-    capabilities=NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"},
-    slots=4,
-    overcommit=0,  # it queues without bound
-    streams_only=True,
-    reuse_after_stream=False,  # it closes the connection after a stream although it advertises keep-alive
-    health_path="/metrics",
-    has_metrics=True,
-    info_paths=("/v1/models", "/props"),
-    continues_chat=True,
-    continues_text=True,
-    uses_canary=True,
-)
+    def stream_editor(self, request: BackendRequest) -> StreamEditor | None:
+        """Repairs the stream on its way to the client. None if it can pass as it is."""
+        return ModelName(request) if request.alias != request.served else None
 
-LLAMA_CPP_PYTHON = Dialect(
-    name="llama-cpp-python",
-    capabilities=frozenset({"forced_tool", "logprobs", "json_object", "json_schema", "echo"}),
-    slots=1,
-    overcommit=0,  # one global lock
-    streams_only=True,
-    reuse_after_stream=True,
-    health_path="/health",  # 404, without the lock; it has no health route, and /openapi.json has 40 KB
-    has_metrics=False,
-    info_paths=("/v1/models",),
-    continues_text=True,
-    uses_canary=True,
-    tokenize=True,
-    request_id=False,
-)
+    def stream_collector(self, request: BackendRequest) -> StreamCollector:
+        """Collects a stream into the whole response that the engine itself would have given."""
+        return StreamCollector(request)
 
-OPENAI = Dialect(
-    name="openai",
-    capabilities=NEEDS,
-    slots=64,
-    overcommit=0,
-    streams_only=False,
-    reuse_after_stream=True,
-    health_path="/v1/models",
-    has_metrics=False,
-    info_paths=("/v1/models",),
-)
+    def repair_whole(self, request: BackendRequest, data: bytes) -> bytes:
+        """Repairs a whole response. Raises RequestRejectedError if it is not what was asked for, and
+        UpstreamProtocolError if it is malformed."""
+        return rename_model(request, data)
 
-DIALECTS: dict[str, Dialect] = {each.name: each for each in (VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI)}
+    async def explain_empty_stream(self, request: BackendRequest, post: Post) -> ProxyError | UpstreamError:
+        """The meaning of a stream without a single event."""
+        return UpstreamProtocolError("the stream was empty")
+
+    # resuming a stream that broke elsewhere
+
+    def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
+        """Whether the engine can continue a text that it is given. `template`: the model's, if it is configured."""
+        return False
+
+    def resume_chat(self, request: BackendRequest, prefix: str, template: ChatTemplate | None) -> BackendRequest:
+        """The request that continues the assistant's message after `prefix`, which is not empty.
+
+        Raises UpstreamProtocolError if the template fails.
+        """
+        message = {"role": "assistant", "content": prefix}
+        flags = {"continue_final_message": True, "add_generation_prompt": False}
+        return replace(request, body={**request.body, "messages": [*request.body["messages"], message], **flags})
+
+    async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
+        """Number of tokens in `text`, as the replica counts them. None if it cannot. Raises UpstreamError."""
+        return None
+
+    async def tokenize(self, question: Json, post: Post) -> int | None:
+        """The same from /tokenize, a route of vLLM and llama-server, whose fields differ."""
+        status, answer = await post("/tokenize", question)
+        tokens = answer.get("tokens") if status == 200 and isinstance(answer, dict) else None
+        return len(tokens) if isinstance(tokens, list) else None

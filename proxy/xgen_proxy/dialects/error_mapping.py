@@ -1,6 +1,6 @@
-"""What a backend's error means: the client's mistake, in OpenAI's shape, or a failure that another backend may mend.
+"""Maps a backend's error to ours: the request is wrong, or this attempt failed and another backend may succeed.
 
-No server file paths and no echo of the prompt come through.
+Messages lose the server's file paths and echoes of the prompt.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any
 import orjson
 
 from xgen_proxy import sse
-from xgen_proxy.dialects.dialect import BackendRequest, Dialect, Post
-from xgen_proxy.dialects.request_rules import prepared
 from xgen_proxy.errors import (
     ProxyError,
     RequestRejectedError,
@@ -21,27 +19,25 @@ from xgen_proxy.errors import (
     UpstreamProtocolError,
 )
 
-Verdict = ProxyError | UpstreamError
-
 TOO_LONG = re.compile(
     r"maximum context length|exceeds? (?:the )?(?:available )?context|longer than the maximum model length"
 )
 PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
-# pydantic's errors, printed, with all that was sent: of the first, where and what
+# pydantic's errors as text, with everything that was sent; this finds where and what of the first
 INVALID = re.compile(r"""'loc': ([(\[].*?[)\]]|'.*?'), 'msg': (".*?"|'.*?'),?""")
-# llama.cpp's servers answer 500 to some of the client's mistakes
+# llama.cpp's servers answer 500 to some requests that are wrong
 CLIENTS_500 = re.compile(
     r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
     r"|type must be|Unknown reasoning format"
 )
 MAX_MESSAGE = 600
-PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is no field of a request
+PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def read_error(status: int, body: bytes) -> Verdict:
-    """The verdict on an answer that is not 200."""
+def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
+    """The error for a response whose status is not 200."""
     message, code, param = _fields(body)
     if status in (429, 503):
         return UpstreamOverloadedError(f"says {status}", message)
@@ -54,8 +50,8 @@ def read_error(status: int, body: bytes) -> Verdict:
     return _refused(status, message, code, param)
 
 
-def stream_error(event: bytes) -> Verdict:
-    """The verdict on an error event."""
+def stream_error(event: bytes) -> ProxyError | UpstreamError:
+    """The error for an error event in a stream."""
     data = next(sse.payloads(event), b"") or event.partition(b":")[2].strip()
     message, code, param = _fields(data)
     status = code if isinstance(code, int) else 500
@@ -64,16 +60,6 @@ def stream_error(event: bytes) -> Verdict:
     if status >= 500 and not CLIENTS_500.search(message):
         return UpstreamProtocolError("says in the stream that it failed", message)
     return _refused(status, message, None, param)
-
-
-async def explain_empty(dialect: Dialect, request: BackendRequest, post: Post) -> Verdict:
-    """The verdict on a stream without a single event: llama-cpp-python's way to say that the prompt is too long. Asked
-    for a whole answer it says so in words."""
-    if dialect.name == "llama-cpp-python":
-        status, answer = await post(request.path, {**prepared(dialect, request), "stream": False, "max_tokens": 1})
-        if status != 200:
-            return read_error(status, orjson.dumps(answer))
-    return UpstreamProtocolError("the stream was empty")
 
 
 def _refused(status: int, message: str, code: Any, param: str | None) -> RequestRejectedError:
@@ -90,7 +76,7 @@ def _refused(status: int, message: str, code: Any, param: str | None) -> Request
 
 
 def _fields(body: bytes) -> tuple[str, Any, str | None]:
-    """(message, code, param) of any shape that was seen: {error: {…}}, {error: "…"}, {detail: …}, plain text."""
+    """(message, code, param) from any shape that engines use: {error: {…}}, {error: "…"}, {detail: …}, plain text."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,72 +1,72 @@
-"""A stream put together to the whole answer that the backend itself would have given."""
+"""Collects a stream into the whole response that the backend itself would have given."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from xgen_proxy.dialects.dialect import BackendRequest, Dialect, Json, Post
-from xgen_proxy.dialects.llama_cpp_python.stop_strings import StopStringCutter, stop_strings
-from xgen_proxy.dialects.llama_cpp_python.token_usage import TokenCounter
-from xgen_proxy.dialects.stream_editors import chunks, joined_usage, legacy_logprobs
+from xgen_proxy import sse
+from xgen_proxy.dialects.backend_request import BackendRequest, Post
+from xgen_proxy.dialects.stream_editors import joined_usage, legacy_logprobs
 from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.request.features import Json
 
-COPIED = ("id", "created", "system_fingerprint", "timings")  # of the first chunk that has them
+COPIED = ("id", "created", "system_fingerprint", "timings")  # from the first chunk that has them
 
 
 class StreamCollector:
-    """Fed whole SSE events; result() gives the answer once every choice has its finish_reason."""
+    """`feed()` it complete SSE events; `result()` gives the response once every choice has its finish reason.
 
-    def __init__(self, dialect: Dialect, request: BackendRequest) -> None:
+    `done`: all that the client asked for has arrived, so the rest of the stream is to be cancelled.
+    """
+
+    def __init__(self, request: BackendRequest) -> None:
         self.request = request
         self.chat = request.features.endpoint == "chat"
         self.head: Json = {}
         self.choices: dict[int, Choice] = {}
         self.usages: list[Json] = []
         self.usage: Json | None = None
-        self.tally = TokenCounter(request) if dialect.tokenize else None
-        self.stops = StopStringCutter(stop_strings(request.body) if dialect.tokenize else ())
 
     @property
     def done(self) -> bool:
-        """Has a stop string come, so that the rest of the stream is to be cancelled?"""
-        return self.stops.done
+        return False
 
     def feed(self, block: bytes) -> None:
-        for chunk in chunks(block):
+        """Raises UpstreamProtocolError."""
+        for chunk in sse.parse_chunks(block):
             for name in COPIED:
                 if chunk.get(name) is not None:
                     self.head.setdefault(name, chunk[name])
             if chunk.get("usage"):
                 self.usages.append(chunk["usage"])
-            if self.tally is not None and not self.done:
-                self.tally.add(chunk)
-            for cut in self.stops.cut(chunk):
-                for choice in cut["choices"]:
+            for wanted in self.wanted(chunk):
+                for choice in wanted["choices"]:
                     self.choices.setdefault(choice["index"], Choice()).add(choice)
 
-    async def finish(self, post: Post) -> None:
-        """Asks for what the stream did not have. Raises UpstreamError."""
-        self._check()
-        if self.tally is not None:
-            self.usage = await self.tally.usage(post)
-        elif self.usages:
-            self.usage = joined_usage(self.usages, self.request.body.get("n") or 1)
+    def wanted(self, chunk: Json) -> Iterable[Json]:
+        """What the client is to receive of this chunk, as chunks."""
+        return (chunk,)
 
-    def _check(self) -> None:
+    async def finish(self, post: Post) -> None:
+        """Call it at the end of the stream. Raises UpstreamError if a choice has not finished."""
         finished = [choice.finish for choice in self.choices.values()]
         if len(finished) < self.request.choices or not all(finished) or "abort" in finished:
             raise UpstreamProtocolError("the stream ended without a finish_reason")
+        self.usage = await self.final_usage(post)
+
+    async def final_usage(self, post: Post) -> Json | None:
+        return joined_usage(self.usages, self.request.body.get("n") or 1) if self.usages else None
 
     def result(self) -> Json:
-        order = sorted(self.choices)
+        choices = sorted(self.choices.items())
         return {
             **self.head,
             "object": "chat.completion" if self.chat else "text_completion",
             "model": self.request.alias,
-            "choices": [self.choices[index].as_chat(index) if self.chat else self.choices[index].as_text(index)
-                        for index in order],
+            "choices": [choice.as_chat(index) if self.chat else choice.as_text(index) for index, choice in choices],
             **({} if self.usage is None else {"usage": self.usage}),
-        }  # fmt: skip
+        }
 
 
 class Choice:
@@ -74,13 +74,13 @@ class Choice:
         self.texts: dict[str, list[str]] = {}  # content, reasoning_content, refusal, text
         self.calls: dict[int, Json] = {}
         self.function_call: Json | None = None
-        self.tells_logprobs = False  # llama-server leaves the field out unless asked, llama-cpp-python has null
+        self.has_logprobs = False  # llama-server omits the field unless asked, llama-cpp-python sends null
         self.logprobs: Json | None = None
         self.finish: str | None = None
 
     def add(self, choice: Json) -> None:
         self.finish = choice.get("finish_reason") or self.finish
-        self.tells_logprobs = self.tells_logprobs or "logprobs" in choice
+        self.has_logprobs = self.has_logprobs or "logprobs" in choice
         self._add_logprobs(choice.get("logprobs"))
         delta = choice.get("delta") if "delta" in choice else {"text": choice.get("text")}
         for name, value in (delta or {}).items():
@@ -98,7 +98,7 @@ class Choice:
         call["function"] = _join_call(call["function"], piece.get("function") or {})
 
     def _add_logprobs(self, logprobs: Json | None) -> None:
-        """Lists are joined; all there is beside them is null."""
+        """Joins the lists; the other members are null."""
         if not logprobs:
             return
         if self.logprobs is None:
@@ -121,19 +121,19 @@ class Choice:
             message["tool_calls"] = [self.calls[number] for number in sorted(self.calls)]
         if self.function_call:
             message["function_call"] = self.function_call
-        return {"index": index, "message": message, **self._told_logprobs(), "finish_reason": self.finish}
+        return {"index": index, "message": message, **self._logprobs_field(), "finish_reason": self.finish}
 
     def as_text(self, index: int) -> Json:
-        return {"text": self._text("text"), "index": index, **self._told_logprobs(), "finish_reason": self.finish}
+        return {"text": self._text("text"), "index": index, **self._logprobs_field(), "finish_reason": self.finish}
 
-    def _told_logprobs(self) -> Json:
-        if not self.tells_logprobs:
+    def _logprobs_field(self) -> Json:
+        if not self.has_logprobs:
             return {}
         return {"logprobs": legacy_logprobs(self.logprobs, 0) if "text" in self.texts else self.logprobs}
 
 
 def _join_call(call: dict[str, Any], piece: dict[str, Any]) -> dict[str, Any]:
-    """The name comes once, or in every piece; the arguments come in pieces."""
+    """The name comes once or in every piece, the arguments in pieces."""
     return {
         "name": call.get("name") or piece.get("name"),
         "arguments": (call.get("arguments") or "") + (piece.get("arguments") or ""),

@@ -11,12 +11,15 @@ from urllib.parse import urlsplit
 import orjson
 
 from xgen_proxy.config.settings import BackendSettings, Settings
-from xgen_proxy.dialects.chat_template import load_template
-from xgen_proxy.dialects.dialect import DIALECTS, Dialect, Json, ReplicaInfo
+from xgen_proxy.dialects.backend_request import ReplicaInfo
+from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
+from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.hash_ring import HashRing
 from xgen_proxy.fleet.load import Load, LoadParts, load_of
+from xgen_proxy.request.features import Json
 from xgen_proxy.upstream import Pool
 
 State = Literal["starting", "up", "suspect", "down", "draining"]

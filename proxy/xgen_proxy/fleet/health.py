@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica

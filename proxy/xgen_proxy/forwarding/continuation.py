@@ -1,12 +1,10 @@
 """Continues the text of a broken stream from its next character. No I/O of its own.
 
     events sent so far ──▶ SentPrefix: text, id, created, finish        may it be resumed?  why_not_resumable()
-    SentPrefix + dialect ──▶ another request, whose prompt ends with that text        request_for()
+    SentPrefix + dialect ──▶ another request, whose prompt ends with that text        resumed_request()
     its events ──▶ events of the stream that broke        ResumedStream
 
-vLLM and llama-server take the text as the beginning of the assistant's message (`continue_final_message`), completions
-as the end of the prompt. llama-cpp-python would begin a new message, so it gets the rendered chat template on
-/v1/completions. https://huggingface.co/docs/transformers/chat_templating#continuefinalmessage
+How an engine continues a chat is its dialect's business: `Dialect.resume_chat`.
 """
 
 from __future__ import annotations
@@ -14,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from xgen_proxy.dialects.chat_template import ChatTemplate
-from xgen_proxy.dialects.dialect import BackendRequest, Dialect, Json, Post
-from xgen_proxy.dialects.llama_cpp_python.token_usage import count_tokens
-from xgen_proxy.dialects.request_rewrites import LEGACY_COMPLETION_TOKENS, plain_messages
-from xgen_proxy.dialects.stream_editors import Editor, chunks, event
+from xgen_proxy import sse
+from xgen_proxy.dialects.backend_request import BackendRequest, Post
+from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
+from xgen_proxy.dialects.request_rewrites import LEGACY_COMPLETION_TOKENS
+from xgen_proxy.dialects.stream_editors import StreamEditor
 from xgen_proxy.errors import UpstreamProtocolError
-from xgen_proxy.request.features import Features
+from xgen_proxy.request.features import Features, Json
 
 # All other needs of a request constrain later tokens by earlier ones, so that plain text could not be resumed rightly.
 RESUMABLE_NEEDS = frozenset({"images"})
 PREFILLED = ("continue_final_message", "add_generation_prompt")
-CHAT_ONLY = ("messages", "max_completion_tokens", "chat_template_kwargs")
 HEAD = ("id", "object", "created", "model", "system_fingerprint")
 BLANK = " \t"
 
@@ -65,19 +63,13 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
     return None
 
 
-def can_continue(dialect: Dialect, features: Features, template: ChatTemplate | None) -> bool:
-    if dialect.continues_chat or (dialect.name == "llama-cpp-python" and template is not None):
-        return True
-    return features.endpoint == "completions" and dialect.continues_text
-
-
 def parse_sent_prefix(data: bytes) -> SentPrefix:
     """Raises UpstreamProtocolError if anything but plain text was sent."""
     head: Json = {}
     texts: list[str] = []
     finish = None
     usage = False
-    for chunk in chunks(data):
+    for chunk in sse.parse_chunks(data):
         head = head or {name: chunk[name] for name in HEAD if name in chunk}
         usage = usage or bool(chunk.get("usage"))
         for choice in chunk["choices"]:
@@ -99,23 +91,15 @@ def _text(choice: Json) -> str:
     return text
 
 
-async def tokens_of(dialect: Dialect, request: BackendRequest, prefix: SentPrefix, post: Post) -> int:
+async def tokens_sent(dialect: Dialect, request: BackendRequest, prefix: SentPrefix, post: Post) -> int:
     """Number of tokens sent so far, as the resuming replica counts them, or one for each chunk if it cannot count.
 
     Raises UpstreamError.
     """
     if not prefix.partial:
         return 0
-    if dialect.name == "llama-cpp-python":
-        return await count_tokens(prefix.partial, post) - await count_tokens("", post)
-    if dialect.name == "vllm":
-        ask = {"model": request.served, "prompt": prefix.partial, "add_special_tokens": False}
-    else:
-        ask = {"content": prefix.partial, "add_special": False}
-    status, answer = await post("/tokenize", ask)
-    if status != 200 or not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
-        return prefix.pieces
-    return len(answer["tokens"])
+    counted = await dialect.count_tokens(request, prefix.partial, post)
+    return prefix.pieces if counted is None else counted
 
 
 def tokens_left(features: Features, spent: int) -> int | None:
@@ -126,7 +110,7 @@ def tokens_left(features: Features, spent: int) -> int | None:
     return None if limit is None else limit - spent
 
 
-def request_for(
+def resumed_request(
     dialect: Dialect, request: BackendRequest, prefix: SentPrefix, left: int | None, template: ChatTemplate | None
 ) -> BackendRequest:
     """The request that continues the sent prefix with at most `left` tokens.
@@ -134,37 +118,20 @@ def request_for(
     If `left` is 0 and only the usage is still to be sent, one token is generated and dropped.
     Raises UpstreamProtocolError if the chat template fails.
     """
-    body = dict(request.body)
-    features = request.features
+    body, features = dict(request.body), request.features
     if left is not None:
-        left = max(left, 1)
-        body["max_tokens"] = left
+        body["max_tokens"] = max(left, 1)
         body.pop("max_completion_tokens", None)
+        features = replace(features, max_tokens=body["max_tokens"])
     if body.get("min_tokens"):
         body["min_tokens"] = max(0, body["min_tokens"] - prefix.pieces)
     if features.endpoint == "completions":
         prompt = body["prompt"]
         body["prompt"] = (prompt[0] if isinstance(prompt, list) else prompt) + prefix.partial
-    elif not prefix.partial:
-        pass
-    elif dialect.continues_chat:
-        body["messages"] = [*body["messages"], {"role": "assistant", "content": prefix.partial}]
-        body |= {"continue_final_message": True, "add_generation_prompt": False}
-    else:
-        body = _as_completion(body, request, prefix, template)
-        features = replace(features, endpoint="completions", max_tokens=body["max_tokens"])
-    return replace(request, features=replace(features, max_tokens=left or features.max_tokens), body=body, raw=None)
-
-
-def _as_completion(body: Json, request: BackendRequest, prefix: SentPrefix, template: ChatTemplate | None) -> Json:
-    if template is None:
-        raise UpstreamProtocolError("no chat_template is set, which llama-cpp-python needs to resume a chat")
-    kept = {name: value for name, value in body.items() if name not in CHAT_ONLY}
-    prompt = template.render(plain_messages(body, request)["messages"]) + prefix.partial
-    return {**kept, "prompt": prompt, "max_tokens": body.get("max_tokens") or request.context or MUCH}
-
-
-MUCH = 2**20  # llama-cpp-python stops at the end of the context by itself
+    request = replace(request, features=features, body=body, raw=None)
+    if features.endpoint == "completions" or not prefix.partial:
+        return request
+    return dialect.resume_chat(request, prefix.partial, template)
 
 
 class ResumedStream:
@@ -181,10 +148,10 @@ class ResumedStream:
         self._blank = prefix.blank
         self._spent = spent
         self._usage_only = usage_only
-        self._inner: Editor | None = None
+        self._inner: StreamEditor | None = None
         self._usage: Json | None = None
 
-    def after(self, inner: Editor | None) -> ResumedStream:
+    def after(self, inner: StreamEditor | None) -> ResumedStream:
         """`inner` repairs the backend's own events first."""
         self._inner = inner
         return self
@@ -196,7 +163,7 @@ class ResumedStream:
     def edit(self, block: bytes) -> bytes:
         """Raises UpstreamProtocolError."""
         block = self._inner.edit(block) if self._inner else block
-        return b"".join(part for chunk in chunks(block) for part in self._parts(chunk))
+        return b"".join(part for chunk in sse.parse_chunks(block) for part in self._parts(chunk))
 
     def _parts(self, chunk: Json) -> Iterator[bytes]:
         self._usage = chunk.get("usage") or self._usage
@@ -217,18 +184,18 @@ class ResumedStream:
     def event(self, text: str, finish: str | None) -> bytes:
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
         choice |= {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
-        return event({**self._head, "choices": [choice]})
+        return sse.encode({**self._head, "choices": [choice]})
 
     async def finish(self, post: Post) -> bytes:
         """The usage of the whole answer: the resuming backend counted the sent prefix as part of its prompt."""
-        for chunk in chunks(await self._inner.finish(post) if self._inner else b""):
+        for chunk in sse.parse_chunks(await self._inner.finish(post) if self._inner else b""):
             self._usage = chunk.get("usage") or self._usage
         if self._usage is None or not self._include_usage:
             return b""
         prompt = self._usage["prompt_tokens"] - self._spent
         completion = self._spent + (0 if self._usage_only else self._usage["completion_tokens"])
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        return event({**self._head, "choices": [], "usage": usage})
+        return sse.encode({**self._head, "choices": [], "usage": usage})
 
 
 def is_complete(prefix: SentPrefix, features: Features) -> bool:

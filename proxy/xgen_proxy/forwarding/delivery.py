@@ -11,10 +11,9 @@ from __future__ import annotations
 import orjson
 
 from xgen_proxy import sse
-from xgen_proxy.dialects.dialect import BackendRequest
-from xgen_proxy.dialects.stream_collector import StreamCollector
-from xgen_proxy.dialects.stream_editors import Editor, editor_for
-from xgen_proxy.dialects.whole_response import as_events, repair_whole
+from xgen_proxy.dialects.backend_request import BackendRequest
+from xgen_proxy.dialects.stream_editors import StreamEditor
+from xgen_proxy.dialects.whole_response import as_events
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import (
     BadRequestError,
@@ -66,7 +65,7 @@ class Delivery:
         with self.progress.waiting:
             await exchange.open()
             data = await exchange.whole()
-        self.progress.tail = data = repair_whole(exchange.dialect, exchange.request, data)
+        self.progress.tail = data = exchange.dialect.repair_whole(exchange.request, data)
         headers = self.progress.response_headers()
         if not exchange.request.features.stream:
             await self.writer.whole(headers, data)
@@ -76,7 +75,7 @@ class Delivery:
         await self.writer.end(events)
 
     async def _collect(self, exchange: Exchange) -> None:
-        collector = StreamCollector(exchange.dialect, exchange.request)
+        collector = exchange.dialect.stream_collector(exchange.request)
         with self.progress.waiting:
             await exchange.open()
             block, done = sse.split_done(await exchange.first_events())
@@ -107,13 +106,13 @@ class Delivery:
             self.replay = self.writer.sent_log = ReplayBuffer()
         await self.writer.start(self.progress.response_headers())
         try:
-            await self.relay(exchange, block, editor_for(exchange.dialect, exchange.request))
+            await self.relay(exchange, block, exchange.dialect.stream_editor(exchange.request))
         except UpstreamError as error:
             raise StreamInterruptedError(error) from None
         except ProxyError as error:  # the backend rejects the request only now
             await self.writer.end(error.event())
 
-    async def relay(self, exchange: Exchange, block: bytes, editor: Editor | None, finished: int = 0) -> None:
+    async def relay(self, exchange: Exchange, block: bytes, editor: StreamEditor | None, finished: int = 0) -> None:
         """Relays a stream from its first events to its end. Raises UpstreamError.
 
         `finished`: number of choices that had their finish_reason before.
@@ -151,7 +150,7 @@ class Delivery:
         self.progress.tail = last + tail
         await self.writer.end(tail + sse.DONE)
 
-    async def _send_before_error(self, block: bytes, editor: Editor | None) -> None:
+    async def _send_before_error(self, block: bytes, editor: StreamEditor | None) -> None:
         """Sends the events that come before the error or the abort."""
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):

@@ -12,12 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from xgen_proxy import sse
-from xgen_proxy.dialects.dialect import BackendRequest, Json
-from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_error
-from xgen_proxy.dialects.request_rewrites import asks_for_stream
-from xgen_proxy.dialects.request_rules import prepare
+from xgen_proxy.dialects.backend_request import BackendRequest
+from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.request.features import Json
 from xgen_proxy.upstream import Connection
 
 ERROR_BODY_LIMIT = 1024 * 1024  # bytes
@@ -49,9 +48,9 @@ class Exchange:
         self.replica = replica
         self.dialect = replica.backend.dialect
         self.request = request
-        self.streams = asks_for_stream(self.dialect, request)
+        self.streams = self.dialect.asks_for_stream(request)
         self.splitter = sse.EventSplitter()
-        self._payload = prepare(self.dialect, request)
+        self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
         self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.backend.settings.total_timeout_s
@@ -87,7 +86,7 @@ class Exchange:
 
     def _head(self) -> bytes:
         lines = self._trace
-        if self.dialect.request_id:
+        if self.dialect.sends_request_id:
             lines += b"x-request-id: " + self._request_id.encode() + b"\r\n"
         parts = self.request.path.encode(), self.replica.head, lines, len(self._payload)
         return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % parts
@@ -114,7 +113,7 @@ class Exchange:
         while True:
             data = await self.connection.read(self._time_left, self._timeout_s)
             if not data:
-                raise await explain_empty(self.dialect, self.request, self.post)
+                raise await self.dialect.explain_empty_stream(self.request, self.post)
             block = self.splitter.feed(data)
             if sse.is_error(block) or sse.is_abort(block):
                 raise self.error_in(block)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from xgen_proxy import sse
-from xgen_proxy.dialects.stream_editors import editor_for
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamError, UpstreamProtocolError
 from xgen_proxy.forwarding import continuation
@@ -76,8 +75,7 @@ class Resumption:
         return [
             target
             for target in self.router.targets(self.router.plan(longer))
-            if target.replica not in failed
-            and continuation.can_continue(target.backend.dialect, features, target.backend.template)
+            if target.replica not in failed and target.backend.dialect.can_resume(features, target.backend.template)
         ]
 
     async def _resume_on(self, target: Target, trace: bytes) -> None:
@@ -85,7 +83,7 @@ class Resumption:
         prefix, features = self._sent_prefix(), self.call.features
         dialect, template = target.backend.dialect, target.backend.template
         request = backend_request(self.call, target)
-        spent = await continuation.tokens_of(dialect, request, prefix, target.replica.post_json)
+        spent = await continuation.tokens_sent(dialect, request, prefix, target.replica.post_json)
         left = continuation.tokens_left(features, spent)
         exhausted = prefix.finish is not None or (left is not None and left <= 0)
         resumed = ResumedStream(prefix, spent, features, usage_only=exhausted)
@@ -94,13 +92,13 @@ class Resumption:
         if exhausted and not features.include_usage:
             await self.writer.end(sse.DONE)
             return
-        request = continuation.request_for(dialect, request, prefix, left, template)
+        request = continuation.resumed_request(dialect, request, prefix, left, template)
         with self.delivery.exchange_with(target, request, trace) as exchange:
             await exchange.open()
             block = await exchange.first_events()
             self.progress.resumed += 1
             await self.writer.comment(f"resumed on {target.replica.name}; {self.progress.reason}")
-            editor = resumed.after(editor_for(dialect, exchange.request))
+            editor = resumed.after(dialect.stream_editor(exchange.request))
             await self.delivery.relay(exchange, block, editor, finished=int(exhausted))
 
     def _error_event(self, error: UpstreamError, last: Exception) -> bytes:

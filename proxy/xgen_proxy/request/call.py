@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from xgen_proxy.config.settings import Limits
-from xgen_proxy.request.features import Endpoint, Features, read_features, strip_hints
-from xgen_proxy.request.presets import fill
+from xgen_proxy.request.features import Endpoint, Features, parse_features, strip_hints
+from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.presets import apply_preset
 
 
 class Origin(NamedTuple):
@@ -67,13 +67,13 @@ def parse_call(
     `continuation` is the setting; a client can only turn it off. `default_model` is asked if the client names none.
     Raises BadRequestError, and whatever `default_model` raises.
     """
-    features = read_features(body, origin.headers, endpoint, limits)
+    features = parse_features(body, origin.headers, endpoint, limits)
     model = features.model or default_model()
     if not features.model:
         features = replace(features, model=model)
     if not continuation:
         features = replace(features, continuation=False)
-    changed = fill(strip_hints(body), features)
+    changed = apply_preset(strip_hints(body), features)
     trace = trace_lines(origin.headers) if b"traceparent" in origin.headers else b""
     return Call(origin, features, changed, raw if changed is body else None, model, trace, time.perf_counter())
 

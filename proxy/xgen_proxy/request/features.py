@@ -1,7 +1,7 @@
-"""What routing needs to know of a request, read once from its JSON body, and what is wrong for every backend. Pure.
+"""Reads from a request body what routing needs to know, and refuses what is wrong for every backend.
 
-https://platform.openai.com/docs/api-reference/chat/create for the fields and their ranges. A null means "not set"
-everywhere, as it does for OpenAI.
+Fields and ranges: https://platform.openai.com/docs/api-reference/chat/create. As in OpenAI's API, null means "not set".
+Validation is by hand because it takes 19 µs, and every request pays for it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from xgen_proxy.config.settings import Limits
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.limits import check_size
+from xgen_proxy.request.limits import Limits, check_size
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]
@@ -20,14 +19,14 @@ Urgency = Literal["high", "normal", "low"]
 Need = Literal[
     "embeddings",  # the /v1/embeddings endpoint
     "images",  # any image, audio or file content part
-    "tools",  # tools that the model itself chooses from (tool_choice auto, required or absent)
+    "tools",  # the model chooses a tool (tool_choice auto, required or absent)
     "forced_tool",  # tool_choice names the function
     "n",  # several choices (n or best_of > 1)
     "logprobs",
     "json_object",
     "json_schema",
-    "grammar",  # llama.cpp's own fields, grammar and json_schema: others would leave the output unconstrained
-    "structured_outputs",  # vLLM's own field
+    "grammar",  # llama.cpp's fields grammar and json_schema; other engines would leave the output unconstrained
+    "structured_outputs",  # vLLM's field
     "prompt_list",  # several prompts in one /v1/completions
     "token_ids",  # a prompt as token ids
     "echo",
@@ -40,18 +39,21 @@ HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task
 HINT_HEADERS = frozenset(HINTS.values())
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 MAX_CHOICES = 128
-WORDS_SAMPLE = 100_000  # characters; thresholds are far below
-PREFIX_CHARACTERS = 512  # of a text, that tell one conversation from another
-INT32_MAX = 2**31 - 1  # llama.cpp reads a larger limit as a negative one, which is none
+WORDS_SAMPLE = 100_000  # characters; routing thresholds are far lower
+PREFIX_CHARACTERS = 512  # of each text; enough to tell one conversation from another
+INT32_MAX = 2**31 - 1  # llama.cpp reads a larger limit as a negative one, which means no limit
 
 PROMPT_FIELD: dict[Endpoint, str] = {"chat": "messages", "completions": "prompt", "embeddings": "input"}
 
 Json = dict[str, Any]
 
 
-@dataclass(slots=True)  # frozen=True would make one three times as dear; nobody changes one
+@dataclass(slots=True)
 class Features:
-    """`prompt_tokens` is an estimate (see estimate_tokens); `max_tokens` is None where the client set none."""
+    """Treat as immutable; `frozen=True` triples construction time.
+
+    `prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None if the client set none.
+    """
 
     endpoint: Endpoint
     model: str | None
@@ -65,14 +67,14 @@ class Features:
     urgency: Urgency
     task_type: str | None
     fallback: bool
-    continuation: bool  # a stream that breaks may go on elsewhere
-    hinted: bool  # the client gave an urgency or a task type: presets apply
-    session: str | None  # requests of one session share a beginning
-    prefix: str  # how the prompt begins, up to and with the first message of the user
+    continuation: bool  # a broken stream may be resumed on another replica
+    hinted: bool  # the client gave an urgency or a task type, so presets apply
+    session: str | None  # requests of one session begin alike
+    prefix: str  # the beginning of the prompt, up to and including the user's first message
 
 
-def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint, limits: Limits) -> Features:
-    """Raises BadRequestError, naming the field and what it should be."""
+def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint, limits: Limits) -> Features:
+    """Raises BadRequestError, which names the field and what it should be."""
     check_size(body, limits)
     check_ranges(body)
     texts = list(_texts(body, endpoint, limits))
@@ -100,59 +102,59 @@ def read_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint
 
 
 def _prefix(body: Json, endpoint: Endpoint, texts: list[str]) -> str:
-    """The same for every turn of a conversation."""
+    """The same text for every turn of a conversation."""
     own = 2 if endpoint == "chat" and body["messages"][0]["role"] in ("system", "developer") else 1
     return "\n".join(text[:PREFIX_CHARACTERS] for text in texts[:own])
 
 
 def _hints(body: Json, headers: Mapping[bytes, bytes]) -> dict[str, str]:
-    """Those that are given. Raises BadRequestError."""
+    """The hints that are given. Raises BadRequestError."""
     if HINTS.keys().isdisjoint(body) and HINT_HEADERS.isdisjoint(headers):
         return {}
     hints = {name: value for name in HINTS if (value := _hint(body, headers, name))}
     if hints.get("urgency", "normal") not in URGENCIES:
-        raise BadRequestError(f"urgency must be high, normal or low, not {shown(hints['urgency'])}", param="urgency")
+        raise BadRequestError(f"urgency must be high, normal or low, not {quoted(hints['urgency'])}", param="urgency")
     for name in ("fallback", "continuation"):
         if hints.get(name, "auto") not in ("auto", "none"):
-            raise BadRequestError(f"{name} must be none or auto, not {shown(hints[name])}", param=name)
+            raise BadRequestError(f"{name} must be none or auto, not {quoted(hints[name])}", param=name)
     return hints
 
 
 def strip_hints(body: Json) -> Json:
-    """The same object where there are none."""
+    """Returns the same object if there are none."""
     if not HINTS.keys() & body.keys():
         return body
     return {key: value for key, value in body.items() if key not in HINTS}
 
 
 def count_words(texts: list[str]) -> int:
-    """Exact up to WORDS_SAMPLE characters in all; what is beyond is taken to be like them, since 10 MB cost 0.1 s."""
+    """Exact up to WORDS_SAMPLE characters in all, and extrapolated beyond, since counting 10 MB takes 0.1 s."""
     whole = " ".join(texts)
     words = len(whole[:WORDS_SAMPLE].split())
     return words if len(whole) <= WORDS_SAMPLE else words * len(whole) // WORDS_SAMPLE
 
 
-def shown(value: Any) -> str:
-    """What the client sent, short enough for a message."""
+def quoted(value: Any) -> str:
+    """A value that the client sent, short enough for a message."""
     return repr(value)[:60] if isinstance(value, str | int | float) else "that"
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of `text` without a tokenizer, for context checks and time limits.
+    """Number of tokens in `text` without a tokenizer, for context checks and time limits.
 
-    A token is some 4.2 bytes of ASCII text; other scripts take a token for each 1.1 bytes of UTF-8. Against SmolLM2's
-    tokenizer, on pieces of 200 characters, estimate/truth was in the median 1.02 for English, 0.98 for Korean and 0.92
-    for code, and 0.64 to 1.55 at the worst (bench/estimate.py).
+    A token is about 4.2 bytes of ASCII; other scripts take a token for each 1.1 bytes of UTF-8. Against SmolLM2's
+    tokenizer, on pieces of 200 characters, the median of estimate/truth was 1.02 for English, 0.98 for Korean and 0.92
+    for code; the extremes were 0.64 and 1.55 (bench/estimate.py).
     """
     if text.isascii():
         return int(len(text) / 4.2) + 1
     size = len(text.encode())
-    other = (size - len(text)) * 1.5  # nearly all of it is in characters of three bytes
+    other = (size - len(text)) * 1.5  # nearly all of these are characters of three bytes
     return int(max(size - other, 0) / 4.2 + other / 1.1) + 1
 
 
 def _get(body: Json, field: str, kind: type | tuple[type, ...], name: str | None = None) -> Any:
-    """None for null. Raises BadRequestError for another type."""
+    """The field's value, None for null. Raises BadRequestError for another type."""
     value = body.get(field)
     if value is None:
         return None
@@ -168,7 +170,7 @@ WORDS: dict[type, str] = {
     str: "a string", bool: "true or false", int: "an integer", float: "a number", list: "an array", dict: "an object",
 }  # fmt: skip
 
-# field: (lowest, highest, whether whole)
+# field: (lowest, highest, whether an integer)
 RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 2, False),
     "top_p": (0, 1, False),
@@ -193,7 +195,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def check_ranges(body: Json) -> None:
-    """What OpenAI forbids too. The engines differ: one answers 400, one 500, one takes a negative limit as none."""
+    """Refuses what OpenAI refuses. The engines answer 400 or 500, or read a negative limit as no limit."""
     for field in RANGES.keys() & body.keys():
         low, high, whole = RANGES[field]
         value = _get(body, field, int if whole else (int, float))
@@ -263,7 +265,7 @@ def _is_token_ids(value: list[Any]) -> bool:
 
 
 def _token_ids(body: Json, endpoint: Endpoint) -> int:
-    """How many token ids the prompt has; it has been checked."""
+    """Number of token ids in the prompt, which _texts() has checked."""
     prompt = body[PROMPT_FIELD[endpoint]]
     if endpoint == "chat" or not isinstance(prompt, list):
         return 0
@@ -286,7 +288,7 @@ def _include_usage(body: Json) -> bool:
 
 
 def _hint(body: Json, headers: Mapping[bytes, bytes], name: str) -> str | None:
-    """From the body, else from the header X-Name. Empty counts as not given."""
+    """From the body, else from the header X-Name. An empty value counts as not given."""
     value: str | None = _get(body, name, str)
     if value is None:
         value = headers.get(HINTS[name], b"").decode("latin-1")
@@ -308,7 +310,7 @@ def _needs(body: Json, endpoint: Endpoint) -> frozenset[Need]:
         return frozenset(needs)
     if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
         needs.add("n")
-    if body.get("logprobs") is not None and body["logprobs"] is not False:  # 0 asks for the chosen token's
+    if body.get("logprobs") is not None and body["logprobs"] is not False:  # 0 asks for the chosen token's own
         needs.add("logprobs")
     needs.update(field for field in OWN_FIELDS if body.get(field))
     if body.get("json_schema"):
@@ -325,7 +327,8 @@ def _format_needs(body: Json) -> Iterator[Need]:
         yield kind
     elif kind not in (None, "text"):
         raise BadRequestError(
-            f"response_format.type must be text, json_object or json_schema, not {shown(kind)}", param="response_format"
+            f"response_format.type must be text, json_object or json_schema, not {quoted(kind)}",
+            param="response_format",
         )
     if kind == "json_schema":
         wrapper = response_format.get("json_schema")

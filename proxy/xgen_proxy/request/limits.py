@@ -1,16 +1,31 @@
-"""How large and how deep a request may be. Pure.
+"""How large and how deep a request may be.
 
-Hostile shapes cost the engines far more than they cost to send: an enum of 20,000 values in a JSON schema keeps
-llama-server from serving anybody for minutes, 50,000 keys cost it 20 s, and a schema that refers to itself without end
-makes vLLM answer 500.
+A hostile body costs the engines far more than it costs to send: an enum of 20,000 values in a JSON schema blocks
+llama-server for minutes, 50,000 keys cost it 20 s, and a schema that refers to itself without end makes vLLM answer
+500.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from xgen_proxy.config.settings import Limits
+from pydantic import BaseModel, Field
+
 from xgen_proxy.errors import BadRequestError
+
+
+class Limits(BaseModel, extra="forbid"):
+    """What a client may send. Over it: 400, 408 or 413. The reasons are hostile requests that were tried."""
+
+    body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
+    body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
+    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
+    json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
+    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
+    queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
+    queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
+
 
 SCHEMA_FIELDS = (
     "response_format", "tools", "functions",  # OpenAI's
@@ -31,7 +46,7 @@ def check_size(body: dict[str, Any], limits: Limits) -> None:
 
 
 def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
-    """(values, levels); stops counting past either limit. Iterative, so that depth costs no stack."""
+    """(values, levels). Stops counting past either limit. Iterative, so that depth costs no stack."""
     nodes = 0
     depth = 0
     level = [value]
@@ -60,25 +75,25 @@ def check_schemas(body: dict[str, Any], limits: Limits) -> None:
 
 
 def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(where, schema) of everything that an engine would turn into a grammar."""
-    if SCHEMA_NAMES.isdisjoint(body):  # as in most requests, and this is asked of each
+    """(field, schema) of everything that an engine would turn into a grammar."""
+    if SCHEMA_NAMES.isdisjoint(body):  # as in most requests; this runs for all
         return []
     return [(name, body[name]) for name in SCHEMA_FIELDS if body.get(name)]
 
 
 def _written(schema: Any) -> int:
-    """Values in a grammar or schema given as text: eight characters are about one alternative of a grammar."""
+    """Values in a grammar or schema given as text; eight characters are about one alternative of a grammar."""
     texts = schema.values() if isinstance(schema, dict) else [schema]
     return sum(len(text) // 8 for text in texts if isinstance(text, str))
 
 
 def refers_to_itself(schema: Any) -> bool:
-    """Is there a `$ref` that leads back to itself through nothing but `$ref`s? (A recursive tree type is fine.)"""
+    """Whether a `$ref` leads back to itself through nothing but `$ref`s. A recursive tree type is fine."""
     return any(_circles(root) for root in _roots(schema))
 
 
 def _roots(value: Any) -> list[dict[str, Any]]:
-    """The objects that `#/…` can refer to: schemas sit under `schema`, `parameters` or directly."""
+    """The objects that `#/…` can refer to. Schemas lie under `schema`, `parameters` or directly in the field."""
     roots: list[dict[str, Any]] = []
     level = [value]
     while level:
@@ -96,7 +111,7 @@ def _circles(root: dict[str, Any]) -> bool:
     definitions = {**_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
     if root.get("$ref") == "#":
         return True
-    ends: set[str] = set()  # names from which the chain is known to end, so that each is followed once
+    ends: set[str] = set()  # names whose chain ends, so that each is followed once
     for start in definitions:
         chain: set[str] = set()
         name: str | None = start

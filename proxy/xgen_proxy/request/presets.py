@@ -1,7 +1,7 @@
-"""Sampling presets by task type and urgency. Pure.
+"""Sampling presets by task type and urgency.
 
-creative for creative_writing, precise for code_generation, else deterministic when urgent, else balanced. They apply
-only where the client gave a task type or an urgency, and never over a value that it set.
+creative_writing gets creative, code_generation gets precise; otherwise urgent requests get deterministic and all others
+balanced. A preset applies only if the client gave a task type or an urgency, and never replaces a value that it set.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ BY_TASK = {"code_generation": "precise", "creative_writing": "creative"}
 
 
 def preset_for(features: Features) -> str | None:
-    """The preset's name; None where the client gave no hint."""
+    """The preset's name, or None if the client gave no hint."""
     if not features.hinted or features.endpoint == "embeddings":
         return None
     return BY_TASK.get(features.task_type or "") or ("deterministic" if features.urgency == "high" else "balanced")
 
 
-def fill(body: dict[str, Any], features: Features) -> dict[str, Any]:
-    """The same object where nothing is to be filled in. A null counts as not set."""
+def apply_preset(body: dict[str, Any], features: Features) -> dict[str, Any]:
+    """Returns the same object if there is nothing to fill in. A null counts as not set."""
     name = preset_for(features)
     missing = {key: value for key, value in PRESETS[name].items() if body.get(key) is None} if name else {}
     return {**body, **missing} if missing else body

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError
-from xgen_proxy.request.features import PROMPT_FIELD, Features, shown
+from xgen_proxy.request.features import PROMPT_FIELD, Features, quoted
 
 if TYPE_CHECKING:  # what a decision reads: name, path, models, can, context,
     # replicas, ring and in_flight; and name, up, load and in_flight of each
@@ -130,7 +130,7 @@ def _explicit_error(
             return too_long or BadRequestError(f"backend {rejection.name} {rejection.reason}", param="backend")
     names = ", ".join(sorted(backend.name for backend in backends))
     return BadRequestError(
-        f"there is no backend {shown(features.backend)}; choose auto or one of {names}", param="backend"
+        f"there is no backend {quoted(features.backend)}; choose auto or one of {names}", param="backend"
     )
 
 

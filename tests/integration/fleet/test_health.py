@@ -12,10 +12,10 @@ import pytest
 from tests.support.fake_upstream import METRICS, FakeUpstream, Script, Talk, good, status, whole
 from tests.support.running_proxy import RunningProxy, backend, chat, get, wait_until
 from tests.support.server_process import Streaming
-from xgen_proxy.dialects.dialect import Json
 from xgen_proxy.fleet import circuit_breaker, health
 from xgen_proxy.fleet.backend import Replica, State
 from xgen_proxy.fleet.load import parse_metrics
+from xgen_proxy.request.features import Json
 
 Start = Callable[..., RunningProxy]
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from xgen_proxy.config.settings import BackendSettings, Limits, Routing, Settings, check_url, split_commas
+from xgen_proxy.config.settings import BackendSettings, Routing, Settings, check_url, split_commas
+from xgen_proxy.request.limits import Limits
 
 URL = {"XGEN_BACKENDS__VLLM__URLS": "http://gpu-1:8000"}
 

@@ -7,10 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.support.chunks import make_request
-from xgen_proxy.dialects.dialect import LLAMA_CPP_PYTHON, LLAMA_SERVER, VLLM, Json
-from xgen_proxy.dialects.error_mapping import explain_empty, read_error, stream_error
+from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import RequestRejectedError, UpstreamOverloadedError, UpstreamProtocolError
+from xgen_proxy.request.features import Json
 
 
 def error(message: str, **fields: Any) -> Json:
@@ -64,7 +63,7 @@ CLIENTS: list[tuple[str, int, Any, str | None, str]] = [
 @pytest.mark.parametrize(
     ("status", "body", "code", "says"), [each[1:] for each in CLIENTS], ids=[each[0] for each in CLIENTS]
 )
-def test_the_clients_mistakes(status: int, body: Any, code: str | None, says: str) -> None:
+def test_a_wrong_request_is_rejected(status: int, body: Any, code: str | None, says: str) -> None:
     verdict = read_error(status, orjson.dumps(body))
     assert isinstance(verdict, RequestRejectedError)
     assert 400 <= verdict.status < 500
@@ -95,14 +94,14 @@ FAILURES: list[tuple[str, int, bytes]] = [
 
 
 @pytest.mark.parametrize(("status", "body"), [case[1:] for case in FAILURES], ids=[case[0] for case in FAILURES])
-def test_failures_that_another_backend_may_mend(status: int, body: bytes) -> None:
+def test_failures_that_another_backend_may_avoid(status: int, body: bytes) -> None:
     verdict = read_error(status, body)
     assert isinstance(verdict, UpstreamProtocolError)
     assert str(status) in str(verdict)
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_busy(status: int) -> None:
+def test_429_and_503_mean_overloaded(status: int) -> None:
     assert isinstance(read_error(status, orjson.dumps(error("Loading model", code=status))), UpstreamOverloadedError)
 
 
@@ -114,13 +113,13 @@ def test_busy(status: int) -> None:
         ({"detail": [{"loc": ["body", "a", 0], "msg": "it's wrong"}]}, "validation error: a.0: it's wrong"),
     ],
 )
-def test_printed_errors_are_told_in_words(body: Any, message: str) -> None:
+def test_printed_validation_errors_are_shortened(body: Any, message: str) -> None:
     verdict = read_error(400, orjson.dumps(body))
     assert isinstance(verdict, RequestRejectedError)
     assert verdict.message == message
 
 
-def test_a_message_without_end_is_cut() -> None:
+def test_a_long_message_is_cut() -> None:
     verdict = read_error(400, orjson.dumps(error("x" * 10_000)))
     assert isinstance(verdict, RequestRejectedError)
     assert len(verdict.message) < 1000
@@ -149,25 +148,3 @@ EVENTS: list[tuple[bytes, type[Exception]]] = [
 @pytest.mark.parametrize(("event", "meaning"), EVENTS)
 def test_error_events(event: bytes, meaning: type[Exception]) -> None:
     assert type(stream_error(event)) is meaning
-
-
-async def test_an_empty_stream_of_llama_cpp_python_is_explained() -> None:
-    asked: list[tuple[str, Json]] = []
-
-    async def too_long(path: str, body: Json) -> tuple[int, Any]:
-        asked.append((path, body))
-        return 400, error(LCP_LONG, code="context_length_exceeded")
-
-    verdict = await explain_empty(LLAMA_CPP_PYTHON, make_request(stream=True), too_long)
-    assert isinstance(verdict, RequestRejectedError)
-    assert verdict.code == "context_length_exceeded"
-    [(path, body)] = asked
-    assert (path, body["stream"], body["max_tokens"]) == ("/v1/chat/completions", False, 1)
-
-
-async def test_an_empty_stream_without_a_reason() -> None:
-    async def fine(path: str, body: Json) -> tuple[int, Any]:
-        return 200, {}
-
-    for dialect in (LLAMA_CPP_PYTHON, LLAMA_SERVER, VLLM):
-        assert isinstance(await explain_empty(dialect, make_request(stream=True), fine), UpstreamProtocolError)

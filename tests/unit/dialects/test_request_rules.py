@@ -1,4 +1,4 @@
-"""Each rule of the table, and what each dialect is."""
+"""Each rule of each dialect, by example."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.support.chunks import HI, make_request
-from xgen_proxy.dialects.dialect import DIALECTS, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM
-from xgen_proxy.dialects.request_rewrites import asks_for_stream
-from xgen_proxy.dialects.request_rules import BY_DIALECT, RULES, prepare, prepared
+from tests.support.chunks import make_request
+from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.features import NEEDS
 
 V, S, P = "vllm", "llama-server", "llama-cpp-python"
 F: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
@@ -125,7 +122,7 @@ def test_rules(rule: str, dialect: str, endpoint: Any, sent: dict[str, Any], cha
     before = copy.deepcopy(request.body)
     if isinstance(changed, str):
         with pytest.raises(BadRequestError) as refused:
-            prepare(DIALECTS[dialect], request)
+            DIALECTS[dialect].prepare(request)
         assert refused.value.param
         assert refused.value.status == 400
         return
@@ -133,91 +130,18 @@ def test_rules(rule: str, dialect: str, endpoint: Any, sent: dict[str, Any], cha
     length = LENGTH if endpoint == "completions" and dialect != V and request.features.max_tokens is None else {}
     expected = {**request.body, **always, **length, **changed}
     expected = {key: value for key, value in expected.items() if value is not None}
-    assert orjson.loads(prepare(DIALECTS[dialect], request)) == expected
+    assert orjson.loads(DIALECTS[dialect].prepare(request)) == expected
     assert request.body == before, "the client's own body was changed, which a second attempt needs"
 
 
 def test_every_rule_has_a_case() -> None:
-    names = [rule.name for rule in RULES]
-    assert len(set(names)) == len(names)
-    assert {case[0] for case in CASES} == set(names) - {"model name"}
-    for rule in RULES:
-        assert rule.hazard
-        assert set(rule.dialects) <= set(DIALECTS)
+    rules = {rule.name: rule for dialect in DIALECTS.values() for rule in dialect.rules}
+    assert {case[0] for case in CASES} == set(rules) - {"model name"}
+    assert all(rule.hazard for rule in rules.values())
     for name, dialect, *_ in CASES:
-        assert name in [each.name for each in BY_DIALECT[dialect]] or (name, dialect) == ("grammar", S)
+        assert name in [rule.name for rule in DIALECTS[dialect].rules] or (name, dialect) == ("grammar", S)
 
 
-@pytest.mark.parametrize("dialect", [VLLM, OPENAI], ids=lambda dialect: dialect.name)
-def test_what_needs_no_change_passes_as_it_came(dialect: Any) -> None:
-    request = make_request(unknown={"a": [1, 2]}, n=2, stop=["a"], temperature=None)
-    assert prepare(dialect, request) is request.raw
-    assert prepared(dialect, request) is request.body
-
-
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
-def test_the_model_is_called_as_the_backend_calls_it(dialect: Any) -> None:
-    request = make_request(alias="public", served="theirs")
-    assert orjson.loads(prepare(dialect, request))["model"] == "theirs"
-
-
-def test_embeddings_are_never_streamed() -> None:
-    request = make_request("embeddings", encoding_format="base64", dimensions=None)
-    assert orjson.loads(prepare(LLAMA_CPP_PYTHON, request)) == {"model": "m", "input": "Hi"}
-    for dialect in DIALECTS.values():
-        assert not asks_for_stream(dialect, request)
-
-
-def test_who_is_asked_for_a_stream() -> None:
-    whole, stream = make_request(), make_request(stream=True)
-    assert [asks_for_stream(dialect, whole) for dialect in (VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI)] == [
-        False, True, True, False,
-    ]  # fmt: skip
-    assert all(asks_for_stream(dialect, stream) for dialect in DIALECTS.values())
-    assert not asks_for_stream(LLAMA_CPP_PYTHON, make_request(stream=True, logprobs=True))
-    assert asks_for_stream(LLAMA_SERVER, make_request(stream=True, logprobs=True))
-
-
-def test_what_each_can_do() -> None:
-    assert OPENAI.capabilities == NEEDS
-    assert "grammar" not in VLLM.capabilities | LLAMA_CPP_PYTHON.capabilities
-    assert "forced_tool" in LLAMA_CPP_PYTHON.capabilities
-    assert "tools" not in LLAMA_CPP_PYTHON.capabilities | LLAMA_SERVER.capabilities
-    assert (LLAMA_CPP_PYTHON.slots, LLAMA_CPP_PYTHON.overcommit) == (1, 0)
-    assert not LLAMA_SERVER.reuse_after_stream
-
-
-def test_probe_of_vllm() -> None:
-    probe = VLLM.parse_info({"/v1/models": {"data": [{"id": "a", "max_model_len": 2048}, {"id": "lora"}]}})
-    assert (probe.models, probe.context, probe.slots, probe.capabilities) == (("a", "lora"), 2048, None, None)
-
-
-def test_probe_of_llama_server() -> None:
-    models = {"data": [{"id": "a", "meta": {"n_ctx": 4096}}]}
-    props = {"total_slots": 8, "chat_template_caps": {"supports_tools": True}, "modalities": {"vision": True}}
-    probe = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": props})
-    assert (probe.models, probe.context, probe.slots) == (("a",), 4096, 8)
-    assert probe.capabilities == LLAMA_SERVER.capabilities | {"tools", "forced_tool", "images"}
-    plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
-    assert plain.capabilities == LLAMA_SERVER.capabilities
-    assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None
-
-
-def test_probe_of_llama_cpp_python() -> None:
-    probe = LLAMA_CPP_PYTHON.parse_info({"/v1/models": {"data": [{"id": "a"}]}})
-    assert (probe.models, probe.context, probe.slots, probe.capabilities) == (("a",), None, None, None)
-
-
-@pytest.mark.parametrize("answer", [{}, {"/v1/models": None}, {"/v1/models": {}}, {"/v1/models": {"data": [5]}}])
-def test_a_probe_that_is_none(answer: dict[str, Any]) -> None:
-    with pytest.raises((KeyError, TypeError)):
-        VLLM.parse_info(answer)
-
-
-def test_how_many_choices_to_wait_for() -> None:
-    assert make_request().choices == 1
-    assert make_request(n=3).choices == 3
-    assert make_request("completions", prompt=["a", "b"], n=2).choices == 4
-    assert make_request("completions", prompt=[1, 2, 3]).choices == 1
-    assert make_request("completions", prompt=["a"]).choices == 1
-    assert make_request(messages=HI).path == "/v1/chat/completions"
+def test_a_name_means_one_rule() -> None:
+    rules = {rule for dialect in DIALECTS.values() for rule in dialect.rules}
+    assert len({rule.name for rule in rules}) == len(rules)

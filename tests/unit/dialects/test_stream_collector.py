@@ -1,4 +1,4 @@
-"""A stream put together to the whole answer."""
+"""A stream collected into the whole response."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.chunks import delta, events, make_request, text
-from tests.unit.dialects.test_stream_editors import TOOLS, Replica, call
-from xgen_proxy.dialects.dialect import LLAMA_CPP_PYTHON, LLAMA_SERVER, Json
-from xgen_proxy.dialects.stream_collector import StreamCollector
+from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, TOOLS, Replica, call, delta, events, make_request, text
 from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.request.features import Json
 
 USAGE = {"prompt_tokens": 37, "completion_tokens": 3, "total_tokens": 40}
 
@@ -21,17 +19,17 @@ def usage(**fields: Any) -> Json:
     return {**delta(), "choices": [], "usage": USAGE, **fields}
 
 
-async def put_together(*chunks: Json, dialect: Any = LLAMA_SERVER, endpoint: Any = "chat", **fields: Any) -> Json:
-    aggregate = StreamCollector(dialect, make_request(endpoint, alias="public", **fields))
+async def collected(*chunks: Json, dialect: Any = LLAMA_SERVER, endpoint: Any = "chat", **fields: Any) -> Json:
+    collector = dialect.stream_collector(make_request(endpoint, alias="public", **fields))
     for chunk in chunks:
-        aggregate.feed(events(chunk))
-    await aggregate.finish(Replica().post)
-    return aggregate.result()
+        collector.feed(events(chunk))
+    await collector.finish(Replica().post)
+    return collector.result()
 
 
 async def test_a_chat() -> None:
     timings = {"predicted_n": 3}
-    answer = await put_together(
+    answer = await collected(
         delta(role="assistant", content=None), delta(content="Hel"), delta(content="lo"), delta("stop"),
         usage(timings=timings, system_fingerprint="b1"),
     )  # fmt: skip
@@ -45,19 +43,19 @@ async def test_a_chat() -> None:
 
 
 async def test_a_completion() -> None:
-    answer = await put_together(text("a"), text("b"), {**text("", "length"), "usage": USAGE}, endpoint="completions")
+    answer = await collected(text("a"), text("b"), {**text("", "length"), "usage": USAGE}, endpoint="completions")
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [{"text": "ab", "index": 0, "logprobs": None, "finish_reason": "length"}]
     assert answer["usage"] == USAGE
 
 
 async def test_an_empty_answer() -> None:
-    answer = await put_together(delta("stop", role="assistant"), usage())
+    answer = await collected(delta("stop", role="assistant"), usage())
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": ""}
 
 
 async def test_reasoning_and_refusal() -> None:
-    answer = await put_together(
+    answer = await collected(
         delta(reasoning_content="hm"), delta(reasoning_content="m"), delta(refusal="no"), delta("stop"), usage()
     )
     message = {"role": "assistant", "content": "", "reasoning_content": "hmm", "refusal": "no"}
@@ -69,7 +67,7 @@ async def test_tool_calls_are_joined_by_index() -> None:
         function = {"arguments": arguments, **({"name": names["name"]} if names else {})}
         return {"index": index, "function": function, **({"id": names["id"], "type": "function"} if names else {})}
 
-    answer = await put_together(
+    answer = await collected(
         delta(tool_calls=[piece(0, "", id="a", name="f")]), delta(tool_calls=[piece(1, "{", id="b", name="g")]),
         delta(tool_calls=[piece(0, "{}"), piece(1, "}")]), delta("tool_calls"), usage(),
     )  # fmt: skip
@@ -82,7 +80,7 @@ async def test_tool_calls_are_joined_by_index() -> None:
 
 
 async def test_several_choices_in_any_order() -> None:
-    answer = await put_together(
+    answer = await collected(
         delta(index=1, content="b"), delta(content="a"), delta("stop", 1), usage(), delta("length"), usage(), n=2
     )
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["a", "b"]
@@ -97,7 +95,7 @@ async def test_logprobs_are_joined() -> None:
     pieces = [delta(content="a"), delta(content="b"), delta("stop")]
     for piece, token in zip(pieces, "ab", strict=False):
         piece["choices"][0]["logprobs"] = logprobs(token)
-    answer = await put_together(*pieces, usage(), logprobs=True)
+    answer = await collected(*pieces, usage(), logprobs=True)
     joined = answer["choices"][0]["logprobs"]
     assert [each["token"] for each in joined["content"]] == ["a", "b"]
     assert joined["refusal"] is None
@@ -105,7 +103,7 @@ async def test_logprobs_are_joined() -> None:
 
 async def test_logprobs_of_a_completion_get_the_legacy_shape() -> None:
     logprobs = {"content": [{"token": "ab", "logprob": -1.0, "top_logprobs": [{"token": "x", "logprob": -2.0}]}]}
-    answer = await put_together(
+    answer = await collected(
         text("ab", logprobs=logprobs), text("ab", logprobs=logprobs), text("", "stop"), usage(), endpoint="completions"
     )
     assert answer["choices"][0]["logprobs"] == {
@@ -115,14 +113,14 @@ async def test_logprobs_of_a_completion_get_the_legacy_shape() -> None:
 
 
 async def test_llama_cpp_python_is_counted() -> None:
-    answer = await put_together(
+    answer = await collected(
         delta(role="assistant"), delta(content="a"), delta(content="b"), delta("stop"), dialect=LLAMA_CPP_PYTHON
     )
     assert answer["usage"] == {"prompt_tokens": 37, "completion_tokens": 2, "total_tokens": 39}
 
 
 async def test_a_forced_call_of_llama_cpp_python() -> None:
-    answer = await put_together(
+    answer = await collected(
         call("{"), call("}"), call(""), delta("tool_calls"), dialect=LLAMA_CPP_PYTHON, **TOOLS
     )  # fmt: skip
     function = {"name": "f", "arguments": "{}"}
@@ -133,22 +131,22 @@ async def test_a_forced_call_of_llama_cpp_python() -> None:
 
 
 async def test_a_stop_string_ends_it() -> None:
-    aggregate = StreamCollector(LLAMA_CPP_PYTHON, make_request(stop=["X"]))
-    aggregate.feed(events(delta(role="assistant"), delta(content="a")))
-    assert not aggregate.done
-    aggregate.feed(events(delta(content="bX"), delta(content="c")))
-    assert aggregate.done
-    await aggregate.finish(Replica().post)
-    answer = aggregate.result()
+    collector = LLAMA_CPP_PYTHON.stream_collector(make_request(stop=["X"]))
+    collector.feed(events(delta(role="assistant"), delta(content="a")))
+    assert not collector.done
+    collector.feed(events(delta(content="bX"), delta(content="c")))
+    assert collector.done
+    await collector.finish(Replica().post)
+    answer = collector.result()
     assert answer["choices"][0]["message"]["content"] == "ab"
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 2
 
 
 def test_stop_strings_are_llama_servers_own_business() -> None:
-    aggregate = StreamCollector(LLAMA_SERVER, make_request(stop=["X"]))
-    aggregate.feed(events(delta(content="aX")))
-    assert not aggregate.done
+    collector = LLAMA_SERVER.stream_collector(make_request(stop=["X"]))
+    collector.feed(events(delta(content="aX")))
+    assert not collector.done
 
 
 @pytest.mark.parametrize(
@@ -158,10 +156,10 @@ def test_stop_strings_are_llama_servers_own_business() -> None:
 )
 async def test_a_stream_without_its_finish_reasons_has_failed(chunks: list[Json]) -> None:
     with pytest.raises(UpstreamProtocolError, match="finish_reason"):
-        await put_together(*chunks, n=2 if len(chunks) == 2 else 1)
+        await collected(*chunks, n=2 if len(chunks) == 2 else 1)
 
 
 @given(st.lists(st.text(max_size=5), max_size=10))
 async def test_no_character_is_lost(pieces: list[str]) -> None:
-    answer = await put_together(*[delta(content=piece) for piece in pieces], delta("stop"), usage())
+    answer = await collected(*[delta(content=piece) for piece in pieces], delta("stop"), usage())
     assert answer["choices"][0]["message"]["content"] == "".join(pieces)

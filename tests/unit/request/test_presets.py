@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.builders import features
-from xgen_proxy.request.presets import fill
+from xgen_proxy.request.presets import apply_preset
 
 CREATIVE = {"temperature": 0.9, "top_p": 0.95, "top_k": 50}
 BALANCED = {"temperature": 0.7, "top_p": 0.9, "top_k": 40}
@@ -24,15 +24,15 @@ DETERMINISTIC = {"temperature": 0, "top_p": 1, "top_k": 1}
     ],
 )
 def test_which_preset(task_type: str | None, urgency: str, expected: dict[str, float]) -> None:
-    assert fill({}, features(task_type=task_type, urgency=urgency, hinted=True)) == expected
+    assert apply_preset({}, features(task_type=task_type, urgency=urgency, hinted=True)) == expected
 
 
 def test_the_clients_own_values_stay() -> None:
     body = {"temperature": 1.5, "top_p": None}
-    assert fill(body, features(urgency="high", hinted=True)) == {"temperature": 1.5, "top_p": 1, "top_k": 1}
+    assert apply_preset(body, features(urgency="high", hinted=True)) == {"temperature": 1.5, "top_p": 1, "top_k": 1}
 
 
 def test_without_a_hint_nothing_is_touched() -> None:
     body = {"model": "m"}
-    assert fill(body, features()) is body
-    assert fill(body, features(hinted=True, endpoint="embeddings")) is body
+    assert apply_preset(body, features()) is body
+    assert apply_preset(body, features(hinted=True, endpoint="embeddings")) is body

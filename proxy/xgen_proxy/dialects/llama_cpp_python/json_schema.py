@@ -1,9 +1,9 @@
-"""A JSON schema as llama-cpp-python can enforce it, or a clear refusal. Pure.
+"""Rebuilds a JSON schema from what llama-cpp-python can enforce, or refuses it.
 
-Its converter writes a llama.cpp grammar from the schema, and a grammar that llama.cpp cannot parse kills the process,
-with every request in it. Found by sending it hostile schemas: `\\d` in a pattern, a quote in an enum, an empty enum,
-anyOf or type list, and a length limit of 2,000 each kill it; recursion, unknown types and `items: {}` make it fall back
-to any JSON without a word. So what it gets is rebuilt here from the keywords that it is known to enforce.
+Its converter writes a llama.cpp grammar from the schema, and a grammar that llama.cpp cannot parse kills the process
+with every request in it. These were found to kill it: `\\d` in a pattern, a quote in an enum, an empty enum, anyOf or
+type list, and a length limit of 2,000. Recursion, unknown types and `items: {}` make it silently accept any JSON. So
+the schema is rebuilt here from the keywords that it is known to enforce.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from xgen_proxy.errors import BadRequestError
-
-Json = dict[str, Any]
+from xgen_proxy.request.features import Json
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 ANYTHING: Json = {"type": ["object", "array", "string", "number", "boolean", "null"]}
-LONGEST = 1000  # items or characters; 2,000 kill it
-MOST_NODES = 4000  # after references have been put in place
+MAX_LENGTH = 1000  # items or characters; 2,000 kill it
+MAX_NODES = 4000  # after references have been put in place
 
-# What a schema may say without changing which values are valid, and `format`, which is no constraint by default.
-NOTES = frozenset({
+# Keywords that do not change which values are valid; by default `format` is not a constraint.
+ANNOTATIONS = frozenset({
     "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "discriminator",
     "examples", "format", "name", "nullable", "readOnly", "strict", "title", "writeOnly",
 })  # fmt: skip
-# Each constrains values of one type only, and says nothing of the others.
+# Each of these constrains values of one type only.
 TYPED = frozenset({
     "additionalProperties", "items", "maxItems", "maxLength", "minItems", "minLength", "prefixItems", "properties",
     "required",
 })  # fmt: skip
-FORMATS = ("date", "time", "date-time", "uuid")  # those that it enforces
+FORMATS = ("date", "time", "date-time", "uuid")  # that it enforces
 
 
 def enforceable(schema: Any, where: str) -> Json:
-    """The schema in the converter's own subset of the language, references put in place.
+    """The schema in the converter's subset of the language, with references replaced by their targets.
 
-    `where`: the request field, for the message. Raises BadRequestError.
+    `where` is the request field, for the message. Raises BadRequestError.
     """
     return _Rebuilder(schema, where).rebuild(schema, ())
 
@@ -48,18 +47,18 @@ class _Rebuilder:
         self.where = where
         self.nodes = 0
 
-    def no(self, why: str) -> BadRequestError:
+    def refused(self, why: str) -> BadRequestError:
         return BadRequestError(f"this backend cannot enforce the JSON schema: {why}", param=self.where)
 
     def rebuild(self, schema: Any, path: tuple[str, ...]) -> Json:
-        """`path`: the references being followed, so that a circle is seen."""
+        """`path`: the references being followed, to detect a circle."""
         self.nodes += 1
-        if self.nodes > MOST_NODES:
-            raise self.no(f"it has more than {MOST_NODES} values")
+        if self.nodes > MAX_NODES:
+            raise self.refused(f"it has more than {MAX_NODES} values")
         if schema is True or schema == {}:
             return ANYTHING
         if not isinstance(schema, dict):
-            raise self.no(f"{json.dumps(schema)[:40]} is not a schema")
+            raise self.refused(f"{json.dumps(schema)[:40]} is not a schema")
         for keyword, build in (("$ref", self._reference), ("allOf", self._all_of)):
             if keyword in schema:
                 return build(schema, path)
@@ -69,17 +68,17 @@ class _Rebuilder:
         return self._typed(schema, path)
 
     def _reference(self, schema: Json, path: tuple[str, ...]) -> Json:
-        """The target in the reference's place; what stands beside `$ref` wins."""
+        """The target replaces the reference; keywords beside `$ref` win."""
         reference = schema["$ref"]
         if not isinstance(reference, str) or not reference.startswith("#/"):
-            raise self.no("only references within the schema ($ref: #/…) can be followed")
+            raise self.refused("only references within the schema ($ref: #/…) can be followed")
         if reference in path:
-            raise self.no(f"{reference} refers to itself")
+            raise self.refused(f"{reference} refers to itself")
         target: Any = self.root
         for name in reference[2:].split("/"):
             name = name.replace("~1", "/").replace("~0", "~")
             if not isinstance(target, dict) or name not in target:
-                raise self.no(f"{reference} does not exist")
+                raise self.refused(f"{reference} does not exist")
             target = target[name]
         beside = {key: value for key, value in schema.items() if key != "$ref"}
         return self.rebuild({**target, **beside} if isinstance(target, dict) else target, (*path, reference))
@@ -87,7 +86,7 @@ class _Rebuilder:
     def _all_of(self, schema: Json, path: tuple[str, ...]) -> Json:
         parts = schema["allOf"]
         if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], dict):
-            raise self.no("allOf with other than one part")
+            raise self.refused("allOf with other than one part")
         beside = {key: value for key, value in schema.items() if key != "allOf"}
         return self.rebuild({**parts[0], **beside}, path)
 
@@ -97,7 +96,7 @@ class _Rebuilder:
             return {"const": self._literal(schema["const"])}
         options = schema[keyword]
         if not isinstance(options, list) or not options:
-            raise self.no(f"{keyword} must be a list of at least one")
+            raise self.refused(f"{keyword} must be a list of at least one")
         if keyword == "enum":
             return {"enum": [self._literal(option) for option in options]}
         return {"anyOf": [self.rebuild(option, path) for option in options]}
@@ -107,7 +106,7 @@ class _Rebuilder:
         if isinstance(kind, list) and kind:
             return {"anyOf": [self.rebuild({**schema, "type": each}, path) for each in kind]}
         if kind not in TYPES:
-            raise self.no(f"type {json.dumps(kind)[:40]} does not exist")
+            raise self.refused(f"type {json.dumps(kind)[:40]} does not exist")
         builders: dict[str, Callable[[Json, tuple[str, ...]], Json]] = {
             "object": self._object, "array": self._array, "string": self._string,
         }  # fmt: skip
@@ -121,10 +120,10 @@ class _Rebuilder:
         self._only(schema, TYPED)
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
-            raise self.no("properties must be an object and required a list")
+            raise self.refused("properties must be an object and required a list")
         for name in required:
             if not isinstance(name, str) or name not in properties:
-                raise self.no(f"required names {json.dumps(name)[:40]}, which is not in properties")
+                raise self.refused(f"required names {json.dumps(name)[:40]}, which is not in properties")
         built: Json = {"type": "object"}
         if properties:
             built["properties"] = {self._name(name): self.rebuild(each, path) for name, each in properties.items()}
@@ -144,12 +143,12 @@ class _Rebuilder:
         return {"type": "array", "items": items, **self._bounds(schema, "minItems", "maxItems")}
 
     def _tuple(self, schema: Json, path: tuple[str, ...]) -> Json:
-        """Exactly these items: what goes for a tuple in pydantic's schemas."""
+        """Exactly these items, as pydantic describes a tuple."""
         items = schema["prefixItems"]
         if not isinstance(items, list) or not items or schema.get("items", False) is not False:
-            raise self.no("prefixItems must be a list of at least one, without items")
+            raise self.refused("prefixItems must be a list of at least one, without items")
         if {schema.get("minItems", len(items)), schema.get("maxItems", len(items))} != {len(items)}:
-            raise self.no("prefixItems with another minItems or maxItems than its length")
+            raise self.refused("prefixItems with another minItems or maxItems than its length")
         return {"type": "array", "prefixItems": [self.rebuild(each, path) for each in items]}
 
     def _string(self, schema: Json, path: tuple[str, ...]) -> Json:
@@ -161,27 +160,27 @@ class _Rebuilder:
     def _bounds(self, schema: Json, low: str, high: str) -> Json:
         bounds = {name: schema[name] for name in (low, high) if schema.get(name) is not None}
         for name, value in bounds.items():
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LONGEST:
-                raise self.no(f"{name} must be a whole number up to {LONGEST}")
-        if bounds.get(low, 0) > bounds.get(high, LONGEST):
-            raise self.no(f"{low} is more than {high}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_LENGTH:
+                raise self.refused(f"{name} must be a whole number up to {MAX_LENGTH}")
+        if bounds.get(low, 0) > bounds.get(high, MAX_LENGTH):
+            raise self.refused(f"{low} is more than {high}")
         return bounds
 
     def _literal(self, value: Any) -> Any:
         for text in _strings(value):
             if not _plain(text):
-                raise self.no("const and enum texts with quotes, backslashes, control characters or emoji")
+                raise self.refused("const and enum texts with quotes, backslashes, control characters or emoji")
         return value
 
     def _name(self, name: str) -> str:
         if not name or not _plain(name):
-            raise self.no("property names that are empty or have quotes, backslashes, control characters or emoji")
+            raise self.refused("property names that are empty or have quotes, backslashes, control characters or emoji")
         return name
 
     def _only(self, schema: Json, known: Set[str]) -> None:
         for keyword in schema:
-            if keyword != "type" and keyword not in known and keyword not in NOTES:
-                raise self.no(f"the keyword {keyword[:40]!r}")
+            if keyword != "type" and keyword not in known and keyword not in ANNOTATIONS:
+                raise self.refused(f"the keyword {keyword[:40]!r}")
 
 
 def _implied_type(schema: Json) -> Any:
@@ -201,5 +200,5 @@ def _strings(value: Any) -> list[str]:
 
 
 def _plain(text: str) -> bool:
-    """Nothing that its converter escapes wrongly: it writes JSON's escapes into the grammar, where they mean others."""
+    """Whether its converter escapes the text rightly: it writes JSON's escapes into the grammar, where they differ."""
     return all(" " <= char <= "\uffff" and char not in '"\\\x7f' for char in text)

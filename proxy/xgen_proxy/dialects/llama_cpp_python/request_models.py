@@ -1,18 +1,18 @@
-"""The fields that llama-cpp-python reads, with their types and ranges. Pure.
+"""The fields that llama-cpp-python reads, with their types and ranges.
 
 It answers 500 to a wrong type, and in a stream 200 with an empty body, since it reads some values only after the
-headers are sent. So nothing reaches it unchecked; fields that it would ignore are left out.
+headers are sent. So nothing reaches it unchecked, and fields that it would ignore are left out.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import Json
 
-Json = dict[str, Any]
 TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,7}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -21,7 +21,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Named(Strict):
+class FunctionName(Strict):
     name: str
 
 
@@ -45,7 +45,7 @@ class Message(Strict):
     function_call: FunctionCall | None = None
 
     @model_validator(mode="after")
-    def _answers_a_call(self) -> Self:
+    def _check_role(self) -> Self:
         if self.role == "tool" and "tool_call_id" not in self.model_fields_set:
             raise ValueError("a tool message needs tool_call_id")
         if self.role == "function" and not self.name:
@@ -53,7 +53,7 @@ class Message(Strict):
         return self
 
 
-class Function(Named):
+class Function(FunctionName):
     description: str = ""
     parameters: Json
 
@@ -65,7 +65,7 @@ class Tool(Strict):
 
 class ToolChoice(Strict):
     type: Literal["function"]
-    function: Named
+    function: FunctionName
 
 
 class JsonObject(Strict):
@@ -74,7 +74,7 @@ class JsonObject(Strict):
 
 
 class Sampling(Strict):
-    """What both endpoints read."""
+    """The fields of both endpoints."""
 
     model: str
     stream: bool = False
@@ -101,7 +101,7 @@ class Chat(Sampling):
     tools: list[Tool] = []
     tool_choice: ToolChoice | Literal["none", "auto", "required"] = "none"
     functions: list[Function] = []
-    function_call: Named | Literal["none", "auto"] = "none"
+    function_call: FunctionName | Literal["none", "auto"] = "none"
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     response_format: JsonObject = JsonObject(type="text")
@@ -121,8 +121,8 @@ class Embedding(Strict):
 MODELS: dict[str, type[Strict]] = {"chat": Chat, "completions": Completion, "embeddings": Embedding}
 
 
-def read_fields(endpoint: str, body: Json) -> Json:
-    """`body` with the known fields only. Raises BadRequestError, naming the first that is wrong."""
+def checked_fields(endpoint: str, body: Json) -> Json:
+    """`body` without unknown fields. Raises BadRequestError, which names the first field that is wrong."""
     try:
         known = MODELS[endpoint].model_validate(body)
     except ValidationError as error:

@@ -1,16 +1,15 @@
-"""Stop strings, found here instead of by llama-cpp-python. Pure.
+"""Cuts a stream at stop strings, in place of llama-cpp-python.
 
-It never sends the tokens that make up a stop string, and it does not say whether a stop string or the end of the text
-ended an answer; so its usage could not be counted. Asked without stop strings it sends every token, the text is cut
-here where it would have cut it, and closing the connection ends the generation.
+It never sends the tokens that make up a stop string, and does not say whether a stop string or the end of the text
+ended an answer, so that its usage could not be counted. Without stop strings it sends every token; the text is cut here
+where it would have cut it, and closing the connection ends the generation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-Json = dict[str, Any]
+from xgen_proxy.request.features import Json
 
 
 def stop_strings(body: Json) -> tuple[str, ...]:
@@ -19,16 +18,16 @@ def stop_strings(body: Json) -> tuple[str, ...]:
 
 
 class StopStringCutter:
-    """Fed the chunks of one choice. `done`: a stop string has come, and nothing after it is of interest."""
+    """Takes the chunks of one choice. `done`: a stop string was found, and everything after it is dropped."""
 
     def __init__(self, strings: tuple[str, ...]) -> None:
         self.done = False
         self._strings = strings
-        self._held = ""  # the end of the text so far, where a stop string may have begun
+        self._held = ""  # the end of the text so far, where a stop string may begin
         self._last: Json = {}
 
     def cut(self, chunk: Json) -> Iterator[Json]:
-        """The chunks to pass on in its place."""
+        """The chunks to send in its place."""
         if self.done:
             return
         choice = chunk["choices"][0] if chunk["choices"] else {}
@@ -44,20 +43,20 @@ class StopStringCutter:
             yield from self._pass(chunk, self._held + (text or ""))
 
     def _pass(self, chunk: Json, text: str) -> Iterator[Json]:
-        """As llama-cpp-python does, the first of the strings in the order given decides where several have come."""
+        """If several strings are found, the first in the given order decides, as in llama-cpp-python."""
         found = next((string for string in self._strings if string in text), None)
         if found is not None:
             self.done = True
             yield with_text(chunk, text[: text.index(found)])
             yield finished(chunk)
             return
-        self._held = text[len(text) - self._begun(text) :]
+        self._held = text[len(text) - self._partial_match(text) :]
         passed = text[: len(text) - len(self._held)]
         if passed or not text:
             yield with_text(chunk, passed)
 
-    def _begun(self, text: str) -> int:
-        """How many characters at the end of `text` could be the beginning of a stop string."""
+    def _partial_match(self, text: str) -> int:
+        """Number of characters at the end of `text` that may begin a stop string."""
         longest = max(len(string) for string in self._strings) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(string.startswith(text[-length:]) for string in self._strings):
@@ -66,7 +65,7 @@ class StopStringCutter:
 
 
 def text_of(choice: Json) -> str | None:
-    """The text that a chunk brings, of whichever kind; None where it brings none."""
+    """The text or tool-call arguments in a choice; None if it has neither."""
     if "text" in choice:
         text: str = choice["text"]
         return text
@@ -79,7 +78,7 @@ def text_of(choice: Json) -> str | None:
 
 
 def with_text(chunk: Json, text: str) -> Json:
-    """A copy of a chunk of text that brings `text` instead."""
+    """A copy of a chunk with `text` in place of its own."""
     choice = dict(chunk["choices"][0])
     if "text" in choice:
         choice["text"] = text
@@ -99,7 +98,7 @@ def _with_arguments(delta: Json, text: str) -> Json:
 
 
 def finished(chunk: Json) -> Json:
-    """The closing chunk that llama-cpp-python would have sent after this one."""
+    """The closing chunk that llama-cpp-python would send after this one."""
     choice = dict(chunk["choices"][0])
     calls = "delta" in choice and choice["delta"].get("tool_calls")
     ending: Json = {"delta": {}} if "delta" in choice else {"text": ""}

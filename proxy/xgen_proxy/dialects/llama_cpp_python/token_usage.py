@@ -1,34 +1,42 @@
-"""Usage of a llama-cpp-python stream, which never has any: counted here, with the replica's help."""
+"""Counts the usage of a llama-cpp-python stream, which never reports any, with the replica's help."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import groupby
 
-from xgen_proxy.dialects.dialect import LLAMA_CPP_PYTHON, BackendRequest, Json, Post
+from xgen_proxy.dialects.backend_request import BackendRequest, Post
+from xgen_proxy.dialects.llama_cpp_python.request_rewrites import TOOL_FIELDS
 from xgen_proxy.dialects.llama_cpp_python.stop_strings import text_of
-from xgen_proxy.dialects.request_rules import prepared
 from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.request.features import Json
+
+WORD = " word"  # whatever comes before, tokenizers begin anew at a space and a letter
+REPORTED = re.compile(r"\((\d+) in the messages")
 
 
 class TokenCounter:
-    """Fed each chunk of the stream, before anything is cut from it.
+    """`add()` it each chunk of the stream, before anything is cut from it; then ask for the `usage()`.
 
-    Completion tokens: it sends a chunk for each token, but holds tokens back until their bytes are whole characters. So
-    a chunk of ASCII is one token, and stretches of other text are tokenized by the replica. Exact, unless the model
-    wrote a character in other tokens than the tokenizer does: then off by one, mostly. They may be more than
-    max_tokens, as by the replica's own count: it never ends within a character.
+    Completion tokens: the server sends a chunk for each token, but holds tokens back until their bytes are complete
+    characters. So a chunk of ASCII is one token, and stretches of other text are tokenized by the replica. The count is
+    exact unless the model wrote a character with other tokens than the tokenizer would, and then mostly off by one. It
+    may exceed max_tokens, as the replica's own count does: it never stops within a character.
 
-    Prompt tokens: of a completion, the tokenizer's count. A chat's template only the replica knows. Made too long by a
-    known number of words, a chat is refused with its count before the cache is touched; asked twice, with twice the
-    words, that gives the tokens without them (25 ms with 4,096 words). Where that cannot be, the same request again,
-    whole and for one token: as exact, but the cache loses the answer, and a chat's next turn waits 1.6 s longer for
-    its first token (200 tokens of answer, 135 M parameters, one core).
+    Prompt tokens: for a completion, the tokenizer's count. Only the replica knows a chat's template. It refuses a chat
+    that is too long, with the count, before it touches the cache; two refusals, the second with twice the padding, give
+    the count without padding (25 ms with 4,096 words). If that fails, the same request is sent again for one token:
+    exact, but the cache loses the answer, and the chat's next turn waits 1.6 s longer for its first token (200 tokens
+    of answer, 135 M parameters, one core).
+
+    `prepared` gives the body of the request as the engine gets it.
     """
 
-    def __init__(self, request: BackendRequest) -> None:
+    def __init__(self, request: BackendRequest, prepared: Callable[[BackendRequest], Json]) -> None:
         self.request = request
         self.texts: list[str] = []
+        self._prepared = prepared
 
     def add(self, chunk: Json) -> None:
         for choice in chunk["choices"]:
@@ -43,15 +51,16 @@ class TokenCounter:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def _prompt_tokens(self, post: Post) -> int:
-        body = prepared(LLAMA_CPP_PYTHON, self.request)
+        body = self._prepared(self.request)
         if "prompt" in body:
             return await count_tokens(body["prompt"], post)
-        kept = {key: body[key] for key in ("model", "messages", *TEMPLATE_FIELDS) if key in body}
+        kept = {key: body[key] for key in ("model", "messages", *TOOL_FIELDS) if key in body}
         ask = {**kept, "max_tokens": 1}
-        return await self._refused_prompt_tokens(ask, post) or await self._asked_prompt_tokens(ask, post)
+        return await self._prompt_tokens_by_refusal(ask, post) or await self._prompt_tokens_by_request(ask, post)
 
-    async def _refused_prompt_tokens(self, ask: Json, post: Post) -> int | None:
-        """None where the words would not stand apart from the text, or the replica did not say what was expected."""
+    async def _prompt_tokens_by_refusal(self, ask: Json, post: Post) -> int | None:
+        """From two refusals of a padded chat. None if the padding would merge with the text, or if the replica does not
+        answer as expected."""
         words = self.request.context
         text = ask["messages"][-1]["content"]
         if not words or not text or text[-1].isspace():
@@ -60,14 +69,14 @@ class TokenCounter:
         for times in (1, 2):
             last = {**ask["messages"][-1], "content": text + WORD * words * times}
             status, answer = await post(self.request.path, {**ask, "messages": [*ask["messages"][:-1], last]})
-            told = TOLD.search(str(answer)) if status == 400 else None
-            if told is None:
+            reported = REPORTED.search(str(answer)) if status == 400 else None
+            if reported is None:
                 return None
-            counts.append(int(told[1]))
+            counts.append(int(reported[1]))
         once, twice = counts
         return 2 * once - twice if (twice - once) % words == 0 else None
 
-    async def _asked_prompt_tokens(self, ask: Json, post: Post) -> int:
+    async def _prompt_tokens_by_request(self, ask: Json, post: Post) -> int:
         status, answer = await post(self.request.path, ask)
         if status != 200:
             raise UpstreamProtocolError(f"counting the prompt's tokens: {status}")
@@ -77,7 +86,7 @@ class TokenCounter:
         if "logprobs" in self.request.features.needs:  # then it sends each token alone
             return len(self.texts)
         if "forced_tool" in self.request.features.needs and self.texts and self.texts[-1] == "":
-            self.texts.pop()  # its closing chunk, told twice
+            self.texts.pop()  # its closing chunk comes twice
         tokens = 0
         for ascii, group in groupby(self.texts, str.isascii):
             texts = list(group)
@@ -85,17 +94,12 @@ class TokenCounter:
         return tokens
 
     async def _tokens(self, text: str, chunks: int, post: Post) -> int:
-        """Never fewer than chunks. What the tokenizer puts before any text is taken off."""
+        """Never fewer than `chunks`, and without what the tokenizer puts before any text."""
         return max(chunks, await count_tokens(text, post) - await count_tokens("", post))
 
 
-WORD = " word"  # whatever stands before, tokenizers begin anew at a space and a letter
-TOLD = re.compile(r"\((\d+) in the messages")
-TEMPLATE_FIELDS = ("tools", "tool_choice", "functions", "function_call")  # what a chat template may read
-
-
 async def count_tokens(text: str, post: Post) -> int:
-    """With whatever the tokenizer puts before a text."""
+    """Includes what the tokenizer puts before any text. Raises UpstreamError."""
     status, answer = await post("/extras/tokenize/count", {"input": text})
     if status != 200:
         raise UpstreamProtocolError(f"/extras/tokenize/count says {status}")

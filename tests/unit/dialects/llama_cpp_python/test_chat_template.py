@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xgen_proxy.dialects.chat_template import ChatTemplate, load_template
+from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate, load_template
 from xgen_proxy.errors import UpstreamProtocolError
 
 CHATML = r"""

@@ -1,7 +1,9 @@
-"""A model's own chat template, for the backend that cannot be asked to render it: llama-cpp-python.
+"""A model's chat template, for llama-cpp-python, which cannot be asked to render one.
 
 The file is a Hugging Face tokenizer_config.json: {chat_template, bos_token, eos_token, add_bos_token}.
 https://huggingface.co/docs/transformers/chat_templating
+
+Differences from Transformers: `tojson` escapes HTML, as Jinja's own does, and the extension `loopcontrols` is missing.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from xgen_proxy.errors import UpstreamProtocolError
 
 
 class ChatTemplate:
-    """`bos_token`: as the template is to write it; "" where the server puts it before every prompt itself."""
+    """`bos_token` is what the template writes; "" if the server puts it before every prompt itself."""
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
-        """Raises ValueError where it is no template."""
+        """Raises ValueError if `source` is not a template."""
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -32,10 +34,10 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt up to where the assistant's words begin. Raises UpstreamProtocolError."""
+        """The prompt up to the beginning of the assistant's message. Raises UpstreamProtocolError."""
         try:
             prompt: str = self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except Exception as error:  # templates refuse what they were not made for, each in its own way
+        except Exception as error:  # templates raise errors of any kind for chats that they were not made for
             raise UpstreamProtocolError(f"the chat template failed: {type(error).__name__}") from None
         return prompt
 
@@ -45,7 +47,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def load_template(path: Path) -> ChatTemplate:
-    """Raises ValueError, saying what is wrong with the file."""
+    """Raises ValueError, whose message says what is wrong with the file."""
     try:
         config = orjson.loads(path.read_bytes())
         bos = "" if config.get("add_bos_token", True) else _token(config, "bos_token")
@@ -57,6 +59,6 @@ def load_template(path: Path) -> ChatTemplate:
 
 
 def _token(config: dict[str, Any], name: str) -> str:
-    """Written plainly, or as {content, …}."""
+    """A string, or {content, …}."""
     token = config.get(name) or ""
     return str(token["content"]) if isinstance(token, dict) else str(token)

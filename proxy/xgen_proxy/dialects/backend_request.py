@@ -1,0 +1,55 @@
+"""What is asked of a backend, and what a replica reports about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from xgen_proxy.request.features import Features, Json
+
+# (path, body) → (status, JSON). Asks the same replica, while a slot of it is held. Raises UpstreamError.
+Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+
+
+@dataclass(slots=True)
+class BackendRequest:
+    """A request as asked of one backend. Treat it as immutable: `frozen=True` triples the time to construct one.
+
+    `body` is the client's JSON without our hints and with presets filled in. `raw` is the client's own bytes while they
+    still say the same as `body`, else None. `alias` is the public model name, which the response must carry. `served`
+    is the name that the backend knows the model by. `context` is its context length in tokens, if known.
+    """
+
+    features: Features
+    body: Json
+    raw: bytes | None
+    alias: str
+    served: str
+    context: int | None = None
+
+    @property
+    def choices(self) -> int:
+        """Number of choices, and so of finish reasons, in the response."""
+        return self.prompts * (self.body.get("n") or 1)
+
+    @property
+    def prompts(self) -> int:
+        prompt = self.body.get("prompt")
+        return len(prompt) if "prompt_list" in self.features.needs and isinstance(prompt, list) else 1
+
+    @property
+    def path(self) -> str:
+        return PATHS[self.features.endpoint]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a replica reports about itself; None where it does not say. `capabilities` replace the dialect's."""
+
+    models: tuple[str, ...]
+    context: int | None = None
+    slots: int | None = None
+    capabilities: frozenset[str] | None = None

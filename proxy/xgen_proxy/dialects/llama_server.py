@@ -1,0 +1,216 @@
+"""llama-server, llama.cpp's own server: https://github.com/ggml-org/llama.cpp/tree/master/tools/server"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from xgen_proxy import sse
+from xgen_proxy.dialects import request_rewrites as rewrite
+from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
+from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
+from xgen_proxy.dialects.request_rules import Rule
+from xgen_proxy.dialects.stream_editors import StreamEditor, joined_usage, legacy_logprobs, rename_model
+from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.request.limits import schemas
+
+# Fields of llama.cpp whose size costs memory or time, with their limits: a repeat_last_n of 10^9 took 19 s.
+SIZES = {"repeat_last_n": 4096, "dry_penalty_last_n": 4096, "n_probs": 20}
+MAX_ENUM = 250  # values in one place of a schema; 500 blocked the server for 3 s, 2,000 for 25 s
+ENUM_KEYWORDS = ("enum", "anyOf", "oneOf")
+CREATED = re.compile(rb'"created":\d+')  # inside a JSON string the quotes would be escaped
+
+
+def schema_of_completion(body: Json, request: BackendRequest) -> Json:
+    """/v1/completions has a field of llama.cpp's for a schema."""
+    response_format = body.get("response_format")
+    if request.features.endpoint != "completions" or not response_format or response_format.get("type") == "text":
+        return body
+    holder = response_format["json_schema"] if response_format.get("type") == "json_schema" else response_format
+    kept = {key: value for key, value in body.items() if key != "response_format"}
+    return {**kept, "json_schema": holder.get("schema") or {"type": "object"}}
+
+
+def limit_sizes(body: Json, _: BackendRequest) -> Json:
+    for field in SIZES.keys() & body.keys():
+        value = body[field]
+        if value is not None and (not isinstance(value, int) or value > SIZES[field]):
+            raise BadRequestError(f"{field} must be a whole number up to {SIZES[field]}", param=field)
+    return body
+
+
+def limit_enums(body: Json, _: BackendRequest) -> Json:
+    for field, schema in schemas(body):
+        if _largest_enum(schema) > MAX_ENUM:
+            message = f"this backend takes no schema with more than {MAX_ENUM} values in one enum"
+            raise BadRequestError(message, param=field)
+    return body
+
+
+def _largest_enum(schema: Any) -> int:
+    largest = 0
+    level = [schema]
+    while level:
+        each = level.pop()
+        if isinstance(each, dict):
+            lists = [each.get(keyword) for keyword in ENUM_KEYWORDS]
+            largest = max(largest, *(len(found) if isinstance(found, list) else 0 for found in lists))
+            level.extend(each.values())
+        elif isinstance(each, list):
+            level.extend(each)
+    return largest
+
+
+def always_stream(body: Json, request: BackendRequest) -> Json:
+    return body if request.features.endpoint == "embeddings" else {**body, "stream": True}
+
+
+def always_usage(body: Json, request: BackendRequest) -> Json:
+    """Only for a stream that is collected here; a client's own stream gets what the client asked for."""
+    if request.features.endpoint == "embeddings" or request.features.stream:
+        return body
+    return {**body, "stream_options": {"include_usage": True}}
+
+
+class LlamaServer(Dialect):
+    name = "llama-server"
+    device_class = "cpu"
+    capabilities = NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"}
+    slots = 4
+    overcommit = 0  # it queues without bound
+    health_path = "/metrics"
+    has_metrics = True
+    info_paths = ("/v1/models", "/props")
+    uses_canary = True
+    reuse_after_stream = False  # it closes the connection after a stream, although it advertises keep-alive
+    rules = (
+        rewrite.MODEL_NAME,
+        rewrite.NO_FUNCTIONS,
+        rewrite.LEGACY_MAX_COMPLETION_TOKENS,
+        rewrite.REPETITION_PENALTY,
+        rewrite.LEGACY_COMPLETION_LIMIT,
+        Rule("response_format on /v1/completions", "translate", "ignored", schema_of_completion),
+        Rule(
+            "repeat_last_n, dry_penalty_last_n, n_probs",
+            "refuse",
+            "a repeat_last_n of 10^9 took it 19 s",
+            limit_sizes,
+        ),
+        Rule("wide enums", "refuse", "one of 2,000 values blocks it for all clients, for 25 s", limit_enums),
+        Rule("stream: false", "fill", "a client that disconnects does not stop the generation", always_stream),
+        Rule("usage", "fill", "a stream has no usage unless asked", always_usage),
+    )
+
+    def parse_info(self, answers: Mapping[str, Any]) -> ReplicaInfo:
+        """/props says what the model's template and projector can do."""
+        info = super().parse_info(answers)
+        props = answers.get("/props")
+        if not isinstance(props, dict):
+            return info
+        capabilities = self.capabilities
+        if (props.get("chat_template_caps") or {}).get("supports_tools"):
+            capabilities |= {"tools", "forced_tool"}
+        if (props.get("modalities") or {}).get("vision"):
+            capabilities |= {"images"}
+        return ReplicaInfo(info.models, info.context, props.get("total_slots"), capabilities)
+
+    def asks_for_stream(self, request: BackendRequest) -> bool:
+        """Always, since it cancels only streams."""
+        return request.features.endpoint != "embeddings"
+
+    def stream_editor(self, request: BackendRequest) -> StreamEditor:
+        legacy = request.features.endpoint == "completions" and "logprobs" in request.features.needs
+        return LegacyLogprobsEditor(request) if legacy else LlamaServerEditor(request)
+
+    def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
+        return True
+
+    async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
+        return await self.tokenize({"content": text, "add_special": False}, post)
+
+
+class LlamaServerEditor:
+    """One usage, one `created`, and a role chunk in every case: llama-server omits it if the answer begins with a
+    character of several tokens, such as an emoji."""
+
+    done = False
+
+    def __init__(self, request: BackendRequest) -> None:
+        self._request = request
+        chat = request.features.endpoint == "chat"
+        self._roles_to_come = set(range(request.choices)) if chat else set()
+        self._holds_usage = not chat or request.choices > 1
+        self._created: bytes | None = None
+        self._usages: list[Json] = []
+        self._last: Json = {}
+
+    def edit(self, block: bytes) -> bytes:
+        if self._holds_usage and (b'"usage":' in block or b"data: null" in block):
+            block = b"".join(sse.encode(chunk) for chunk in sse.parse_chunks(block) if not self._hold_usage(chunk))
+        if not block:
+            return b""
+        if self._roles_to_come:
+            block = self._with_roles(block)
+        return self._with_one_created(block)
+
+    async def finish(self, post: Post) -> bytes:
+        if not self._usages or not self._request.features.include_usage:
+            return b""
+        usage = joined_usage(self._usages, self._request.body.get("n") or 1)
+        return self._with_one_created(sse.encode({**self._last, "choices": [], "usage": usage}))
+
+    def _with_one_created(self, block: bytes) -> bytes:
+        if self._created is None:
+            created = CREATED.search(block)
+            self._created = created.group() if created else b'"created":0'
+        return rename_model(self._request, CREATED.sub(self._created, block))
+
+    def _with_roles(self, block: bytes) -> bytes:
+        out = []
+        for event in sse.events(block):
+            for chunk in sse.parse_chunks(event):
+                first = [choice for choice in chunk["choices"] if choice["index"] in self._roles_to_come]
+                self._roles_to_come -= {choice["index"] for choice in first}
+                missing = [role(choice["index"]) for choice in first if "role" not in choice["delta"]]
+                out += [sse.encode({**chunk, "choices": [each]}) for each in missing]
+            out.append(event)
+        return b"".join(out)
+
+    def _hold_usage(self, chunk: Json) -> bool:
+        """Takes the usage out of a chunk. Returns whether nothing else was in it.
+
+        Each of several choices has a usage of its own, and a completion's comes with its last chunk. finish() sends the
+        sum.
+        """
+        usage = chunk.pop("usage", None)
+        if usage is None:
+            return False
+        self._usages.append(usage)
+        self._last = chunk
+        return not chunk["choices"]
+
+
+def role(index: int) -> Json:
+    """The choice that must come first."""
+    return {"index": index, "delta": {"role": "assistant", "content": None}, "finish_reason": None}
+
+
+class LegacyLogprobsEditor(LlamaServerEditor):
+    """llama-server sends logprobs in chat's shape on /v1/completions too."""
+
+    def __init__(self, request: BackendRequest) -> None:
+        super().__init__(request)
+        self._offsets: dict[int, int] = {}  # characters so far, by choice
+
+    def edit(self, block: bytes) -> bytes:
+        return b"".join(sse.encode(self._repair(chunk)) for chunk in sse.parse_chunks(super().edit(block)))
+
+    def _repair(self, chunk: Json) -> Json:
+        for choice in chunk["choices"]:
+            offset = self._offsets.get(choice["index"], 0)
+            choice["logprobs"] = legacy_logprobs(choice.get("logprobs"), offset)
+            self._offsets[choice["index"]] = offset + len(choice["text"])
+        return chunk

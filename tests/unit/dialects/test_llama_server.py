@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.chunks import LLAMA_SERVER, Replica, delta, events, make_request, read, text
+from xgen_proxy.request.features import Json
+
+QUIET: dict[str, Any] = {}
+ASKED: dict[str, Any] = {"stream_options": {"include_usage": True}}
+
+
+async def test_a_stream_has_one_created_and_a_role() -> None:
+    editor = LLAMA_SERVER.stream_editor(make_request(stream=True, alias="public"))
+    assert editor is not None
+    first = {**delta(content="😀"), "created": 7}
+    out = read(editor.edit(events(first))) + read(editor.edit(events({**delta("stop"), "created": 8})))
+    assert [chunk["created"] for chunk in out] == [7, 7, 7]
+    assert {chunk["model"] for chunk in out} == {"public"}
+    assert out[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert out[0]["choices"][0]["finish_reason"] is None
+    assert out[1]["choices"][0]["delta"] == {"content": "😀"}
+    assert await editor.finish(Replica().post) == b""
+
+
+def test_a_stream_with_a_role_passes_unchanged() -> None:
+    editor = LLAMA_SERVER.stream_editor(make_request(stream=True))
+    assert editor is not None
+    block = events(delta(role="assistant", content=None), delta(content="a"))
+    assert editor.edit(block) == block
+    assert not editor.done
+
+
+async def test_usage_of_several_choices_is_one_sum() -> None:
+    request = make_request(stream=True, n=2, stream_options={"include_usage": True})
+    editor = LLAMA_SERVER.stream_editor(request)
+    assert editor is not None
+    usage = {"completion_tokens": 3, "prompt_tokens": 37, "total_tokens": 40}
+    ended = {**delta(), "choices": [], "usage": usage}
+    block = b"data: null\n\n" + events(delta(role="assistant"), delta("stop", 1), ended, delta("stop", 0), ended)
+    out = read(editor.edit(block))
+    roles = [choice["index"] for chunk in out for choice in chunk["choices"] if "role" in choice["delta"]]
+    assert (len(out), roles) == (4, [0, 1])
+    assert not any("usage" in chunk for chunk in out)
+    [last] = read(await editor.finish(Replica().post))
+    assert last["choices"] == []
+    assert last["usage"] == {"completion_tokens": 6, "prompt_tokens": 37, "total_tokens": 43}
+
+
+async def test_a_completion_has_usage_only_if_asked() -> None:
+    usage = {"completion_tokens": 3, "prompt_tokens": 4, "total_tokens": 7}
+    for options, expected in (QUIET, []), (ASKED, [usage]):
+        editor = LLAMA_SERVER.stream_editor(make_request("completions", stream=True, **options))
+        assert editor is not None
+        out = read(editor.edit(events(text("a"), {**text("", "length"), "usage": usage})))
+        assert [chunk["choices"][0]["text"] for chunk in out] == ["a", ""]
+        assert not any("usage" in chunk for chunk in out)
+        tail = read(await editor.finish(Replica().post))
+        assert [chunk["usage"] for chunk in tail] == expected
+        assert [chunk["choices"] for chunk in tail] == [[] for _ in expected]
+
+
+def test_logprobs_of_a_completion_get_its_own_shape() -> None:
+    def chat_shape(token: str) -> Json:
+        return {"content": [{"token": token, "logprob": -1.0, "top_logprobs": [{"token": token, "logprob": -1.0}]}]}
+
+    request = make_request("completions", stream=True, logprobs=1, prompt=["a", "b"])
+    editor = LLAMA_SERVER.stream_editor(request)
+    assert editor is not None
+    pieces = [text("ab", logprobs=chat_shape("ab")), text("x", index=1, logprobs=chat_shape("x")),
+              text("c", logprobs=chat_shape("c")), text("", "stop")]  # fmt: skip
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in read(editor.edit(events(*pieces)))]
+    assert logprobs[0] == {
+        "tokens": ["ab"], "token_logprobs": [-1.0], "top_logprobs": [{"ab": -1.0}], "text_offset": [0],
+    }  # fmt: skip
+    assert [each["text_offset"] for each in logprobs[:3]] == [[0], [0], [2]]
+    assert logprobs[3] is None
+
+
+def test_info_has_what_props_reports() -> None:
+    models = {"data": [{"id": "a", "meta": {"n_ctx": 4096}}]}
+    props = {"total_slots": 8, "chat_template_caps": {"supports_tools": True}, "modalities": {"vision": True}}
+    info = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": props})
+    assert (info.models, info.context, info.slots) == (("a",), 4096, 8)
+    assert info.capabilities == LLAMA_SERVER.capabilities | {"tools", "forced_tool", "images"}
+    plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
+    assert plain.capabilities == LLAMA_SERVER.capabilities
+    assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None

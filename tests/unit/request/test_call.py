@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from xgen_proxy.errors import BadRequestError, ServiceUnavailableError
+from xgen_proxy.request.call import Call, Origin, parse_call
+from xgen_proxy.request.features import Endpoint
+from xgen_proxy.request.limits import Limits
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def no_default() -> str:
+    raise ServiceUnavailableError("no model is known")
+
+
+def parse(
+    body: dict[str, Any],
+    headers: dict[bytes, bytes] | None = None,
+    endpoint: Endpoint = "chat",
+    continuation: bool = True,
+    default_model: Any = no_default,
+) -> Call:
+    return parse_call(
+        Origin("id-1", headers or {}),
+        endpoint,
+        orjson.dumps(body),
+        body,
+        limits=Limits(),
+        continuation=continuation,
+        default_model=default_model,
+    )
+
+
+def test_an_unchanged_body_keeps_the_clients_bytes() -> None:
+    call = parse(CHAT)
+    assert call.raw == orjson.dumps(CHAT)
+    assert (call.id, call.model, call.body, call.trace) == ("id-1", "m", CHAT, b"")
+
+
+def test_hints_and_presets_change_the_body() -> None:
+    call = parse({**CHAT, "urgency": "high", "top_p": 0.5})
+    assert call.raw is None
+    assert call.body == {**CHAT, "temperature": 0, "top_p": 0.5, "top_k": 1}
+    assert call.features.urgency == "high"
+
+
+def test_the_default_model_is_asked_for_only_if_the_client_names_none() -> None:
+    call = parse({"messages": CHAT["messages"]}, default_model=lambda: "fallback")
+    assert call.model == call.features.model == "fallback"
+    with pytest.raises(ServiceUnavailableError):
+        parse({"messages": CHAT["messages"]})
+
+
+@pytest.mark.parametrize(("setting", "hint"), [(True, None), (True, "none"), (False, None), (False, "auto")])
+def test_continuation_needs_the_setting_and_the_client(setting: bool, hint: str | None) -> None:
+    body = CHAT if hint is None else {**CHAT, "continuation": hint}
+    assert parse(body, continuation=setting).features.continuation == (setting and hint != "none")
+
+
+def test_the_trace_context_is_kept_as_header_lines() -> None:
+    parent = {b"traceparent": b"00-1-2-01"}
+    assert parse(CHAT, parent).trace == b"traceparent: 00-1-2-01\r\n"
+    assert parse(CHAT, {**parent, b"tracestate": b"a=1"}).trace.endswith(b"\r\ntracestate: a=1\r\n")
+    assert parse(CHAT, {b"tracestate": b"a=1"}).trace == b""
+
+
+def test_a_call_is_immutable() -> None:
+    call = parse(CHAT)
+    with pytest.raises(AttributeError):
+        call.model = "other"  # type: ignore[misc]
+    assert call.origin.with_key("0123abcd") == Origin("id-1", {}, None, "0123abcd")
+    assert call.origin.key is None
+
+
+def test_a_wrong_body_raises() -> None:
+    with pytest.raises(BadRequestError, match="messages is missing"):
+        parse({"model": "m"})

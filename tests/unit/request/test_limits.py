@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.limits import Limits, check_size, measure, refers_to_itself, schemas
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def count(value: Any) -> tuple[int, int]:
+    """(values, levels), recursively."""
+    children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    below = [count(child) for child in children]
+    return 1 + sum(nodes for nodes, _ in below), 1 + max((depth for _, depth in below), default=0)
+
+
+@given(JSON)
+def test_measure_counts_values_and_levels(value: Any) -> None:
+    assert measure(value, 10**6, 10**6) == count(value)
+
+
+def test_measure_stops_past_a_limit() -> None:
+    assert measure(nested(10**5), 64, 10**6)[1] == 65
+    assert measure([[0] * 10**5] * 3, 64, 1000)[0] < 10**6
+
+
+def test_a_request_that_is_too_deep_or_too_large_is_refused() -> None:
+    with pytest.raises(BadRequestError, match="nested deeper than 64 levels"):
+        check_size({"a": nested(70)}, Limits())
+    with pytest.raises(BadRequestError, match="more than 1000 values"):
+        check_size({"a": list(range(2000))}, Limits(json_nodes=1000))
+    check_size({"a": nested(60), "b": list(range(900))}, Limits(json_nodes=1000))
+
+
+@pytest.mark.parametrize("field", ["response_format", "tools", "json_schema", "structured_outputs"])
+def test_a_large_schema_is_refused(field: str) -> None:
+    with pytest.raises(BadRequestError, match="more than 100 values") as caught:
+        check_size({field: {"enum": list(range(200))}}, Limits(schema_nodes=100))
+    assert caught.value.param == field
+    check_size({"metadata": {"enum": list(range(200))}}, Limits(schema_nodes=100))
+
+
+def test_a_long_grammar_counts_as_values() -> None:
+    with pytest.raises(BadRequestError, match="the schema in grammar"):
+        check_size({"grammar": "a" * 900}, Limits(schema_nodes=100))
+
+
+def test_schemas_finds_every_field_that_becomes_a_grammar() -> None:
+    body = {"tools": [1], "json_schema": {"a": 1}, "grammar": "", "messages": []}
+    assert schemas(body) == [("tools", [1]), ("json_schema", {"a": 1})]
+    assert schemas({"messages": []}) == []
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"definitions": {"a": {"$ref": "#/definitions/b"}, "b": {"$ref": "#/definitions/a"}}},
+        {"properties": {"x": {"$defs": {"a": {"$ref": "#/$defs/a"}}}}},
+    ],
+)
+def test_a_circle_of_references_is_refused(schema: dict[str, Any]) -> None:
+    assert refers_to_itself(schema)
+    with pytest.raises(BadRequestError, match="refers to itself without end"):
+        check_size({"json_schema": schema}, Limits())
+
+
+def test_a_recursive_type_is_accepted() -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}
+    assert not refers_to_itself({"$defs": {"tree": tree}, "$ref": "#/$defs/tree"})
+
+
+def test_a_long_chain_of_references_is_followed_once() -> None:
+    """Following the chain to its end from each of its names would take a seventh of a second."""
+    lookups = 0
+
+    class Counting(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal lookups
+            lookups += key == "$ref"
+            return super().get(key, default)
+
+    chain = {"$defs": {f"d{n}": Counting({"$ref": f"#/$defs/d{n + 1}"}) for n in range(900)}}
+    assert not refers_to_itself(chain)
+    assert lookups <= 2 * 900
