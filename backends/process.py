@@ -1,4 +1,4 @@
-"""A supervised child process: in a session of its own, its output in a log, dead when its supervisor is."""
+"""A supervised child process: it has its own session and log, and dies with its supervisor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 LAST_LINES = 15
-# What children see of our environment. Not the rest: llama_cpp.server takes HOST, PORT, MODEL, CACHE, VERBOSE and many
-# more from it, over its own flags, and `make run PORT=…` puts them there.
+# Prefixes of the variables that children inherit. llama_cpp.server would let HOST, PORT, MODEL, CACHE, VERBOSE and many
+# more override its flags, and `make run PORT=…` sets some of them.
 KEPT = (
     "CUDA_",
     "DYLD_",
@@ -43,8 +43,8 @@ KEPT = (
 
 
 class Child:
-    """`command` is started in its own session, so that a terminal's Ctrl-C reaches the supervisor alone, which then
-    ends everything in order, and so that its grandchildren can be killed with it."""
+    """A command in a session of its own: a terminal's Ctrl-C reaches only the supervisor, which ends its children in
+    order, and a child's own children can be killed with it."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name = name
@@ -73,7 +73,7 @@ class Child:
         return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
 
     def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL to the whole group when the grace is over."""
+        """Send SIGTERM, and after `grace_s` SIGKILL to the whole group."""
         if self.process is None:
             return
         self._signal(signal.SIGTERM)
@@ -89,9 +89,9 @@ class Child:
 
 
 def become(parent: int, command: Sequence[str]) -> None:
-    """Runs in the child: dies with its parent even if that is killed, then becomes the command."""
+    """Runs in the child: ask the kernel to kill it with its parent, then become the command."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the line above
         sys.exit(1)
     os.execvp(command[0], list(command))  # noqa: S606
 

@@ -1,11 +1,11 @@
-"""Does a session's home raise the hit rate of prefix caches? Two real llama-servers, conversations that take turns.
+"""Measure how session affinity raises the hit rate of prefix caches, with two real llama-servers.
 
     python -m bench.affinity --model models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-More conversations than the servers have slots go on turn by turn, two requests at once, as people do who read between
-their turns. Three ways: with a session each, with nothing but prompts that begin alike, and with a new session for each
-request, which scatters them. What was cached is the servers' to say (usage.prompt_tokens_details.cached_tokens). Each
-repeat has conversations of its own, seeded.
+There are more conversations than slots; they take turns, two requests at once, as people do who read between turns.
+Three variants: a session per conversation, no sessions but prompts with the same beginning, and a new session for each
+request, which scatters them. The servers report what was cached (usage.prompt_tokens_details.cached_tokens). Each
+repeat has its own seeded conversations.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Conversation:
 
 
 def measure(url: str, way: str, seed: str, options: argparse.Namespace) -> Answers:
-    """First turns are not counted: nobody can have them in a cache."""
+    """First turns do not count: they cannot be cached."""
     answers = Answers()
     talks = [Conversation(url, way, f"{seed} {number}") for number in range(options.conversations)]
     with ThreadPoolExecutor(2) as pool:
@@ -81,7 +81,7 @@ def measure(url: str, way: str, seed: str, options: argparse.Namespace) -> Answe
 
 
 def start(stack: ExitStack, options: argparse.Namespace, logs: Path) -> str:
-    """Two servers and the proxy before them. Returns its URL."""
+    """Start two servers and a proxy in front of them. Returns the URL of the proxy."""
     urls = []
     for number in range(2):
         log = logs / f"llama-server-{number}"
@@ -98,12 +98,12 @@ def start(stack: ExitStack, options: argparse.Namespace, logs: Path) -> str:
         ]
         command += ["-c", str(SLOTS * 2048), "-np", str(SLOTS), "--metrics", "--no-ui", "--offline"]
         urls.append(
-            f"http://127.0.0.1:{children.told_port(stack.enter_context(children.running(command, log)), log, 60)}"
+            f"http://127.0.0.1:{children.listening_port(stack.enter_context(children.running(command, log)), log, 60)}"
         )
     log = logs / "proxy"
     flags = ["--llama-cpp", ",".join(urls), "--engine", "llama-server"]
     proxy = stack.enter_context(children.running([*children.PROXY, *flags], log))
-    port = children.told_port(proxy, log)
+    port = children.listening_port(proxy, log)
     children.until_ready(port, 60)
     return f"http://127.0.0.1:{port}"
 
@@ -119,7 +119,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", required=True, help="a GGUF file")
     flags.add_argument("--conversations", type=int, default=12, help="(%(default)s)")
-    flags.add_argument("--turns", type=int, default=5, help="of each (%(default)s)")
+    flags.add_argument("--turns", type=int, default=5, help="per conversation (%(default)s)")
     flags.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     options = flags.parse_args()
     children.end_on_sigterm()

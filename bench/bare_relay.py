@@ -1,4 +1,4 @@
-"""The relay alone: uvicorn and our connections to the upstream. What xgen-proxy costs more, its features do."""
+"""A relay of uvicorn and our upstream connections alone. What xgen-proxy costs more is the cost of its features."""
 
 import os
 from typing import Any

@@ -1,15 +1,15 @@
-"""A storm: vLLM and llama.cpp behind a proxy, all real, under mixed load, while vLLM is killed, hung and restarted.
+"""Kill, hang and restart vLLM under mixed load, with real vLLM and llama.cpp servers behind a real proxy.
 
     python -m bench.chaos --seed 1 --requests 200 --vllm PATH/TO/vllm --vllm-model DIR --gguf FILE
 
-It shows that no request is lost. A seeded mix (chat and completions, streams and whole answers, short and long prompts,
-8 to 60 tokens, 12 at once) runs all the time; at seeded moments, while requests are on it, vLLM's engine is killed, its
-API server is killed, its engine is stopped so that it hangs, and it gets a SIGTERM. Each time it is started again while
-requests go on. Every answer is judged as by a client that trusts nobody (bench/judge.py). Nothing may be left
-afterwards: no slot, nobody in the queue, no socket. Ends with 1 unless every request completed and nothing is left.
+Shows that no request is lost. A seeded mix (chat and completions, streams and non-streaming, short and long prompts,
+8 to 60 tokens, 12 at once) runs all the time. At seeded moments, while it has requests, vLLM's engine is killed, its
+API server is killed, its engine is stopped so that it hangs, and it gets a SIGTERM. Each time it is restarted while
+requests continue. bench/judge.py checks every answer. Afterwards no slot, queued request or socket may be left. Exits
+with 1 unless every request completed and nothing is left.
 
-The seed settles the requests, the order of the events and the moments, counted in requests; the engines' own timing is
-theirs.
+The seed determines the requests, and the order and moments of the events, counted in requests; the engines' own timing
+varies.
 """
 
 from __future__ import annotations
@@ -32,35 +32,37 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
-from bench import children, procfs
+from bench import children, processes
 from bench.judge import judge_stream, judge_whole
-from tests.e2e import servers
-from tests.e2e.servers import MODEL, Server, until
+from tests.support import real_servers as servers
+from tests.support.real_servers import MODEL, Server
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
-  the whole storm, some 6 minutes:
+  all events, about 6 minutes:
     python -m bench.chaos --seed 1 --requests 200 --vllm .venv-vllm/bin/vllm --vllm-model models/smollm2-hf \\
         --gguf models/SmolLM2-135M-Instruct.Q4_1.gguf
   one event, with the default CPU backend:
     python -m bench.chaos --requests 40 --events kill-engine --engine llama-cpp-python
-Where --vllm, --vllm-model and --gguf are left out, XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF are taken.
+The variables XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF replace --vllm, --vllm-model and --gguf.
 """
 CONCURRENCY = 12
-# How long the ruins stay before they are cleared away: a hung engine longer than the proxy's timeouts.
+# Pauses before vLLM is restarted. A hung engine stays longer than the proxy's timeouts.
 RUIN_S = {"kill-engine": 3.0, "kill-api": 3.0, "hang-engine": 30.0, "terminate": 10.0}
 EVENTS = tuple(RUIN_S)
-PREY, PREY_S = 2, 30.0  # an event waits for so many streams that it can cut, for so long; then it takes what there is
-ARRIVAL_S = 0.5  # mean time between two requests, while fewer than CONCURRENCY run: 12 prompts at once stun a CPU
-RESTART_S = 45.0  # what vLLM takes to come back, measured 35 to 60; only the pace depends on it
-HUNG_S = 300.0  # a request that takes longer is lost: the queue, every timeout, and the generation itself take less
+PREY, PREY_S = 2, 30.0  # an event waits this long for this many streams to cut, then strikes anyway
+ARRIVAL_S = 0.5  # mean time between requests, while fewer than CONCURRENCY run: 12 prompts at once overload a CPU
+RESTART_S = 45.0  # restart time of vLLM, measured 35 to 60; it only sets the pace
+HUNG_S = 300.0  # a request that takes longer is lost: the queue, all timeouts and the generation take less
 # Short, so that a hang is found within the storm; the CPU build takes up to a second from chunk to chunk of 12 streams.
 TIMEOUTS = {
     "XGEN_BACKENDS__VLLM__IDLE_TIMEOUT_S": "4",
     "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "15",
     "XGEN_BACKENDS__VLLM__TOTAL_TIMEOUT_S": "60",
-    # Both engines share two cores here: while vLLM is away all wait for llama.cpp, and waiting is not being lost.
+    # Both engines share two cores: while vLLM is down all requests wait for llama.cpp, which is no loss.
     "XGEN_LIMITS__QUEUE_TIMEOUT_S": "180",
     "XGEN_LOG_FORMAT": "json",
 }
@@ -89,7 +91,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """`wrong`: "" if complete. `attempts`: as the proxy's header told, before anything was relayed."""
+    """The result of a request. `wrong`: empty if complete. `attempts`: the X-Attempts header, set before the body."""
 
     request: Request
     outcome: str
@@ -102,9 +104,9 @@ class Answer:
 
 @dataclass
 class Strike:
-    """One event. `busy`: requests on vLLM then; `streaming`: those of them whose client had seen a part of the answer.
+    """One event. `busy`: requests on vLLM at that time. `streaming`: those that had sent part of their answer.
 
-    Times are seconds since the storm began; `restored`: vLLM answers again.
+    Times are seconds since the start. `restored`: vLLM answers again.
     """
 
     name: str
@@ -116,7 +118,7 @@ class Strike:
 
 @dataclass
 class Storm:
-    """What came of it."""
+    """The results of a run."""
 
     seed: int
     answers: list[Answer] = field(default_factory=list)
@@ -134,7 +136,7 @@ class Storm:
 
     @property
     def missed(self) -> list[Strike]:
-        """Events that hit nothing, and so showed nothing."""
+        """Events during which vLLM had no requests, so that they prove nothing."""
         return [strike for strike in self.strikes if not strike.busy]
 
     def report(self) -> str:
@@ -166,8 +168,8 @@ class Storm:
 
 def make_request(number: int, random: random.Random) -> Request:
     words = f"Write about {random.choice(TOPICS)}, number {number}."
-    # Over or under 100 words. What all the long ones share comes first, so that an engine reads it once: a CPU that is
-    # shared reads 30 tokens a second.
+    # More or less than 100 words. Long prompts begin with the same text, so that an engine reads it once: a shared CPU
+    # reads 30 tokens a second.
     prompt = LONG + words if random.random() < 0.25 else words
     body: dict[str, Any] = {"model": MODEL, "max_tokens": random.randint(8, 60), "stream": random.random() < 0.6}
     body |= {"temperature": random.choice([0, 0.7]), "seed": number}
@@ -179,7 +181,7 @@ def make_request(number: int, random: random.Random) -> Request:
 
 
 def warm(vllm: Server) -> None:
-    """The first requests take the CPU build many times as long as later ones, longer than the timeouts here allow."""
+    """Warm up: the first requests on the CPU build take longer than the timeouts here allow."""
     for number in (-1, -2):
         for path, prompt in (
             ("/v1/completions", {"prompt": f"{LONG}{number}"}),
@@ -190,17 +192,17 @@ def warm(vllm: Server) -> None:
 
 
 class Saboteur:
-    """Does one thing to vLLM at a time and brings it back."""
+    """Injects one failure into vLLM at a time and restarts it."""
 
     def __init__(self, vllm: Server, proxy_url: str) -> None:
         self.vllm = vllm
         self.proxy_url = proxy_url
 
     def engine(self) -> int:
-        """The engine's process. Raises AssertionError where there is none."""
+        """The process id of the engine. Raises AssertionError if there is none."""
         assert self.vllm.process
         for pid in servers.members(self.vllm.process.pid):
-            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if "EngineCore" in " ".join(psutil.Process(pid).cmdline()):
                 return pid
         raise AssertionError("vLLM has no process named EngineCore")
 
@@ -216,11 +218,11 @@ class Saboteur:
             os.kill(self.vllm.process.pid, signal.SIGTERM)
 
     def restore(self) -> None:
-        """Up again, whatever is left of it gone first, and known to the proxy to be up."""
+        """Kill what is left of vLLM, start it, and wait until the proxy knows that it is up."""
         self.vllm.kill9()
         self.vllm.start().wait_ready()
         warm(self.vllm)
-        until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
+        wait_until(lambda: self.replica()["up"], 30, "the proxy to see vLLM again")
 
     def replica(self) -> dict[str, Any]:
         status = httpx.get(self.proxy_url + "/models/status", timeout=10).json()
@@ -228,14 +230,14 @@ class Saboteur:
 
 
 class Client:
-    """Sends requests and judges what comes. `streaming`: those whose stream from vLLM has begun and not ended."""
+    """Sends requests and checks the answers. `streaming`: requests with an unfinished stream from vLLM."""
 
     def __init__(self, url: str, storm: Storm, began: float) -> None:
         self.storm = storm
         self.began = began
         self.started = 0
         self.streaming: set[int] = set()
-        self.prey = asyncio.Event()  # set while PREY streams or more can be cut
+        self.prey = asyncio.Event()  # set while at least PREY streams can be cut
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
 
@@ -293,7 +295,7 @@ def outcome_of(wrong: str, headers: httpx.Headers) -> str:
 
 
 def mark_continued(storm: Storm, log: Path) -> None:
-    """A complete answer with more failed attempts than its headers knew of was continued: only the log can tell."""
+    """Mark resumed answers: the log has more failed attempts than their headers, which were sent before the break."""
     failed: Counter[str] = Counter()
     for line in log.read_text().splitlines():
         if line.startswith("{"):
@@ -305,8 +307,8 @@ def mark_continued(storm: Storm, log: Path) -> None:
 
 
 class Director:
-    """Spreads the requests over the events: each has its share of them, and strikes when a seeded part of it has been
-    sent. Of the rest, half go out around that moment, and half over the time that vLLM takes to return."""
+    """Spreads the requests over the events. Each event strikes when a seeded part of its share has been sent. Of the
+    rest, half are sent around that moment, and half while vLLM restarts."""
 
     def __init__(self, storm: Storm, client: Client, saboteur: Saboteur, requests: int, events: list[str]) -> None:
         self.storm, self.client, self.saboteur = storm, client, saboteur
@@ -344,7 +346,7 @@ class Director:
             await asyncio.sleep(gap * self.random.uniform(0.5, 1.5))
 
     async def _strike(self, event: str, delay: float) -> Strike:
-        """At a moment when vLLM has something to lose that clients have seen."""
+        """Strike when vLLM has streams that clients have begun to receive."""
         await asyncio.sleep(delay)
         with suppress(TimeoutError):
             await asyncio.wait_for(self.client.prey.wait(), PREY_S)
@@ -388,17 +390,17 @@ async def blow(storm: Storm, url: str, requests: int, events: list[str], vllm: S
 
 
 def gauges(url: str) -> dict[str, float]:
-    """The gauges that must be 0 when nothing is going on."""
+    """The gauges that must be 0 when the proxy is idle."""
     page = httpx.get(url + "/metrics", timeout=10).text
     found = re.findall(r"^(xgen_(?:replica_in_flight|queue_requests)\S*) (\S+)$", page, re.M)
     assert found, "no such gauges"
     return {name: float(value) for name, value in found}
 
 
-def what_is_left(look: Callable[[], list[str]], seconds: float) -> list[str]:
-    """What `look` still finds after `seconds`; nothing as soon as it finds nothing."""
+def leftovers(find: Callable[[], list[str]], seconds: float) -> list[str]:
+    """What `find` still returns after `seconds`; empty as soon as it returns nothing."""
     deadline = time.monotonic() + seconds
-    while (found := look()) and time.monotonic() < deadline:
+    while (found := find()) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
 
@@ -408,10 +410,10 @@ def held_slots(url: str) -> list[str]:
 
 
 def held_sockets(pid: int, ports: set[int]) -> list[str]:
-    """Those to backends that are gone, and those of clients that are gone. A probe of a dead backend is SYN_SENT."""
+    """Sockets of ended backends and clients. SYN_SENT is a health check of a dead backend."""
     return [
         f"socket {each.local} -> {each.remote} {each.state}"
-        for each in procfs.sockets(pid)
+        for each in processes.sockets(pid)
         if each.remote and each.state != "SYN_SENT" and (each.remote in ports or each.local in ports)
     ]
 
@@ -425,8 +427,8 @@ def run(
     folder: Path,
     after: Callable[[], None] | None = None,
 ) -> Storm:
-    """A storm over servers that run already, and a proxy of its own; vLLM runs again afterwards. `after` is called when
-    all is answered, before the sockets are counted: what stops the backends makes the count exact."""
+    """Run the load on running servers with a proxy of its own; vLLM runs again afterwards. `after` is called
+    between the last answer and the count of sockets: if it stops the backends, the count is exact."""
     storm = Storm(seed)
     log = folder / f"chaos-proxy-{seed}.log"
     log.unlink(missing_ok=True)  # the port is read from it
@@ -435,18 +437,18 @@ def run(
     try:
         proxy.start().wait_ready()
         saboteur = Saboteur(vllm, proxy.url)
-        until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
+        wait_until(lambda: saboteur.replica()["up"], 30, "the proxy to see vLLM")
         warm(vllm)
         asyncio.run(blow(storm, proxy.url, requests, events, vllm))
         mark_continued(storm, log)
-        storm.left += what_is_left(lambda: held_slots(proxy.url), 5)
+        storm.left += leftovers(lambda: held_slots(proxy.url), 5)
         ports = {proxy.port}
         if after:
             after()
             ports |= {vllm.port, llama.port}
         assert proxy.process
         pid = proxy.process.pid
-        storm.left += what_is_left(lambda: held_sockets(pid, ports), 10)
+        storm.left += leftovers(lambda: held_sockets(pid, ports), 10)
     finally:
         proxy.stop()
     return storm
@@ -473,9 +475,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=200, help="over the whole storm (%(default)s)")
+    parser.add_argument("--requests", type=int, default=200, help="in all (%(default)s)")
     parser.add_argument(
-        "--events", nargs="+", choices=EVENTS, help="in this order (default: all four, in the order the seed gives)"
+        "--events", nargs="+", choices=EVENTS, help="in this order (default: all four, ordered by the seed)"
     )
     for name, what in {
         "vllm": "the vllm executable (its CPU build will do)",

@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: pinned to cores, in a process group of their own, awaited and ended."""
+"""Child processes of a benchmark: pinned to cores, each in its own process group, and ended with the benchmark."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ UPSTREAM = [sys.executable, "-m", "bench.upstream"]
 PROXY = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", "0"]
 
 
-class Failed(Exception):
-    """A child ended, or never got ready; with the end of its log."""
+class StartError(Exception):
+    """A child ended or did not become ready. The message has the end of its log."""
 
 
 @contextlib.contextmanager
 def running(
     command: Sequence[str], log: Path, cores: str | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`cores` as taskset takes them ("0", "2-4"); None: any. The children of the child end with it."""
+    """Run a command on `cores` in taskset's notation ("0", "2-4"; None: any), and kill its process group at the end."""
     pinned = ["taskset", "-c", cores, *command] if cores else list(command)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}
     with log.open("ab") as file:
@@ -40,32 +40,32 @@ def running(
         process.wait()
 
 
-def told_port(process: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> int:
-    """The port in its line `listening on http://HOST:PORT`. Raises Failed."""
+def listening_port(process: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> int:
+    """The port from the line `listening on http://HOST:PORT` in its log. Raises StartError."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(r"listening on http://[^ :]+:(\d+)", log.read_text(errors="replace")):
             return int(found[1])
         time.sleep(0.02)
-    raise Failed(f"{log.stem} does not listen; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+    raise StartError(f"{log.stem} does not listen; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def until_ready(port: int, seconds: float = 30) -> None:
-    """Until the proxy on this port knows a backend. Raises Failed."""
+    """Wait until the proxy on this port is ready. Raises StartError."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # HTTPError is one: 503 until then
+        with contextlib.suppress(OSError):  # including HTTPError: 503 until it is ready
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
             return
         time.sleep(0.05)
-    raise Failed(f"the proxy is not ready after {seconds:g} s")
+    raise StartError(f"the proxy is not ready after {seconds:g} s")
 
 
 def end_on_sigterm() -> None:
-    """Tidily, as by Ctrl-C: what was started is ended too."""
+    """Exit on SIGTERM as on Ctrl-C, so that children are ended too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def pin(cores: str) -> None:
-    """This process too."""
+    """Pin this process to `cores`."""
     subprocess.run(["taskset", "-a", "-cp", cores, str(os.getpid())], check=True, capture_output=True)

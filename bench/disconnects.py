@@ -1,15 +1,14 @@
-"""A client leaves: how long until the proxy has counted its request out, and until the backend is really free?
+"""Measure how long after a client disconnects the proxy ends its request, and the backend is really free.
 
     python -m bench.disconnects --gguf FILE --vllm PATH/TO/vllm --vllm-model DIR
 
-Every backend that is named, streams and whole answers, and four moments: while the backend reads a long prompt, before
-the first token of a short one, amid the answer, and while the request waits in the proxy's queue. Real servers, one at
-a time, a real proxy, and a raw socket that is closed. Times are milliseconds from the closing; polls are 10 ms apart.
-The proxy is asked for its gauges. Of the backends each is asked in the way that was seen to tell the truth:
-llama-cpp-python for its list of models, which waits for its lock; llama-server not at all, since questions keep an
-abandoned request alive, but its CPU time is watched; vLLM for its gauges, and then for a token, since they stand still
-while it reads a prompt.
-A request in the queue has no slot yet; what is timed is its place there, and the backend must never have seen it.
+Covers each named backend, streams and non-streaming requests, and four moments: while the backend reads a long prompt,
+before the first token of a short one, during the answer, and in the proxy's queue. Real servers, one at a time, a real
+proxy, and a raw socket that is closed. Times are milliseconds after the close; polls are 10 ms apart. The proxy's
+gauges show when it is done. Each backend is observed in the way that proved reliable: llama-cpp-python by its list of
+models, which waits for its lock; llama-server by its CPU time, since requests keep an abandoned request alive; vLLM by
+its gauges and then a token, since the gauges stand still while it reads a prompt.
+A queued request has no slot; its time is that of its place in the queue, and the backend must never receive it.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import children, procfs
-from tests.e2e import servers
-from tests.e2e.door import NEVER_ENDING
-from tests.e2e.servers import MODEL, Proxy, Server, until
+from bench import children, processes
+from tests.support import real_servers as servers
+from tests.support.proxied_backend import NEVER_ENDING
+from tests.support.real_servers import MODEL, Proxy, Server
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
@@ -43,14 +43,14 @@ examples:
     python -m bench.disconnects --gguf model.gguf --vllm .venv-vllm/bin/vllm --vllm-model models/smollm2-hf
   one backend, more repeats:
     python -m bench.disconnects --gguf model.gguf --only llama-server --repeats 10
-XGEN_TEST_GGUF, XGEN_TEST_VLLM and XGEN_TEST_VLLM_MODEL stand for the flags of these names.
+The variables XGEN_TEST_GGUF, XGEN_TEST_VLLM and XGEN_TEST_VLLM_MODEL replace the flags.
 """
-MOMENTS = ("reading the prompt", "before the first token", "amid the answer", "in the queue")
+MOMENTS = ("reading the prompt", "before the first token", "during the answer", "in the queue")
 NAMES = ("llama-server", "llama-cpp-python", "vllm")
 POLL_S = 0.01
-READING_S = 0.2  # into the reading of a long prompt, which takes seconds
+READING_S = 0.2  # time into the reading of a long prompt, which takes seconds
 SETTLE_S = 1.5
-QUIET_S, QUIET_CPU_S = 0.4, 0.02  # no more CPU than that for so long: a scrape takes less
+QUIET_S, QUIET_CPU_S = 0.4, 0.02  # quiet: at most this much CPU for so long; a scrape takes less
 LOOKUP_TIMEOUT_S = 120.0
 SENTENCE = "The town lies at a bend of the river and its people have lived from fishing and from trade for long. "
 LONG = SENTENCE * 60  # 1,200 words, 1,300 tokens: seconds of reading on a CPU
@@ -59,7 +59,7 @@ numbers = itertools.count(1)
 
 
 def ask(port: int, path: str, timeout: float = LOOKUP_TIMEOUT_S) -> str:
-    """The body. A connection for each question, so that none is ever waited for on a dead one."""
+    """GET a path and return the body, each time on a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
         connection.request("GET", path)
@@ -69,7 +69,7 @@ def ask(port: int, path: str, timeout: float = LOOKUP_TIMEOUT_S) -> str:
 
 
 def gauge(page: str, name: str) -> float:
-    """Summed over its labels."""
+    """The value of a gauge, summed over its labels."""
     return sum(float(value) for value in re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", page, re.M))
 
 
@@ -108,13 +108,13 @@ def token_seconds(port: int) -> float:
 
 @dataclass
 class Subject:
-    """A backend with a proxy of one slot in front, so that the queue is easily reached."""
+    """A backend behind a proxy with one slot, so that the queue fills quickly."""
 
     name: str
     backend: Server
     proxy: Proxy
     busy: Callable[[int], bool]
-    token_s: float = 0.0  # what one token takes when it is idle, on vLLM
+    token_s: float = 0.0  # time of one token on an idle vLLM
 
     def in_flight(self) -> float:
         return gauge(ask(self.proxy.port, "/metrics"), "xgen_replica_in_flight")
@@ -126,26 +126,26 @@ class Subject:
         return self.busy(self.backend.port)
 
     def until_free(self) -> float:
-        """The moment (time.perf_counter) from which on it is free. What was on its way then may reach it later: free is
-        who stays so for SETTLE_S."""
+        """The time (time.perf_counter) since which the backend is free. Requests may still be on their way, so
+        it must stay free for SETTLE_S."""
         while True:
-            free = self._until_looks_free()
+            free = self._until_seems_free()
             try:
                 poll(self.is_busy, SETTLE_S, POLL_S if self.name == "vllm" else SETTLE_S)
             except TimeoutError:
                 return free
 
-    def _until_looks_free(self) -> float:
+    def _until_seems_free(self) -> float:
         if self.name == "llama-server":
             return self._until_quiet()
         if self.name == "vllm":
             return self._until_steps()
-        ask(self.backend.port, "/v1/models")  # the answer comes when its lock is free
+        ask(self.backend.port, "/v1/models")  # answered once its lock is free
         return time.perf_counter()
 
     def _until_steps(self) -> float:
-        """vLLM's gauges stand still while a step lasts, and reading a long prompt is one step. Where they say that it
-        is free, it has to make one token: free is it when it can, as fast as when it is idle."""
+        """vLLM's gauges stand still during a step, and reading a long prompt is one step. So when they show it
+        free, it has to generate a token as fast as when idle."""
         poll(lambda: not self.is_busy())
         free = time.perf_counter()
         make_token(self.backend.port)
@@ -153,25 +153,25 @@ class Subject:
         return free if took < 3 * self.token_s else free + took - self.token_s
 
     def _until_quiet(self) -> float:
-        """llama-server notices that a client has left only when a second passes in which nobody asks it anything. So it
-        is not asked, but watched: from when on does it use no CPU?"""
+        """llama-server notices a disconnect only after a second without requests. So it gets no requests; it is free
+        when it uses no more CPU."""
         assert self.backend.process
         pid, since, before = self.backend.process.pid, time.perf_counter(), -1.0
         while time.perf_counter() - since < QUIET_S:
-            used = procfs.cpu_seconds(pid)
+            used = processes.cpu_seconds(pid)
             if used - before > QUIET_CPU_S:
                 since, before = time.perf_counter(), used
             time.sleep(POLL_S)
         return since
 
-    def until_counted_out(self) -> float:
+    def until_ended(self) -> float:
         poll(lambda: self.in_flight() == 0)
         return time.perf_counter()
 
 
 @dataclass
 class Row:
-    """Milliseconds, one entry each repeat. `backend`: empty where the request never reached it."""
+    """Milliseconds of each repeat. `backend` is empty if the request never reached it."""
 
     backend_name: str
     mode: str
@@ -189,7 +189,7 @@ def poll(look: Callable[[], bool], seconds: float = LOOKUP_TIMEOUT_S, every: flo
 
 
 def body(prompt: str, stream: bool) -> dict[str, Any]:
-    """Numbered at its start: a prompt that was seen before is not read again."""
+    """A request whose prompt begins with a number, so that no cache has it."""
     content = f"{next(numbers)}. {prompt}"
     fixed = {"model": MODEL, "max_tokens": 400, "temperature": 0, **NEVER_ENDING}
     return {**fixed, "messages": [{"role": "user", "content": content}], "stream": stream}
@@ -204,7 +204,7 @@ def send(port: int, request: dict[str, Any]) -> socket.socket:
 
 
 def wait_for_moment(subject: Subject, moment: str, stream: bool, connection: socket.socket) -> None:
-    """Returns when it has come. Raises AssertionError where it was missed."""
+    """Wait for the moment. Raises AssertionError if it was missed."""
     if moment in ("reading the prompt", "before the first token"):
         poll(lambda: subject.in_flight() > 0)
         time.sleep(READING_S if moment == "reading the prompt" else 0)
@@ -215,7 +215,7 @@ def wait_for_moment(subject: Subject, moment: str, stream: bool, connection: soc
         return
     else:
         poll(subject.is_busy)
-        time.sleep(0.5)  # some tokens in: the answer takes many times as long
+        time.sleep(0.5)  # after some tokens; the answer takes much longer
     connection.setblocking(False)
     try:
         assert not connection.recv(1), f"{moment}: the answer came before the client could leave"
@@ -225,11 +225,11 @@ def wait_for_moment(subject: Subject, moment: str, stream: bool, connection: soc
 
 
 def time_both(subject: Subject, drain: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds until the proxy has counted it out, and until the backend is free."""
+    """Milliseconds until the proxy has ended the request, and until the backend is free."""
     with ThreadPoolExecutor(2) as threads:
         left = time.perf_counter()
         drain()
-        proxy = threads.submit(subject.until_counted_out)
+        proxy = threads.submit(subject.until_ended)
         backend = threads.submit(subject.until_free)
         return (proxy.result() - left) * 1e3, (backend.result() - left) * 1e3
 
@@ -245,7 +245,7 @@ def leave_once(subject: Subject, moment: str, stream: bool, row: Row) -> None:
 
 def leave_queue_once(subject: Subject, stream: bool, row: Row) -> None:
     with ExitStack() as stack:
-        while not subject.queued():  # the last one that is sent is the one that waits
+        while not subject.queued():  # the last request sent is the queued one
             connection = send(subject.proxy.port, body("Count to a thousand.", stream))
             stack.callback(connection.close)
             with suppress(TimeoutError):
@@ -293,7 +293,7 @@ def running(name: str, options: argparse.Namespace, folder: Path) -> Iterator[Su
     try:
         backend.start().wait_ready()
         proxy.start()
-        until(proxy.is_ready, 60, "the proxy to be ready")
+        wait_until(proxy.is_ready, 60, "the proxy to be ready")
         token_s = token_seconds(backend.port) if name == "vllm" else 0.0
         yield Subject(name, backend, proxy, busy, token_s)
     finally:
@@ -320,8 +320,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, help="of each cell (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, help="these backends (default: all whose files are named)")
+    parser.add_argument("--repeats", type=int, default=3, help="per cell (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="only these backends (default: all with given files)")
     parser.add_argument("--gguf", default=os.environ.get("XGEN_TEST_GGUF"), help="the model file for llama.cpp")
     parser.add_argument("--vllm", default=os.environ.get("XGEN_TEST_VLLM"), help="the vllm executable")
     parser.add_argument("--vllm-model", default=os.environ.get("XGEN_TEST_VLLM_MODEL"), help="its model directory")
@@ -343,7 +343,7 @@ def main() -> None:
             for name in options.only:
                 with running(name, options, Path(folder)) as subject:
                     rows.extend(measure(subject, options.repeats))
-    finally:  # what was measured until something failed, too
+    finally:  # also print what was measured before a failure
         print(f"milliseconds, min / median / max of {options.repeats}\n\n{table(rows)}")
 
 

@@ -1,9 +1,9 @@
-"""How far estimate_tokens() is from the model's own tokenizer, on English, Korean and code.
+"""Measure the error of estimate_tokens() against the model's own tokenizer, on English, Korean and code.
 
     python -m bench.estimate [--model models/SmolLM2-135M-Instruct.Q4_1.gguf]
 
-Cuts each text into pieces of 200 characters, as prompts are, and prints the median, smallest and largest ratio of
-estimate to truth. Needs the cpu requirements (the tokenizer is llama-cpp-python's, without the weights).
+Cuts each text into pieces of 200 characters and prints the median, minimum and maximum of estimate / true count. Needs
+llama-cpp-python (the cpu requirements), which loads the tokenizer without the weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pieces(text: str) -> list[str]:
 
 
 def ratios(model: str) -> dict[str, list[float]]:
-    """Estimate over truth, for each piece of each text."""
+    """Estimate / true count for each piece of each text."""
     from llama_cpp import Llama
 
     tokenizer = Llama(model, vocab_only=True, verbose=False)

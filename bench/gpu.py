@@ -1,11 +1,11 @@
-"""A vLLM server under vLLM's own load generator, direct and through the proxy: what the proxy takes away.
+"""Measure what the proxy costs in front of a vLLM server, with vLLM's own load generator.
 
     python -m bench.gpu --url http://127.0.0.1:8000 --tokenizer MODEL_DIR --vllm-python .venv-vllm/bin/python
 
-`vllm bench serve`, greedy streams of a fixed length, in rotations: at each level of concurrency directly and through,
-with the same prompts, who begins alternates. Each rotation has prompts of its own. Start the server with
---no-enable-prefix-caching, or whoever comes second finds the prompts cached. A ratio is that of the two runs of one
-rotation, so that what drifts over minutes is in neither. The server, the proxy and the load share this machine.
+`vllm bench serve` sends greedy streams of a fixed length. In each rotation, every level of concurrency is measured
+directly and through the proxy with the same prompts; the order alternates. Each rotation has its own prompts. Start the
+server with --no-enable-prefix-caching, or the second run finds the prompts cached. Ratios compare the two runs of one
+rotation, so that slow drift cancels out. The server, the proxy and the load share this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import children, plot, procfs
+from bench import children, plot, processes
 
 EXAMPLES = """\
 examples:
@@ -36,7 +36,7 @@ examples:
         --levels 1:3 4:8 --input-len 32 --output-len 16 --repeats 2
 """
 DIRECT, THROUGH = "direct", "through"
-FIGURES = {  # what vllm bench serve calls it → what the table does
+FIGURES = {  # name in vllm bench serve → name in the table
     "output_throughput": "output tok/s",
     "median_ttft_ms": "TTFT p50 ms",
     "p99_ttft_ms": "TTFT p99 ms",
@@ -46,7 +46,7 @@ FIGURES = {  # what vllm bench serve calls it → what the table does
 
 @dataclass(frozen=True)
 class Level:
-    """So many requests at once, and so many in all."""
+    """A load: the number of concurrent streams and of requests in all."""
 
     streams: int
     prompts: int
@@ -54,8 +54,8 @@ class Level:
 
 @dataclass
 class Load:
-    """One run of the load generator. `cpu_s`: of the proxy, for each 1,000 requests. `short`: tokens that did not come
-    although their request succeeded."""
+    """One run of the load generator. `cpu_s`: CPU time of the proxy per 1,000 requests. `short`: tokens missing from
+    successful requests."""
 
     where: str
     streams: int
@@ -71,7 +71,7 @@ class Load:
 
 @dataclass
 class Session:
-    """What runs during the measurement. `proxy`: its process."""
+    """The running processes. `proxy`: its process id."""
 
     options: argparse.Namespace
     model: str
@@ -89,7 +89,7 @@ def a_level(text: str) -> Level:
 
 
 def model_at(url: str) -> str:
-    """The name of the first model it serves. Raises OSError."""
+    """The name of the server's first model. Raises OSError."""
     with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
         return str(json.load(answer)["data"][0]["id"])
 
@@ -110,10 +110,10 @@ def load_client(python: str, log: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(client: subprocess.Popen[str], log: Path) -> Any:
-    """Its next line. Raises Failed, with the end of its log."""
+    """The next line of the load generator. Raises StartError with the end of its log."""
     line = client.stdout.readline() if client.stdout else ""
     if not line:
-        raise children.Failed(f"the load generator ended: {log.read_text(errors='replace')[-2000:]}")
+        raise children.StartError(f"the load generator ended: {log.read_text(errors='replace')[-2000:]}")
     return json.loads(line)
 
 
@@ -130,7 +130,7 @@ def bench_options(session: Session, url: str, level: Level, seed: int) -> list[s
 
 
 def measure(session: Session, where: str, level: Level, rotation: int, folder: Path) -> Load:
-    before = procfs.cpu_seconds(session.proxy)
+    before = processes.cpu_seconds(session.proxy)
     began = time.monotonic()
     order = json.dumps(bench_options(session, session.urls[where], level, session.options.seed + rotation))
     assert session.client.stdin
@@ -142,7 +142,7 @@ def measure(session: Session, where: str, level: Level, rotation: int, folder: P
         int(result["total_input_tokens"]), time.monotonic() - began,
     )  # fmt: skip
     if where == THROUGH:
-        load.cpu_s = (procfs.cpu_seconds(session.proxy) - before) / max(1, load.completed) * 1000
+        load.cpu_s = (processes.cpu_seconds(session.proxy) - before) / max(1, load.completed) * 1000
     progress(f"{where}, {level.streams} streams: {load.figures['output_throughput']:.0f} tok/s, {load.failed} failed")
     return load
 
@@ -154,19 +154,19 @@ def rotate(session: Session, rotation: int, folder: Path) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Load]:
-    """As many whole rotations as were asked for, and fit into the time. Raises Failed."""
+    """Run as many complete rotations as requested and as fit into the time. Raises StartError."""
     began = time.monotonic()
     log = folder / "proxy.log"
     with (
         children.running([*children.PROXY, "--vllm", options.url], log) as proxy,
         load_client(options.vllm_python, folder / "client.log") as client,
     ):
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         urls = {DIRECT: options.url, THROUGH: f"http://127.0.0.1:{port}"}
         session = Session(options, model_at(options.url), client, urls, proxy.pid)
         top = max(options.levels, key=lambda level: level.streams)
-        for where in urls:  # the first time kernels and connections are made
+        for where in urls:  # the first run compiles kernels and opens connections
             measure(session, where, Level(top.streams, min(top.prompts, 2 * top.streams)), options.repeats, folder)
         longest = 0.0
         for rotation in range(options.repeats):
@@ -188,7 +188,7 @@ def progress(text: str) -> None:
 
 
 def ratios(loads: list[Load], streams: int, name: str) -> list[float]:
-    """Through over direct, of each rotation."""
+    """Through / direct for each rotation."""
     value = {(load.where, load.rotation): load.figures[name] for load in loads if load.streams == streams}
     return [value[THROUGH, rotation] / value[DIRECT, rotation] for where, rotation in value if where == DIRECT]
 
@@ -215,9 +215,9 @@ def table(loads: list[Load]) -> str:
 
 
 def warnings(loads: list[Load]) -> list[str]:
-    """What makes a comparison doubtful."""
+    """Reasons to doubt the comparison."""
     found = [
-        f"{load.where}, {load.streams} streams, rotation {load.rotation + 1}: {load.short} tokens less than asked for"
+        f"{load.where}, {load.streams} streams, rotation {load.rotation + 1}: {load.short} tokens less than requested"
         for load in loads
         if load.short
     ]
@@ -245,14 +245,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--url", required=True, help="the vLLM server, http://HOST:PORT")
     parser.add_argument("--tokenizer", required=True, type=Path, help="the model's directory, for the random prompts")
-    parser.add_argument("--vllm-python", required=True, help="a Python that has vLLM: the load generator's")
+    parser.add_argument("--vllm-python", required=True, help="a Python with vLLM, for the load generator")
     parser.add_argument("--levels", nargs="+", type=a_level, metavar="STREAMS:PROMPTS",
                         default=[Level(1, 10), Level(64, 320), Level(256, 1024)])  # fmt: skip
-    parser.add_argument("--input-len", type=int, default=256, help="tokens of a prompt (%(default)s)")
-    parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer (%(default)s)")
+    parser.add_argument("--input-len", type=int, default=256, help="tokens per prompt (%(default)s)")
+    parser.add_argument("--output-len", type=int, default=128, help="tokens per answer (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rotations (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=60, help="no rotation begins that would not end by then")
-    parser.add_argument("--seed", type=int, default=1, help="of the first rotation's prompts")
+    parser.add_argument("--minutes", type=float, default=60, help="start no rotation that would end later")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the first rotation's prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every run's figures, written after each rotation")
     parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     return parser.parse_args(argv)
@@ -263,7 +263,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             loads = run(options, Path(folder))
-        except (children.Failed, OSError) as error:
+        except (children.StartError, OSError) as error:
             sys.exit(f"gpu: {error}")
     if not loads:
         sys.exit("the time was up before the first rotation")

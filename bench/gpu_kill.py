@@ -1,11 +1,11 @@
-"""The safety net under a GPU: vLLM's engine is killed amid many live streams, and CPU backends finish them.
+"""Kill vLLM's engine during many live streams, and check that CPU backends finish them.
 
     python -m bench.gpu_kill --url http://127.0.0.1:8000 --gguf FILE --chat-template tokenizer_config.json
 
-Starts llama-cpp-python servers beside a running vLLM and the proxy in front of both, opens the streams, waits until
-each has told a part of its answer, and sends SIGKILL to the process VLLM::EngineCore. Each stream is judged as by a
-client that trusts nobody (bench/judge.py): one id, one role chunk, one finish_reason, one [DONE], no error event. A
-stall is the longest silence of a stream after the kill. The vLLM server is gone afterwards.
+Starts llama-cpp-python servers beside a running vLLM and a proxy in front of both, opens the streams, waits until each
+has sent part of its answer, and sends SIGKILL to the process VLLM::EngineCore. bench/judge.py checks each stream: one
+id, one role chunk, one finish_reason, one [DONE], no error event. A stall is the longest silence of a stream after the
+kill. Ends the vLLM server.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
-from backends.environment import free_port, listening_sockets
+from backends.environment import free_port
 from backends.local import llama_cpp_python
-from bench import children, procfs
+from bench import children, processes
 from bench.gpu import model_at
 from bench.judge import judge_stream
 
@@ -44,15 +45,15 @@ examples:
     python -m bench.gpu_kill --url http://127.0.0.1:8000 --gguf models/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --chat-template models/smollm2-hf/tokenizer_config.json --streams 8 --max-tokens 60 --replicas 1
 """
-ENGINE = b"VLLM::EngineCore"
+ENGINE = "VLLM::EngineCore"
 WORDS = ("river", "sea", "bridge", "bread", "moon", "library", "winter", "clock", "train", "field", "mountain")
-NOTE = b" goes on"  # the comment that the proxy writes into a stream that it continues
+RESUMED = b": resumed on "  # the comment that the proxy writes into a resumed stream
 
 
 @dataclass
 class Stream:
-    """One request. `arrivals`: time.monotonic() of each read; `cut`: it was not over when the engine was killed;
-    `begun`: so much has come that the kill is amid the answer, or no more will."""
+    """One request. `arrivals`: time.monotonic() of each read. `cut`: unfinished when the engine was killed. `begun`:
+    set when the answer has begun or has ended."""
 
     request: dict[str, Any]
     status: int = 0
@@ -69,21 +70,21 @@ class Stream:
 
     @property
     def wrong(self) -> str:
-        """Empty if it is complete."""
+        """What is wrong with the stream; empty if it is complete."""
         return self.broken or judge_stream(self.status, bytes(self.body), self.request)
 
     @property
     def continued(self) -> bool:
-        return any(line.startswith(b":") and NOTE in line for line in self.body.split(b"\n"))
+        return any(line.startswith(RESUMED) for line in self.body.split(b"\n"))
 
     def stall(self, killed: float) -> float:
-        """Seconds."""
+        """The longest silence after the kill, in seconds."""
         times = [killed, *(moment for moment in self.arrivals if moment > killed)]
         return max((after - before for before, after in pairwise(times)), default=0.0)
 
 
 def make_request(model: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Longer than a hundred words, so that it goes to the GPU."""
+    """A request of more than 100 words, which is routed to the GPU."""
     words = random.Random(options.seed * 1000 + number).choices(WORDS, k=150)
     return {
         "model": model, "messages": [{"role": "user", "content": f"{number}: tell a story of {' '.join(words)}."}],
@@ -109,7 +110,7 @@ async def follow(client: httpx.AsyncClient, url: str, stream: Stream, after: int
 
 
 async def storm(url: str, streams: list[Stream], engine: int, options: argparse.Namespace) -> float:
-    """When the engine was killed. A stream that is not over in time is broken."""
+    """Run the streams, kill the engine and return when. Streams that do not finish in time are broken."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
         tasks = [asyncio.create_task(follow(client, url, stream, options.after)) for stream in streams]
@@ -134,24 +135,17 @@ def kill(engine: int, streams: list[Stream]) -> float:
 
 
 def engine_of(url: str) -> int:
-    """The engine process of the vLLM server that listens there, which is a child of it. Raises Failed."""
-    mine = listening_sockets(urlsplit(url).port or 80)
-    for server in [pid for pid in procfs.parents() if holds(pid, mine)]:
-        for pid in procfs.process_tree(server):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(ENGINE):
-                    return pid
-    raise children.Failed(f"no process {ENGINE.decode()} belongs to {url}")
-
-
-def holds(pid: int, sockets: set[str]) -> bool:
-    with contextlib.suppress(OSError):  # it has just ended
-        return any(f"socket:[{inode}]" in sockets for inode in procfs.held_inodes(pid))
-    return False
+    """The engine process of the vLLM server that listens at `url`, one of its children. Raises StartError."""
+    server = processes.listener(urlsplit(url).port or 80)
+    for process in processes.process_tree(server.pid) if server else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(ENGINE):
+                return process.pid
+    raise children.StartError(f"no process {ENGINE} belongs to {url}")
 
 
 def start_cpu(stack: ExitStack, model: str, options: argparse.Namespace, folder: Path) -> list[str]:
-    """URLs. One thread each: a server has one request at a time, and there are many."""
+    """Start the CPU servers with one thread each, since there are many. Returns their URLs."""
     urls = []
     for number in range(options.replicas):
         port = free_port()
@@ -164,7 +158,7 @@ def start_cpu(stack: ExitStack, model: str, options: argparse.Namespace, folder:
 
 
 def until_generates(url: str, log: Path, seconds: float = 120) -> None:
-    """Raises Failed."""
+    """Wait until the server generates. Raises StartError."""
     body = json.dumps({"prompt": "Hi", "max_tokens": 1}).encode()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -173,11 +167,11 @@ def until_generates(url: str, log: Path, seconds: float = 120) -> None:
             urllib.request.urlopen(request, timeout=30).close()
             return
         time.sleep(0.1)
-    raise children.Failed(f"{url} does not generate; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+    raise children.StartError(f"{url} does not generate; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float, str]:
-    """The streams, when the engine was killed, and what the proxy counted. Raises Failed."""
+    """(streams, time of the kill, the proxy's metrics). Raises StartError."""
     model, engine = model_at(options.url), engine_of(options.url)
     with ExitStack() as stack:
         cpu = start_cpu(stack, model, options, folder)
@@ -189,7 +183,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float,
             "XGEN_LOG_FORMAT": "json",
         }
         proxy = stack.enter_context(children.running(command, log, env=environment))
-        url = f"http://127.0.0.1:{children.told_port(proxy, log)}"
+        url = f"http://127.0.0.1:{children.listening_port(proxy, log)}"
         children.until_ready(int(url.rpartition(":")[2]))
         until_all_up(url, 1 + options.replicas)
         streams = [Stream(make_request(model, number, options)) for number in range(options.streams)]
@@ -202,7 +196,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[Stream], float,
 
 
 def until_all_up(url: str, replicas: int, seconds: float = 60) -> None:
-    """Raises Failed."""
+    """Wait until all replicas are up. Raises StartError."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
@@ -210,7 +204,7 @@ def until_all_up(url: str, replicas: int, seconds: float = 60) -> None:
         if sum(line.startswith("xgen_replica_up{") and line.endswith(" 1.0") for line in lines) == replicas:
             return
         time.sleep(0.1)
-    raise children.Failed(f"not all of the {replicas} backends are up after {seconds:g} s")
+    raise children.StartError(f"not all of the {replicas} backends are up after {seconds:g} s")
 
 
 def progress(text: str) -> None:
@@ -226,7 +220,7 @@ def report(streams: list[Stream], killed: float, metrics: str) -> str:
         ("live when the engine was killed", str(len(stalls))),
         ("complete", str(sum(not stream.wrong for stream in streams))),
         ("continued, as the proxy says in them", str(sum(stream.continued for stream in streams))),
-        ("tokens told before the kill, median", f"{statistics.median(told_before(streams, killed)):.0f}"),
+        ("tokens received before the kill, median", f"{statistics.median(tokens_before(streams, killed)):.0f}"),
         ("stall, p50", f"{statistics.median(stalls):.2f} s" if stalls else "-"),
         ("stall, longest", f"{max(stalls):.2f} s" if stalls else "-"),
         ("the last one over, after the kill", f"{max(ends):.2f} s" if ends else "-"),
@@ -237,8 +231,8 @@ def report(streams: list[Stream], killed: float, metrics: str) -> str:
     return "\n".join(lines)
 
 
-def told_before(streams: list[Stream], killed: float) -> list[int]:
-    """Reads, of about one token each."""
+def tokens_before(streams: list[Stream], killed: float) -> list[int]:
+    """Reads of each stream before the kill, about one token each."""
     return [sum(moment <= killed for moment in stream.arrivals) for stream in streams]
 
 
@@ -261,16 +255,16 @@ def main() -> int:
     parser.add_argument("--ctx", type=int, default=4096, help="their context in tokens (%(default)s)")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--after", type=int, default=64, help="kill once each stream has so many chunks (%(default)s)")
-    parser.add_argument("--limit", type=float, default=180, help="seconds that they may take after it (%(default)s)")
+    parser.add_argument("--after", type=int, default=64, help="chunks of each stream before the kill (%(default)s)")
+    parser.add_argument("--limit", type=float, default=180, help="seconds to finish after the kill (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="what became of each stream")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome of each stream")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the proxy's log")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
             streams, killed, metrics = run(options, Path(folder))
-        except (children.Failed, OSError) as error:
+        except (children.StartError, OSError) as error:
             sys.exit(f"gpu_kill: {error}")
     print(report(streams, killed, metrics))
     if options.json:

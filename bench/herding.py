@@ -1,12 +1,12 @@
-"""Do several proxies that know of each other only what a scrape told a second ago send everybody to the same replica?
+"""Simulate whether several proxies, which know each other's load only from scrapes, send requests to the same replica.
 
     python -m bench.herding --proxies 8 --replicas 64 --utilisation 0.8
 
-A simulation around the real decide(), Fleet, Replica and load formula, with a clock of its own. Requests come at random
-(Poisson), each to one of the proxies; a replica runs --slots at once and queues the rest, as vLLM does. Compared: the
-proxies side by side; one proxy; one that sees everything at once, by our rule and by two random choices. What counts is
-how long a request waits in a replica's queue. Every repeat has a seed of its own and gives all arrangements the same
-arrivals and the same work.
+The simulation has its own clock around the real decide(), Fleet, Replica and load formula. Requests arrive at random
+(Poisson), each at one of the proxies; a replica runs --slots at once and queues the rest, as vLLM does. It compares
+several proxies, one proxy, and one that knows every engine's current state, by our rule and by two random choices. The
+result is the time that requests wait in a replica's queue. Each repeat has a seed, and gives all arrangements the same
+arrivals and work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xgen_proxy.routing.policy import decide
 
 SERVICE_S = 2.0  # mean, exponential
 SCRAPE_S = 1.0
-WARM_UP = 0.2  # of the requests, not counted
+WARM_UP = 0.2  # share of the requests that do not count
 CHAT = Features(
     endpoint="chat", model="m", prompt_words=20, prompt_tokens=30, max_tokens=200, stream=True, include_usage=False,
     needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True, hinted=False,
@@ -39,7 +39,7 @@ CHAT = Features(
 
 
 class Engine:
-    """One server: `slots` requests at once, the rest in line."""
+    """A server that runs `slots` requests at once and queues the rest."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -62,7 +62,8 @@ class Engine:
 
 @dataclass
 class Simulation:
-    """`sees_all`: each proxy knows every engine as it is now. `two_choices`: the less loaded of two, not our rule."""
+    """An arrangement. `sees_all`: each proxy knows the current state of every engine. `two_choices`: the less loaded
+    of two random replicas, instead of our rule."""
 
     proxies: int
     engines: list[Engine]
@@ -75,7 +76,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.choices = random.Random(self.seed + 1)  # decisions draw apart, so that the work is the same for all
+        self.choices = random.Random(self.seed + 1)  # its own, so that all arrangements get the same work
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.ticket = itertools.count()
         urls = [f"http://10.0.{number // 250}.{number % 250 + 1}:8000" for number in range(len(self.engines))]
@@ -133,7 +134,7 @@ class Simulation:
         engine.submit(begin)
 
     def run(self, requests: int, utilisation: float) -> list[float]:
-        """The waits in seconds, after the warm-up."""
+        """The waits after the warm-up, in seconds."""
         rate = utilisation * sum(engine.slots for engine in self.engines) / SERVICE_S
         when = 0.0
         for number in self.random.sample(range(requests), requests):
@@ -155,11 +156,11 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--proxies", type=int, default=8, help="(%(default)s)")
     flags.add_argument("--replicas", type=int, default=64, help="(%(default)s)")
-    flags.add_argument("--slots", type=int, default=16, help="of each replica (%(default)s)")
+    flags.add_argument("--slots", type=int, default=16, help="per replica (%(default)s)")
     flags.add_argument("--utilisation", type=float, nargs="+", default=[0.7, 0.8, 0.9], help="(%(default)s)")
-    flags.add_argument("--requests", type=int, default=60_000, help="of a repeat (%(default)s)")
+    flags.add_argument("--requests", type=int, default=60_000, help="per repeat (%(default)s)")
     flags.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
-    flags.add_argument("--sessions", action="store_true", help="each request has a session of its own, so a home")
+    flags.add_argument("--sessions", action="store_true", help="give each request its own session")
     options = flags.parse_args()
     print("utilisation  proxies  sees                     waits at all  wait p99 (spread)        of one that sees all")
     for utilisation in options.utilisation:

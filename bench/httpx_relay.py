@@ -1,4 +1,4 @@
-"""The peer that everybody writes first: Starlette and one httpx client."""
+"""The simplest relay: Starlette and one httpx client."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Is this answer complete? What a client that trusts nobody checks in a whole answer and in a stream. Pure."""
+"""Check that a non-streaming answer or a stream is complete, as a client that trusts nothing would. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 Json = dict[str, Any]
 GOOD_FINISH = ("stop", "length")
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the chat template: they are never part of an answer
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # tokens of the chat template, never part of an answer
 
 
 def judge_whole(status: int, body: bytes, request: Json) -> str:
-    """What is wrong in a few words; empty if it is complete."""
+    """What is wrong with a non-streaming answer; empty if it is complete."""
     if status != 200:
         return f"{status}: {body[:300].decode(errors='replace')}"
     try:
@@ -26,7 +26,7 @@ def judge_whole(status: int, body: bytes, request: Json) -> str:
 
 
 def judge_stream(status: int, body: bytes, request: Json) -> str:
-    """What is wrong in a few words; empty if it is complete. `body`: the decoded stream, first to last byte."""
+    """What is wrong with a stream; empty if it is complete. `body`: all bytes, after transfer decoding."""
     if status != 200:
         return f"{status}: {body[:300].decode(errors='replace')}"
     try:
@@ -40,7 +40,7 @@ def judge_stream(status: int, body: bytes, request: Json) -> str:
 
 
 def events_of(body: bytes) -> list[str]:
-    """The data of each event. Raises ValueError where a line is neither data nor a comment."""
+    """The data of each event. Raises ValueError if a line is neither data nor a comment."""
     events = []
     for block in body.decode().replace("\r\n", "\n").split("\n\n"):
         lines = [line for line in block.split("\n") if line and not line.startswith(":")]
@@ -84,7 +84,7 @@ def wrong_text(text: str) -> str:
 
 
 def wrong_usage_chunk(chunks: list[Json], request: Json) -> str:
-    """Asked for, it comes once, in a chunk of its own, at the end."""
+    """If requested, usage comes once, in the last chunk, which has nothing else."""
     with_usage = [chunk for chunk in chunks if chunk.get("usage")]
     if not (request.get("stream_options") or {}).get("include_usage"):
         return ""

@@ -1,11 +1,11 @@
-"""How much later each chunk of a stream arrives through nginx, TLS included, than from the server behind it.
+"""Measure how much later each chunk of a stream arrives through nginx, TLS included, than directly from the server.
 
     python -m bench.lag_nginx
 
-The upstream and the client are those of bench/streams.py: each chunk says when it was sent. nginx is the one that ships
-(nginx/nginx.conf), in Docker or from this machine; the upstream stands in the proxy's place, so that what is seen is
-nginx alone. Directly and through nginx in turns, by HTTP/1.1; direct is without TLS, so that its cost, the client's
-share too, counts as nginx's. One address may have 256 requests at once.
+Upstream and client are those of bench/streams.py: each chunk contains the time it was sent. nginx runs with
+nginx/nginx.conf, in Docker or on this machine, directly in front of the upstream. Rounds alternate between direct and
+through nginx, over HTTP/1.1; direct is without TLS, so that the cost of TLS, the client's share too, counts as nginx's.
+nginx allows 256 requests at once per address.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import uvloop
 
 from bench import children
 from bench.streams import Round, delays, load, progress
-from tests.e2e.nginx import NameServer, Nginx, ServiceUnavailableError, runner
-from tests.e2e.servers import until
+from tests.support.nginx import NameServer, Nginx, UnavailableError, runner
+from tests.support.waiting import wait_until
 
 EXAMPLES = """\
 examples:
-  100 streams of a chunk each 100 ms, five rounds
+  100 streams of one chunk every 100 ms, five rounds
     python -m bench.lag_nginx
   faster
     python -m bench.lag_nginx --streams 200 --gap-ms 50
@@ -35,21 +35,21 @@ TARGET_MS = 2.0
 
 
 def start(stack: ExitStack, folder: Path) -> tuple[int, Nginx]:
-    """(the upstream's port, nginx before it). Raises ServiceUnavailableError."""
+    """(port of the upstream, nginx in front of it). Raises UnavailableError."""
     log = folder / "upstream.log"
-    upstream = children.told_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
+    upstream = children.listening_port(stack.enter_context(children.running(children.UPSTREAM, log)), log)
     names = NameServer("127.0.0.1")
     stack.callback(names.close)
     nginx = Nginx(runner(), folder, upstream, names)
     stack.callback(nginx.stop)
     nginx.start()
     with nginx.client() as client:
-        until(lambda: client.get("/v1/models").status_code == 200, 20, "nginx to find the upstream")
+        wait_until(lambda: client.get("/v1/models").status_code == 200, 20, "nginx to find the upstream")
     return upstream, nginx
 
 
 def run(options: argparse.Namespace, upstream: int, nginx: Nginx) -> tuple[list[Round], list[Round]]:
-    """(direct, through), as many of each as repeats."""
+    """(direct, through) rounds, one of each per repeat."""
     direct: list[Round] = []
     through: list[Round] = []
     tls = nginx.context()
@@ -81,7 +81,7 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--streams", type=int, default=100)
-    parser.add_argument("--chunks", type=int, default=100, help="of each stream (%(default)s)")
+    parser.add_argument("--chunks", type=int, default=100, help="per stream (%(default)s)")
     parser.add_argument("--gap-ms", type=float, default=100, help="between two chunks of a stream (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             upstream, nginx = start(stack, Path(folder))
-        except ServiceUnavailableError as error:
+        except UnavailableError as error:
             print(f"lag_nginx: {error}", file=sys.stderr)
             return 2
         direct, through = run(options, upstream, nginx)

@@ -1,13 +1,13 @@
-"""What a proxy costs: CPU per request and per streamed chunk, and added latency, side by side with its peers.
+"""The cost of a proxy: CPU per request and per streamed chunk, and added latency, beside its peers.
 
     make bench
     python -m bench.overhead --repeats 3 --peers vllm-router=/path/to/vllm-router sglang-router=/path/to/sglang-router
 
-One run, rotated repeats: an nginx upstream (1 KB JSON; 100 SSE chunks, one each 10 ms), wrk as the load, the subject
-alone on its core, its CPU read from /proc. Needs nginx with the echo module, wrk, and two cores that nobody else uses;
-with three or more, give upstream and load one each. Subjects: direct, nginx proxy_pass, each peer that is named,
-Starlette + httpx, our relay alone, and xgen-proxy with everything on. Shown are the median, and least and most, of the
-repeats.
+The upstream is nginx (1 KB of JSON; 100 SSE chunks, one every 10 ms), the load is wrk, and each subject runs alone on
+its core. Repeats rotate the order of the subjects: direct, nginx proxy_pass, each peer, Starlette + httpx, our relay
+alone, the baselines (other checkouts of this project), and xgen-proxy with all features. Prints the median, minimum
+and maximum of the repeats. Needs nginx with the echo module, wrk, and two idle cores; with three or more, give upstream
+and load one each.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from functools import partial
 from pathlib import Path
 
 from backends.environment import free_port
-from bench import children, plot, procfs
+from bench import children, plot, processes
 
 EXAMPLES = """\
 examples:
   on two cores, with a plot:
     python -m bench.overhead --peers vllm-router=.venv/bin/vllm-router --plot overhead.svg
-  on a machine with more: subject, upstream and load apart
+  with more cores: subject, upstream and load apart
     python -m bench.overhead --subject-cores 2 --upstream-cores 4 --load-cores 6,8
-  only us and the floor, quickly:
+  before and after a change, in one run:
+    python -m bench.overhead --baseline ../before --only 'baseline before' xgen-proxy
+  only xgen-proxy and the lower bound, quickly:
     python -m bench.overhead --repeats 1 --seconds 3 --only 'nginx proxy_pass' xgen-proxy
 """
 CHUNKS = 100
@@ -99,7 +101,7 @@ http {{
 
 @dataclass
 class Subject:
-    """`command(port)` serves on it; None: the load goes to the upstream itself."""
+    """A proxy to measure. `command(port)` serves on that port; None: the load goes to the upstream directly."""
 
     name: str
     command: Callable[[int], list[str]] | None
@@ -113,7 +115,7 @@ class Subject:
 
 @dataclass
 class Bench:
-    """Where everything runs. Cores as taskset takes them."""
+    """Where everything runs. Cores are in taskset's notation."""
 
     folder: Path
     seconds: int
@@ -123,13 +125,13 @@ class Bench:
 
 
 def count(cores: str) -> int:
-    """Of such as "1" or "2-4,6"."""
+    """The number of cores in a list such as "1" or "2-4,6"."""
     ranges = [each.partition("-") for each in cores.split(",")]
     return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
 
 
 def until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """By a real request, since a peer that listens may not know its upstream yet. Raises Failed."""
+    """Wait until a real request succeeds: a peer may listen before it knows its upstream. Raises StartError."""
     body = (REQUEST % "").encode()
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
@@ -139,7 +141,7 @@ def until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None
                 if answer.status == 200:
                     return
         time.sleep(0.1)
-    raise children.Failed(f"{log.stem} does not answer; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+    raise children.StartError(f"{log.stem} does not answer; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def wrk(bench: Bench, url: str, body: str, connections: int, seconds: int) -> tuple[int, float, float, int]:
@@ -169,16 +171,16 @@ def measure(bench: Bench, subject: Subject) -> None:
     log = bench.folder / f"{subject.name}.log"
     with children.running(subject.command(port), log, bench.subject_cores) as process:
         until_answers(f"{url}/v1/chat/completions", process, log)
-        measure_whole(bench, subject, f"{url}/v1/chat/completions", process.pid)
+        measure_json(bench, subject, f"{url}/v1/chat/completions", process.pid)
         measure_streams(bench, subject, f"{url}/v1/completions", process.pid)
-        subject.rss_mb.append(procfs.rss_mb(process.pid))
+        subject.rss_mb.append(processes.rss_mb(process.pid))
 
 
-def measure_whole(bench: Bench, subject: Subject, url: str, pid: int) -> None:
+def measure_json(bench: Bench, subject: Subject, url: str, pid: int) -> None:
     wrk(bench, url, REQUEST % "", 32, 1)  # warm
-    before = procfs.cpu_seconds(pid)
+    before = processes.cpu_seconds(pid)
     requests, rate, _, errors = wrk(bench, url, REQUEST % "", 32, bench.seconds)
-    subject.json_us.append((procfs.cpu_seconds(pid) - before) / requests * 1e6)
+    subject.json_us.append((processes.cpu_seconds(pid) - before) / requests * 1e6)
     subject.rps.append(rate)
     subject.errors += errors
     subject.p50_ms.append(wrk(bench, url, REQUEST % "", 1, bench.seconds)[2])
@@ -186,9 +188,9 @@ def measure_whole(bench: Bench, subject: Subject, url: str, pid: int) -> None:
 
 def measure_streams(bench: Bench, subject: Subject, url: str, pid: int) -> None:
     body = '{"model":"m","prompt":"Hello","max_tokens":100,"stream":true}'
-    before = procfs.cpu_seconds(pid)
+    before = processes.cpu_seconds(pid)
     streams, _, _, errors = wrk(bench, url, body, 200, max(bench.seconds, 5))
-    subject.chunk_us.append((procfs.cpu_seconds(pid) - before) / max(streams * CHUNKS, 1) * 1e6)
+    subject.chunk_us.append((processes.cpu_seconds(pid) - before) / max(streams * CHUNKS, 1) * 1e6)
     subject.errors += errors
 
 
@@ -196,7 +198,15 @@ def peer(line: list[str], port: int) -> list[str]:
     return [*line, "--prometheus-port", str(free_port()), "--port", str(port)]
 
 
-def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject]:
+def baseline(checkout: Path, target: str, port: int) -> list[str]:
+    """The proxy of another checkout, with the package in `proxy/xgen_proxy` or, as it once was, `proxy`."""
+    package = "xgen_proxy" if (checkout / "proxy" / "xgen_proxy").is_dir() else "proxy"
+    path = checkout / "proxy" if package == "xgen_proxy" else checkout
+    command = [sys.executable, "-m", f"{package}.cli", "serve", "--vllm", target, "--port", str(port)]
+    return ["env", "-C", str(checkout), f"PYTHONPATH={path.resolve()}", *command]
+
+
+def subjects(options: argparse.Namespace, upstream: int, folder: Path) -> list[Subject]:
     target = f"http://127.0.0.1:{upstream}"
     python = sys.executable
 
@@ -206,16 +216,20 @@ def subjects(peers: dict[str, str], upstream: int, folder: Path) -> list[Subject
         return ["nginx", "-c", str(config)]
 
     found = [Subject("direct", None), Subject("nginx proxy_pass", nginx)]
-    for name, path in peers.items():
+    for name, path in (each.split("=", 1) for each in options.peers):
         line = [path, *(["launch"] if "sglang" in name else []), "--host", "127.0.0.1", "--worker-urls", target]
         line += ["--policy", "round_robin"]
         found.append(Subject(name, partial(peer, line)))
-    options = ["--no-access-log", "--log-level", "warning", "--port"]
-    uvicorn = ["env", f"UPSTREAM={target}", python, "-m", "uvicorn", *options]
+    flags = ["--no-access-log", "--log-level", "warning", "--port"]
+    uvicorn = ["env", f"UPSTREAM={target}", python, "-m", "uvicorn", *flags]
     found.append(Subject("Starlette + httpx", lambda port: [*uvicorn, str(port), "bench.httpx_relay:app"]))
     found.append(Subject("the relay alone", lambda port: [*uvicorn, str(port), "bench.bare_relay:app"]))
-    us = [python, "-m", "xgen_proxy.cli", "serve", "--vllm", target, "--port"]
-    found.append(Subject("xgen-proxy", lambda port: [*us, str(port)]))
+    found += [
+        Subject(f"baseline {checkout.resolve().name}", partial(baseline, checkout, target))
+        for checkout in options.baseline
+    ]
+    ours = [python, "-m", "xgen_proxy.cli", "serve", "--vllm", target, "--port"]
+    found.append(Subject("xgen-proxy", lambda port: [*ours, str(port)]))
     return found
 
 
@@ -248,7 +262,7 @@ def draw(found: list[Subject], options: argparse.Namespace) -> None:
         label: {each.name: spread_of(values(each)) for each in found[1:] if values(each)}
         for label, values in figures.items()
     }
-    plot.bars(options.plot, f"what a proxy costs: median, least and most of {options.repeats} rotated repeats", panels)
+    plot.bars(options.plot, f"the cost of a proxy: median, minimum, maximum of {options.repeats} repeats", panels)
 
 
 def spread_of(values: list[float]) -> tuple[float, float, float]:
@@ -260,12 +274,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5, help="of each load (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=5, help="duration of each load (%(default)s)")
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME=PATH")
-    parser.add_argument("--only", nargs="*", help="these subjects, and direct")
-    parser.add_argument("--subject-cores", default="0", help="as taskset takes them (%(default)s)")
-    parser.add_argument("--upstream-cores", default="1", help="nginx, a worker for each (%(default)s)")
-    parser.add_argument("--load-cores", default="1", help="wrk, a thread for each (%(default)s)")
+    parser.add_argument("--baseline", nargs="*", type=Path, default=[], metavar="DIR", help="other checkouts")
+    parser.add_argument("--only", nargs="*", help="only these subjects, and direct")
+    parser.add_argument("--subject-cores", default="0", help="in taskset's notation (%(default)s)")
+    parser.add_argument("--upstream-cores", default="1", help="nginx, one worker each (%(default)s)")
+    parser.add_argument("--load-cores", default="1", help="wrk, one thread each (%(default)s)")
     parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()
     for tool in ("nginx", "wrk", "taskset"):
@@ -280,7 +295,7 @@ def run(bench: Bench, options: argparse.Namespace) -> list[Subject]:
     log = bench.folder / "nginx.log"
     with children.running(["nginx", "-c", str(config)], log, options.upstream_cores) as process:
         until_answers(f"http://127.0.0.1:{bench.upstream}/v1/chat/completions", process, log)
-        found = subjects(dict(each.split("=", 1) for each in options.peers), bench.upstream, bench.folder)
+        found = subjects(options, bench.upstream, bench.folder)
         if options.only:
             found = [each for each in found if each.name in ("direct", *options.only)]
         for repeat in range(options.repeats):

@@ -1,4 +1,4 @@
-"""Plots as SVG, drawn by matplotlib, which is imported only here and only when asked: `make bench` installs it."""
+"""Plots as SVG. Only this module imports matplotlib, when needed; `make bench` installs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "xgen", "axes.grid": True, "gri
 
 
 def picture(text: str) -> Path:
-    """For argparse: told at the start, not after a quarter of an hour of measuring."""
+    """An argparse type that fails at the start, not after the measurement, if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib: pip install -r requirements/bench.txt")
     return Path(text)
@@ -31,7 +31,7 @@ def _pyplot() -> Any:
 
 
 def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapping[str, Mapping[str, Any]]) -> None:
-    """One panel above the other, over the same x: {y label: {series: values}}."""
+    """Draw panels above each other with a common x axis: {y label: {series: values}}."""
     plt = _pyplot()
     figure, axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False)
     for axis, (label, series) in zip(axes[:, 0], panels.items(), strict=True):
@@ -46,8 +46,8 @@ def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapp
 
 
 def bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
-    """One panel beside the other: {what: {name: (least, median, most)}}; the whiskers are least and most. A bar that is
-    far longer than the rest is cut, and its number tells how long it is."""
+    """Draw panels of bars beside each other: {title: {name: (minimum, median, maximum)}}. Bars far longer than the rest
+    are cut and labelled with their length."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, (label, values) in zip(axes[0], panels.items(), strict=True):

@@ -1,13 +1,13 @@
-"""A quarter of an hour of churn: does the proxy's memory grow, does it keep sockets, slots or files?
+"""Run a long mixed load, and check that the proxy's memory does not grow and that it leaks no sockets, slots or files.
 
     python -m bench.soak --minutes 15 --plot soak.svg
 
 The proxy runs as a process in front of two scripted upstreams (bench/upstream.py) that fail one request in ten: errors,
-resets, cut streams, error events, stalls. Clients of many kinds come and go: streams and whole answers, on connections
-that are kept or not; some leave at any moment, some read slowly, some send nonsense. RSS, open files and sockets of the
-proxy are read from /proc each second. Afterwards its gauges must be 0, no client's socket may be left, and of the
-upstream's only those it keeps for reuse. The slope of RSS is a least-squares fit over the last two thirds, with its
-standard error: allocators settle in the first one.
+resets, cut streams, error events, stalls. Clients of many kinds come and go: streams and non-streaming requests, on
+kept and new connections; some disconnect at any moment, some read slowly, some send garbage. RSS, open files and
+sockets of the proxy are sampled each second. Afterwards its gauges must be 0, no client socket may be left, and only
+idle upstream connections. The slope of RSS is a least-squares fit over the last two thirds, with its standard error,
+since allocators settle in the first third.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench import children, plot, procfs
+from bench import children, plot, processes
 
 EXAMPLES = """\
 examples:
@@ -37,7 +37,7 @@ examples:
   a minute, to see that it works:
   python -m bench.soak --minutes 1 --clients 20
 """
-# Short, so that a stall is found while the soak runs many times over.
+# Short timeouts, so that a run contains many stalls.
 SETTINGS = {
     "XGEN_BACKENDS__VLLM__IDLE_TIMEOUT_S": "2",
     "XGEN_BACKENDS__VLLM__FIRST_BYTE_TIMEOUT_S": "5",
@@ -49,7 +49,7 @@ FAULTS = "0.1"
 
 @dataclass(frozen=True)
 class Sample:
-    """`clients`, `upstream`: the proxy's sockets to each."""
+    """A sample. `clients`, `upstream`: the proxy's sockets to each."""
 
     at: float
     rss_mb: float
@@ -65,11 +65,11 @@ class Soak:
     left: list[str] = field(default_factory=list)
 
     def settled(self) -> list[Sample]:
-        """The last two thirds."""
+        """The samples of the last two thirds."""
         return self.samples[len(self.samples) // 3 :]
 
     def slope(self) -> tuple[float, float]:
-        """(MiB an hour, its standard error)"""
+        """(slope of RSS in MiB per hour, its standard error)"""
         x = [sample.at / 3600 for sample in self.settled()]
         y = [sample.rss_mb for sample in self.settled()]
         slope, intercept = statistics.linear_regression(x, y)
@@ -106,7 +106,7 @@ LABELS = {"files": "open files", "clients": "client sockets", "upstream": "upstr
 
 
 class Client:
-    """One after the other, as long as it runs: a request of some kind, ended in some way."""
+    """A client that sends one random request after another and ends each in a random way."""
 
     def __init__(self, port: int, seed: int, soak: Soak) -> None:
         self.port = port
@@ -149,7 +149,7 @@ class Client:
             self.connection = None
 
     def _request(self, kind: str) -> bytes:
-        """Slow readers get much and fast, so that it piles up on the way."""
+        """Slow readers get long, fast streams, so that buffers fill up."""
         chunks, gap = (3000, 0) if kind == "slow" else (self.random.randint(1, 40), self.random.choice([0, 5, 25]))
         prompt = f"{gap} ms each:" + " word" * self.random.choice([0, 0, 50, 2000])
         body = {"model": "m", "max_tokens": chunks, "stream": kind == "slow" or self.random.random() < 0.6}
@@ -167,7 +167,7 @@ class Client:
         ])  # fmt: skip
 
     async def _leave(self, reader: asyncio.StreamReader) -> None:
-        """At once, later, or after the first bytes."""
+        """Disconnect at once, later, or after the first bytes."""
         if self.random.random() < 0.5:
             await asyncio.sleep(self.random.choice([0, 0.001, 0.01, 0.1]))
         else:
@@ -175,7 +175,7 @@ class Client:
         self.soak.outcomes["leaves"] += 1
 
     async def _read(self, reader: asyncio.StreamReader, slowly: bool) -> str:
-        """What became of it: the status, and how a stream ended."""
+        """The outcome: the status, and how a stream ended."""
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         status = head.split(b" ", 2)[1].decode()
         length = re.search(rb"content-length: (\d+)", head)
@@ -188,7 +188,7 @@ class Client:
             if slowly:
                 await asyncio.sleep(0.01)
         await reader.readexactly(2)
-        return f"{status}, stream {'to its end' if b'[DONE]' in last else 'broken'}"
+        return f"{status}, stream {'complete' if b'[DONE]' in last else 'broken'}"
 
 
 def post(path: str, body: object) -> bytes:
@@ -198,10 +198,10 @@ def post(path: str, body: object) -> bytes:
 
 
 def sample(began: float, pid: int, port: int, upstream: set[int]) -> Sample:
-    sockets = procfs.sockets(pid)
+    sockets = processes.sockets(pid)
     clients = sum(1 for each in sockets if each.local == port and each.remote)
     backends = sum(1 for each in sockets if each.remote in upstream)
-    return Sample(time.monotonic() - began, procfs.rss_mb(pid), procfs.open_files(pid), clients, backends)
+    return Sample(time.monotonic() - began, processes.rss_mb(pid), processes.open_files(pid), clients, backends)
 
 
 async def churn(soak: Soak, port: int, pid: int, upstream: set[int], options: argparse.Namespace) -> None:
@@ -219,27 +219,27 @@ async def churn(soak: Soak, port: int, pid: int, upstream: set[int], options: ar
             await asyncio.sleep(1)
             for task in clients:
                 if task.done():
-                    task.result()  # a client that fell over is a fault of this script
+                    task.result()  # an exception in a client is a bug of this script
     finally:
         for task in clients:
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
 
 
-def what_is_left(pid: int, port: int, upstream: set[int], seconds: float = 40) -> list[str]:
-    """After all clients have gone; a stalled upstream is given up within its timeout. Looks until there is nothing."""
+def leftovers(pid: int, port: int, upstream: set[int], seconds: float = 40) -> list[str]:
+    """Slots, queued requests and sockets that are left after `seconds`, in which stalled upstreams time out."""
     deadline = time.monotonic() + seconds
     while True:
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
         gauges = re.findall(r"^(xgen_(?:replica_in_flight|queue_requests)\S*) (\S+)$", page, re.M)
         left = [f"{name} is {value}" for name, value in gauges if float(value)]
-        for each in procfs.sockets(pid):
+        for each in processes.sockets(pid):
             client = each.local == port and each.remote
             half_closed = each.remote in upstream and each.state != "ESTABLISHED"
             if client or half_closed:
                 left.append(f"socket {each.local} -> {each.remote} {each.state}")
         if not left or time.monotonic() > deadline:
-            return left if gauges else ["no gauges to look at"]
+            return left if gauges else ["no gauges found"]
         time.sleep(0.5)
 
 
@@ -250,14 +250,14 @@ def run(options: argparse.Namespace, folder: Path) -> Soak:
         for number in (1, 2):
             log = folder / f"upstream-{number}.log"
             command = [*children.UPSTREAM, "--faults", FAULTS, "--seed", str(options.seed * 10 + number)]
-            ports.append(children.told_port(stack.enter_context(children.running(command, log)), log))
+            ports.append(children.listening_port(stack.enter_context(children.running(command, log)), log))
         log = folder / "proxy.log"
         urls = ",".join(f"http://127.0.0.1:{port}" for port in ports)
         proxy = stack.enter_context(children.running([*children.PROXY, "--vllm", urls], log, env=SETTINGS))
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         uvloop.run(churn(soak, port, proxy.pid, set(ports), options))
-        soak.left = what_is_left(proxy.pid, port, set(ports))
+        soak.left = leftovers(proxy.pid, port, set(ports))
         if proxy.poll() is not None:
             soak.left.append(f"the proxy ended with {proxy.returncode}")
         soak.left += [line for line in log.read_text().splitlines() if "Traceback" in line][:5]
@@ -273,7 +273,7 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--clients", type=int, default=60, help="at once (%(default)s)")
+    parser.add_argument("--clients", type=int, default=60, help="concurrent clients (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=plot.picture, metavar="FILE.svg", help="needs matplotlib")
     options = parser.parse_args()

@@ -1,12 +1,11 @@
-"""Many paced streams at once: errors, the proxy's memory and CPU, and how much later each chunk arrives.
+"""Measure many paced streams at once: errors, memory and CPU of the proxy, and the delay it adds to each chunk.
 
     python -m bench.streams --streams 1000 --gap-ms 250
 
-A scripted upstream (bench/upstream.py) sends one chunk each `gap` on every stream and writes into it when it was sent;
-a client in another process reads the same clock when the chunk has come. Measured the same way directly and through the
-proxy, in turns, so that what the client and the upstream add themselves is seen: what the proxy adds is the difference.
-1,000 streams at 250 ms are 4,000 chunks a second. At 10 ms they would be 100,000, which no two cores can send and read,
-and the figure would be the load generator's. Streams start spread over one gap, as independent clients would.
+A scripted upstream (bench/upstream.py) sends one chunk per `gap` on every stream and writes the time into it; a client
+in another process reads the same clock when the chunk arrives. Rounds alternate between direct and through the proxy;
+the difference is what the proxy adds. 1,000 streams at 250 ms are 4,000 chunks a second. At 10 ms they would be
+100,000, more than two cores can send and read. Streams start spread over one gap, as independent clients would.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench import children, procfs
+from bench import children, processes
 
 EXAMPLES = """\
 examples:
@@ -42,7 +41,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Round:
-    """One load: delays in ms, one for each chunk."""
+    """One load. `delays`: milliseconds of each chunk."""
 
     delays: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -55,7 +54,7 @@ class Round:
 
 
 class Reader(asyncio.Protocol):
-    """One stream. The time is taken once for all that came together, before anything is done with it."""
+    """One stream. All chunks of a read get the same arrival time, taken before parsing."""
 
     def __init__(self, request: bytes, chunks: int, result: Round) -> None:
         self.request = request
@@ -80,7 +79,7 @@ class Reader(asyncio.Protocol):
             self.result.delays.append((now - int(match[1])) / 1e6)
             self.seen += 1
             end = match.end()
-        self.tail = text[max(end, len(text) - 400) :]  # an event is shorter
+        self.tail = text[max(end, len(text) - 400) :]  # longer than an event
         if DONE in self.tail:
             self.done = True
             self.transport.close()
@@ -106,7 +105,7 @@ async def load(
     name = "localhost" if tls else None
 
     async def one() -> None:
-        await asyncio.sleep(starts.uniform(0, max(1.0, gap_ms / 1000)))  # over a second: 1,000 connects are a storm
+        await asyncio.sleep(starts.uniform(0, max(1.0, gap_ms / 1000)))  # not 1,000 connections at once
         try:
             _, reader = await loop.create_connection(
                 lambda: Reader(content, chunks, result), "127.0.0.1", port, ssl=tls, server_hostname=name
@@ -121,34 +120,34 @@ async def load(
 
 async def watch(pid: int, result: Round) -> None:
     while True:
-        result.peak_rss_mb = max(result.peak_rss_mb, procfs.rss_mb(pid))
+        result.peak_rss_mb = max(result.peak_rss_mb, processes.rss_mb(pid))
         await asyncio.sleep(0.5)
 
 
 async def measure(port: int, options: argparse.Namespace, pid: int | None) -> Round:
-    """`pid`: the proxy's; None: the upstream itself is asked."""
+    """Run one load. `pid`: the proxy's; None if the load goes to the upstream directly."""
     result = Round()
-    before = procfs.cpu_seconds(pid) if pid else 0.0
+    before = processes.cpu_seconds(pid) if pid else 0.0
     watching = asyncio.create_task(watch(pid, result)) if pid else None
     await load(port, options.streams, options.chunks, options.gap_ms, result)
     if pid and watching:
         watching.cancel()
-        result.cpu_us_per_chunk = (procfs.cpu_seconds(pid) - before) / max(1, len(result.delays)) * 1e6
+        result.cpu_us_per_chunk = (processes.cpu_seconds(pid) - before) / max(1, len(result.delays)) * 1e6
     return result
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[Round], list[Round]]:
-    """(direct, through), as many of each as repeats."""
+    """(direct, through) rounds, one of each per repeat."""
     with ExitStack() as stack:
         log = folder / "upstream.log"
-        upstream = children.told_port(
+        upstream = children.listening_port(
             stack.enter_context(children.running(children.UPSTREAM, log, options.upstream_cores)), log
         )
         log = folder / "proxy.log"
         command = [*children.PROXY, "--vllm", f"http://127.0.0.1:{upstream}"]
         slots = {"XGEN_BACKENDS__VLLM__SLOTS": str(options.streams)}
         proxy = stack.enter_context(children.running(command, log, options.subject_cores, slots))
-        port = children.told_port(proxy, log)
+        port = children.listening_port(proxy, log)
         children.until_ready(port)
         direct: list[Round] = []
         through: list[Round] = []
@@ -170,7 +169,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def delays(direct: list[Round], through: list[Round]) -> list[str]:
-    """What is added is that of the two rounds of one repeat."""
+    """The added delay is the difference of the two rounds of a repeat."""
     lines = []
     for share, name in ((0.5, "p50"), (0.99, "p99")):
         added = [b.percentile(share) - a.percentile(share) for a, b in zip(direct, through, strict=True)]
@@ -203,10 +202,10 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--chunks", type=int, default=100, help="of each stream (%(default)s)")
+    parser.add_argument("--chunks", type=int, default=100, help="per stream (%(default)s)")
     parser.add_argument("--gap-ms", type=float, default=250, help="between two chunks of a stream (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--subject-cores", default="0", help="the proxy's, as taskset takes them (%(default)s)")
+    parser.add_argument("--subject-cores", default="0", help="cores of the proxy, in taskset's notation (%(default)s)")
     parser.add_argument("--upstream-cores", default="1")
     parser.add_argument("--client-cores", default="1")
     options = parser.parse_args()

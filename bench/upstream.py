@@ -1,11 +1,11 @@
-"""A fast scripted vLLM for bench/streams.py and bench/soak.py: does what a request's prompt says, or fails at random.
+"""A fast scripted vLLM for bench/streams.py and bench/soak.py. The prompt sets the pace; requests can fail.
 
     python -m bench.upstream --port 8001 --faults 0.1 --seed 1
 
-POST /v1/completions and /v1/chat/completions with `max_tokens` chunks, one each N ms, where the prompt begins with N:
-"250 ms each". The text of a chunk is the moment it was sent, in ns of the clock that all processes of a machine share
-(CLOCK_MONOTONIC), so that whoever reads it knows how long it took. `--faults` is the share of requests that fail, each
-in one of the ways of FAULTS. Tells its port on stdout when it listens. Readers that do not read hold up its writing.
+POST /v1/completions and /v1/chat/completions send `max_tokens` chunks, one every N ms if the prompt begins with N:
+"250 ms each". The text of a chunk is the time it was sent, in ns of CLOCK_MONOTONIC, which all processes of a machine
+share. `--faults` is the share of requests that fail, each in one of the ways of FAULTS. Prints its port on stdout when
+it listens. Slow readers block its writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ERROR = b'{"error":{"message":"scripted","type":"InternalServerError","param":nu
 
 
 class Exchange:
-    """One request and the connection it came on."""
+    """One request and its connection."""
 
     def __init__(self, path: bytes, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.request: dict[str, Any] = json.loads(body)
@@ -39,7 +39,7 @@ class Exchange:
         self.reader, self.writer = reader, writer
         self.kind = b"chat.completion.chunk" if self.chat else b"text_completion"
         prompt = self.request["messages"][0]["content"] if self.chat else self.request["prompt"]
-        self.gap = float(prompt.split()[0]) / 1000  # what follows may be a text to go on with
+        self.gap = float(prompt.split()[0]) / 1000  # a resumed request has more text after it
         self.chunks = int(self.request["max_tokens"])
 
     async def start(self) -> None:
@@ -75,7 +75,7 @@ class Exchange:
             await self.whole(200, self.body())
 
     async def events(self, count: int) -> None:
-        """By the clock, not by sleeping `gap` after each: the pace does not depend on how busy this process is."""
+        """Send chunks at fixed times instead of sleeping between them, so that a busy process keeps the pace."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         for _ in range(count):
@@ -93,7 +93,7 @@ class Exchange:
         return json.dumps(answer).encode()
 
     async def begin(self) -> None:
-        """Half of a stream; nothing of a whole answer."""
+        """Send half of a stream, or nothing of a non-streaming response."""
         if self.request.get("stream"):
             await self.start()
             await self.events(max(1, self.chunks // 2))
@@ -131,7 +131,7 @@ async def fails_in_the_stream(exchange: Exchange) -> None:
 
 
 async def stalls_amid(exchange: Exchange) -> None:
-    """Until the other side gives up."""
+    """Send nothing until the client disconnects."""
     await exchange.begin()
     await exchange.reader.read()
     exchange.writer.close()
@@ -143,7 +143,7 @@ FAULTS: list[Callable[[Exchange], Awaitable[None]]] = [
 
 
 class Upstream:
-    """`faults`: the share of requests that fail. The seed settles which, by the order they come in."""
+    """`faults`: the share of requests that fail. The seed and the order of the requests determine which."""
 
     def __init__(self, faults: float, seed: int) -> None:
         self.faults = faults
@@ -154,7 +154,7 @@ class Upstream:
             while not writer.is_closing():
                 await self._one(reader, writer)
         except (OSError, asyncio.IncompleteReadError):
-            pass  # the other side has gone
+            pass  # the client has disconnected
         finally:
             writer.close()
 
@@ -198,8 +198,8 @@ async def listen(port: int, faults: float, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--faults", type=float, default=0.0, metavar="SHARE", help="of requests that fail, 0 to 1")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
+    parser.add_argument("--faults", type=float, default=0.0, metavar="SHARE", help="share of failing requests, 0 to 1")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     uvloop.run(listen(options.port, options.faults, options.seed))

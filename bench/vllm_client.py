@@ -1,8 +1,8 @@
-"""vLLM's own load generator, kept running between loads: bench/gpu.py starts it with vLLM's Python.
+"""vLLM's own load generator, kept running between loads. bench/gpu.py starts it with vLLM's Python.
 
-A line on stdin is a JSON list of options; the line that answers it on stdout is what `vllm bench serve` saves of a run
-with them. It is the command itself, run again and again in one process: importing vLLM takes ten seconds, longer than
-most loads. What it prints goes to stderr.
+Each line on stdin is a JSON list of options; the line on stdout that answers it is what `vllm bench serve` saves of a
+run with them. The command runs repeatedly in one process, since importing vLLM takes ten seconds, longer than most
+loads. Its own output goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh SET: brings .venv to requirements/SET.txt (cpu, native, dev or bench), hashes checked; done before, it takes no
-# time. Sets add up, since the locks agree on every version; dev holds cpu and native.
+# install.sh SET: installs requirements/SET.txt (cpu, native, dev or bench) into .venv and checks the hashes. Does nothing
+# if that is done. Sets can be combined, since all locks have the same versions; dev contains cpu and native.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 set=$1
@@ -21,15 +21,15 @@ command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
 [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 2000000 ] ||
-    die "Less than 2 GB is free on the disk of $PWD: too little to install. Make room and run make again."
+    die "Less than 2 GB is free on the disk of $PWD: too little to install. Free some space and run make again."
 compiles() { case $set in cpu | dev) true ;; *) false ;; esac; } # llama-cpp-python, which has no wheels
 if compiles; then
     command -v "${CXX:-c++}" g++ clang++ >/dev/null ||
         die "There is no C++ compiler, and llama-cpp-python is compiled on install. On Debian and Ubuntu: apt install build-essential
-Or take llama.cpp's own server, which comes compiled: make run ENGINE=llama-server"
+Or use llama.cpp's own server, which comes compiled: make run ENGINE=llama-server"
 fi
 
-# What an interrupted install left is not to be trusted; what a finished one left is added to.
+# Start over after an interrupted install, add to a finished one.
 echo "make: installing requirements/$set.txt into $venv"
 if [ -e "$venv/.installing" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     "$python" -m venv --clear "$venv"
@@ -38,14 +38,14 @@ touch "$venv/.installing"
 rm -f "$venv/.installed-$set-"*
 
 quiet=-q
-if [ -t 1 ]; then quiet=; fi # a person sees what takes so long
-# No images go to llama-cpp-python, and its library for them is a quarter of what is compiled.
+if [ -t 1 ]; then quiet=; fi # show progress on a terminal
+# The library for images is a quarter of the compilation, and no images are sent to llama-cpp-python.
 export CMAKE_ARGS=${CMAKE_ARGS--DLLAVA_BUILD=OFF}
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-failed() { die "The install failed, the lines above say why. Nothing half-done is used: put that right and run make again."; }
+failed() { die "The install failed, see above. Fix the cause and run make again; it starts over."; }
 
 pip install -q --require-hashes -r requirements/build.txt || failed
-! compiles || echo "make: llama-cpp-python is compiled, unless pip keeps a wheel of it from an earlier time: 5 to 20 minutes"
+! compiles || echo "make: compiling llama-cpp-python, unless pip has cached it: 5 to 20 minutes"
 pip install $quiet --require-hashes --no-build-isolation -r "requirements/$set.txt" || failed
 pip install -q --no-deps --no-build-isolation -e . || failed
 rm "$venv/.installing"

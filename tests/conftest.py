@@ -1,4 +1,4 @@
-"""For every test: settings of the person who runs the tests must not reach what is tested."""
+"""For all tests: the user's settings must not affect them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-settings.register_profile("ours", deadline=None)  # a busy machine is no fault of the code
+from backends.models import default_model
+
+settings.register_profile("ours", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("ours")
 
 
@@ -24,9 +26,15 @@ def has_ipv6() -> bool:
 LOOPBACK = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]  # containers often have no IPv6
 
 
+@pytest.fixture(scope="session")
+def gguf() -> str:
+    """The default model, fetched if missing. XGEN_TEST_GGUF names another file."""
+    return os.environ.get("XGEN_TEST_GGUF") or str(default_model())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_from_outside() -> Iterator[None]:
-    """For the whole session, so that proxies which serve a whole module are started without them too."""
+    """Remove XGEN_… variables for the whole session, so that also proxies that serve a module start without them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith("XGEN_") and not name.startswith("XGEN_TEST_"):

@@ -1,12 +1,12 @@
-"""A llama.cpp server as a container's main process. Its settings come from the environment, and may be empty.
+"""A llama.cpp server as a container's main process. Its settings are environment variables, which may be empty.
 
-    python -m backends.llama_cpp.container          becomes the server, on port 8000
-    python -m backends.llama_cpp.container fetch    gets the default model into /models and the template out of it
+    python -m backends.llama_cpp.container          become the server, on port 8000
+    python -m backends.llama_cpp.container fetch    fetch the default model into /models and write its template
 
-ENGINE       llama-cpp-python or llama-server; the image says which it holds
-MODEL_FILE   a GGUF file in /models (default: SmolLM2-135M-Instruct, fetched where it is missing)
-MODEL_NAME   what clients call it
-CONTEXT      tokens of a request
+ENGINE       llama-cpp-python or llama-server, set by the image
+MODEL_FILE   a GGUF file in /models (default: SmolLM2-135M-Instruct, fetched if missing)
+MODEL_NAME   the name it is served under
+CONTEXT      tokens per request
 CPUS         cores to compute with; 0 or unset: all but one
 """
 
@@ -24,8 +24,8 @@ from backends.models import DEFAULT, ModelError, default_model, given_model
 from backends.process import KEPT
 
 MODELS = Path("/models")
-TEMPLATE = Path("/template/tokenizer_config.json")  # the proxy is told this name, whatever comes of it
-NO_TEMPLATE = """{"chat_template": "{{ raise_exception('none is known') }}"}"""
+TEMPLATE = Path("/template/tokenizer_config.json")  # the proxy is configured with this path in any case
+NO_TEMPLATE = """{"chat_template": "{{ raise_exception('no template is known') }}"}"""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def model_file() -> Path:
 
 
 def fetch() -> None:
-    """llama-server renders the template itself; llama-cpp-python leaves it to the proxy to go on with a chat."""
+    """Fetch the model. For llama-cpp-python also write its chat template, with which the proxy resumes chats."""
     model = model_file()
     TEMPLATE.write_text(NO_TEMPLATE)
     if os.environ["ENGINE"] == "llama-cpp-python":
@@ -54,7 +54,7 @@ def fetch() -> None:
 
 
 def serve() -> None:
-    """With few variables: llama_cpp.server takes many as settings, over its own flags."""
+    """Become the server, with few variables: llama_cpp.server lets many of them override its flags."""
     GENERATED.unlink(missing_ok=True)
     model = model_file()
     name = os.environ.get("MODEL_NAME") or own_name(model)
@@ -65,7 +65,7 @@ def serve() -> None:
 
 
 def threads() -> int:
-    """More than there are free cores would make it ten times slower."""
+    """CPUS, or all usable cores but one: more threads than free cores would be ten times slower."""
     return int(float(os.environ.get("CPUS") or 0)) or max(1, usable_cores() - 1)
 
 

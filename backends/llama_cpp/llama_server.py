@@ -2,7 +2,7 @@
 
     python -m backends.llama_cpp.llama_server -m model.gguf -a smollm2 -c 8192 -np 4 --port 8081
 
-Takes those of `llama-server`'s flags that this project uses, under the same names; the HTTP API is the same too.
+With the wheel, it accepts the flags of `llama-server` that this project uses. The HTTP API is the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-LOG_S = 0.5  # for llama.cpp's own thread to write why it did not start
+LOG_S = 0.5  # time for llama.cpp's log thread to write why it did not start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,13 +23,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("-m", "--model", required=True, metavar="FILE", help="a GGUF file")
     flags.add_argument("-a", "--alias", help="the name the model is served under (default: the file's path)")
     flags.add_argument("--host", default="127.0.0.1")
-    flags.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    flags.add_argument("--port", type=int, default=8080, help="0: any free port")
     flags.add_argument("-c", "--ctx-size", type=int, default=0, help="tokens, all slots together (0: the model's)")
     flags.add_argument("-np", "--parallel", type=int, default=1, help="slots: requests that run at once")
     flags.add_argument("-t", "--threads", type=int, default=1, help="to generate with")
     flags.add_argument("-tb", "--threads-batch", type=int, help="to read prompts with (default: --threads)")
-    flags.add_argument("-b", "--batch-size", type=int, default=2048, help="prompt tokens between two looks at queue")
-    flags.add_argument("-ub", "--ubatch-size", type=int, default=512, help="of these, computed at once")
+    flags.add_argument("-b", "--batch-size", type=int, default=2048, help="prompt tokens between queue checks")
+    flags.add_argument("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens computed at once")
     flags.add_argument("--metrics", action="store_true", help="GET /metrics")
     flags.add_argument("--slots", action="store_true", help="GET /slots")
     flags.add_argument("--no-ui", "--no-webui", action="store_true")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def params(flags: argparse.Namespace) -> Any:
-    """llama.cpp's `common_params` as the flags say."""
+    """The flags as llama.cpp's `common_params`."""
     import xllamacpp
 
     made = xllamacpp.CommonParams()
@@ -53,7 +53,7 @@ def params(flags: argparse.Namespace) -> Any:
     made.cpuparams.n_threads = flags.threads
     made.cpuparams_batch.n_threads = flags.threads_batch or flags.threads
     made.endpoint_metrics, made.endpoint_slots = flags.metrics, flags.slots
-    # Only the proxy is to ask it: no web page of whatever origin, as the default would have it.
+    # Only the proxy is a client. The default would allow web pages of any origin.
     made.cors_origins, made.cors_origins_explicit, made.cors_credentials = "", True, False
     made.ui, made.offline, made.embedding = not flags.no_ui, flags.offline, flags.embeddings
     if flags.pooling:
@@ -66,7 +66,7 @@ def main() -> None:
     if binary:
         os.execv(binary, [binary, *sys.argv[1:]])  # noqa: S606
     flags = parser().parse_args()
-    # The server holds no state worth a tidy end, and llama.cpp's own end was seen to wait for open streams.
+    # The server has no state to save, and llama.cpp's own shutdown waits for open streams.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     try:

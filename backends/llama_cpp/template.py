@@ -1,9 +1,9 @@
-"""Writes a GGUF file's chat template as a tokenizer_config.json, for the proxy's setting `chat_template`.
+"""Write a GGUF file's chat template as a tokenizer_config.json, for the proxy's setting `chat_template`.
 
     python -m backends.llama_cpp.template model.gguf tokenizer_config.json
 
-llama-cpp-python's server neither tells its template nor renders it for others, and the proxy needs it to let that
-server go on with a chat that broke off on a GPU.
+llama-cpp-python's server does not serve its template, and the proxy needs it to resume on that server a chat that broke
+off on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def config_of(model: Path) -> dict[str, Any]:
-    """In the shape of Hugging Face's file. Raises ValueError where the model has no template."""
+    """The template and its tokens, as in Hugging Face's file. Raises ValueError if the model has no template."""
     import llama_cpp
 
     llama = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)

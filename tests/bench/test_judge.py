@@ -1,4 +1,4 @@
-"""The judge of bench/chaos.py: a perfect answer passes, and each way of being less than that is seen."""
+"""bench/judge.py passes a complete answer and finds each defect."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_complete_streams_pass() -> None:
         ([ROLE, chunk({"content": "<|im_"}), chunk({"content": "end|>"}), STOP, DONE], "<|im_end|> in the text"),
     ],
 )
-def test_less_is_seen(events: list[Any], wrong: str) -> None:
+def test_incomplete_streams_are_found(events: list[Any], wrong: str) -> None:
     assert judge_stream(200, stream(*events), CHAT) == wrong
 
 
@@ -65,11 +65,11 @@ def test_less_is_seen(events: list[Any], wrong: str) -> None:
     [[ROLE, STOP, DONE], [ROLE, USAGE, STOP, DONE], [ROLE, STOP, USAGE, USAGE, DONE]],
     ids=["none", "early", "twice"],
 )
-def test_usage_that_was_asked_for_comes_once_at_the_end(events: list[Any]) -> None:
+def test_requested_usage_comes_once_at_the_end(events: list[Any]) -> None:
     assert "usage" in judge_stream(200, stream(*events), WITH_USAGE)
 
 
-def test_usage_over_the_limit_is_seen() -> None:
+def test_usage_over_the_limit_is_found() -> None:
     much = {**USAGE, "usage": {"completion_tokens": 9}}
     assert judge_stream(200, stream(ROLE, STOP, much, DONE), WITH_USAGE) == "9 tokens of 8 asked for"
 
@@ -77,11 +77,11 @@ def test_usage_over_the_limit_is_seen() -> None:
 @pytest.mark.parametrize(
     "body", [b"data: {\n\n", b"nonsense\n\n", b"data: 1\n\ndata: [DONE]\n\n", b"data: {}\n\ndata: [DONE]\n\n"]
 )
-def test_what_is_no_event_is_malformed(body: bytes) -> None:
+def test_other_lines_are_malformed(body: bytes) -> None:
     assert judge_stream(200, body, CHAT).startswith("malformed")
 
 
-def test_a_cut_event_is_seen() -> None:
+def test_a_cut_event_is_found() -> None:
     assert judge_stream(200, stream(ROLE, STOP, DONE)[:-1], CHAT) == "the last event is cut"
 
 
@@ -90,7 +90,7 @@ def whole(finish: str = "stop", content: str = "Hello", tokens: int = 2) -> byte
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
 
 
-def test_whole_answers() -> None:
+def test_non_streaming_answers() -> None:
     assert judge_whole(200, whole(), CHAT) == ""
     assert judge_whole(503, b"busy", CHAT) == "503: busy"
     assert judge_whole(200, whole("abort"), CHAT) == "finish_reason abort"

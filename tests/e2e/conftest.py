@@ -1,4 +1,4 @@
-"""Real backends, each started once and when first needed, and real proxies in front of them."""
+"""Real backends, each started once when first needed, and real proxies in front of them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
-from tests.e2e import servers
-from tests.e2e.door import Door
-from tests.e2e.servers import Proxy, Server
+from tests.support import real_servers as servers
+from tests.support.proxied_backend import ProxiedBackend
+from tests.support.real_servers import Proxy, Server
+from tests.support.unavailable import unavailable
 
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 BACKENDS = ["llama_cpp_python", "llama_server", "vllm"]
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Loud on a person's machine, a failure in CI, where everything must run."""
-    if IN_CI:
-        pytest.fail(f"{reason} (CI must run this)")
-    pytest.skip(reason)
 
 
 def from_make(name: str, what: str) -> str:
@@ -35,11 +27,6 @@ def from_make(name: str, what: str) -> str:
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture(scope="session")
-def gguf() -> str:
-    return from_make("XGEN_TEST_GGUF", "the model file for llama.cpp")
 
 
 def running(server: Server) -> Iterator[Server]:
@@ -69,7 +56,7 @@ def vllm_server(logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
-    """start_proxy(*flags, env={}): a proxy that listens. Waiting until a backend answers is the caller's."""
+    """start_proxy(*flags, env={}) → a listening proxy. Its backends may not be up yet: call wait_ready()."""
     started: list[Proxy] = []
 
     def start(*flags: str, env: dict[str, str] | None = None) -> Proxy:
@@ -83,8 +70,8 @@ def start_proxy(logs: Path) -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
-def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> Door:
-    """A proxy with one real backend behind it, and nothing to fall back to: once for each kind of backend."""
+def proxied(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> ProxiedBackend:
+    """A proxy with one real backend, for each kind of backend."""
     kind = request.param
     backend: Server = request.getfixturevalue("vllm_server" if kind == "vllm" else kind)
     flags = ["--vllm", backend.url]
@@ -92,22 +79,24 @@ def door(request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy]) -> D
         flags = ["--llama-cpp", backend.url, "--engine", backend.name]
     proxy = start_proxy(*flags)
     proxy.wait_ready()
-    return Door(kind, "vllm" if kind == "vllm" else "llama_cpp", proxy, backend)
+    return ProxiedBackend(kind, "vllm" if kind == "vllm" else "llama_cpp", proxy, backend)
 
 
 @pytest.fixture(scope="session")
 def template(gguf: str, logs: Path) -> Path:
-    """The model's chat template, as `make run` hands it to the proxy."""
+    """The model's chat template, as `make run` passes it to the proxy."""
     path = logs / "tokenizer_config.json"
     subprocess.run([sys.executable, "-m", "backends.llama_cpp.template", gguf, str(path)], check=True)
     return path
 
 
 @pytest.fixture(scope="session")
-def fleet(vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path) -> Door:
-    """GPU and CPU backend behind one proxy. Four vLLM slots, so that a load is quickly made."""
+def fleet(
+    vllm_server: Server, llama_cpp_python: Server, start_proxy: Callable[..., Proxy], template: Path
+) -> ProxiedBackend:
+    """A GPU and a CPU backend behind one proxy. vLLM has four slots, so that few requests load it."""
     flags = ["--vllm", vllm_server.url, "--llama-cpp", llama_cpp_python.url]
     env = {"XGEN_BACKENDS__VLLM__SLOTS": "4", "XGEN_BACKENDS__LLAMA_CPP__CHAT_TEMPLATE": str(template)}
     proxy = start_proxy(*flags, env=env)
     proxy.wait_ready()
-    return Door("fleet", "vllm", proxy, vllm_server)
+    return ProxiedBackend("fleet", "vllm", proxy, vllm_server)

@@ -15,9 +15,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e import servers
-from tests.e2e.door import CAPITAL, GREEDY, Door, Json, assert_openai_error, chat
-from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
+from tests.support import real_servers as servers
+from tests.support.proxied_backend import CAPITAL, GREEDY, Json, ProxiedBackend, assert_openai_error, chat
+from tests.support.real_servers import CONTEXT, MODEL, Proxy, Server
 
 PROMPTS = {
     "english": "Name three colours.",
@@ -39,14 +39,14 @@ def counts(usage: Json) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_usage_is_the_backends_own(door: Door, prompt: str) -> None:
+def test_usage_equals_the_backends_own(proxied: ProxiedBackend, prompt: str) -> None:
     ask = chat(prompt)
-    own = door.direct("/v1/chat/completions", ask).json()
-    whole = door.post("/v1/chat/completions", ask).json()
+    own = proxied.direct("/v1/chat/completions", ask).json()
+    whole = proxied.post("/v1/chat/completions", ask).json()
     assert counts(whole["usage"]) == counts(own["usage"])
 
     ask = {**ask, "stream": True, "stream_options": {"include_usage": True}}
-    *chunks, done = events(door.post("/v1/chat/completions", ask).text)
+    *chunks, done = events(proxied.post("/v1/chat/completions", ask).text)
     assert done == "[DONE]"
     last = json.loads(chunks[-1])
     assert last["choices"] == []
@@ -54,16 +54,16 @@ def test_usage_is_the_backends_own(door: Door, prompt: str) -> None:
     assert not [chunk for chunk in map(json.loads, chunks[:-1]) if chunk.get("usage")]
 
 
-def test_usage_of_completions(door: Door) -> None:
+def test_usage_of_completions(proxied: ProxiedBackend) -> None:
     ask = {"model": MODEL, "prompt": "One, two, three,", "max_tokens": 6, **GREEDY}
-    own = door.direct("/v1/completions", ask).json()["usage"]
-    assert counts(door.post("/v1/completions", ask).json()["usage"]) == counts(own)
+    own = proxied.direct("/v1/completions", ask).json()["usage"]
+    assert counts(proxied.post("/v1/completions", ask).json()["usage"]) == counts(own)
     ask = {**ask, "stream": True, "stream_options": {"include_usage": True}}
-    *chunks, _done = events(door.post("/v1/completions", ask).text)
+    *chunks, _done = events(proxied.post("/v1/completions", ask).text)
     assert counts(json.loads(chunks[-1])["usage"]) == counts(own)
 
 
-# A non-streaming answer is the backend's own, also where it was streamed and put together on the way
+# A non-streaming response equals the backend's own, also when the proxy collected it from a stream
 
 SAME_ANSWERS: dict[str, tuple[str, Json]] = {
     "chat": ("/v1/chat/completions", chat()),
@@ -79,12 +79,12 @@ SAME_ANSWERS: dict[str, tuple[str, Json]] = {
     ),
 }
 
-# New in each answer, or dependent on what ran before it (timings, cached tokens).
+# Fields that differ between two answers: ids, timings, cached tokens.
 FLEETING = ("id", "created", "timings", "prompt_tokens_details", "system_fingerprint")
 
 
 def expected(own: Any, answer: Any) -> Any:
-    """`own`, with the fleeting parts taken from `answer`; floats nearly, as batching moves a logprob a little."""
+    """`own` with the varying fields of `answer`. Floats may differ slightly: batching changes logprobs."""
     if isinstance(own, dict) and isinstance(answer, dict):
         return {
             name: answer.get(name) if name in FLEETING else expected(item, answer.get(name))
@@ -96,10 +96,10 @@ def expected(own: Any, answer: Any) -> Any:
 
 
 @pytest.mark.parametrize(("path", "ask"), SAME_ANSWERS.values(), ids=SAME_ANSWERS)
-def test_whole_answer_is_the_backends_own(door: Door, path: str, ask: Json) -> None:
-    own = door.direct(path, ask)
+def test_non_streaming_responses_equal_the_backends_own(proxied: ProxiedBackend, path: str, ask: Json) -> None:
+    own = proxied.direct(path, ask)
     assert own.status_code == 200, own.text
-    answer = door.post(path, ask)
+    answer = proxied.post(path, ask)
     assert answer.status_code == 200, answer.text
     assert answer.json() == expected(own.json(), answer.json())
 
@@ -107,8 +107,8 @@ def test_whole_answer_is_the_backends_own(door: Door, path: str, ask: Json) -> N
 # Models
 
 
-def test_models(door: Door) -> None:
-    with openai.OpenAI(base_url=door.url + "/v1", api_key="none", max_retries=0) as client:
+def test_models(proxied: ProxiedBackend) -> None:
+    with openai.OpenAI(base_url=proxied.url + "/v1", api_key="none", max_retries=0) as client:
         models = client.models.list().data
         assert [model.id for model in models] == [MODEL]
         assert models[0].object == "model"
@@ -120,19 +120,19 @@ def test_models(door: Door) -> None:
     assert unknown.value.code == "model_not_found"
 
 
-def test_a_missing_model_is_the_default_one(door: Door) -> None:
+def test_a_missing_model_means_the_default(proxied: ProxiedBackend) -> None:
     ask = chat()
     del ask["model"]
-    answer = door.post("/v1/chat/completions", ask)
+    answer = proxied.post("/v1/chat/completions", ask)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == MODEL
 
 
-def test_a_public_name_is_answered_under_that_name(door: Door, start_proxy: Callable[..., Proxy]) -> None:
-    setting = f"XGEN_BACKENDS__{door.name.upper()}__"
-    dialect = {"vllm": "vllm"}.get(door.kind, door.backend.name)
+def test_responses_carry_the_public_model_name(proxied: ProxiedBackend, start_proxy: Callable[..., Proxy]) -> None:
+    setting = f"XGEN_BACKENDS__{proxied.name.upper()}__"
+    dialect = {"vllm": "vllm"}.get(proxied.kind, proxied.backend.name)
     env = {
-        setting + "URLS": door.backend.url,
+        setting + "URLS": proxied.backend.url,
         setting + "DIALECT": dialect,
         setting + "MODELS": json.dumps({'pub"lic': MODEL}),
     }
@@ -154,23 +154,23 @@ INPUTS = ["A cat sat on the mat.", "Die Katze."]
 
 
 @pytest.fixture(scope="module")
-def embedder(logs: Path, gguf: str, start_proxy: Callable[..., Proxy]) -> Iterator[Door]:
+def embedder(logs: Path, gguf: str, start_proxy: Callable[..., Proxy]) -> Iterator[ProxiedBackend]:
     backend = servers.llama_server(logs / "embedder.log", gguf, "--embeddings", "--pooling", "mean", slots=1)
     try:
         backend.start().wait_ready()
         env = {"XGEN_BACKENDS__LLAMA_CPP__EMBEDDINGS": "true"}
         proxy = start_proxy("--llama-cpp", backend.url, "--engine", backend.name, env=env)
         proxy.wait_ready()
-        yield Door("llama_server", "llama_cpp", proxy, backend)
+        yield ProxiedBackend("llama_server", "llama_cpp", proxy, backend)
         proxy.stop()
     finally:
         backend.stop()
 
 
-def test_embeddings(embedder: Door) -> None:
+def test_embeddings(embedder: ProxiedBackend) -> None:
     with openai.OpenAI(base_url=embedder.url + "/v1", api_key="none", max_retries=0) as client:
         answer = client.embeddings.create(model=MODEL, input=INPUTS, encoding_format="float")
-        packed = client.embeddings.create(model=MODEL, input=INPUTS)  # the SDK asks for base64 by itself
+        packed = client.embeddings.create(model=MODEL, input=INPUTS)  # the SDK requests base64 by default
     assert answer.model == MODEL
     assert [item.index for item in answer.data] == [0, 1]
     assert [len(item.embedding) for item in answer.data] == [576, 576]
@@ -179,79 +179,79 @@ def test_embeddings(embedder: Door) -> None:
         assert floats.embedding == pytest.approx(same.embedding, abs=1e-4)
 
 
-def test_embeddings_in_base64(embedder: Door) -> None:
+def test_embeddings_in_base64(embedder: ProxiedBackend) -> None:
     ask = {"model": MODEL, "input": INPUTS[0], "encoding_format": "base64"}
     item = embedder.post("/v1/embeddings", ask).json()["data"][0]
     assert len(struct.unpack("<576f", base64.b64decode(item["embedding"]))) == 576
 
 
-def test_embeddings_where_no_backend_can(door: Door) -> None:
-    error = assert_openai_error(door.post("/v1/embeddings", {"model": MODEL, "input": "cat"}), 400, 404)
+def test_embeddings_without_a_capable_backend(proxied: ProxiedBackend) -> None:
+    error = assert_openai_error(proxied.post("/v1/embeddings", {"model": MODEL, "input": "cat"}), 400, 404)
     assert "embed" in error["message"]
-    door.assert_answers()
+    proxied.assert_answers()
 
 
-# The source document's own API
+# The minimal completion API
 
 
-def test_generate(door: Door) -> None:
+def test_generate(proxied: ProxiedBackend) -> None:
     ask = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
-    answer = door.post("/generate", ask)
+    answer = proxied.post("/generate", ask)
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["text"]
-    assert body["backend_used"] == door.name
+    assert body["backend_used"] == proxied.name
     assert 0 < body["generation_time"] < 60
     tokens = body["tokens_per_second"] * body["generation_time"]
     assert tokens == pytest.approx(round(tokens), abs=0.1 * tokens)
     assert 1 <= round(tokens) <= 12
 
 
-def test_generate_stream(door: Door) -> None:
+def test_generate_stream(proxied: ProxiedBackend) -> None:
     ask = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
-    with httpx.stream("POST", door.url + "/generate/stream", json=ask, timeout=60) as answer:
+    with httpx.stream("POST", proxied.url + "/generate/stream", json=ask, timeout=60) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        assert answer.headers["x-backend"] == door.name
+        assert answer.headers["x-backend"] == proxied.name
         got = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
     assert got[-1] == {"done": True}
     assert all(list(event) == ["token"] for event in got[:-1])
-    assert "".join(event["token"] for event in got[:-1]) == door.post("/generate", ask).json()["text"]
+    assert "".join(event["token"] for event in got[:-1]) == proxied.post("/generate", ask).json()["text"]
 
 
-def test_generate_with_stream_true_streams(door: Door) -> None:
-    answer = door.post("/generate", {"prompt": "Hi", "max_tokens": 2, "stream": True})
+def test_generate_with_stream_true_streams(proxied: ProxiedBackend) -> None:
+    answer = proxied.post("/generate", {"prompt": "Hi", "max_tokens": 2, "stream": True})
     assert json.loads(events(answer.text)[-1]) == {"done": True}
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": 5}, {"prompt": "Hi", "max_tokens": -1}, {"prompt": "Hi", "urgency": "now"}, []]
 )
-def test_generate_refuses_in_words(door: Door, body: Any) -> None:
+def test_generate_errors_have_a_message(proxied: ProxiedBackend, body: Any) -> None:
     for path in ("/generate", "/generate/stream"):
-        assert_openai_error(door.post(path, body), 400)
-    door.assert_answers()
+        assert_openai_error(proxied.post(path, body), 400)
+    proxied.assert_answers()
 
 
 # Presets and hints
 
 
-def test_hints_never_reach_the_backend_and_presets_apply(door: Door) -> None:
-    plain = door.chat(temperature=0, top_p=1, top_k=1, max_tokens=6).json()
-    hinted = door.post(
+def test_hints_are_removed_and_presets_apply(proxied: ProxiedBackend) -> None:
+    plain = proxied.chat(temperature=0, top_p=1, top_k=1, max_tokens=6).json()
+    hinted = proxied.post(
         "/v1/chat/completions",
         {"model": MODEL, "messages": CAPITAL, "max_tokens": 6, "urgency": "high", "backend": "auto", "fallback": None},
     )
     assert hinted.status_code == 200, hinted.text
-    assert hinted.json()["choices"][0]["message"] == plain["choices"][0]["message"]  # `deterministic` was filled in
+    assert hinted.json()["choices"][0]["message"] == plain["choices"][0]["message"]
 
 
 # Operations
 
 
-def test_health_and_ready(door: Door) -> None:
-    assert door.get("/health").status_code == 200
-    assert door.get("/ready").status_code == 200
+def test_health_and_ready(proxied: ProxiedBackend) -> None:
+    assert proxied.get("/health").status_code == 200
+    assert proxied.get("/ready").status_code == 200
 
 
 def test_ready_fails_while_no_backend_answers(start_proxy: Callable[..., Proxy]) -> None:
@@ -264,39 +264,39 @@ def test_ready_fails_while_no_backend_answers(start_proxy: Callable[..., Proxy])
     proxy.stop()
 
 
-def test_models_status(door: Door) -> None:
-    door.assert_answers()
-    status = door.get("/models/status")
+def test_models_status(proxied: ProxiedBackend) -> None:
+    proxied.assert_answers()
+    status = proxied.get("/models/status")
     assert status.status_code == 200
     [backend] = status.json()["backends"]
     [replica] = backend["replicas"]
-    assert backend["name"] == door.name
+    assert backend["name"] == proxied.name
     assert backend["models"] == {MODEL: MODEL}
-    # llama-cpp-python tells its context length nowhere; who starts it sets it.
-    assert backend["context"] == (None if door.kind == "llama_cpp_python" else CONTEXT)
-    assert replica["url"] == door.backend.url
+    # llama-cpp-python does not report its context length; it has to be configured.
+    assert backend["context"] == (None if proxied.kind == "llama_cpp_python" else CONTEXT)
+    assert replica["url"] == proxied.backend.url
     assert replica["state"] == "up"
     assert replica["in_flight"] == 0
     assert replica["slots"] >= 1
     assert replica["memory"]["process_rss_bytes"] > 100e6
 
 
-def test_metrics_can_be_scraped(door: Door) -> None:
-    door.assert_answers()
-    page = door.get("/metrics")
+def test_metrics_can_be_scraped(proxied: ProxiedBackend) -> None:
+    proxied.assert_answers()
+    page = proxied.get("/metrics")
     assert page.status_code == 200
     families = {family.name: family for family in text_string_to_metric_families(page.text)}
     ours = [name for name in families if name.startswith("xgen_")]
     assert ours, sorted(families)
     labels = [sample.labels for name in ours for sample in families[name].samples]
-    assert any(label.get("backend") == door.name for label in labels)
+    assert any(label.get("backend") == proxied.name for label in labels)
 
 
-def test_route_is_a_dry_run(door: Door) -> None:
-    plan = door.post("/route", chat("Hi"))
+def test_route_is_a_dry_run(proxied: ProxiedBackend) -> None:
+    plan = proxied.post("/route", chat("Hi"))
     assert plan.status_code == 200, plan.text
     first = plan.json()["candidates"][0]
-    assert first["backend"] == door.name
+    assert first["backend"] == proxied.name
     assert first["reason"]
     assert "X-Backend" not in plan.headers
 

@@ -1,4 +1,4 @@
-"""Whatever a client sends, the answer is an error in OpenAI's shape and never a 500, and the backend lives on."""
+"""Bad requests get an error in OpenAI's shape, never a 500, and do not harm the backend."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.door import Door, assert_openai_error, chat
-from tests.e2e.servers import CONTEXT, MODEL
+from tests.support.proxied_backend import ProxiedBackend, assert_openai_error, chat
+from tests.support.real_servers import CONTEXT, MODEL
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -43,7 +43,7 @@ def nested(depth: int) -> bytes:
 
 @dataclass(frozen=True)
 class Bad:
-    """`statuses`: what is right; with 200 where a backend may do the request. `code`: OpenAI's, where it matters."""
+    """A bad request. `statuses`: accepted ones, with 200 if a backend may support it. `code`: OpenAI's error code."""
 
     name: str
     body: bytes | dict[str, Any] | list[Any] | None
@@ -76,7 +76,7 @@ SYNTAX = [
 ROUTES = [
     Bad("unknown path", chat(), (404,), path="/v1/nope"),
     Bad("root", None, (404,), path="/", method="GET"),
-    Bad("vLLM's own door", chat(), (404,), path="/invocations"),
+    Bad("vLLM's own proxied", chat(), (404,), path="/invocations"),
     Bad("wrong method", None, (405,), "method_not_allowed", method="GET"),
     Bad("DELETE", None, (405,), "method_not_allowed", path="/v1/models", method="DELETE"),
     Bad("unknown model", chat(model="nope"), (404,), "model_not_found"),
@@ -142,7 +142,7 @@ LONGS = [
         code="context_length_exceeded",
         path="/v1/completions",
     ),
-    # Only a little too long: here an estimate cannot tell, and the backend's own verdict is what counts.
+    # Only slightly too long: the proxy's estimate passes it, and the backend rejects it.
     Bad("just too long", chat("word " * CONTEXT), code="context_length_exceeded"),
     Bad("just too long, stream", chat("word " * CONTEXT, stream=True), code="context_length_exceeded"),
 ]
@@ -150,25 +150,25 @@ LONGS = [
 ALL = SYNTAX + ROUTES + FIELDS + LONGS
 
 
-def send(door: Door, bad: Bad) -> httpx.Response:
+def send(proxied: ProxiedBackend, bad: Bad) -> httpx.Response:
     content = bad.body if isinstance(bad.body, bytes) or bad.body is None else json.dumps(bad.body).encode()
-    return httpx.request(bad.method, door.url + bad.path, content=content, headers=bad.headers, timeout=60)
+    return httpx.request(bad.method, proxied.url + bad.path, content=content, headers=bad.headers, timeout=60)
 
 
 @pytest.mark.parametrize("bad", ALL, ids=[bad.name for bad in ALL])
-def test_bad_input(door: Door, bad: Bad) -> None:
-    answer = send(door, bad)
+def test_bad_input(proxied: ProxiedBackend, bad: Bad) -> None:
+    answer = send(proxied, bad)
     if answer.status_code != 200 or 200 not in bad.statuses:
         error = assert_openai_error(answer, *bad.statuses)
         assert bad.code in (None, error["code"]), error
-    door.assert_answers()
+    proxied.assert_answers()
 
 
-def test_405_says_what_is_allowed(door: Door) -> None:
-    assert "POST" in httpx.get(door.url + CHAT).headers["Allow"]
+def test_405_lists_the_allowed_method(proxied: ProxiedBackend) -> None:
+    assert "POST" in httpx.get(proxied.url + CHAT).headers["Allow"]
 
 
-# What some backends can do and others cannot: it works, or a 400 says what to change.
+# Features that only some backends support: they work, or a 400 says what to change.
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}}
 
@@ -199,7 +199,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Where a 400 is right; anywhere else 200 is.
+# Expected to be 400; everything else is 200.
 CANNOT: dict[str, set[str]] = {
     "n": {"llama_cpp_python"},
     "grammar": {"llama_cpp_python", "vllm"},
@@ -209,10 +209,10 @@ CANNOT: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_works_or_a_400_says_why(door: Door, name: str, stream: bool) -> None:
-    answer = door.chat(**{**VARIANTS[name], "stream": stream})
+def test_features_work_or_a_400_says_why(proxied: ProxiedBackend, name: str, stream: bool) -> None:
+    answer = proxied.chat(**{**VARIANTS[name], "stream": stream})
     if answer.status_code != 200:
-        assert door.kind in CANNOT.get(name, set()), answer.text
+        assert proxied.kind in CANNOT.get(name, set()), answer.text
         assert_openai_error(answer, 400)
         return
     if stream:
@@ -230,7 +230,7 @@ def test_it_works_or_a_400_says_why(door: Door, name: str, stream: bool) -> None
         assert message.get("tool_calls"), message
         call = message["tool_calls"][0]["function"]
         assert call["name"] == "weather"
-        if door.kind == "llama_cpp_python":  # vLLM's hermes parser does not hold the model to the schema
+        if proxied.kind == "llama_cpp_python":  # vLLM's hermes parser does not enforce the schema
             arguments = json.loads(call["arguments"])
         # vLLM's answers come through untouched, and it does not hold a named tool to its schema: "Paris" is one of them
-        assert door.kind == "vllm" or arguments["city"] in ("Paris", "Rome")
+        assert proxied.kind == "vllm" or arguments["city"] in ("Paris", "Rome")

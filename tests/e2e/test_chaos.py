@@ -1,4 +1,4 @@
-"""A small storm: vLLM's engine is killed under load, and no request is lost. The large one: `python -m bench.chaos`."""
+"""vLLM's engine is killed under load, and no request is lost. `python -m bench.chaos` is the large version."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench import chaos
-from tests.e2e.servers import Server
+from tests.support.real_servers import Server
 
 
-@pytest.mark.timeout(900)  # vLLM takes 35 s to come back, and was seen to take three minutes on a busy machine
+@pytest.mark.timeout(900)  # vLLM takes 35 s to restart, three minutes on a busy machine
 def test_no_request_is_lost(vllm_server: Server, llama_server: Server, tmp_path: Path) -> None:
     storm = chaos.run(1, 30, ["kill-engine"], vllm_server, llama_server, tmp_path)
     assert len(storm.answers) == 30

@@ -1,4 +1,4 @@
-"""The clients people use, unchanged but for `base_url`, against each backend."""
+"""Common clients, unchanged except for `base_url`, against each backend."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from tests.e2e.conftest import unavailable
-from tests.e2e.door import CAPITAL, GREEDY, QUESTION, Door
-from tests.e2e.servers import MODEL
+from tests.support.proxied_backend import CAPITAL, GREEDY, QUESTION, ProxiedBackend
+from tests.support.real_servers import MODEL
+from tests.support.unavailable import unavailable
 
 ASK: dict[str, Any] = {
     "model": MODEL,
@@ -31,15 +31,15 @@ NODE = Path(__file__).parent / "node"
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=door.url + "/v1", api_key="none", max_retries=0) as client:
+def client(proxied: ProxiedBackend) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=proxied.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
-def langchain(door: Door) -> ChatOpenAI:
+def langchain(proxied: ProxiedBackend) -> ChatOpenAI:
     return ChatOpenAI(
-        base_url=door.url + "/v1",
+        base_url=proxied.url + "/v1",
         api_key="none",
         model=MODEL,
         max_retries=0,
@@ -62,7 +62,7 @@ def test_sdk_chat(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_sdk_chat_stream_says_the_same(client: openai.OpenAI) -> None:
+def test_sdk_chat_stream_has_the_same_text(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**ASK)
     chunks = list(client.chat.completions.create(**ASK, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
@@ -85,21 +85,21 @@ def test_sdk_completions(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
-def test_sdk_raw_response_tells_how_it_was_routed(client: openai.OpenAI, door: Door) -> None:
+def test_sdk_raw_responses_have_routing_headers(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
     raw = client.chat.completions.with_raw_response.create(**ASK)
     headers = raw.headers
     assert raw.parse().choices
     assert headers["X-Request-Id"]
-    assert headers["X-Backend"] == door.name
+    assert headers["X-Backend"] == proxied.name
     assert headers["X-Replica"]
     assert headers["X-Route-Reason"]
     assert headers["X-Attempts"] == "1"
     assert 0 <= float(headers["X-Overhead-Ms"]) < 1000
 
 
-def test_sdk_streaming_raw_response_has_the_headers_too(client: openai.OpenAI, door: Door) -> None:
+def test_sdk_streaming_raw_responses_have_routing_headers(client: openai.OpenAI, proxied: ProxiedBackend) -> None:
     with client.chat.completions.with_streaming_response.create(**ASK, stream=True) as raw:
-        assert raw.headers["X-Backend"] == door.name
+        assert raw.headers["X-Backend"] == proxied.name
         assert raw.headers["X-Request-Id"]
         assert raw.headers["Content-Type"].startswith("text/event-stream")
         assert raw.headers["X-Accel-Buffering"] == "no"
@@ -114,12 +114,12 @@ def test_sdk_parses_structured_output(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.parsed in (City(name="Paris"), City(name="Rome"))
 
 
-def test_sdk_takes_a_request_id_from_the_client(client: openai.OpenAI) -> None:
+def test_sdk_request_ids_are_kept(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(**ASK, extra_headers={"X-Request-Id": "my-own-id.1"})
     assert raw.headers["X-Request-Id"] == "my-own-id.1"
 
 
-def test_sdk_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
+def test_errors_raise_the_sdks_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(**{**ASK, "model": "nope"})
     assert unknown.value.code == "model_not_found"
@@ -128,8 +128,8 @@ def test_sdk_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
 
 
-async def test_async_sdk_several_at_once(door: Door) -> None:
-    async with openai.AsyncOpenAI(base_url=door.url + "/v1", api_key="none", max_retries=0) as client:
+async def test_async_sdk_several_at_once(proxied: ProxiedBackend) -> None:
+    async with openai.AsyncOpenAI(base_url=proxied.url + "/v1", api_key="none", max_retries=0) as client:
 
         async def streamed() -> str:
             stream = await client.chat.completions.create(**ASK, stream=True)
@@ -143,7 +143,7 @@ async def test_async_sdk_several_at_once(door: Door) -> None:
     assert all("Paris" in text for text in texts)
 
 
-def test_langchain_invoke(langchain: ChatOpenAI, door: Door) -> None:
+def test_langchain_invoke(langchain: ChatOpenAI, proxied: ProxiedBackend) -> None:
     answer = langchain.invoke(QUESTION)
     assert "Paris" in answer.content
     assert answer.usage_metadata is not None
@@ -189,15 +189,15 @@ def node() -> str:
     return node
 
 
-def test_node_sdk_stream(node: str, door: Door) -> None:
-    command = [node, "chat.mjs", door.url + "/v1", MODEL]
+def test_node_sdk_stream(node: str, proxied: ProxiedBackend) -> None:
+    command = [node, "chat.mjs", proxied.url + "/v1", MODEL]
     run = subprocess.run(command, cwd=NODE, timeout=60, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)
     assert "Paris" in seen["text"]
     assert seen["finish"] in ("stop", "length")
     assert seen["usage"]["completion_tokens"] > 0
-    assert seen["backend"] == door.name
+    assert seen["backend"] == proxied.name
     assert seen["unknown"] == {"name": "NotFoundError", "status": 404, "code": "model_not_found"}
 
 
@@ -207,16 +207,16 @@ def curl(*args: str) -> str:
     return run.stdout
 
 
-def test_curl(door: Door) -> None:
+def test_curl(proxied: ProxiedBackend) -> None:
     ask = json.dumps({"model": MODEL, "messages": CAPITAL, "max_tokens": 12, **GREEDY})
-    url = door.url + "/v1/chat/completions"
+    url = proxied.url + "/v1/chat/completions"
     answer = json.loads(curl(url, "-H", "Content-Type: application/json", "-d", ask))
     assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
-def test_curl_stream_ends_with_done(door: Door) -> None:
+def test_curl_stream_ends_with_done(proxied: ProxiedBackend) -> None:
     ask = json.dumps({"model": MODEL, "messages": CAPITAL, "max_tokens": 4, "stream": True, **GREEDY})
-    out = curl("-N", door.url + "/v1/chat/completions", "-H", "Content-Type: application/json", "-d", ask)
+    out = curl("-N", proxied.url + "/v1/chat/completions", "-H", "Content-Type: application/json", "-d", ask)
     events = [line.removeprefix("data: ") for line in out.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     assert all(json.loads(event)["object"] == "chat.completion.chunk" for event in events[:-1])

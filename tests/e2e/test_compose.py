@@ -1,4 +1,4 @@
-"""compose.yaml as it is shipped, brought up for real: what it promises while parts of it are stopped, killed and added.
+"""compose.yaml as shipped, on a real Docker engine, while containers are stopped, killed and added.
 
 The GPU is a stand-in, a second llama.cpp server in vLLM's place, and so are images that cannot be had here. The engine
 is llama-server, which needs no compiling: XGEN_TEST_ENGINE=llama-cpp-python tests the other.
@@ -23,25 +23,34 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 import yaml
 
-from tests.e2e import stack as stacks
-from tests.e2e.conftest import unavailable
-from tests.e2e.door import CAPITAL, NEVER_ENDING
-from tests.e2e.servers import MODEL, until
-from tests.e2e.stack import ROOT, Stack, docker, has_image, inspect
+from tests.support import compose_stack
+from tests.support.compose_stack import ROOT, Stack, docker, has_image, inspect
+from tests.support.proxied_backend import CAPITAL, NEVER_ENDING
+from tests.support.real_servers import MODEL
+from tests.support.unavailable import unavailable
+from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(1800)  # images are built, and under load each thing takes long
+pytestmark = pytest.mark.timeout(1800)  # images are built, and everything is slow under load
 
 ENGINE = os.environ.get("XGEN_TEST_ENGINE", "llama-server")
 BUILD_S = 1500
 UP_S = 600
 ONE_SHOT = {"certificate", "model"}
-OURS = {"proxy", "llama-cpp", "nginx", "prometheus", "grafana", *ONE_SHOT}  # sealed: not vllm, whose image is not ours
+OURS = {
+    "proxy",
+    "llama-cpp",
+    "nginx",
+    "prometheus",
+    "grafana",
+    *ONE_SHOT,
+}  # without privileges; vllm's image is not ours
 
-# In vLLM's place, on a machine without a GPU: the same server as on the CPU path, and the proxy is told so.
+# In place of vLLM, on a machine without a GPU: the CPU backend's server, with its dialect configured.
 STAND_IN = f"""
 services:
   proxy:
@@ -63,14 +72,14 @@ services:
     deploy: !reset null
 """
 
-# What Grafana's image is asked for, where it cannot be had.
+# A substitute for Grafana's image where it cannot be pulled.
 NO_GRAFANA = """
 FROM python:3.11-slim
 RUN mkdir -p /www/api && touch /www/api/health && ln -s /usr/bin/true /usr/local/bin/wget
 CMD ["python", "-m", "http.server", "--directory", "/www", "3000"]
 """
 
-# vLLM's own reading of its command line, without starting it.
+# vLLM's own parser for its command line, without starting it.
 PARSE_FLAGS = """
 import sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -84,16 +93,16 @@ CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
 @pytest.fixture(scope="module")
 def with_docker() -> None:
     try:
-        stacks.check_docker()
-    except stacks.ServiceUnavailableError as error:
+        compose_stack.check_docker()
+    except compose_stack.UnavailableError as error:
         unavailable(f"NOT TESTED IN CONTAINERS: {error}")
 
 
 @pytest.fixture(scope="module")
 def images(with_docker: None) -> dict[str, str]:
-    """Settings that name other images, where those of compose.yaml cannot be had."""
-    named = stacks.variables()
-    docker_image = ROOT / "tests" / "e2e" / "nginx_image.sh"
+    """Settings with other images, where those of compose.yaml cannot be pulled."""
+    named = compose_stack.variables()
+    docker_image = ROOT / "tests" / "support" / "nginx_image.sh"
     subprocess.run([str(docker_image), named["NGINX_IMAGE"]], check=True, capture_output=True, timeout=600)
     settings = {}
     if not had(named["GRAFANA_IMAGE"]):
@@ -118,7 +127,7 @@ def folder_of_its_own(image: str) -> bool:
 
 @pytest.fixture(scope="module")
 def stack(images: dict[str, str]) -> Iterator[Stack]:
-    """Two proxies, a llama.cpp server and one in vLLM's place, nginx, monitoring: all healthy."""
+    """Two proxies, a llama.cpp server and one in place of vLLM, nginx and monitoring, all healthy."""
     made = Stack({"ENGINE": ENGINE, "LLAMA_CPP_CPUS": "1", **images}, STAND_IN)
     made.settings["CONFIG_DIR"] = str(made.readable_folder("config"))
     try:
@@ -132,19 +141,19 @@ def stack(images: dict[str, str]) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    """Nothing is tried again: what fails once has failed."""
+    """Without retries, so that every failure shows."""
     trusts = ssl.create_default_context(cafile=str(stack.certificate()))
     url = f"https://localhost:{stack.https}/v1"
-    with httpx.Client(verify=trusts, timeout=120) as http:
+    with openai.DefaultHttpxClient(verify=trusts, timeout=120) as http:
         yield openai.OpenAI(base_url=url, api_key="none", http_client=http, max_retries=0)
 
 
-# -- what is sent meanwhile --------------------------------------------------------------------------------------------
+# -- load -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Stream:
-    """One answer, from the client's side."""
+    """One streamed answer as the client sees it."""
 
     id: str = ""
     backend: str = ""
@@ -160,7 +169,7 @@ class Stream:
 
 @dataclass
 class Load:
-    """`clients` that ask for one stream after another, each of `tokens`, until told to stop."""
+    """`clients` that request one stream of `tokens` after another until stopped."""
 
     client: openai.OpenAI
     clients: int = 6
@@ -189,53 +198,59 @@ class Load:
             self._ask(stream)
 
     def _ask(self, stream: Stream) -> None:
-        asked = {"messages": CAPITAL, "model": MODEL, "max_tokens": self.tokens, "stream": True}
         headers = {"X-Request-Id": stream.id}
         try:
             answer = self.client.chat.completions.with_raw_response.create(
-                **asked, extra_body={**NEVER_ENDING, **self.hints}, extra_headers=headers
+                messages=CAPITAL,
+                model=MODEL,
+                max_tokens=self.tokens,
+                stream=True,
+                extra_body={**NEVER_ENDING, **self.hints},
+                extra_headers=headers,
             )
             stream.backend, stream.replica = answer.headers["x-backend"], answer.headers["x-replica"]
             for chunk in answer.parse():
                 stream.chunks += 1
                 stream.finish = chunk.choices[0].finish_reason or stream.finish if chunk.choices else stream.finish
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
             stream.error = repr(error)
 
     def done(self) -> int:
         return sum(1 for stream in self.streams if stream.finish)
 
     def wait(self, more: int) -> None:
-        """Until so many more answers are complete."""
+        """Wait until `more` answers are complete."""
         before = self.done()
-        until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
+        wait_until(lambda: self.done() >= before + more, 240, f"{more} more answers; {self.failed()}")
 
     def under_way(self, count: int) -> list[Stream]:
-        """So many streams that have begun, and are not over."""
+        """Wait for `count` streams that are neither new nor nearly finished."""
 
         def begun() -> list[Stream]:
             return [each for each in self.streams if 0 < each.chunks < self.tokens // 2 and not each.error]
 
-        return until(lambda: begun() if len(begun()) >= count else None, 120, f"{count} live streams; {self.failed()}")
+        return wait_until(
+            lambda: begun() if len(begun()) >= count else None, 120, f"{count} live streams; {self.failed()}"
+        )
 
     def failed(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.error]
 
 
-# -- what cannot be brought up here ------------------------------------------------------------------------------------
+# -- vLLM, which cannot run here ---------------------------------------------------------------------------------------
 
 
-def test_vllm_knows_the_flags_it_is_given() -> None:
+def test_vllm_accepts_its_flags() -> None:
     if not os.environ.get("XGEN_TEST_VLLM"):
         unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
     python = str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
-    command = yaml.safe_load(stacks.COMPOSE.read_text())["services"]["vllm"]["command"]
+    command = yaml.safe_load(compose_stack.COMPOSE.read_text())["services"]["vllm"]["command"]
     flags = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", each) for each in command]
     done = subprocess.run([python, "-c", PARSE_FLAGS, *flags], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# -- that it is up, and shut -------------------------------------------------------------------------------------------
+# -- health and isolation ----------------------------------------------------------------------------------------------
 
 
 def test_everything_is_healthy(stack: Stack) -> None:
@@ -248,18 +263,18 @@ def test_everything_is_healthy(stack: Stack) -> None:
             assert state["Health"]["Status"] == "healthy", service
 
 
-def test_only_nginx_can_be_reached_from_outside(stack: Stack) -> None:
+def test_only_nginx_is_reachable_from_outside(stack: Stack) -> None:
     for each in stack.all_containers():
         service = each["Config"]["Labels"]["com.docker.compose.service"]
         open_at = {binding["HostIp"] for found in each["NetworkSettings"]["Ports"].values() for binding in found or []}
         assert not open_at or service in ("nginx", "prometheus", "grafana"), service
-        assert open_at <= {"127.0.0.1"}, "monitoring never, and nginx not by itself"
+        assert open_at <= {"127.0.0.1"}, "monitoring must listen on loopback only, and nginx by default too"
     assert json.loads(docker("network", "inspect", f"{stack.project}_inside"))[0]["Internal"]
     with pytest.raises(AssertionError):
         docker("exec", stack.containers("proxy")[0], "python", "-c", CONNECT_OUT)
 
 
-def test_containers_can_do_little(stack: Stack) -> None:
+def test_containers_have_few_privileges(stack: Stack) -> None:
     for each in stack.all_containers():
         service, host = each["Config"]["Labels"]["com.docker.compose.service"], each["HostConfig"]
         assert host["CapDrop"] == ["ALL"], service
@@ -273,7 +288,7 @@ def test_containers_can_do_little(stack: Stack) -> None:
             assert docker("exec", each["Id"], "id", "-u") != "0", service
 
 
-def test_no_compiler_is_in_an_image(stack: Stack) -> None:
+def test_images_contain_no_compiler(stack: Stack) -> None:
     for service in ("proxy", "llama-cpp"):
         tools = "for tool in cc gcc g++ c++ clang cmake ninja make ld; do command -v $tool; done; true"
         assert docker("exec", stack.containers(service)[0], "sh", "-c", tools) == ""
@@ -281,7 +296,7 @@ def test_no_compiler_is_in_an_image(stack: Stack) -> None:
         assert labels["org.opencontainers.image.licenses"]
 
 
-def test_the_proxy_gets_longer_to_end_than_it_drains(stack: Stack) -> None:
+def test_docker_waits_longer_than_the_proxy_drains(stack: Stack) -> None:
     proxy = inspect(stack.containers("proxy")[0])
     [drain] = [each for each in proxy["Config"]["Env"] if each.startswith("XGEN_DRAIN_S=")]
     assert proxy["Config"]["StopTimeout"] > float(drain.partition("=")[2]) + 5
@@ -293,46 +308,51 @@ def test_the_openai_sdk_streams_over_tls(client: openai.OpenAI) -> None:
         messages=CAPITAL,
         max_tokens=12,
         temperature=0,
-        stream=True,  # type: ignore[arg-type]
+        stream=True,
     )
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
 
 
-def test_the_log_names_who_asks_and_not_nginx(stack: Stack, client: openai.OpenAI) -> None:
+def test_the_log_shows_the_clients_address(stack: Stack, client: openai.OpenAI) -> None:
     client.completions.create(model=MODEL, prompt="Hi", max_tokens=1, extra_headers={"X-Request-Id": "who-asks"})
     outer = stack.access_log()["who-asks"]["client"]
-    told = [json.loads(line) for proxy in stack.containers("proxy") for line in stacks.log(proxy) if "who-asks" in line]
-    assert [each["client"] for each in told] == [outer]
+    lines = [
+        json.loads(line)
+        for proxy in stack.containers("proxy")
+        for line in compose_stack.log(proxy)
+        if "who-asks" in line
+    ]
+    assert [each["client"] for each in lines] == [outer]
 
 
-def test_settings_in_a_file_are_taken_without_a_restart(stack: Stack, client: openai.OpenAI) -> None:
-    """As .env.example tells it: a folder of the host, read and watched by every proxy."""
+def test_a_settings_file_is_reloaded_without_restart(stack: Stack, client: openai.OpenAI) -> None:
+    """As in .env.example: every proxy reads and watches a folder of the host."""
     file = Path(stack.settings["CONFIG_DIR"]) / "xgen-proxy.toml"
 
     file.write_text("[limits]\nbody_bytes = 2000\n")
     try:
-        until(partial(logged, stack, "new settings"), 60, "each proxy to have taken them")
+        wait_until(partial(logged, stack, "new settings"), 60, "each proxy to have taken them")
         for _ in range(4):
             with pytest.raises(openai.APIStatusError) as refused:
                 client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1)
             assert refused.value.status_code == 413
     finally:
         file.unlink()
-    until(partial(logged, stack, "new settings", times=2), 60, "each proxy to have gone back")
+    wait_until(partial(logged, stack, "new settings", times=2), 60, "each proxy to have gone back")
     assert client.completions.create(model=MODEL, prompt="x" * 2000, max_tokens=1).choices
 
 
 def logged(stack: Stack, text: str, times: int = 1) -> bool:
-    return all(sum(text in line for line in stacks.log(proxy)) >= times for proxy in stack.containers("proxy"))
+    return all(sum(text in line for line in compose_stack.log(proxy)) >= times for proxy in stack.containers("proxy"))
 
 
-def test_the_image_has_what_traces_need(stack: Stack) -> None:
+def test_the_image_can_export_traces(stack: Stack) -> None:
     proxy = stack.containers("proxy")[0]
-    told = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
-    assert "http://collector:4318" in told
+    output = docker("exec", "--env", "XGEN_OTLP_ENDPOINT=http://collector:4318", proxy, "xgen-proxy", "check")
+    assert "http://collector:4318" in output
 
 
-def test_what_listens_without_tls_leads_to_it(stack: Stack) -> None:
+def test_plain_http_redirects_to_tls(stack: Stack) -> None:
     answer = httpx.get(f"http://localhost:{stack.http}/v1/models")
     assert answer.status_code == 308
     assert answer.headers["location"].startswith("https://localhost")
@@ -344,23 +364,25 @@ def test_prometheus_sees_both_proxies(stack: Stack) -> None:
         found = httpx.get(url, params={"query": 'sum(up{job="proxy"})'}).json()["data"]["result"]
         return bool(found) and found[0]["value"][1] == "2"
 
-    until(up, 60, "Prometheus to have scraped both")
+    wait_until(up, 60, "Prometheus to have scraped both")
 
 
-# -- that nothing is lost ----------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_backend_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
     [llama_cpp] = stack.containers("llama-cpp")
     with Load(client) as load:
-        until(lambda: {each.backend for each in load.under_way(4)} == {"vllm", "llama_cpp"}, 120, "both to be used")
+        wait_until(
+            lambda: {each.backend for each in load.under_way(4)} == {"vllm", "llama_cpp"}, 120, "both to be used"
+        )
         docker("kill", llama_cpp)
         load.wait(more=8)
         docker("start", llama_cpp)
     assert not load.failed()
     assert all(stream.whole for stream in load.streams)
     assert {stream.backend for stream in load.streams} == {"vllm", "llama_cpp"}
-    until(partial(all_up, stack), 90, "the killed one to be up again")
+    wait_until(partial(all_up, stack), 90, "the killed one to be up again")
 
 
 def all_up(stack: Stack, count: int = 2) -> bool:
@@ -375,10 +397,10 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
         for proxy in (first, second):
             load.under_way(3)
             docker("stop", proxy)  # with the stop_grace_period of compose.yaml
-            assert inspect(proxy)["State"]["ExitCode"] == 0, "it was killed before it had drained"
+            assert inspect(proxy)["State"]["ExitCode"] == 0, "the proxy was killed before it had drained"
             load.wait(more=3)
             docker("start", proxy)
-            until(lambda proxy=proxy: health(proxy) == "healthy", 90, "the proxy to be healthy again")
+            wait_until(partial(is_healthy, proxy), 90, "the proxy to be healthy again")
         load.wait(more=6)
     served = stack.access_log()
     assert not [f"{each}\n{served.get(each.id)}" for each in load.streams if not each.whole]
@@ -387,7 +409,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, client: openai.OpenAI)
 
 
 def test_an_upgrade_loses_no_request(stack: Stack, client: openai.OpenAI) -> None:
-    """As docs/operations.md tells it: new ones beside the old, which then end."""
+    """As in docs/operations.md: new containers start beside the old ones, which then end."""
     old = stack.containers("proxy")
     more = ["up", "--detach", "--wait", "--no-recreate", "--no-deps", "--scale", "proxy=4", "proxy"]
     with Load(client) as load:
@@ -407,7 +429,11 @@ def health(container: str) -> str:
     return str(inspect(container)["State"]["Health"]["Status"])
 
 
-def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: openai.OpenAI) -> None:
+def is_healthy(container: str) -> bool:
+    return health(container) == "healthy"
+
+
+def test_a_killed_proxy_loses_only_its_own_started_answers(stack: Stack, client: openai.OpenAI) -> None:
     first, _ = stack.containers("proxy")
     victim = f"{stack.address(first)}:8080"
     with Load(client, clients=8) as load:
@@ -417,14 +443,14 @@ def test_a_killed_proxy_loses_only_answers_begun_on_it(stack: Stack, client: ope
         docker("start", first)
     lost = [stream for stream in load.streams if not stream.whole]
     served = stack.access_log()
-    assert lost, "the killed proxy had nothing to do"
+    assert lost, "the killed proxy had no streams"
     for stream in lost:
         assert stream.chunks, f"nothing had come of it yet, so nginx could have sent it again: {stream}"
         assert served[stream.id]["proxy"].endswith(victim), stream
-    until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
+    wait_until(lambda: health(first) == "healthy", 90, "the proxy to be healthy again")
 
 
-# -- that it grows -----------------------------------------------------------------------------------------------------
+# -- scaling ----------------------------------------------------------------------------------------------------------
 
 
 def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI) -> None:
@@ -432,35 +458,35 @@ def test_scaled_backends_are_found_and_used(stack: Stack, client: openai.OpenAI)
     stack.compose("up", "--detach", "--no-recreate", "--scale", "proxy=2", "--scale", "llama-cpp=3")
     added = {stack.address(each): each for each in stack.containers("llama-cpp")[1:]}
     assert len(added) == 2
-    until(partial(all_up, stack, 4), 120, "both proxies to use all four backends")
+    wait_until(partial(all_up, stack, 4), 120, "both proxies to use all four backends")
     for proxy in proxies:
         for address, container in added.items():
             assert found_after(proxy, address, container) <= 5
     names = {f"llama_cpp@{stack.address(each)}:8000" for each in stack.containers("llama-cpp")}
     with Load(client, clients=8, tokens=8, hints={"backend": "llama_cpp"}) as load:
-        until(lambda: {each.replica for each in load.streams} >= names, 120, "all three to be used")
+        wait_until(lambda: {each.replica for each in load.streams} >= names, 120, "all three to be used")
     assert not load.failed()
 
 
 def found_after(proxy: str, address: str, container: str) -> float:
-    """Seconds from the start of a backend's container to this proxy's word that it is listed."""
-    told = stacks.log(proxy)
-    found = [line for line in told if f"llama_cpp@{address}:8000 is listed" in line]
-    assert found, "\n".join(told[-30:])
+    """Seconds from the start of a backend's container until this proxy lists it."""
+    lines = compose_stack.log(proxy)
+    found = [line for line in lines if f"llama_cpp@{address}:8000 is listed" in line]
+    assert found, "\n".join(lines[-30:])
     [*_, line] = found
     return (moment(json.loads(line)["time"]) - moment(inspect(container)["State"]["StartedAt"])).total_seconds()
 
 
 def moment(text: str) -> datetime:
-    """Docker tells nanoseconds, which Python does not read."""
+    """A time from Docker, whose nanoseconds Python cannot parse."""
     return datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$", r"\1+00:00", text))
 
 
-# -- and that it goes --------------------------------------------------------------------------------------------------
+# -- shutdown ----------------------------------------------------------------------------------------------------------
 
 
 def test_down_leaves_nothing(stack: Stack) -> None:
-    """The last test: the stack is gone afterwards."""
+    """The last test, since it removes the stack."""
     assert stack.left()
     stack.down()
     assert stack.left() == []

@@ -1,4 +1,4 @@
-"""Real streams of real servers that are cut in the middle and go on on real servers."""
+"""Real streams that are cut in the middle and resumed on real servers."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.cutter import Cutter
-from tests.e2e.door import GREEDY, NEVER_ENDING, Json, chat
-from tests.e2e.servers import MODEL, Proxy, Server, until
+from tests.support.proxied_backend import GREEDY, NEVER_ENDING, Json, chat
+from tests.support.real_servers import MODEL, Proxy, Server
+from tests.support.stream_cutter import StreamCutter
+from tests.support.waiting import wait_until
 
 LENGTH = 16
 CUTS = [1, 5, LENGTH - 2]
 CHAT = chat("Tell me a story about a red fox.", max_tokens=LENGTH, **NEVER_ENDING)
 TEXT = {"model": MODEL, "prompt": "Once upon a time, a red fox", "max_tokens": LENGTH, **GREEDY, **NEVER_ENDING}
 REQUESTS: dict[str, Json] = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
-NOTE = "\n: "  # an SSE comment tells who went on
+COMMENT = "\n: resumed on "  # the SSE comment of a resumed stream
 ENGINES = ["llama_server", "llama_cpp_python", "vllm_server"]
 
 
 @dataclass
 class Pair:
-    """`first` is cut, `second` goes on; both may be the same server."""
+    """`first` is cut, `second` resumes; both may be the same server."""
 
     proxy: Proxy
-    cutter: Cutter
+    cutter: StreamCutter
 
     def ask(self, path: str, cut_after: int | None, whole: str | None = None) -> tuple[str, Json, str]:
-        """(text, usage, all that came). Asked again where there was nothing to cut, or where all of `whole` had come
-        before the cut: when vLLM is slow to send, it puts several tokens into one event, the last one among them."""
+        """(text, usage, raw response). Repeated if nothing was cut, or if all of `whole` was sent before the cut: a
+        slow vLLM puts several tokens into one event, maybe the last ones."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             cuts = self.cutter.cuts
             answer = self._ask(path, cut_after)
-            was_cut = self.cutter.cuts > cuts and NOTE in answer
-            if cut_after is None or (was_cut and shown_before(answer) != whole):
+            was_cut = self.cutter.cuts > cuts and COMMENT in answer
+            if cut_after is None or (was_cut and text_before_cut(answer) != whole):
                 return *read(answer), answer
         raise AssertionError(f"no answer had more than {cut_after} events:\n{answer}")
 
     def _ask(self, path: str, cut_after: int | None) -> str:
-        """One good answer between two cuts keeps the breaker closed."""
+        """A good answer between two cuts keeps the circuit breaker closed."""
         first = {**REQUESTS[path], "backend": "first"}
         good = httpx.post(self.proxy.url + path, json={**first, "max_tokens": 1}, timeout=120)
         assert good.headers["x-backend"] == "first", good.text
@@ -57,7 +58,7 @@ class Pair:
 
 
 def read(answer: str) -> tuple[str, Json]:
-    """Of a stream that looks as if it had never broken."""
+    """The text and usage of a stream in which the break must not show."""
     events = [line[6:] for line in answer.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]", answer
     chunks = [json.loads(event) for event in events[:-1]]
@@ -74,18 +75,18 @@ def read(answer: str) -> tuple[str, Json]:
 def pair(
     request: pytest.FixtureRequest, start_proxy: Callable[..., Proxy], template: Path
 ) -> Iterator[Callable[[str, str], Pair]]:
-    """pair(first, second): names of fixtures."""
+    """pair(first, second) with the names of fixtures → a Pair."""
     made: dict[tuple[str, str], Pair] = {}
 
     def make(first: str, second: str) -> Pair:
         if (first, second) not in made:
             one: Server = request.getfixturevalue(first)
             other: Server = request.getfixturevalue(second)
-            cutter = Cutter(one.url)
+            cutter = StreamCutter(one.url)
             env = settings("first", cutter.url, one, "gpu", template)
             env |= settings("second", other.url, other, "cpu", template)
             proxy = start_proxy(env=env)
-            until(lambda: all_up(proxy), 60, "both backends to be up")
+            wait_until(lambda: all_up(proxy), 60, "both backends to be up")
             made[first, second] = Pair(proxy, cutter)
         return made[first, second]
 
@@ -100,9 +101,9 @@ def all_up(proxy: Proxy) -> bool:
     return all(replica["up"] for backend in backends for replica in backend["replicas"])
 
 
-def settings(name: str, url: str, server: Server, path: str, template: Path) -> dict[str, Any]:
+def settings(name: str, url: str, server: Server, device_class: str, template: Path) -> dict[str, Any]:
     dialect = "vllm" if server.name == "vLLM" else server.name
-    values = {"urls": url, "dialect": dialect, "path": path, "context": "2048"}
+    values = {"urls": url, "dialect": dialect, "device_class": device_class, "context": "2048"}
     if dialect == "llama-cpp-python":
         values["chat_template"] = str(template)
     return {f"XGEN_BACKENDS__{name.upper()}__{key.upper()}": value for key, value in values.items()}
@@ -110,9 +111,9 @@ def settings(name: str, url: str, server: Server, path: str, template: Path) -> 
 
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], engine: str, path: str) -> None:
-    """Unsampled, the text is the very one that the unbroken stream has: nothing lost, nothing doubled, and the model
-    saw what it had said as its own."""
+def test_an_engine_resumes_its_own_stream(pair: Callable[[str, str], Pair], engine: str, path: str) -> None:
+    """Without sampling, the text equals that of an unbroken stream: nothing is lost or repeated, and the model
+    continued its own text."""
     both = pair(engine, engine)
     text, usage, _ = both.ask(path, None)
     for cut in CUTS:
@@ -127,23 +128,23 @@ def test_an_engine_goes_on_with_its_own_words(pair: Callable[[str, str], Pair], 
     ("first", "second"),
     [("vllm_server", "llama_cpp_python"), ("vllm_server", "llama_server"), ("llama_server", "vllm_server")],
 )
-def test_another_engine_goes_on(pair: Callable[[str, str], Pair], first: str, second: str, path: str) -> None:
-    """Its numbers differ in the last digits, so that it may choose other words; what was shown stays shown."""
+def test_another_engine_resumes(pair: Callable[[str, str], Pair], first: str, second: str, path: str) -> None:
+    """Its floats differ slightly, so it may choose other words; the text already sent stays."""
     both = pair(first, second)
     whole, usage, _ = both.ask(path, None)
     for cut in CUTS[1:]:
         text, counted, answer = both.ask(path, cut, whole)
-        shown = shown_before(answer)
+        shown = text_before_cut(answer)
         assert shown
         assert whole.startswith(shown)
         assert text.startswith(shown)
         assert text != shown
         assert counted["prompt_tokens"] == usage["prompt_tokens"]
-        assert abs(counted["completion_tokens"] - LENGTH) <= 1, "it may read the seam otherwise than it was written"
+        assert abs(counted["completion_tokens"] - LENGTH) <= 1, "tokens around the cut may be split differently"
 
 
-def shown_before(answer: str) -> str:
-    """The text before the note that tells who went on."""
-    lines = answer.partition(NOTE)[0].splitlines()
+def text_before_cut(answer: str) -> str:
+    """The text before the comment that names the resuming backend."""
+    lines = answer.partition(COMMENT)[0].splitlines()
     choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: ")]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)

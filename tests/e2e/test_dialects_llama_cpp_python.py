@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.door import NEVER_ENDING
-from tests.e2e.servers import CONTEXT, MODEL, Proxy, Server
 from tests.e2e.through import Through, text_of, user
+from tests.support.proxied_backend import NEVER_ENDING
+from tests.support.real_servers import CONTEXT, MODEL, Proxy, Server
 from xgen_proxy.dialects.error_mapping import read_error
 from xgen_proxy.errors import BadRequestError, ProxyError, RequestRejectedError, UpstreamError
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.servers import CONTEXT, Server
 from tests.e2e.through import Through, text_of, user
+from tests.support.real_servers import CONTEXT, Server
 from xgen_proxy.errors import BadRequestError, RequestRejectedError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 12}

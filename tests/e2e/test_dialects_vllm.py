@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import CONTEXT, MODEL, Server
 from tests.e2e.through import JSON, Through, text_of, user
 from tests.support.chunks import VLLM
+from tests.support.real_servers import CONTEXT, MODEL, Server
 from xgen_proxy.dialects.error_mapping import read_error
 from xgen_proxy.errors import BadRequestError, RequestRejectedError, UpstreamError
 

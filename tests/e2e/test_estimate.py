@@ -1,4 +1,4 @@
-"""The estimate of a prompt's tokens against the model's own tokenizer, as bench/estimate.py prints it."""
+"""The estimate of prompt tokens, compared with the model's tokenizer by bench/estimate.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Every expression that an alert, a recording rule or a panel has is asked of a real Prometheus, which scrapes a proxy
-under load: it must find something. And promtool runs the rules' own tests."""
+"""Every expression of an alert, rule or panel finds data in a real Prometheus that scrapes a proxy under load.
+
+promtool runs the tests of the rules.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,13 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e import prometheus
-from tests.e2e.conftest import unavailable
-from tests.e2e.prometheus import DEPLOYED, Prometheus, promtool
-from tests.e2e.servers import Proxy, until
+from tests.support import prometheus
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, good, status
+from tests.support.prometheus import DEPLOYED, Prometheus, promtool
+from tests.support.real_servers import Proxy
+from tests.support.unavailable import unavailable
+from tests.support.waiting import wait_until
 
 RULES = [
     rule
@@ -44,7 +48,7 @@ SELECTOR = re.compile(r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|path:\w+:\w
 
 @pytest.fixture(scope="session", autouse=True)
 def docker() -> None:
-    why = prometheus.why_not()
+    why = prometheus.unavailable_reason()
     if why:
         unavailable(f"NOT TESTED WITH PROMETHEUS: {why}")
 
@@ -52,20 +56,20 @@ def docker() -> None:
 # promtool
 
 
-def test_promtool_takes_the_configuration() -> None:
+def test_promtool_accepts_the_configuration() -> None:
     done = promtool("check", "config", "--lint-fatal", "prometheus.yml")
     assert done.returncode == 0, done.stdout
     assert "2 rule files found" in done.stdout
 
 
 @pytest.mark.parametrize("file", ["recording.yml", "alerts.yml"])
-def test_promtool_takes_the_rules(file: str) -> None:
+def test_promtool_accepts_the_rules(file: str) -> None:
     done = promtool("check", "rules", "--lint=all", "--lint-fatal", f"rules/{file}")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("file", sorted((DEPLOYED / "tests").glob("*.yml")), ids=lambda file: file.stem)
-def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
+def test_alerts_fire_only_when_they_should(file: Path) -> None:
     done = promtool("test", "rules", f"tests/{file.name}")
     assert done.returncode == 0, done.stdout
 
@@ -94,7 +98,7 @@ def asked(talk: Talk) -> str:
 
 
 async def gpu_script(talk: Talk) -> None:
-    """What the first message says is what happens."""
+    """Does what the first message says."""
     if asked(talk) == "fail":
         await status(500)(talk)
     elif asked(talk) == "break":
@@ -117,11 +121,11 @@ async def cpu_script(talk: Talk) -> None:
 
 @dataclass
 class Load:
-    """All that can befall requests, again and again."""
+    """Repeats everything that can happen to requests."""
 
     proxy: Proxy
     config: Path
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False))  # nothing here has TLS
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False))  # no TLS here
 
     def round(self) -> None:
         for prompt in ("hello", "fail", "hello", "break", "hello"):
@@ -148,22 +152,22 @@ class Load:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """One slot of the CPU is taken. Its client leaves in mid-answer."""
+        """Hold one slot of the CPU. The client disconnects in mid-answer."""
         with self.client.stream("POST", **self.request("hold", stream=True, **ON_CPU), timeout=20) as answer:
-            pieces = answer.iter_raw()  # when it is thrown away, the connection is
+            pieces = answer.iter_raw()  # the connection is closed with it
             assert next(pieces)
             yield
 
     def crowd(self) -> None:
-        """Two slots, two places in the queue, little patience: of three one is turned away at once and two
-        when their time is up; one leaves while it waits; and one waits and is served."""
+        """With two held slots and a queue of two: of three requests one is rejected at once and two when they time
+        out; one disconnects in the queue; and one is served from the queue."""
         with ThreadPoolExecutor() as pool, self.held():
             with self.held():
-                crowd = [pool.submit(self.ask, "hello", **ON_CPU) for _ in range(3)]
+                crowd = [pool.submit(partial(self.ask, "hello", **ON_CPU)) for _ in range(3)]
                 assert [each.result().status_code for each in crowd] == [429, 429, 429]
                 self.drain("hello", **ON_CPU)
-                lucky = pool.submit(self.ask, "hello", **ON_CPU)
-                until(lambda: self.told("xgen_queue_requests"), 10, "a request to wait")
+                lucky = pool.submit(partial(self.ask, "hello", **ON_CPU))
+                wait_until(lambda: self.metric("xgen_queue_requests"), 10, "a request to wait")
             assert lucky.result().status_code == 200
 
     def all_up(self) -> bool:
@@ -177,19 +181,19 @@ class Load:
         assert self.proxy.process
         self.config.write_text("nonsense = 1\n")
         refused = 'xgen_config_reloads_total{result="refused"}'
-        before = self.told(refused)
+        before = self.metric(refused)
         self.proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: self.told(refused) > before, 10, "the settings to be refused")
+        wait_until(lambda: self.metric(refused) > before, 10, "the settings to be refused")
         self.config.write_text(good_settings)
 
-    def told(self, series: str) -> float:
-        """The proxy's own word."""
+    def metric(self, series: str) -> float:
+        """A metric as the proxy reports it."""
         page = self.client.get(f"{self.proxy.url}/metrics", timeout=10).text
         found = re.search(rf"^{re.escape(series)} (\S+)", page, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 
-ON_CPU = {"backend": "llama_cpp", "fallback": "none"}
+ON_CPU: dict[str, Any] = {"backend": "llama_cpp", "fallback": "none"}
 SETTINGS = """
 scrape_interval_s = 0.2
 [backends.vllm]
@@ -219,7 +223,7 @@ def load(engines: tuple[Engine, Engine], start_proxy: Callable[..., Proxy], tmp_
     gpu, cpu = engines
     config.write_text(SETTINGS.format(gpu=gpu.url, cpu=cpu.url))
     load = Load(start_proxy(env={"XGEN_CONFIG": str(config)}), config)
-    until(load.all_up, 30, "both engines to be up")
+    wait_until(load.all_up, 30, "both engines to be up")
     yield load
     load.proxy.stop()
 
@@ -245,25 +249,25 @@ def scraping(
 
 @dataclass
 class Loaded:
-    """A Prometheus that looks at a stack under load."""
+    """A Prometheus that scrapes a stack under load."""
 
     server: Prometheus
     working: Future[None]
 
     def find(self, expr: str) -> list[dict[str, str]]:
-        """The labels of what it gives, as soon as it gives something."""
+        """The labels of the results, once there are any."""
         expr = expr.replace("$__rate_interval", "30s")
-        return until(lambda: self.query(expr), 60, f"data for {expr}")
+        return wait_until(lambda: self.query(expr), 60, f"data for {expr}")
 
     def query(self, expr: str) -> list[dict[str, str]]:
         if self.working.done():
-            self.working.result()  # raises what went wrong
+            self.working.result()  # raises its exception
         return self.server.query(expr)
 
 
 @pytest.fixture(scope="module")
 def loaded(scraping: Prometheus, load: Load) -> Iterator[Loaded]:
-    """Under load for as long as something is asked."""
+    """Under load until the end of the module."""
     over = threading.Event()
 
     def work() -> None:
@@ -278,14 +282,14 @@ def loaded(scraping: Prometheus, load: Load) -> Iterator[Loaded]:
 
 
 @pytest.mark.parametrize(("expr", "legend"), SHOWN)
-def test_every_panel_shows_something_and_names_it(loaded: Loaded, expr: str, legend: str) -> None:
+def test_every_panel_shows_data_with_its_labels(loaded: Loaded, expr: str, legend: str) -> None:
     for series in loaded.find(expr):
         assert all(series.get(label) for label in re.findall(r"{{(\w+)}}", legend)), series
 
 
 @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
 def test_every_recording_rule_records(loaded: Loaded, rule: dict[str, str]) -> None:
-    """With the labels that its level has."""
+    """With the labels of its level."""
     level = rule["record"].partition(":")[0]
     labels = {"xgen": set(), "replica": {"backend", "replica"}}.get(level, {level})
     for series in loaded.find(rule["expr"]) + loaded.find(rule["record"]):
@@ -293,7 +297,7 @@ def test_every_recording_rule_records(loaded: Loaded, rule: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_every_alert_looks_at_something_that_is_there(loaded: Loaded, rule: dict[str, Any]) -> None:
+def test_every_alert_reads_existing_series(loaded: Loaded, rule: dict[str, Any]) -> None:
     loaded.query(rule["expr"])
     selectors = SELECTOR.findall(rule["expr"])
     assert selectors
@@ -301,8 +305,8 @@ def test_every_alert_looks_at_something_that_is_there(loaded: Loaded, rule: dict
         assert loaded.find(selector)
 
 
-def test_what_the_load_does_is_what_is_measured(loaded: Loaded) -> None:
-    """Not only something, but the right thing, of what can be told for certain."""
+def test_the_load_is_what_prometheus_measures(loaded: Loaded) -> None:
+    """The values are right, where they are known for certain."""
     assert loaded.find('ALERTS{alertname="XgenStreamsLost", alertstate="firing"} == 1')
     assert loaded.find('ALERTS{alertname="XgenConfigRefused", alertstate="firing"} == 1')
     assert loaded.find('xgen_fallbacks_total{backend="vllm", to="llama_cpp"} > 0')

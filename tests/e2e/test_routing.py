@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.door import NEVER_ENDING, Door, chat
-from tests.e2e.servers import Server, until
+from tests.support.proxied_backend import NEVER_ENDING, ProxiedBackend, chat
+from tests.support.real_servers import Server
+from tests.support.waiting import wait_until
 
 LONG = "Name the colours of the rainbow. " * 20  # 120 words
 
@@ -29,7 +30,7 @@ LONG = "Name the colours of the rainbow. " * 20  # 120 words
         (LONG, {"backend": "llama_cpp"}, "llama_cpp", "explicit"),
     ],
 )
-def test_rules(fleet: Door, content: str, fields: dict[str, Any], backend: str, reason: str) -> None:
+def test_rules(fleet: ProxiedBackend, content: str, fields: dict[str, Any], backend: str, reason: str) -> None:
     answer = fleet.chat(content, **{"max_tokens": 2, **fields})
     assert answer.status_code == 200, answer.text
     assert answer.headers["X-Backend"] == backend
@@ -37,24 +38,24 @@ def test_rules(fleet: Door, content: str, fields: dict[str, Any], backend: str, 
     assert answer.headers["X-Attempts"] == "1"
 
 
-def test_hints_as_headers(fleet: Door) -> None:
+def test_hints_as_headers(fleet: ProxiedBackend) -> None:
     answer = fleet.post("/v1/chat/completions", chat("Hi", max_tokens=1), headers={"X-Backend": "llama_cpp"})
     assert answer.headers["X-Backend"] == "llama_cpp"
 
 
-def test_generate_chooses_too(fleet: Door) -> None:
+def test_generate_is_routed_by_the_same_rules(fleet: ProxiedBackend) -> None:
     for backend in ("vllm", "llama_cpp"):
         answer = fleet.post("/generate", {"prompt": "Hi", "max_tokens": 2, "backend": backend})
         assert answer.json()["backend_used"] == backend
 
 
-def test_dry_run_says_the_same(fleet: Door) -> None:
+def test_dry_run_agrees_with_routing(fleet: ProxiedBackend) -> None:
     plan = fleet.post("/route", chat(LONG)).json()
     assert [candidate["backend"] for candidate in plan["candidates"]] == ["vllm", "llama_cpp"]
     assert plan["candidates"][0]["reason"].startswith("long_prompt")
 
 
-def test_urgent_work_leaves_a_loaded_gpu_alone(fleet: Door) -> None:
+def test_urgent_requests_avoid_a_loaded_gpu(fleet: ProxiedBackend) -> None:
     busy = chat("Count to a thousand.", max_tokens=1500, stream=True, backend="vllm", **NEVER_ENDING)
     with contextlib.ExitStack() as held:
         client = held.enter_context(httpx.Client(timeout=60))
@@ -67,15 +68,15 @@ def test_urgent_work_leaves_a_loaded_gpu_alone(fleet: Door) -> None:
         assert urgent.headers["X-Backend"] == "llama_cpp"
         assert urgent.headers["X-Route-Reason"].startswith("urgent")
         assert fleet.chat("Hi", max_tokens=2).headers["X-Backend"] == "vllm"
-    until(lambda: backend_of(fleet, urgency="high") == "vllm", 10, "the load to be gone")
+    wait_until(lambda: backend_of(fleet, urgency="high") == "vllm", 10, "the load to be gone")
 
 
-def backend_of(fleet: Door, **fields: Any) -> str:
-    """Where a request would go now."""
+def backend_of(fleet: ProxiedBackend, **fields: Any) -> str:
+    """The backend that a request would go to now."""
     return str(fleet.post("/route", chat("Hi", **fields)).json()["candidates"][0]["backend"])
 
 
-def test_kill_of_vllm_and_its_return(fleet: Door, vllm_server: Server) -> None:
+def test_requests_survive_a_kill_of_vllm_and_return_to_it(fleet: ProxiedBackend, vllm_server: Server) -> None:
     assert fleet.chat("Hi", max_tokens=1).headers["X-Backend"] == "vllm"
     running = chat("Count to a thousand.", max_tokens=100, stream=True, **NEVER_ENDING)
     try:
@@ -87,8 +88,8 @@ def test_kill_of_vllm_and_its_return(fleet: Door, vllm_server: Server) -> None:
             assert answer.status_code == 200, answer.text
             assert answer.headers["X-Backend"] == "llama_cpp"
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]", "it goes on on the CPU"
-        assert any(line.startswith(": llama_cpp@") for line in rest)
+        assert rest[-1] == "data: [DONE]", "the CPU did not resume the stream"
+        assert any(line.startswith(": resumed on llama_cpp@") for line in rest)
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
         for content, fields in (("Hi", {"urgency": "high"}), (LONG, {}), ("Hi", {"backend": "vllm"})):
@@ -101,6 +102,6 @@ def test_kill_of_vllm_and_its_return(fleet: Door, vllm_server: Server) -> None:
         assert refused.headers["x-should-retry"] == "false"
     finally:
         vllm_server.restart()
-    until(lambda: backend_of(fleet) == "vllm", 30, "routing to return to vLLM")
+    wait_until(lambda: backend_of(fleet) == "vllm", 30, "routing to return to vLLM")
     answer = fleet.chat(max_tokens=2)
     assert (answer.status_code, answer.headers["X-Backend"]) == (200, "vllm")

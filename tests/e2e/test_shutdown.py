@@ -1,4 +1,4 @@
-"""SIGTERM: the proxy stops being ready, live streams end as they should, and the process exits with 0."""
+"""SIGTERM: the proxy stops being ready, live streams finish, and the process exits with 0."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import httpx
 
-from tests.e2e.door import NEVER_ENDING, chat
-from tests.e2e.servers import Proxy, Server, until
+from tests.support.proxied_backend import NEVER_ENDING, chat
+from tests.support.real_servers import Proxy, Server
+from tests.support.waiting import wait_until
 
 
 def test_live_streams_finish(llama_server: Server, start_proxy: Callable[..., Proxy]) -> None:
@@ -37,4 +38,4 @@ def test_streams_that_outlive_the_drain_time_are_cut(llama_server: Server, start
         proxy.process.send_signal(signal.SIGTERM)
         assert proxy.process.wait(10) == 0
     slots = llama_server.url + "/slots"
-    until(lambda: not any(slot["is_processing"] for slot in httpx.get(slots).json()), 3, "the slot to be free")
+    wait_until(lambda: not any(slot["is_processing"] for slot in httpx.get(slots).json()), 3, "the slot to be free")

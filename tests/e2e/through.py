@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 import orjson
 
-from tests.e2e.servers import MODEL
+from tests.support.real_servers import MODEL
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import pytest
 import uvloop
 
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import RunningProxy, backend, running_proxy
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """What is written on asyncio's interface must hold on the loop that serves, and on the plain one."""
+    """Run async tests on uvloop, which serves in production, and on asyncio's own loop."""
     return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
@@ -33,7 +32,7 @@ def cpu() -> Iterator[FakeUpstream]:
 
 @pytest.fixture(scope="module")
 def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
-    """For a `door` that a module's tests share."""
+    """For a proxy that a module's tests share."""
     gpu, cpu = FakeUpstream(), FakeUpstream()
     yield gpu, cpu
     gpu.close()
@@ -41,25 +40,13 @@ def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
 
 
 @pytest.fixture
-def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningProxy]]:
+def start() -> Iterator[Callable[..., RunningProxy]]:
     """start(backends={…}, **settings) → a running proxy whose replicas are all up (pass up=N to expect fewer)."""
-    running: list[RunningProxy] = []
-
-    def start(up: int | None = None, **values: Any) -> RunningProxy:
-        values.setdefault("scrape_interval_s", 0.05)
-        settings = Settings(**values)
-        proxy = RunningProxy(settings)
-        running.append(proxy)
-        proxy.until_up(len(list(proxy.gateway.fleet.replicas)) if up is None else up)
-        return proxy
-
-    yield start
-    for proxy in running:
-        proxy.stop()
-        assert_nothing_held(proxy)
+    with contextlib.ExitStack() as running:
+        yield lambda **values: running.enter_context(running_proxy(**values))
 
 
 @pytest.fixture
 def proxy(start: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> RunningProxy:
-    """A GPU and a CPU backend, both scripted, both called by their usual names."""
+    """A GPU backend `vllm` and a CPU backend `llama_cpp`, both scripted."""
     return start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk
-from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend
+from tests.support.running_proxy import CHAT, RunningProxy, backend, running_proxy
 from xgen_proxy import __version__, cli
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
@@ -28,11 +28,8 @@ Cli = Callable[..., tuple[int, str, str]]
 def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu", tools=False)}
-    running = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
-    running.until_up(2)
-    yield running
-    running.stop()
-    assert_nothing_held(running)
+    with running_proxy(backends=backends) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ import pytest
 
 from tests.support.counting_upstream import counter, dying
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
-from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post, wait_until
+from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, post
+from tests.support.waiting import wait_until
 from xgen_proxy.garbage_collection import freeze_loaded_objects
 
 OURS = ("xgen_proxy.", "uvicorn.", "uvloop.", "httptools.")

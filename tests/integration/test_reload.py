@@ -13,8 +13,9 @@ from unittest.mock import Mock
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.running_proxy import CHAT, get, post, wait_until
+from tests.support.running_proxy import CHAT, get, post
 from tests.support.server_process import Process, Streaming
+from tests.support.waiting import wait_until
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.api_keys import new_key

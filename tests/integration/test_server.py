@@ -20,8 +20,9 @@ import pytest
 from tests.conftest import LOOPBACK
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, good
-from tests.support.running_proxy import CHAT, get, post, wait_until
+from tests.support.running_proxy import CHAT, get, post
 from tests.support.server_process import Process, Streaming
+from tests.support.waiting import wait_until
 from xgen_proxy import cli, server
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings

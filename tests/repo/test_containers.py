@@ -1,4 +1,4 @@
-"""What compose.yaml, its settings and the Dockerfiles say agrees with each other and with the code. Needs no Docker."""
+"""compose.yaml, .env.example and the Dockerfiles agree with each other and with the code. Needs no Docker."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import yaml
 
 from backends import healthcheck
 from backends.local import ENGINES
-from tests.e2e.stack import COMPOSE, ROOT, variables
+from tests.support.compose_stack import COMPOSE, ROOT, variables
 from xgen_proxy import __version__
 from xgen_proxy.config.settings import Settings
 
 EXAMPLE = ROOT / ".env.example"
 DOCKERFILES = [ROOT / "proxy" / "Dockerfile", ROOT / "backends" / "llama_cpp" / "Dockerfile"]
-NOT_READ_THERE = {"COMPOSE_PROFILES"}  # by Compose itself
+READ_BY_COMPOSE = {"COMPOSE_PROFILES"}
 
 
 def compose() -> dict[str, Any]:
@@ -28,17 +28,17 @@ def examples() -> dict[str, str]:
     return dict(re.findall(r"(?m)^#([A-Z_]+)=(.*)$", EXAMPLE.read_text()))
 
 
-def test_every_setting_is_explained_and_every_explained_one_is_read() -> None:
-    assert set(examples()) - NOT_READ_THERE == set(variables())
+def test_the_example_lists_every_setting() -> None:
+    assert set(examples()) - READ_BY_COMPOSE == set(variables())
 
 
 def test_the_example_shows_the_defaults() -> None:
-    unset = {"CUDA_VISIBLE_DEVICES"}  # has none, and must not be empty
-    shown = {name: value for name, value in examples().items() if name not in unset | NOT_READ_THERE}
+    unset = {"CUDA_VISIBLE_DEVICES"}  # has no default and must not be empty
+    shown = {name: value for name, value in examples().items() if name not in unset | READ_BY_COMPOSE}
     assert shown == {name: value for name, value in variables().items() if name not in unset}
 
 
-def test_each_setting_has_words_above_it() -> None:
+def test_each_setting_has_a_comment() -> None:
     lines = EXAMPLE.read_text().splitlines()
     for number, line in enumerate(lines):
         if re.match(r"#[A-Z_]+=", line):
@@ -50,8 +50,8 @@ def test_a_setting_has_one_default() -> None:
     assert len(set(found)) == len({name for name, _ in found})
 
 
-def test_the_settings_of_the_proxy_are_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As compose hands them over, but for the template, which is made when the stack starts."""
+def test_the_proxys_settings_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As passed by compose, except the template, which exists only in a running stack."""
     proxy = compose()["services"]["proxy"]
     for name, value in proxy["environment"].items():
         if not name.endswith("__CHAT_TEMPLATE"):
@@ -65,13 +65,13 @@ def test_the_settings_of_the_proxy_are_settings(monkeypatch: pytest.MonkeyPatch,
     assert all(secret in {f"xgen_{name}" for name in Settings.model_fields} for secret in proxy["secrets"])
 
 
-def test_the_engines_are_the_images() -> None:
+def test_each_engine_has_an_image() -> None:
     stages = re.findall(r"(?m)^FROM \S+ AS (\S+)$", DOCKERFILES[1].read_text())
     assert set(ENGINES) <= set(stages)
-    assert set(healthcheck.LOOKS) == set(ENGINES)
+    assert set(healthcheck.HEALTH_PATHS) == set(ENGINES)
 
 
-def test_llama_cpp_is_not_built_for_this_machines_cpu() -> None:
+def test_llama_cpp_is_built_for_a_fixed_cpu() -> None:
     text = DOCKERFILES[1].read_text()
     assert "-DGGML_NATIVE=OFF" in text
     assert "-DGGML_AVX512=OFF" in text
@@ -85,4 +85,4 @@ def test_images(dockerfile: Path) -> None:
     assert set(re.findall(r'image\.version="([^"]+)"', text)) == {__version__}
     for install in re.findall(r"pip (?:install|wheel) [^\n\\]*-r \S+", text):
         assert "--require-hashes" in install, install
-    assert "--mount" not in text, "Compose without buildx has the classic builder, which knows none"
+    assert "--mount" not in text, "the classic builder, used without buildx, has no --mount"

@@ -1,4 +1,4 @@
-"""The manifests of deploy/kubernetes: kubectl builds them, Kubernetes takes them, and they are true to the code."""
+"""The manifests of deploy/kubernetes build, match the schemas of Kubernetes, and agree with the code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kinds(overlay: str, *wanted: str) -> list[Json]:
 
 
 def pod_templates(overlay: str) -> list[tuple[Json, Json]]:
-    """(labels, pod spec) of all that makes pods."""
+    """(labels, pod spec) of each kind that creates pods."""
     found = []
     for each in built(overlay):
         spec = each.get("spec", {})
@@ -71,7 +71,7 @@ def selected(selector: Json, labels: Json) -> bool:
 
 def settings_of(overlay: str) -> dict[str, str]:
     [found] = [each["data"] for each in kinds(overlay, "ConfigMap") if each["metadata"]["name"].startswith("proxy-")]
-    return found
+    return dict(found)
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -80,7 +80,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_kubernetes_takes_it(overlay: str) -> None:
+def test_manifests_match_the_schemas(overlay: str) -> None:
     assert len(built(overlay)) > 10
     for each in built(overlay):
         check_custom(each) if each["kind"] in CUSTOM else check(each)
@@ -91,7 +91,7 @@ def check(resource: Json) -> None:
 
 
 def check_custom(resource: Json) -> None:
-    """By our own schema, and what is Kubernetes' own in it by Kubernetes'."""
+    """Validate a custom kind by our schema, and the Kubernetes parts in it by the schemas of Kubernetes."""
     known = CUSTOM[resource["kind"]]
     assert resource["apiVersion"] == known["apiVersion"]
     spec = resource["spec"]
@@ -121,7 +121,7 @@ def check_custom(resource: Json) -> None:
         ("PrometheusRule", lambda spec: spec["groups"][0]["rules"][0].pop("expr")),
     ],
 )
-def test_wrong_custom_kinds_are_refused(kind: str, break_it: Callable[[Json], object]) -> None:
+def test_wrong_custom_kinds_are_rejected(kind: str, break_it: Callable[[Json], object]) -> None:
     [resource] = [each for overlay in ("multi-node", "gpu-keda") for each in kinds(overlay, kind)][:1]
     wrong = copy.deepcopy(resource)
     break_it(wrong["spec"])
@@ -129,13 +129,13 @@ def test_wrong_custom_kinds_are_refused(kind: str, break_it: Callable[[Json], ob
         check_custom(wrong)
 
 
-def test_all_is_in_one_namespace(overlay: str) -> None:
+def test_everything_is_in_one_namespace(overlay: str) -> None:
     [namespace] = kinds(overlay, "Namespace")
     others = [each for each in built(overlay) if each["kind"] != "Namespace"]
     assert {each["metadata"].get("namespace") for each in others} == {namespace["metadata"]["name"]}
 
 
-def test_nothing_is_there_twice(overlay: str) -> None:
+def test_nothing_is_defined_twice(overlay: str) -> None:
     names = [(each["kind"], each["metadata"]["name"]) for each in built(overlay)]
     assert len(set(names)) == len(names)
 
@@ -150,7 +150,7 @@ def test_each_selector_finds_pods(overlay: str) -> None:
         assert any(selected(each["spec"]["podSelector"], one) for one in labels), each["metadata"]
 
 
-def test_each_service_points_at_a_port_that_is_there(overlay: str) -> None:
+def test_each_service_points_at_an_existing_port(overlay: str) -> None:
     for service in kinds(overlay, "Service"):
         for labels, spec in pod_templates(overlay):
             if selected({"matchLabels": service["spec"]["selector"]}, labels):
@@ -158,7 +158,7 @@ def test_each_service_points_at_a_port_that_is_there(overlay: str) -> None:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
 
 
-def test_config_maps_and_claims_that_are_used_exist(overlay: str) -> None:
+def test_used_config_maps_and_claims_exist(overlay: str) -> None:
     there = {each["metadata"]["name"] for each in kinds(overlay, "ConfigMap")}
     for _, spec in pod_templates(overlay):
         for container in containers(spec):
@@ -181,31 +181,31 @@ def test_each_mount_has_its_volume(overlay: str) -> None:
             assert {mount["name"] for one in containers(spec) for mount in one["volumeMounts"]} <= there
 
 
-def test_no_service_takes_the_name_of_a_group() -> None:
-    """Its controller makes one of that name, by which pods find each other before they are ready."""
+def test_no_service_has_the_name_of_a_group() -> None:
+    """The controller creates a service of that name, by which pods find each other before they are ready."""
     [group] = kinds("multi-node", "LeaderWorkerSet")
     assert group["metadata"]["name"] not in {each["metadata"]["name"] for each in kinds("multi-node", "Service")}
 
 
-def test_a_group_has_the_machines_and_gpus_that_vllm_is_told() -> None:
+def test_a_group_has_the_machines_and_gpus_in_vllms_flags() -> None:
     [group] = kinds("multi-node", "LeaderWorkerSet")
-    told = {key: value for each in kinds("multi-node", "ConfigMap") for key, value in each["data"].items()}
-    assert group["spec"]["leaderWorkerTemplate"]["size"] == int(told["VLLM_PIPELINE_PARALLEL_SIZE"])
+    flags = {key: value for each in kinds("multi-node", "ConfigMap") for key, value in each["data"].items()}
+    assert group["spec"]["leaderWorkerTemplate"]["size"] == int(flags["VLLM_PIPELINE_PARALLEL_SIZE"])
     leader, worker = (template["spec"]["containers"][0] for template in group_templates(group["spec"]))
     for machine in (leader, worker):
-        assert machine["resources"]["limits"]["nvidia.com/gpu"] == int(told["VLLM_TENSOR_PARALLEL_SIZE"])
+        assert machine["resources"]["limits"]["nvidia.com/gpu"] == int(flags["VLLM_TENSOR_PARALLEL_SIZE"])
     assert set(leader["args"]) - set(worker["args"]) == {"--port=8000", "--shutdown-timeout=60"}
     assert set(worker["args"]) - set(leader["args"]) == {"--headless"}
 
 
 def test_arguments_name_variables_that_are_set(overlay: str) -> None:
-    """Kubernetes leaves $(NAME) as it stands where there is none."""
+    """Kubernetes does not replace $(NAME) if the variable is missing."""
     data = {each["metadata"]["name"]: each["data"] for each in kinds(overlay, "ConfigMap")}
     for _, spec in pod_templates(overlay):
         for each in containers(spec):
             known = {one["name"] for one in each.get("env", [])}
             known |= {key for one in each.get("envFrom", []) for key in data[one["configMapRef"]["name"]]}
-            if overlay == "multi-node":  # its controller sets these
+            if overlay == "multi-node":  # the controller sets these
                 known |= {"LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"}
             used = re.findall(r"\$\((\w+)\)", " ".join([*each.get("args", []), *each.get("command", [])]))
             assert set(used) <= known
@@ -221,7 +221,7 @@ def test_the_proxys_settings_are_settings(overlay: str, monkeypatch: pytest.Monk
     assert ("vllm" in settings.backends) == (overlay != "cpu")
 
 
-def test_names_that_the_proxy_asks_for_are_headless_services(overlay: str) -> None:
+def test_the_proxy_resolves_headless_services(overlay: str) -> None:
     headless = {
         each["metadata"]["name"] for each in kinds(overlay, "Service") if each["spec"].get("clusterIP") == "None"
     }
@@ -229,12 +229,12 @@ def test_names_that_the_proxy_asks_for_are_headless_services(overlay: str) -> No
     assert {url.removeprefix("dns://").partition(":")[0] for url in urls} == headless
 
 
-def test_both_paths_have_the_model_under_one_name(overlay: str) -> None:
+def test_both_backends_serve_the_model_under_one_name(overlay: str) -> None:
     names = {each["data"]["MODEL_NAME"] for each in kinds(overlay, "ConfigMap") if "MODEL_NAME" in each["data"]}
     assert len(names) == 1
 
 
-def test_slots_are_what_vllm_runs(overlay: str) -> None:
+def test_slots_match_vllms_flags(overlay: str) -> None:
     data = {key: value for each in kinds(overlay, "ConfigMap") for key, value in each["data"].items()}
     assert data.get("XGEN_BACKENDS__VLLM__SLOTS") == data.get("VLLM_MAX_NUM_SEQS")
 
@@ -248,8 +248,8 @@ def test_the_proxys_probes_are_routes(overlay: str) -> None:
     assert paths <= routes
 
 
-def test_there_is_time_to_drain(overlay: str) -> None:
-    """A container is killed when its grace period ends, and preStop is part of that."""
+def test_pods_have_time_to_drain(overlay: str) -> None:
+    """The grace period, after which a container is killed, includes preStop."""
     for labels, spec in pod_templates(overlay):
         for container in spec["containers"]:
             sleeps = container["lifecycle"]["preStop"]["sleep"]["seconds"] if "lifecycle" in container else 0
@@ -261,15 +261,15 @@ def test_there_is_time_to_drain(overlay: str) -> None:
             assert spec["terminationGracePeriodSeconds"] >= sleeps + sum(drains) + 10
 
 
-def test_a_pod_answers_until_it_is_forgotten(overlay: str) -> None:
-    """Names are looked up every RESOLVE_S, and cached for 5 s by the cluster's name server."""
+def test_a_pod_answers_until_dns_forgets_it(overlay: str) -> None:
+    """The proxy resolves names every LOOKUP_INTERVAL_S, and the name server of the cluster caches them for 5 s."""
     for labels, spec in pod_templates(overlay):
         if labels.get("xgen/role") != "worker":
             [container] = spec["containers"]
             assert container["lifecycle"]["preStop"]["sleep"]["seconds"] >= LOOKUP_INTERVAL_S + 5 + 1
 
 
-def test_each_container_is_limited_and_sealed(overlay: str) -> None:
+def test_containers_have_limits_and_few_privileges(overlay: str) -> None:
     for labels, spec in pod_templates(overlay):
         assert spec["automountServiceAccountToken"] is False
         assert spec["enableServiceLinks"] is False, "the Service vllm would set VLLM_PORT, which vLLM takes for its own"
@@ -282,18 +282,18 @@ def test_each_container_is_limited_and_sealed(overlay: str) -> None:
             image, _, tag = container["image"].rpartition(":")
             assert image, container["image"]
             assert tag not in ("", "latest")
-            if labels["app.kubernetes.io/name"] != "vllm":  # its image runs as root and writes where it likes
+            if labels["app.kubernetes.io/name"] != "vllm":  # its image runs as root and writes anywhere
                 assert spec["securityContext"]["runAsNonRoot"] is True
                 assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-# Who may talk to whom; all else is denied.
+# Allowed connections; everything else is denied.
 WAYS_IN = {
     "cpu": {("clients", "proxy"), ("proxy", "llama-cpp"), ("monitoring", "proxy"), ("monitoring", "llama-cpp")},
 }
 WAYS_IN["gpu"] = WAYS_IN["gpu-keda"] = WAYS_IN["cpu"] | {("proxy", "vllm"), ("monitoring", "vllm")}
 WAYS_IN["multi-node"] = WAYS_IN["gpu"] | {("vllm", "vllm")}
-WAYS_OUT = {
+WAYS_OUT: dict[str, set[tuple[str, str, int | None]]] = {
     "cpu": {
         ("proxy", "llama-cpp", 8000), ("llama-cpp", "the public Internet", 443),
         ("proxy", "kube-system", 53), ("llama-cpp", "kube-system", 53),
@@ -305,14 +305,14 @@ WAYS_OUT["gpu"] = WAYS_OUT["gpu-keda"] = WAYS_OUT["cpu"] | {
 WAYS_OUT["multi-node"] = WAYS_OUT["gpu"] | {("vllm", "vllm", None)}
 
 
-def test_all_else_is_denied(overlay: str) -> None:
+def test_the_default_is_to_deny(overlay: str) -> None:
     assert any(
         each["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
         for each in kinds(overlay, "NetworkPolicy")
     )
 
 
-def test_only_these_may_come_in(overlay: str) -> None:
+def test_only_these_may_connect(overlay: str) -> None:
     flows = {
         (came, name)
         for name, rule in rules(overlay, "ingress")
@@ -322,7 +322,7 @@ def test_only_these_may_come_in(overlay: str) -> None:
     assert flows == WAYS_IN[overlay]
 
 
-def test_only_there_may_they_go(overlay: str) -> None:
+def test_pods_may_connect_only_there(overlay: str) -> None:
     flows = {
         (name, target, port["port"])
         for name, rule in rules(overlay, "egress")
@@ -347,7 +347,7 @@ def test_ways_in_lead_to_named_ports(overlay: str) -> None:
 
 
 def rules(overlay: str, direction: str) -> Iterator[tuple[str, Json]]:
-    """(who it is for, rule) of each network policy."""
+    """(selected pods, rule) of each network policy."""
     for policy in kinds(overlay, "NetworkPolicy"):
         spec = policy["spec"]
         assert (direction in spec) <= (direction.capitalize() in spec["policyTypes"]), "it would not be heeded"
@@ -375,7 +375,7 @@ def pod_names(overlay: str) -> set[str]:
     return {labels["app.kubernetes.io/name"] for labels, _ in pod_templates(overlay)}
 
 
-def test_what_scales_exists_and_says_no_number_itself(overlay: str) -> None:
+def test_scaled_workloads_exist_and_set_no_replica_count(overlay: str) -> None:
     for each in kinds(overlay, "HorizontalPodAutoscaler", "ScaledObject"):
         target = each["spec"]["scaleTargetRef"]
         [scaled] = [one for one in kinds(overlay, target["kind"]) if one["metadata"]["name"] == target["name"]]
@@ -391,15 +391,15 @@ def vllm_scaler() -> list[Json]:
     return metrics
 
 
-def test_the_adapter_makes_the_metrics_that_the_autoscaler_reads() -> None:
+def test_the_adapter_provides_the_autoscalers_metrics() -> None:
     made = yaml.safe_load(ADAPTER.read_text())["rules"]
     for group, kind in (("custom", "Pods"), ("external", "External")):
         read = {each[kind.lower()]["metric"]["name"] for each in vllm_scaler() if each["type"] == kind}
         assert {rule["name"]["as"] for rule in made[group]} == read
 
 
-def test_the_series_that_autoscalers_ask_for_are_there() -> None:
-    """vLLM's and the proxy's own; the GPU's are the exporter's."""
+def test_the_autoscalers_series_exist() -> None:
+    """Series of vLLM and the proxy; those of the GPU come from its exporter."""
     [scaled] = kinds("gpu-keda", "ScaledObject")
     queries = [each["metadata"]["query"] for each in scaled["spec"]["triggers"]]
     made = yaml.safe_load(ADAPTER.read_text())["rules"]
@@ -411,7 +411,7 @@ def test_the_series_that_autoscalers_ask_for_are_there() -> None:
     assert "vllm:num_requests_waiting" in asked
 
 
-def test_more_pods_come_before_the_slots_are_full() -> None:
+def test_scaling_starts_before_the_slots_are_full() -> None:
     slots = int(settings_of("gpu")["XGEN_BACKENDS__VLLM__SLOTS"])
     [running] = [each["pods"] for each in vllm_scaler() if "requests_running" in str(each)]
     [scaled] = kinds("gpu-keda", "ScaledObject")
@@ -419,8 +419,8 @@ def test_more_pods_come_before_the_slots_are_full() -> None:
     assert running["target"]["averageValue"] == trigger["threshold"] == str(round(0.8 * slots))
 
 
-def test_secrets_are_read_as_kubernetes_lays_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links into a folder that is replaced as one."""
+def test_secrets_are_read_from_a_kubernetes_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount has links into a folder that is replaced atomically."""
     assert settings_of("gpu")["XGEN_SECRETS_DIR"]
     kept = tmp_path / "..2026_01_01"
     kept.mkdir()

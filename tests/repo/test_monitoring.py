@@ -1,4 +1,4 @@
-"""The rules, the dashboard and the page about them agree. What data they find: tests/e2e/test_monitoring.py."""
+"""The rules, the dashboard and docs/operations.md agree. tests/e2e/test_monitoring.py runs them on data."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ panels = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title
 # Alerts
 
 
-def test_the_page_tells_of_every_alert_and_of_no_other() -> None:
+def test_the_page_lists_every_alert() -> None:
     section = PAGE.read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
-    told = re.findall(r"^### (\w+)\n\n\*(critical|warning)\.\*", section, re.MULTILINE)
-    assert sorted(told) == sorted((alert["alert"], alert["labels"]["severity"]) for alert in ALERTS)
+    listed = re.findall(r"^### (\w+)\n\n\*(critical|warning)\.\*", section, re.MULTILINE)
+    assert sorted(listed) == sorted((alert["alert"], alert["labels"]["severity"]) for alert in ALERTS)
 
 
 @alerts
-def test_an_alert_says_what_is_wrong_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_alerts_have_a_description_and_a_runbook(alert: dict[str, Any]) -> None:
     assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
     page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
     assert (ROOT / page) == PAGE
@@ -54,7 +54,7 @@ def test_an_alert_says_what_is_wrong_and_where_to_read_on(alert: dict[str, Any])
     assert anchor == alert["alert"].lower()
 
 
-def test_every_alert_is_seen_to_fire_and_to_be_silent() -> None:
+def test_every_alert_is_tested_firing_and_silent() -> None:
     seen: dict[str, set[bool]] = defaultdict(set)
     for file in CASES:
         for case in yaml.safe_load(file.read_text())["tests"]:
@@ -66,19 +66,19 @@ def test_every_alert_is_seen_to_fire_and_to_be_silent() -> None:
 # The dashboard
 
 
-def test_the_dashboard_is_what_the_code_draws() -> None:
+def test_the_dashboard_is_up_to_date() -> None:
     made = runpy.run_path(str(GRAFANA / "dashboard.py"))
     assert made["render"]() == made["FILE"].read_text(), "stale: run python deploy/grafana/dashboard.py"
 
 
-def test_the_dashboard_is_a_dashboard_to_the_sdk() -> None:
-    """Nothing is lost on the way through its model, so that nothing is there which Grafana would not know."""
+def test_the_sdk_knows_every_field_of_the_dashboard() -> None:
+    """A field that Grafana does not know would be lost in the SDK's model."""
     register_default_plugins()
     assert lost(BOARD, json.loads(JSONEncoder().encode(Dashboard.from_json(BOARD)))) == []
 
 
 def lost(part: Any, whole: Any, path: str = "") -> list[str]:
-    """Where `whole`, which may hold more, does not hold the same as `part`."""
+    """Paths at which `whole`, which may have more fields, differs from `part`."""
     if isinstance(part, dict) and isinstance(whole, dict):
         return [each for key, value in part.items() for each in lost(value, whole.get(key), f"{path}.{key}")]
     if isinstance(part, list) and isinstance(whole, list) and len(part) == len(whole):
@@ -99,7 +99,7 @@ def test_one_screen_with_four_questions() -> None:
 
 
 @panels
-def test_a_panel_explains_itself(panel: dict[str, Any]) -> None:
+def test_panels_have_descriptions_and_units(panel: dict[str, Any]) -> None:
     assert panel["description"].endswith(".")
     assert panel["title"] in PAGE.read_text().replace("\n", " ")
     if panel["type"] == "timeseries":
@@ -131,14 +131,14 @@ def expressions() -> list[str]:
     return [rule["expr"] for rule in rules()] + [target["expr"] for panel in PANELS for target in panel["targets"]]
 
 
-def test_every_metric_of_the_proxy_that_is_asked_for_exists() -> None:
+def test_every_queried_metric_exists() -> None:
     rows = documents.table_rows(ROOT / "docs" / "metrics.md", "metric")
-    told = {metric for row in rows for metric in documents.ticked(row[0])}
+    documented = {metric for row in rows for metric in documents.ticked(row[0])}
     asked = {found for expr in expressions() for found in re.findall(r"(?<![\w:])xgen_\w+", expr)}
-    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked} <= told
+    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked} <= documented
 
 
-def test_every_recorded_series_is_there_and_used() -> None:
+def test_every_recorded_series_exists_and_is_used() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     asked = {found for expr in expressions() for found in re.findall(r"(?<![\w:])\w+:xgen_\w+:\w+|xgen:\w+:\w+", expr)}
     assert asked <= recorded

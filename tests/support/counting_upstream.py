@@ -1,5 +1,4 @@
-"""A scripted model that counts to N, for streams that must go on from where they broke: it reads off its prompt how far
-the count has come, as a real model would."""
+"""A scripted model that counts to N, for resumed streams. Like a real model, it continues the count in its prompt."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ TEMPLATE = {
 
 
 def numbers(first: int, last: int, before: bool) -> list[str]:
-    """One token each, with its space `before` the number or after it."""
+    """One token per number, with the space `before` or after it."""
     return [f" {n}" if before else f"{n} " for n in range(first, last + 1)]
 
 
 def prefix_of(path: str, body: dict[str, Any]) -> str:
-    """The beginning of the answer that the prompt ends with."""
+    """The part of the answer that the prompt ends with."""
     if path == "/v1/completions":
         return str(body["prompt"]).partition("<assistant>")[2]
     last = body["messages"][-1]
@@ -34,7 +33,7 @@ def prefix_of(path: str, body: dict[str, Any]) -> str:
 
 
 class Chunks:
-    """The events of one answer, as a vLLM or a llama.cpp server shapes them."""
+    """The events of one answer in the shape of vLLM and llama.cpp servers."""
 
     def __init__(self, path: str, body: dict[str, Any], name: str) -> None:
         self.chat = path.startswith("/v1/chat")
@@ -63,10 +62,10 @@ class Chunks:
 def events_of(talk: Talk, last: int, before: bool, name: str) -> list[bytes]:
     body = talk.json
     prefix = prefix_of(talk.path, body)
-    told = len(prefix.split())
+    sent = len(prefix.split())
     chunks = Chunks(talk.path, body, name)
-    tokens = numbers(told + 1, last, before)
-    if prefix and not before and tokens:  # the space that was cut off the prompt
+    tokens = numbers(sent + 1, last, before)
+    if prefix and not before and tokens:  # the space that was stripped from the prompt
         tokens[0] = " " + tokens[0]
     limit = body.get("max_tokens") or len(tokens)
     finish = "stop" if limit >= len(tokens) else "length"
@@ -75,7 +74,7 @@ def events_of(talk: Talk, last: int, before: bool, name: str) -> list[bytes]:
     events += [chunks.event(token) for token in tokens]
     events.append(chunks.event(finish=finish))
     if (body.get("stream_options") or {}).get("include_usage"):
-        events.append(chunks.usage(PROMPT_TOKENS + told, len(tokens)))
+        events.append(chunks.usage(PROMPT_TOKENS + sent, len(tokens)))
     return [*events, b"data: [DONE]\n\n"]
 
 
@@ -87,7 +86,7 @@ STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-e
 
 
 def counter(last: int, *, before: bool = True, name: str = "cpu") -> Script:
-    """Answers whatever is asked, to the end."""
+    """Answer every request completely."""
 
     async def script(talk: Talk) -> None:
         if "tokenize" in talk.path:
@@ -102,7 +101,7 @@ def counter(last: int, *, before: bool = True, name: str = "cpu") -> Script:
 
 
 def dying(last: int, cut: int, *, before: bool = True) -> Script:
-    """The same, but only the first `cut` bytes of its answer, and then a reset."""
+    """Like counter(), but reset the connection after `cut` bytes of the response."""
 
     async def script(talk: Talk) -> None:
         events = events_of(talk, last, before, "gpu")

@@ -1,4 +1,4 @@
-"""The documents as data: their code blocks, commands and links."""
+"""Markdown documents as data: code blocks, commands, tables and links."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Each command of the page's shell blocks, whole, without comments."""
+    """The commands in the page's shell blocks, with continuation lines joined."""
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             if line.strip():
@@ -36,12 +36,12 @@ def prose(page: Path) -> str:
 
 
 def inline(page: Path) -> list[str]:
-    """What stands in backticks outside of code blocks."""
+    """Texts in backticks outside of code blocks."""
     return re.findall(r"`([^`]+)`", prose(page))
 
 
 def table_rows(page: Path, head: str) -> list[list[str]]:
-    """The cells of the table whose head begins so."""
+    """The cells of the table whose first header cell is `head`."""
     _, found, rest = page.read_text().partition(f"| {head} |")
     assert found, f"{name(page)} has no table that begins with {head!r}"
     rows = []
@@ -57,7 +57,7 @@ def ticked(text: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""A scripted upstream on a real socket, for the faults and the timing that a real server cannot produce on demand."""
+"""A scripted backend on a real socket, for faults and timing that a real server cannot produce on demand."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Talk:
         await self.send(b"0\r\n\r\n")
 
     def reset(self) -> None:
-        """RST, as from a killed process with unread data."""
+        """Send RST, as a killed process with unread data does."""
         self.writer.transport.abort()
 
     async def until_client_leaves(self) -> None:
-        with contextlib.suppress(ConnectionError):  # it may leave with a reset
+        with contextlib.suppress(ConnectionError):  # the client may reset the connection
             while await self.reader.read(65536):
                 pass
 
@@ -87,7 +87,7 @@ def whole(content: str = "hello", finish: str = "stop") -> dict[str, Any]:
 
 
 async def good(talk: Talk) -> None:
-    """Answers `hello`, streamed or whole, as asked."""
+    """Answer `hello`, streamed if requested."""
     if not talk.json.get("stream"):
         await talk.answer(200, whole())
         return
@@ -107,7 +107,7 @@ def status(code: int, body: Any = None, headers: str = "") -> Script:
 
 @dataclass
 class FakeUpstream:
-    """Speaks vLLM's dialect. `scripts` are used up one a request, then `default` answers."""
+    """A fake vLLM. Each request uses up one of `scripts`; when there are none, `default` answers."""
 
     default: Script = good
     scripts: list[Script] = field(default_factory=list)
@@ -133,12 +133,12 @@ class FakeUpstream:
         return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
-        """Also after kill(): on the same port."""
+        """Listen; after kill() on the same port."""
         self._server = self._run(asyncio.start_server(self._serve, self.host, self.port))
         self.port = self._server.sockets[0].getsockname()[1]
 
     def kill(self) -> None:
-        """As kill -9 does: nobody listens, and every connection is reset."""
+        """Stop listening and reset all connections, as kill -9 does."""
         self._run(self._kill())
 
     def close(self) -> None:

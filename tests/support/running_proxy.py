@@ -1,18 +1,19 @@
-"""The real proxy in a thread, and how tests talk to it."""
+"""The real proxy in a thread, and functions that send it requests."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 from tests.support.fake_upstream import FakeUpstream
+from tests.support.waiting import wait_until as wait_until
 from xgen_proxy.app import create_app
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.gateway import Gateway
@@ -21,22 +22,13 @@ from xgen_proxy.server import listen, server_for
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
-# httpx reads all certificate authorities for each call (35 ms), though nothing here has TLS
+# verify=False: else httpx loads all certificate authorities for each call (35 ms); no test here uses TLS
 get = functools.partial(httpx.get, verify=False, timeout=20)
 post = functools.partial(httpx.post, verify=False, timeout=20)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Returns the first true value; fails when time is up."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
-    return value
-
-
 class RunningProxy:
-    """The real app in a real uvicorn, in a thread, on a free port."""
+    """The real app in a real uvicorn on a free port, in a thread."""
 
     def __init__(self, settings: Settings) -> None:
         self.app = create_app(settings)
@@ -58,13 +50,26 @@ class RunningProxy:
         assert not self.thread.is_alive(), "the server did not stop"
 
 
+@contextlib.contextmanager
+def running_proxy(up: int | None = None, **values: Any) -> Iterator[RunningProxy]:
+    """A proxy with these settings once `up` replicas (default: all) are up. Checks at the end that it holds nothing."""
+    values.setdefault("scrape_interval_s", 0.05)
+    proxy = RunningProxy(Settings(**values))
+    try:
+        proxy.until_up(len(list(proxy.gateway.fleet.replicas)) if up is None else up)
+        yield proxy
+    finally:
+        proxy.stop()
+    assert_nothing_held(proxy)
+
+
 def backend(*fakes: FakeUpstream, **values: Any) -> dict[str, Any]:
-    """Time to connect in plenty: a machine with too much to do may hold this process up for more than the usual 2 s."""
+    """Settings of a scripted backend. A busy machine may delay connections beyond the default timeout of 2 s."""
     return {"urls": [fake.url for fake in fakes], "dialect": "vllm", "connect_timeout_s": 20, **values}
 
 
 def assert_nothing_held(proxy: RunningProxy) -> None:
-    """Whatever happened: no slot, no waiter and no connection is left."""
+    """No slot, no queued request and no live connection is left."""
     gateway = proxy.gateway
     assert [replica.in_flight for replica in gateway.fleet.replicas if replica.in_flight] == []
     assert gateway.admission.queue == []
@@ -77,7 +82,7 @@ def chat(proxy: RunningProxy, timeout: float = 20, **fields: Any) -> httpx.Respo
 
 
 def ask(proxy: RunningProxy, **fields: Any) -> socket.socket:
-    """Sends a whole request and returns the client's socket, unread."""
+    """Send a complete streaming request. Returns the client's socket, unread."""
     body = json.dumps({**CHAT, "stream": True, **fields}).encode()
     client = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
     client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))

@@ -1,4 +1,4 @@
-"""`xgen-proxy serve` as a process, and a client with a stream that a test controls."""
+"""`xgen-proxy serve` as a process, and a client with a stream that the test controls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import httpx
 
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Talk, delta
-from tests.support.running_proxy import CHAT, get, wait_until
+from tests.support.running_proxy import CHAT, get
+from tests.support.waiting import wait_until
 
 
 class Process:
@@ -40,7 +41,7 @@ class Process:
         wait_until(lambda: self.asked("/ready") == 200, seconds=30)
 
     def asked(self, path: str) -> int | None:
-        """The status, None where nobody answers."""
+        """The status of a GET; None if the proxy does not answer."""
         try:
             return get(self.url + path).status_code
         except httpx.TransportError:
@@ -61,7 +62,7 @@ class Process:
 
 
 class Streaming:
-    """A backend that streams `hel`, waits until it is let go, and ends as it should; and one client of it."""
+    """A client and a backend that streams `hel`, waits for `release`, and finishes the stream."""
 
     def __init__(self, fake: FakeUpstream) -> None:
         self.release = threading.Event()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xgen_proxy import sse
-from xgen_proxy.dialects import request_rewrites as rewrite
+from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
@@ -87,11 +87,11 @@ class LlamaServer(Dialect):
     uses_canary = True
     reuse_after_stream = False  # it closes the connection after a stream, although it advertises keep-alive
     rules = (
-        rewrite.MODEL_NAME,
-        rewrite.NO_FUNCTIONS,
-        rewrite.LEGACY_MAX_COMPLETION_TOKENS,
-        rewrite.REPETITION_PENALTY,
-        rewrite.LEGACY_COMPLETION_LIMIT,
+        shared.MODEL_NAME,
+        shared.NO_FUNCTIONS,
+        shared.LEGACY_MAX_COMPLETION_TOKENS,
+        shared.REPETITION_PENALTY,
+        shared.LEGACY_COMPLETION_LIMIT,
         Rule("response_format on /v1/completions", "translate", "ignored", schema_of_completion),
         Rule(
             "repeat_last_n, dry_penalty_last_n, n_probs",

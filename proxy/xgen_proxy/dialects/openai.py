@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from xgen_proxy.dialects import request_rewrites as rewrite
+from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.dialect import Dialect
 
 
 class OpenAI(Dialect):
     name = "openai"
-    rules = (rewrite.MODEL_NAME,)
+    rules = (shared.MODEL_NAME,)

@@ -1,4 +1,8 @@
-"""Rules: what an engine needs changed in a request, or must never see. Each was found by running the engine."""
+"""Rules: what an engine needs changed in a request, or must never see. Each was found by running the engine.
+
+A rewrite takes a body and returns it; if there is nothing to change, the same object. The rules and rewrites that
+several engines share are here; the others are in their engine's module.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,94 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xgen_proxy.dialects.backend_request import BackendRequest
+from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 
 Action = Literal["rename", "fill", "drop", "translate", "refuse"]
+Rewrite = Callable[[Json, BackendRequest], Json]
+
+LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """`hazard`: what the engine does if the rule is not applied.
 
-    `apply` returns the same object if there is nothing to change. A body that no rule changes is sent as the client's
-    own bytes. Raises BadRequestError if the engine cannot serve the request.
+    A body that no rule changes is sent as the client's own bytes. `apply` raises BadRequestError if the engine cannot
+    serve the request.
     """
 
     name: str
     action: Action
     hazard: str
-    apply: Callable[[Json, BackendRequest], Json]
+    apply: Rewrite
+
+
+def name_model(body: Json, request: BackendRequest) -> Json:
+    return body if body.get("model") == request.served else {**body, "model": request.served}
+
+
+def rename(old: str, new: str) -> Rewrite:
+    """Renames a field; if both are given, the new name wins."""
+
+    def rewrite(body: Json, _: BackendRequest) -> Json:
+        if body.get(old) is None:
+            return body
+        body = dict(body)
+        value = body.pop(old)
+        return body if body.get(new) is not None else {**body, new: value}
+
+    return rewrite
+
+
+def refuse(field: str, reason: str) -> Rewrite:
+    def rewrite(body: Json, _: BackendRequest) -> Json:
+        if body.get(field):
+            raise BadRequestError(f"this backend cannot do {field}: {reason}", param=field)
+        return body
+
+    return rewrite
+
+
+def rename_max_completion_tokens(body: Json, _: BackendRequest) -> Json:
+    """max_completion_tokens replaced max_tokens and wins."""
+    if body.get("max_completion_tokens") is None:
+        return body
+    body = dict(body)
+    body["max_tokens"] = body.pop("max_completion_tokens")
+    return body
+
+
+def rename_legacy_max_completion_tokens(body: Json, request: BackendRequest) -> Json:
+    return rename_max_completion_tokens(body, request) if request.features.endpoint == "completions" else body
+
+
+def limit_legacy_completion(body: Json, request: BackendRequest) -> Json:
+    if request.features.endpoint != "completions" or request.features.max_tokens is not None:
+        return body
+    return {**body, "max_tokens": LEGACY_COMPLETION_TOKENS}
+
+
+def refuse_functions(body: Json, _: BackendRequest) -> Json:
+    if body.get("functions") and body.get("function_call") != "none":
+        raise BadRequestError("this backend ignores functions: use tools and tool_choice", param="functions")
+    return body
+
+
+MODEL_NAME = Rule("model name", "rename", "vLLM answers 404 to a public alias", name_model)
+NO_FUNCTIONS = Rule("functions, function_call", "refuse", "ignored: the model never calls one", refuse_functions)
+LEGACY_MAX_COMPLETION_TOKENS = Rule(
+    "max_completion_tokens on /v1/completions",
+    "rename",
+    "a chat's field: ignored",
+    rename_legacy_max_completion_tokens,
+)
+REPETITION_PENALTY = Rule(
+    "repetition_penalty", "rename", "vLLM's name: ignored", rename("repetition_penalty", "repeat_penalty")
+)
+LEGACY_COMPLETION_LIMIT = Rule(
+    "no max_tokens on /v1/completions",
+    "fill",
+    "llama-server generates to the end of the context",
+    limit_legacy_completion,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xgen_proxy.dialects import request_rewrites as rewrite
+from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
@@ -33,20 +33,20 @@ class VLLM(Dialect):
     uses_canary = True
     hides_hangs = True
     rules = (
-        rewrite.MODEL_NAME,
+        shared.MODEL_NAME,
         Rule(
             "guided_json, guided_choice, …",
             "translate",
             "ignored: the output is not constrained",
             guided_to_structured,
         ),
-        rewrite.NO_FUNCTIONS,
-        rewrite.LEGACY_MAX_COMPLETION_TOKENS,
+        shared.NO_FUNCTIONS,
+        shared.LEGACY_MAX_COMPLETION_TOKENS,
         Rule(
             "repeat_penalty",
             "rename",
             "llama.cpp's name: ignored",
-            rewrite.rename("repeat_penalty", "repetition_penalty"),
+            shared.rename("repeat_penalty", "repetition_penalty"),
         ),
     )
 

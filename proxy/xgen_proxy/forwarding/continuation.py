@@ -16,7 +16,7 @@ from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
-from xgen_proxy.dialects.request_rewrites import LEGACY_COMPLETION_TOKENS
+from xgen_proxy.dialects.request_rules import LEGACY_COMPLETION_TOKENS
 from xgen_proxy.dialects.stream_editors import StreamEditor
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Features, Json

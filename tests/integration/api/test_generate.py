@@ -10,8 +10,7 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, status
-from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, get, post
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import RunningProxy, backend, get, post, running_proxy
 
 
 def piece(text: str = "", finish: str | None = None) -> dict[str, Any]:
@@ -45,27 +44,24 @@ def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
 
 
 @pytest.fixture(scope="module")
-def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
-    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    with running_proxy(backends=backends) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-def fresh(fakes: tuple[FakeUpstream, FakeUpstream], door: RunningProxy) -> None:
+def fresh(fakes: tuple[FakeUpstream, FakeUpstream], proxy: RunningProxy) -> None:
     for fake in fakes:
         fake.talks.clear()
         fake.scripts.clear()
-    for replica in door.gateway.fleet.replicas:
+    for replica in proxy.gateway.fleet.replicas:
         replica.breaker.failures = 0
 
 
-def generate(door: RunningProxy, path: str = "/generate", **fields: Any) -> httpx.Response:
-    return post(door.url + path, json={"prompt": "Say hello", **fields})
+def generate(proxy: RunningProxy, path: str = "/generate", **fields: Any) -> httpx.Response:
+    return post(proxy.url + path, json={"prompt": "Say hello", **fields})
 
 
 def tokens(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -73,8 +69,8 @@ def tokens(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
 
 
-def test_a_whole_text(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    answer = generate(door)
+def test_a_whole_text(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    answer = generate(proxy)
     told = answer.json()
     assert answer.status_code == 200
     assert int(answer.headers["content-length"]) == len(answer.content)
@@ -87,9 +83,9 @@ def test_a_whole_text(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstrea
     assert sent == {"prompt": "Say hello", "max_tokens": 1024, "stream": False, "model": "m"}
 
 
-def test_what_the_backend_gets(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_what_the_backend_gets(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     answer = generate(
-        door, max_tokens=7, temperature=0.5, top_p=0.4, backend="llama_cpp", urgency="low", task_type="code_generation"
+        proxy, max_tokens=7, temperature=0.5, top_p=0.4, backend="llama_cpp", urgency="low", task_type="code_generation"
     )
     assert answer.json()["backend_used"] == "llama_cpp"
     sent = fakes[1].talks[0].json
@@ -97,8 +93,8 @@ def test_what_the_backend_gets(door: RunningProxy, fakes: tuple[FakeUpstream, Fa
     assert not {"backend", "urgency", "task_type"} & set(sent)
 
 
-def test_a_long_answer_goes_to_the_gpu(door: RunningProxy) -> None:
-    answer = generate(door, max_tokens=1025)
+def test_a_long_answer_goes_to_the_gpu(proxy: RunningProxy) -> None:
+    answer = generate(proxy, max_tokens=1025)
     assert answer.headers["x-route-reason"].startswith("long_output")
 
 
@@ -106,26 +102,26 @@ def test_a_long_answer_goes_to_the_gpu(door: RunningProxy) -> None:
     ("path", "fields"),
     [("/generate/stream", {}), ("/generate/stream", {"stream": False}), ("/generate", {"stream": True})],
 )
-def test_a_stream(door: RunningProxy, path: str, fields: dict[str, Any]) -> None:
-    answer = generate(door, path, **fields)
+def test_a_stream(proxy: RunningProxy, path: str, fields: dict[str, Any]) -> None:
+    answer = generate(proxy, path, **fields)
     assert answer.status_code == 200
     assert tokens(answer) == [{"token": "hel"}, {"token": "lo"}, {"done": True}]
     assert answer.headers["x-backend"] == "vllm"
 
 
-def test_failing_over(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_failing_over(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     for path in ("/generate", "/generate/stream"):
         fakes[0].scripts.append(status(500))
-        answer = generate(door, path)
+        answer = generate(proxy, path)
         assert answer.status_code == 200
         assert answer.headers["x-backend"] == "llama_cpp"
 
 
-def test_everything_failed(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_everything_failed(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     for path in ("/generate", "/generate/stream"):
         for fake in fakes:
             fake.scripts.append(status(500))
-        answer = generate(door, path)
+        answer = generate(proxy, path)
         assert answer.status_code == 502
         assert answer.json()["error"]["code"] == "all_backends_failed"
 
@@ -137,11 +133,11 @@ async def breaks(talk: Talk) -> None:
 
 
 def test_a_stream_that_breaks_ends_with_an_error_and_is_not_done(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]
 ) -> None:
     for fake in fakes:
         fake.scripts += [breaks, breaks]
-    *_, last = tokens(generate(door, "/generate/stream"))
+    *_, last = tokens(generate(proxy, "/generate/stream"))
     assert "error" in last
 
 
@@ -160,8 +156,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
 @pytest.mark.parametrize(("fields", "param"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_request(door: RunningProxy, path: str, fields: dict[str, Any], param: str) -> None:
-    answer = generate(door, path, **fields)
+def test_a_wrong_request(proxy: RunningProxy, path: str, fields: dict[str, Any], param: str) -> None:
+    answer = generate(proxy, path, **fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
@@ -170,9 +166,9 @@ def test_a_wrong_request(door: RunningProxy, path: str, fields: dict[str, Any], 
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_a_backends_refusal(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], path: str) -> None:
+def test_a_backends_refusal(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], path: str) -> None:
     fakes[0].scripts.append(status(400))
-    answer = generate(door, path)
+    answer = generate(proxy, path)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "no 400")
 
 
@@ -183,17 +179,17 @@ def answering(body: Any) -> Script:
     return script
 
 
-def test_a_backend_that_counts_nothing(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_a_backend_that_counts_nothing(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     fakes[0].scripts.append(answering(completion(usage=None)))
-    assert generate(door).json()["tokens_per_second"] is None
+    assert generate(proxy).json()["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", {"choices": []}, {"choices": None}, {}])
 def test_an_answer_that_is_none(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: Any, caplog: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fakes[0].scripts.append(answering(body))
-    answer = generate(door)
+    answer = generate(proxy)
     assert answer.status_code == 502
     assert answer.json()["error"]["code"] == "bad_answer"
     assert int(answer.headers["content-length"]) == len(answer.content)

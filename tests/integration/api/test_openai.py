@@ -8,8 +8,7 @@ import orjson
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk
-from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, chat, get, post
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import RunningProxy, backend, chat, get, post, running_proxy
 from xgen_proxy.forwarding.delivery import Delivery
 
 
@@ -21,21 +20,18 @@ def fake() -> Iterator[FakeUpstream]:
 
 
 @pytest.fixture(scope="module")
-def door(fake: FakeUpstream) -> Iterator[RunningProxy]:
+def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
     backends = {
         "vllm": backend(fake, models={"org/big": "m", "shared": "m"}),
         "llama_cpp": backend(fake, device_class="cpu", models={"shared": "m"}, embeddings=True),
     }
-    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    with running_proxy(backends=backends) as running:
+        yield running
 
 
-def test_models(door: RunningProxy) -> None:
-    told = get(f"{door.url}/v1/models").json()
-    created = door.gateway.started
+def test_models(proxy: RunningProxy) -> None:
+    told = get(f"{proxy.url}/v1/models").json()
+    created = proxy.gateway.started
     assert told == {
         "object": "list",
         "data": [
@@ -49,12 +45,12 @@ def test_models(door: RunningProxy) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/big", "shared"])
-def test_a_model(door: RunningProxy, name: str) -> None:
-    assert get(f"{door.url}/v1/models/{name}").json()["id"] == name
+def test_a_model(proxy: RunningProxy, name: str) -> None:
+    assert get(f"{proxy.url}/v1/models/{name}").json()["id"] == name
 
 
-def test_no_such_model(door: RunningProxy) -> None:
-    answers = [get(f"{door.url}/v1/models/none"), chat(door, model="none")]
+def test_no_such_model(proxy: RunningProxy) -> None:
+    answers = [get(f"{proxy.url}/v1/models/none"), chat(proxy, model="none")]
     for answer in answers:
         assert answer.status_code == 404
         error = answer.json()["error"]
@@ -85,37 +81,37 @@ def test_models_are_remembered_while_nobody_serves_them(start: Callable[..., Run
     assert "is up now" in down.json()["error"]["message"]
 
 
-def test_public_names_become_the_backends_own(door: RunningProxy, fake: FakeUpstream) -> None:
+def test_public_names_become_the_backends_own(proxy: RunningProxy, fake: FakeUpstream) -> None:
     fake.talks.clear()
-    answer = chat(door, model="org/big")
+    answer = chat(proxy, model="org/big")
     assert answer.json()["model"] == "org/big"
     assert fake.talks[-1].json["model"] == "m"
-    assert chat(door, model=None).json()["model"] == "org/big"
+    assert chat(proxy, model=None).json()["model"] == "org/big"
 
 
-def test_embeddings_go_to_those_who_can(door: RunningProxy, fake: FakeUpstream) -> None:
+def test_embeddings_go_to_those_who_can(proxy: RunningProxy, fake: FakeUpstream) -> None:
     async def embed(talk: Talk) -> None:
         assert talk.path == "/v1/embeddings"
         await talk.answer(200, {"object": "list", "model": "m", "data": [], "usage": {"prompt_tokens": 1}})
 
     fake.scripts.append(embed)
-    answer = post(f"{door.url}/v1/embeddings", json={"model": "shared", "input": "x"})
+    answer = post(f"{proxy.url}/v1/embeddings", json={"model": "shared", "input": "x"})
     assert (answer.status_code, answer.headers["x-backend"]) == (200, "llama_cpp")
     assert answer.json()["model"] == "shared"
-    refused = post(f"{door.url}/v1/embeddings", json={"model": "org/big", "input": "x"})
+    refused = post(f"{proxy.url}/v1/embeddings", json={"model": "org/big", "input": "x"})
     assert refused.status_code == 400
     assert "cannot do embeddings" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_our_own_is_told_in_shape(
-    door: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     async def fault(*_: object) -> None:
         raise ZeroDivisionError("SECRET")
 
     monkeypatch.setattr(Delivery, "deliver", fault)
-    answer = chat(door, model="shared", stream=stream, headers={"x-request-id": "find-me"})
+    answer = chat(proxy, model="shared", stream=stream, headers={"x-request-id": "find-me"})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "api_error"
     assert "find-me" in answer.json()["error"]["message"]
@@ -124,14 +120,14 @@ def test_a_fault_of_our_own_is_told_in_shape(
 
 
 def test_a_fault_of_our_own_in_mid_stream_is_its_last_event(
-    door: RunningProxy, monkeypatch: pytest.MonkeyPatch
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fault(self: Delivery, *_: object) -> None:
         await self.writer.send(b"data: {}\n\n")
         raise ZeroDivisionError
 
     monkeypatch.setattr(Delivery, "relay", fault)
-    answer = chat(door, model="shared", stream=True)
+    answer = chat(proxy, model="shared", stream=True)
     assert answer.status_code == 200
     *_, last = answer.text.removesuffix("\n\n").split("\n\n")
     assert orjson.loads(last.removeprefix("data: "))["error"]["type"] == "api_error"

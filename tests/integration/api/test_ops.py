@@ -13,8 +13,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.fake_upstream import FakeUpstream, Talk, good
-from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, post, wait_until
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import (
+    CHAT,
+    RunningProxy,
+    backend,
+    chat,
+    get,
+    post,
+    running_proxy,
+    wait_until,
+)
 from xgen_proxy.downstream.api_keys import hash_key
 
 
@@ -27,21 +35,18 @@ def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
 
 
 @pytest.fixture(scope="module")
-def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {
         "vllm": backend(gpu, models={"big": "m"}, slots=8),
         "llama_cpp": backend(cpu, device_class="cpu", models={"big": "m", "small": "m"}, tools=False),
     }
-    proxy = RunningProxy(Settings(backends=backends, default_model="small", scrape_interval_s=0.05))
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    with running_proxy(backends=backends, default_model="small") as running:
+        yield running
 
 
-def plan(door: RunningProxy, **fields: object) -> dict[str, Any]:
-    answer = post(f"{door.url}/route", json={**CHAT, "model": "big", **fields})
+def plan(proxy: RunningProxy, **fields: object) -> dict[str, Any]:
+    answer = post(f"{proxy.url}/route", json={**CHAT, "model": "big", **fields})
     assert answer.status_code == 200
     told: dict[str, Any] = answer.json()
     return told
@@ -71,9 +76,9 @@ def test_ready_while_a_model_can_answer(start: Callable[..., RunningProxy], gpu:
     assert chat(proxy).status_code == 200  # who is there already is served
 
 
-def test_status(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_status(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     gpu, _ = fakes
-    told = get(f"{door.url}/models/status").json()
+    told = get(f"{proxy.url}/models/status").json()
     backends = told.pop("backends")
     assert told == {"default_model": "small", "models": ["small", "big"], "queued": 0, "draining": False}
     cpu_told, gpu_told = backends
@@ -135,8 +140,8 @@ def metrics(proxy: RunningProxy) -> dict[str, dict[tuple[str, ...], float]]:
     return found
 
 
-def test_the_fleet_in_metrics(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    page = metrics(door)
+def test_the_fleet_in_metrics(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    page = metrics(proxy)
     gpu = ("vllm", f"vllm@127.0.0.1:{fakes[0].port}")
     assert page["xgen_replica_up"][gpu] == 1
     assert page["xgen_replica_slots"][gpu] == 8
@@ -147,8 +152,8 @@ def test_the_fleet_in_metrics(door: RunningProxy, fakes: tuple[FakeUpstream, Fak
 # the dry run
 
 
-def test_a_plan(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    told = plan(door, urgency="high", max_tokens=7)
+def test_a_plan(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    told = plan(proxy, urgency="high", max_tokens=7)
     first, second = told["candidates"]
     assert first == {
         "backend": "vllm", "replica": f"vllm@127.0.0.1:{fakes[0].port}", "device_class": "gpu", "load": 0.5, "tier": 0,
@@ -161,26 +166,26 @@ def test_a_plan(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) ->
     assert fakes[0].talks == []
 
 
-def test_hints_in_headers(door: RunningProxy) -> None:
-    told = post(f"{door.url}/route", json={**CHAT, "model": "big"}, headers={"x-backend": "llama_cpp"}).json()
+def test_hints_in_headers(proxy: RunningProxy) -> None:
+    told = post(f"{proxy.url}/route", json={**CHAT, "model": "big"}, headers={"x-backend": "llama_cpp"}).json()
     assert [each["backend"] for each in told["candidates"]] == ["llama_cpp", "vllm"]
     assert told["features"]["backend"] == "llama_cpp"
 
 
-def test_a_completion(door: RunningProxy) -> None:
-    told = post(f"{door.url}/route", json={"prompt": "a b c"}).json()
+def test_a_completion(proxy: RunningProxy) -> None:
+    told = post(f"{proxy.url}/route", json={"prompt": "a b c"}).json()
     assert (told["features"]["endpoint"], told["features"]["prompt_words"]) == ("completions", 3)
     assert told["features"]["model"] == "small"
 
 
-def test_who_was_passed_over_and_why(door: RunningProxy) -> None:
-    told = plan(door, tools=[{"type": "function", "function": {"name": "f"}}])
+def test_who_was_passed_over_and_why(proxy: RunningProxy) -> None:
+    told = plan(proxy, tools=[{"type": "function", "function": {"name": "f"}}])
     assert [each["backend"] for each in told["candidates"]] == ["vllm"]
     assert told["rejections"] == [{"name": "llama_cpp", "reason": "cannot do tools"}]
 
 
-def test_a_request_that_nobody_can_do(door: RunningProxy) -> None:
-    told = plan(door, model="small", tools=[{"type": "function", "function": {"name": "f"}}])
+def test_a_request_that_nobody_can_do(proxy: RunningProxy) -> None:
+    told = plan(proxy, model="small", tools=[{"type": "function", "function": {"name": "f"}}])
     assert told["candidates"] == []
     assert told["error"]["status"] == 400
     assert "llama_cpp cannot do tools" in told["error"]["message"]
@@ -190,8 +195,8 @@ def test_a_request_that_nobody_can_do(door: RunningProxy) -> None:
     ("fields", "status", "words"),
     [({"model": "none"}, 404, "does not exist"), ({"messages": []}, 400, "messages"), ({"urgency": "x"}, 400, "high")],
 )
-def test_what_would_be_refused_is(door: RunningProxy, fields: dict[str, object], status: int, words: str) -> None:
-    answer = post(f"{door.url}/route", json={**CHAT, "model": "big", **fields})
+def test_what_would_be_refused_is(proxy: RunningProxy, fields: dict[str, object], status: int, words: str) -> None:
+    answer = post(f"{proxy.url}/route", json={**CHAT, "model": "big", **fields})
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
 

@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, silent, status, whole
-from tests.support.running_proxy import CHAT, RunningProxy, ask, backend, chat, get, wait_until
+from tests.support.running_proxy import CHAT, RunningProxy, ask, backend, chat, get
+from tests.support.waiting import wait_until
 from xgen_proxy.downstream import http_protocol
 
 Start = Callable[..., RunningProxy]

@@ -12,8 +12,14 @@ from http.client import HTTPResponse
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk, delta
-from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, wait_until
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import (
+    CHAT,
+    RunningProxy,
+    backend,
+    chat,
+    running_proxy,
+    wait_until,
+)
 from xgen_proxy.downstream import http_protocol
 
 BODY = json.dumps(CHAT).encode()
@@ -30,11 +36,8 @@ def fake() -> Iterator[FakeUpstream]:
 
 @pytest.fixture(scope="module")
 def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
-    running = RunningProxy(Settings(backends={"vllm": backend(fake)}, scrape_interval_s=0.05))
-    running.until_up(1)
-    yield running
-    running.stop()
-    assert_nothing_held(running)
+    with running_proxy(backends={"vllm": backend(fake)}) as running:
+        yield running
 
 
 @pytest.fixture

@@ -12,8 +12,16 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, post, wait_until
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import (
+    CHAT,
+    RunningProxy,
+    backend,
+    chat,
+    get,
+    post,
+    running_proxy,
+    wait_until,
+)
 
 LIMIT = 4096
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/generate/stream", "/route"]
@@ -29,11 +37,8 @@ def upstream() -> Iterator[FakeUpstream]:
 @pytest.fixture(scope="module")
 def proxy(upstream: FakeUpstream) -> Iterator[RunningProxy]:
     limits = {"body_bytes": LIMIT, "body_timeout_s": 0.5, "json_depth": 10, "json_nodes": 1000}
-    running = RunningProxy(Settings(backends={"vllm": backend(upstream)}, limits=limits, scrape_interval_s=0.05))
-    running.until_up(1)
-    yield running
-    running.stop()
-    assert_nothing_held(running)
+    with running_proxy(backends={"vllm": backend(upstream)}, limits=limits) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ import dns.rrset
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk, status, whole
-from tests.support.running_proxy import RunningProxy, backend, chat, get, wait_until
+from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
+from tests.support.waiting import wait_until
 from xgen_proxy.fleet import circuit_breaker, discovery
 from xgen_proxy.fleet.backend import Backend, Replica
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.fake_upstream import METRICS, FakeUpstream, Script, Talk, good, status, whole
-from tests.support.running_proxy import RunningProxy, backend, chat, get, wait_until
+from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
+from tests.support.waiting import wait_until
 from xgen_proxy.fleet import circuit_breaker, health
 from xgen_proxy.fleet.backend import Replica, State
 from xgen_proxy.fleet.load import parse_metrics

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, good, status, whole
-from tests.support.running_proxy import RunningProxy, backend, chat, text_of, wait_until
+from tests.support.running_proxy import RunningProxy, backend, chat, text_of
+from tests.support.waiting import wait_until
 
 Start = Callable[..., RunningProxy]
 ERROR_500 = {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}

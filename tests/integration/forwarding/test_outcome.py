@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, silent, status
-from tests.support.running_proxy import RunningProxy, ask, backend, chat, wait_until
+from tests.support.running_proxy import RunningProxy, ask, backend, chat
+from tests.support.waiting import wait_until
 from xgen_proxy.forwarding.delivery import Delivery
 from xgen_proxy.forwarding.outcome import Outcome, Refusal
 from xgen_proxy.request.call import Call

@@ -12,8 +12,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status
-from tests.support.running_proxy import CHAT, RunningProxy, assert_nothing_held, backend, chat, get, wait_until
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import (
+    CHAT,
+    RunningProxy,
+    backend,
+    chat,
+    get,
+    running_proxy,
+    wait_until,
+)
 from xgen_proxy.observability.logging_setup import JsonFormatter, PlainFormatter
 
 PROMPT = "the-secret-of-this-prompt"
@@ -21,29 +28,26 @@ MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
 @pytest.fixture(scope="module")
-def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
-    proxy = RunningProxy(Settings(backends=backends, scrape_interval_s=0.05))
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    with running_proxy(backends=backends) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_suspect(door: RunningProxy) -> None:
-    for replica in door.gateway.fleet.replicas:
+def nobody_is_suspect(proxy: RunningProxy) -> None:
+    for replica in proxy.gateway.fleet.replicas:
         replica.breaker.failures = 0
 
 
 Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def page(door: RunningProxy) -> Metrics:
+def page(proxy: RunningProxy) -> Metrics:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(get(f"{door.url}/metrics").text)
+        for family in text_string_to_metric_families(get(f"{proxy.url}/metrics").text)
         for sample in family.samples
         if not sample.name.endswith(("_created", "_bucket")) and not sample.name.startswith("xgen_replica_")
     }
@@ -52,12 +56,12 @@ def page(door: RunningProxy) -> Metrics:
 class Watch:
     """changes(): which counters have grown since the last call, and by how much."""
 
-    def __init__(self, door: RunningProxy) -> None:
-        self.door = door
-        self.before = page(door)
+    def __init__(self, proxy: RunningProxy) -> None:
+        self.proxy = proxy
+        self.before = page(proxy)
 
-    def changes(self) -> dict[str, dict[str, str] | float]:
-        now = page(self.door)
+    def changes(self) -> dict[str, dict[str, str]]:
+        now = page(self.proxy)
         grown = {key: value - self.before.get(key, 0) for key, value in now.items() if value != self.before.get(key, 0)}
         self.before = now
         return {name: {**dict(labels), "by": str(by)} for (name, labels), by in grown.items()}
@@ -81,10 +85,10 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_good_request(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture, stream: bool
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture, stream: bool
 ) -> None:
-    watch = Watch(door)
-    answer = chat(door, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
+    watch = Watch(proxy)
+    answer = chat(proxy, messages=MESSAGES, stream=stream, headers={"x-request-id": "good-1"})
     assert answer.status_code == 200
     wait_until(lambda: lines(log))
     changes = watch.changes()
@@ -123,11 +127,11 @@ def test_a_good_request(
 
 
 def test_failing_over(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
-    watch = Watch(door)
+    watch = Watch(proxy)
     fakes[0].scripts.append(status(500))
-    assert chat(door, messages=MESSAGES).status_code == 200
+    assert chat(proxy, messages=MESSAGES).status_code == 200
     wait_until(lambda: len(lines(log)) == 2)
     changes = watch.changes()
     failed = changes["xgen_attempt_failures_total"]
@@ -144,12 +148,12 @@ def test_failing_over(
 
 
 def test_everything_failed(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
-    watch = Watch(door)
+    watch = Watch(proxy)
     for fake in fakes:
         fake.scripts.append(status(429))
-    assert chat(door, messages=MESSAGES).status_code == 503
+    assert chat(proxy, messages=MESSAGES).status_code == 503
     wait_until(lambda: len(lines(log)) == 3)
     requests = watch.changes()["xgen_requests_total"]
     assert isinstance(requests, dict)
@@ -161,7 +165,7 @@ def test_everything_failed(
 
 
 def test_a_broken_stream(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
     async def breaks(talk: Talk) -> None:
         await talk.start_stream()
@@ -170,7 +174,7 @@ def test_a_broken_stream(
 
     for fake in fakes:
         fake.scripts += [breaks, breaks]
-    assert chat(door, messages=MESSAGES, stream=True, headers={"x-fallback": "none"}).status_code == 200
+    assert chat(proxy, messages=MESSAGES, stream=True, headers={"x-fallback": "none"}).status_code == 200
     wait_until(lambda: len(lines(log)) >= 2)
     request = lines(log)[-1]
     assert request["status"] == 200
@@ -180,7 +184,7 @@ def test_a_broken_stream(
 
 
 def test_a_backend_that_repeats_the_prompt_in_its_error(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
     """As the engines' validation errors do."""
     wrong = {"type": "x", "loc": ("body", "messages", 0), "msg": "Input should be another", "input": PROMPT}
@@ -188,7 +192,7 @@ def test_a_backend_that_repeats_the_prompt_in_its_error(
         body = {"error": {"message": f"1 validation error: [{wrong}]", "type": "t", "code": code}}
         for fake in fakes:
             fake.scripts = [status(code, body)]
-        answer = chat(door, messages=MESSAGES)
+        answer = chat(proxy, messages=MESSAGES)
         assert PROMPT not in answer.text
         assert "Input should be another" in answer.text
     wait_until(lambda: len(lines(log)) >= 2)
@@ -197,17 +201,17 @@ def test_a_backend_that_repeats_the_prompt_in_its_error(
 
 
 def test_a_client_that_leaves(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], log: pytest.LogCaptureFixture
 ) -> None:
     async def endless(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("hel"))
         await talk.until_client_leaves()
 
-    watch = Watch(door)
+    watch = Watch(proxy)
     fakes[0].scripts.append(endless)
     body = json.dumps({**CHAT, "messages": MESSAGES, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", door.port)) as client:
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
         client.sendall(body)
         assert client.recv(65536)
@@ -220,25 +224,27 @@ def test_a_client_that_leaves(
     assert lines(log)[-1]["status"] == 499
 
 
-def test_labels_are_bounded_whatever_clients_send(door: RunningProxy) -> None:
-    before = set(page(door))
+def test_labels_are_bounded_whatever_clients_send(proxy: RunningProxy) -> None:
+    before = set(page(proxy))
     for number in range(5):
-        answer = chat(door, model=f"none-{number}", task_type=f"task-{number}", headers={"x-request-id": f"r-{number}"})
+        answer = chat(
+            proxy, model=f"none-{number}", task_type=f"task-{number}", headers={"x-request-id": f"r-{number}"}
+        )
         assert answer.status_code == 404
-        assert chat(door, task_type=f"task-{number}", user=f"user-{number}").status_code == 200
-    new = {key for key in set(page(door)) - before if key[0].startswith("xgen_requests")}
+        assert chat(proxy, task_type=f"task-{number}", user=f"user-{number}").status_code == 200
+    new = {key for key in set(page(proxy)) - before if key[0].startswith("xgen_requests")}
     assert len(new) <= 2
-    assert "task-1" not in str(page(door))
+    assert "task-1" not in str(page(proxy))
 
 
-def test_a_quiet_log_costs_no_line(door: RunningProxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quiet_log_costs_no_line(proxy: RunningProxy, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "xgen_proxy.request")
-    assert chat(door).status_code == 200
+    assert chat(proxy).status_code == 200
     assert lines(caplog) == []
 
 
 def test_what_a_backend_says_is_not_logged(
-    door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], caplog: pytest.LogCaptureFixture
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may repeat the prompt. The client is told, since it is its own."""
     gpu, cpu = fakes
@@ -246,7 +252,7 @@ def test_what_a_backend_says_is_not_logged(
     gpu.scripts.append(says)
     cpu.scripts.append(says)
     with caplog.at_level(logging.INFO):
-        assert PROMPT in chat(door).text
+        assert PROMPT in chat(proxy).text
         wait_until(lambda: any(record.getMessage() == "request" for record in caplog.records))
     told = "".join(str(vars(record)) for record in caplog.records)
     assert "says 500" in told

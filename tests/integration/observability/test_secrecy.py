@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, status, whole
-from tests.support.running_proxy import RunningProxy, assert_nothing_held, backend, post, wait_until
-from xgen_proxy.config.settings import Settings
+from tests.support.running_proxy import RunningProxy, backend, post, running_proxy
+from tests.support.waiting import wait_until
 from xgen_proxy.downstream.api_keys import hash_key
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.observability.logging_setup import JsonFormatter, PlainFormatter
@@ -26,28 +26,23 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def door(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
+def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     gpu, cpu = fakes
     backends = {
         "vllm": backend(gpu, api_key=f"{SECRET}-of-the-backend"),
         "llama_cpp": backend(cpu, dialect="llama-cpp-python", context=2048, models={"m": "m"}),
     }
-    proxy = RunningProxy(
-        Settings(backends=backends, api_keys=[hash_key(KEY)], trusted_proxies=["127.0.0.0/8"], scrape_interval_s=0.05)
-    )
-    proxy.until_up(2)
-    yield proxy
-    proxy.stop()
-    assert_nothing_held(proxy)
+    with running_proxy(backends=backends, api_keys=[hash_key(KEY)], trusted_proxies=["127.0.0.0/8"]) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-def fresh(door: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[None]:
+def fresh(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[None]:
     yield
     for fake in fakes:
         fake.scripts.clear()
         fake.default = good
-    for replica in door.gateway.fleet.replicas:
+    for replica in proxy.gateway.fleet.replicas:
         replica.breaker.close(0)
         replica.set_state("up", "test")
 
@@ -76,9 +71,9 @@ def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
             assert SECRET not in formatter.format(record)
 
 
-def ask(door: RunningProxy, path: str = CHAT, **sent: Any) -> httpx.Response:
+def ask(proxy: RunningProxy, path: str = CHAT, **sent: Any) -> httpx.Response:
     headers = {**AUTHORIZED, **sent.pop("headers", {})}
-    return post(door.url + path, headers=headers, **sent)
+    return post(proxy.url + path, headers=headers, **sent)
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -121,15 +116,15 @@ SENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("sent", SENT.values(), ids=SENT.keys())
-def test_what_a_client_sends(door: RunningProxy, told: Told, sent: dict[str, Any]) -> None:
-    answer = ask(door, **sent)
+def test_what_a_client_sends(proxy: RunningProxy, told: Told, sent: dict[str, Any]) -> None:
+    answer = ask(proxy, **sent)
     wait_until(told)
     if "x-request-id" not in sent.get("headers", {}) and answer.headers["content-type"] == "application/json":
         assert told()[-1]["request_id"] == answer.headers["x-request-id"]
 
 
-def test_what_is_no_http(door: RunningProxy, told: Told) -> None:
-    with socket.create_connection(("127.0.0.1", door.port)) as client:
+def test_what_is_no_http(proxy: RunningProxy, told: Told) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(f"{SECRET} {SECRET}\r\n\r\n".encode())
         assert client.recv(65536).startswith(b"HTTP/1.1 400")
     wait_until(told)
@@ -213,7 +208,7 @@ SAID: dict[str, Script] = {
 @pytest.mark.parametrize("script", SAID.values(), ids=SAID.keys())
 @pytest.mark.parametrize("first", ["vllm", "llama_cpp"])
 def test_what_a_backend_says(
-    door: RunningProxy,
+    proxy: RunningProxy,
     fakes: tuple[FakeUpstream, FakeUpstream],
     told: Told,
     script: Script,
@@ -222,7 +217,7 @@ def test_what_a_backend_says(
 ) -> None:
     for fake in fakes:
         fake.default = script
-    ask(door, json=body(stream=stream, backend=first))
+    ask(proxy, json=body(stream=stream, backend=first))
     wait_until(told)
 
 
@@ -230,7 +225,7 @@ def test_what_a_backend_says(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_fault_of_our_own(door: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_a_fault_of_our_own(proxy: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
         try:
@@ -239,20 +234,20 @@ def test_a_fault_of_our_own(door: RunningProxy, told: Told, monkeypatch: pytest.
             raise ValueError(PROMPT) from error
 
     monkeypatch.setattr(Progress, "response_headers", fault)
-    assert ask(door, json=body(stream=stream)).status_code == 500
+    assert ask(proxy, json=body(stream=stream)).status_code == 500
     wait_until(told)
     assert told()[-1]["code"] == "internal_error"
 
 
 def test_the_fault_can_be_found(
-    door: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    proxy: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
         raise ValueError(PROMPT)
 
     monkeypatch.setattr(Progress, "response_headers", fault)
-    assert ask(door, json=body()).status_code == 500
+    assert ask(proxy, json=body()).status_code == 500
     wait_until(told)
     [record] = [record for record in caplog.records if record.exc_info]
     exception = json.loads(JsonFormatter().format(record))["exception"]
@@ -263,10 +258,10 @@ def test_the_fault_can_be_found(
 # who it was
 
 
-def test_key_and_client(door: RunningProxy, told: Told) -> None:
-    ask(door, json=body(), headers={"x-forwarded-for": "192.0.2.66, 192.0.2.7, 127.0.0.9"})
-    ask(door, json=body(model="x"), headers={"x-forwarded-for": "192.0.2.8"})
-    ask(door, json=body(), headers={"authorization": "Bearer sk-wrong"})
+def test_key_and_client(proxy: RunningProxy, told: Told) -> None:
+    ask(proxy, json=body(), headers={"x-forwarded-for": "192.0.2.66, 192.0.2.7, 127.0.0.9"})
+    ask(proxy, json=body(model="x"), headers={"x-forwarded-for": "192.0.2.8"})
+    ask(proxy, json=body(), headers={"authorization": "Bearer sk-wrong"})
     wait_until(lambda: len(told()) == 3)
     known = hash_key(KEY)[:8]
     assert [(line["client"], line.get("key")) for line in told()] == [

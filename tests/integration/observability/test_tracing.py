@@ -18,7 +18,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from pydantic import ValidationError
 
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, silent, status
-from tests.support.running_proxy import RunningProxy, ask, backend, chat, get, post, wait_until
+from tests.support.running_proxy import RunningProxy, ask, backend, chat, get, post
+from tests.support.waiting import wait_until
 from xgen_proxy.config import settings
 from xgen_proxy.config.settings import Settings
 

@@ -24,7 +24,7 @@ async def collected(*chunks: Json, dialect: Any = LLAMA_SERVER, endpoint: Any = 
     for chunk in chunks:
         collector.feed(events(chunk))
     await collector.finish(Replica().post)
-    return collector.result()
+    return dict(collector.result())
 
 
 async def test_a_chat() -> None:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.fleet.load import Scrape
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.builders import features
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.dialects.dialect import ReplicaInfo
+from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.routing.router import Router

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import orjson
 
-from xgen_proxy.dialects import request_rewrites as shared
+from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.error_mapping import read_error

@@ -1,4 +1,4 @@
-"""A real Prometheus and its promtool, in Docker: as deploy/ configures them, with targets of the test's choice."""
+"""A real Prometheus and promtool in Docker, configured by deploy/, with targets of the test's choice."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.e2e.servers import free_port, until
 from tests.support.documents import ROOT
+from tests.support.real_servers import free_port
+from tests.support.waiting import wait_until
 
 DEPLOYED = ROOT / "deploy" / "prometheus"
 IMAGE = "prom/prometheus:v3.1.0"
 
 
 def docker(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Output and errors are both in `stdout`."""
+    """Run docker. `stdout` has both its output and its errors."""
     done = subprocess.run(["docker", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0 or not check, f"docker {' '.join(args)}:\n{done.stdout}"
     return done
 
 
-def why_not() -> str | None:
-    """Why no Prometheus can be started here."""
+def unavailable_reason() -> str | None:
+    """Why Prometheus cannot be started here; None if it can."""
     try:
         if docker("info", check=False).returncode:
             return "no Docker engine answers"
@@ -37,20 +38,20 @@ def why_not() -> str | None:
         docker("image", "inspect", IMAGE, check=False).returncode
         and docker("pull", "-q", IMAGE, check=False).returncode
     ):
-        return f"the image {IMAGE} cannot be had"
+        return f"the image {IMAGE} cannot be pulled"
     return None
 
 
 def promtool(*args: str) -> subprocess.CompletedProcess[str]:
-    """In deploy/prometheus."""
+    """Run promtool in deploy/prometheus."""
     mount = ["--volume", f"{DEPLOYED}:/deployed:ro", "--workdir", "/deployed"]
     return docker("run", "--rm", *mount, "--entrypoint", "promtool", IMAGE, *args, check=False)
 
 
 @dataclass
 class Prometheus:
-    """The deployed configuration, but for two things: `targets` are HOST:PORT by the job's name instead of names to
-    look up, and a second takes the place of a quarter of a minute."""
+    """A Prometheus with the deployed configuration, but with `targets` (HOST:PORT by job name) instead of DNS
+    names, and a scrape every second instead of every 15 s."""
 
     directory: Path
     targets: dict[str, list[str]]
@@ -62,7 +63,7 @@ class Prometheus:
 
     def start(self) -> Prometheus:
         (self.directory / "prometheus.yml").write_text(yaml.safe_dump(self._config()))
-        (self.directory / "rules").mkdir()  # what Docker mounts there needs a place
+        (self.directory / "rules").mkdir()  # the mount point for Docker
         docker(
             "run", "--detach", "--rm", "--name", self.name, "--network", "host",
             "--user", f"{os.getuid()}:{os.getgid()}",
@@ -71,7 +72,7 @@ class Prometheus:
             "--config.file=/config/prometheus.yml", "--storage.tsdb.path=/data",
             f"--web.listen-address=127.0.0.1:{self.port}",
         )  # fmt: skip
-        until(self._ready, 60, "Prometheus to be ready")
+        wait_until(self._ready, 60, "Prometheus to be ready")
         return self
 
     def _config(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Prometheus:
             return False
 
     def query(self, expr: str) -> list[dict[str, str]]:
-        """The labels of each number it gives now; what is no number is left out. Raises where it is no expression."""
+        """The labels of each current result, without NaN. Fails if the expression is invalid."""
         answer = httpx.post(f"http://127.0.0.1:{self.port}/api/v1/query", data={"query": expr}, timeout=20).json()
         assert answer["status"] == "success", answer
         assert answer["data"]["resultType"] == "vector", answer

@@ -1,7 +1,7 @@
-"""Real servers as child processes: started on free ports, awaited, killed and started again, never left behind.
+"""Real servers as child processes on free ports, which tests can kill and restart, and which never outlive the tests.
 
-Each server leads a process group of its own, because a killed vLLM leaves its engine processes running. The groups
-stay in the test run's session, so that `.ci/run` can end what a killed pytest leaves.
+Each server leads its own process group, because a killed vLLM leaves its engine processes running. The groups stay in
+the session of the test run, so that `.ci/run` can end the servers of a killed pytest.
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
+import psutil
 
-MODEL = "smollm2"  # the name every test server serves its model under
+from tests.support.waiting import wait_until
+
+MODEL = "smollm2"  # the model's name on every test server
 CONTEXT = 2048  # tokens per request, on every test server
 VLLM_SLOTS = 16
-
-T = TypeVar("T")
-
-
-def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
-    """The first truthy answer of `look`, asked every 50 ms. Raises AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
-        time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -46,7 +34,7 @@ def free_port() -> int:
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child: without settings of ours, and without what makes it start slowly."""
+    """A child's environment, without our settings and without variables that slow down its start."""
     keep = {
         name: value
         for name, value in os.environ.items()
@@ -56,21 +44,18 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def members(group: int) -> list[int]:
-    """Process ids that live in a process group; the dead that nobody has reaped don't count."""
+    """Live processes of a process group, without zombies."""
     alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _parent, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(int(stat.parent.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process.pid)
     return alive
 
 
 @dataclass
 class Server:
-    """`command` ends just before `--port`. `ready` answers 200 once the server can answer requests."""
+    """A server process. `--port` is appended to `command`. `ready` is a path that answers 200 once it is ready."""
 
     name: str
     command: list[str]
@@ -80,14 +65,14 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
-    host: str = "127.0.0.1"  # where `command` makes it listen
+    host: str = "127.0.0.1"  # the address that `command` makes it listen on
 
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
     def start(self) -> Server:
-        """Starts without waiting."""
+        """Start the process without waiting."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.command, "--port", str(self.port)],
@@ -100,7 +85,7 @@ class Server:
         return self
 
     def wait_ready(self) -> Server:
-        until(self.is_ready, self.start_s, f"{self.name} to answer; its log ends:\n{self.tail()}")
+        wait_until(self.is_ready, self.start_s, f"{self.name} to answer; its log ends:\n{self.tail()}")
         return self
 
     def is_ready(self) -> bool:
@@ -113,17 +98,17 @@ class Server:
             return False
 
     def restart(self) -> Server:
-        """Up again on the same port, from whatever state."""
+        """Stop it if it runs, and start it again on the same port."""
         self.stop()
         return self.start().wait_ready()
 
     def kill9(self) -> None:
-        """SIGKILL to the whole group; returns when nothing of it runs any more."""
+        """Send SIGKILL to the whole group and wait until all its processes have ended."""
         self._signal(signal.SIGKILL)
         self._wait_gone(10)
 
     def stop(self, grace_s: float = 5) -> int | None:
-        """SIGTERM, then SIGKILL. Returns the exit status of the group's leader."""
+        """Send SIGTERM, then SIGKILL. Returns the exit status of the group's leader."""
         self._signal(signal.SIGTERM)
         if self.process:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -142,16 +127,16 @@ class Server:
         if self.process:
             group = self.process.pid
             self.process.wait(seconds)
-            until(lambda: not members(group), seconds, f"the processes of {self.name} to end")
+            wait_until(lambda: not members(group), seconds, f"the processes of {self.name} to end")
 
 
 class Proxy(Server):
-    """The console entry point in a process of its own, as a user starts it; it tells its port when it listens."""
+    """`xgen-proxy serve` as a process. It chooses its own port and prints it."""
 
     def start(self) -> Proxy:
         self.port = 0
         super().start()
-        listening = until(self._listening, self.start_s, f"the proxy to listen; its log ends:\n{self.tail()}")
+        listening = wait_until(self._listening, self.start_s, f"the proxy to listen; its log ends:\n{self.tail()}")
         self.port = int(listening.group(1))
         return self
 
@@ -163,14 +148,14 @@ class Proxy(Server):
 
 
 def proxy(log: Path, *args: str, env: Mapping[str, str] | None = None) -> Proxy:
-    """`args` are flags of `xgen-proxy serve`. Its coverage counts: only here the coverage variables are let through."""
+    """A proxy with flags of `xgen-proxy serve`. It inherits the coverage variables, so that its coverage counts."""
     coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
     command = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--host", "127.0.0.1", *args]
     return Proxy("the proxy", command, log, "/ready", 30, {**coverage, **(env or {})})
 
 
 def llama_cpp_python(log: Path, model: str, *args: str) -> Server:
-    """The default CPU backend. XGEN_TEST_PYTHON names an interpreter that has it, where this one doesn't."""
+    """The default CPU backend. XGEN_TEST_PYTHON names another interpreter that has it installed."""
     python = os.environ.get("XGEN_TEST_PYTHON", sys.executable)
     command = [python, "-m", "llama_cpp.server", "--model", model, "--model_alias", MODEL, "--n_ctx", str(CONTEXT)]
     command += ["--n_threads", "1", "--n_threads_batch", "1", "--interrupt_requests", "false", *args]
@@ -178,7 +163,7 @@ def llama_cpp_python(log: Path, model: str, *args: str) -> Server:
 
 
 def llama_server(log: Path, model: str, *args: str, slots: int = 4) -> Server:
-    """llama.cpp's own server, through the launcher of this project."""
+    """llama.cpp's own server, started by this project's launcher."""
     command = [sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", model, "-a", MODEL]
     command += ["-c", str(CONTEXT * slots), "-np", str(slots), "-t", "1", "-tb", "1", "-b", "64", "-ub", "64"]
     command += ["--metrics", "--slots", "--no-ui", "--offline", *args]
@@ -186,7 +171,7 @@ def llama_server(log: Path, model: str, *args: str, slots: int = 4) -> Server:
 
 
 def vllm(log: Path, executable: str, model: str) -> Server:
-    """The CPU build of vLLM: 30-100 s to start, 5 GB."""
+    """The CPU build of vLLM. It takes 30-100 s to start and 5 GB of memory."""
     command = [executable, "serve", model, "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager"]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(VLLM_SLOTS)]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--scheduling-policy", "priority"]
@@ -195,7 +180,7 @@ def vllm(log: Path, executable: str, model: str) -> Server:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # One thread: on busy cores two of them wait for each other, and a request takes twice as long.
+        # One thread: on busy cores two threads wait for each other, and requests take twice as long.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }

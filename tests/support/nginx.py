@@ -1,7 +1,7 @@
-"""A real nginx with the configuration of nginx/nginx.conf, and a name server that says where the proxies are.
+"""A real nginx with the configuration of nginx/nginx.conf, and a name server for the addresses of the proxies.
 
-Only what must differ from machine to machine is replaced in it: the ports it listens on, the name server, the port of
-the proxies and the folder of the certificate.
+Only what depends on the machine is replaced: the listening ports, the name server, the port of the proxies and the
+folder of the certificate.
 """
 
 from __future__ import annotations
@@ -24,44 +24,46 @@ from typing import Any
 
 import httpx
 
-from tests.e2e import stack
-from tests.e2e.servers import free_port, until
+from tests.support import compose_stack
+from tests.support.real_servers import free_port
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "nginx" / "nginx.conf"
-IMAGE = stack.variables()["NGINX_IMAGE"]
+README = ROOT / "nginx" / "README.md"
+IMAGE = compose_stack.variables()["NGINX_IMAGE"]
 NEWEST_WITHOUT_RESOLVE = (1, 27, 2)
 TMP_MB = 64
-# As compose.yaml runs it: nothing may be written but /tmp.
+# As in compose.yaml: only /tmp is writable.
 CAGE = ["--user", "101:101", "--read-only", "--tmpfs", f"/tmp:size={TMP_MB}m", "--memory", "256m", "--cap-drop", "ALL"]
 CAGE += ["--security-opt", "no-new-privileges"]
 
 
-class ServiceUnavailableError(Exception):
-    """Neither Docker with an image nor a recent nginx is on this machine; says why."""
+class UnavailableError(Exception):
+    """This machine has neither Docker with the image nor a recent nginx. Says why."""
 
 
 def runner() -> str:
-    """`docker`, with the image there, or the path of an nginx. Raises ServiceUnavailableError."""
+    """`docker` once the image exists, else the path of a recent nginx. Raises UnavailableError."""
     try:
         subprocess.run(["docker", "info"], check=True, capture_output=True, timeout=30)
-        image = [str(ROOT / "tests" / "e2e" / "nginx_image.sh"), IMAGE]
+        image = [str(ROOT / "tests" / "support" / "nginx_image.sh"), IMAGE]
         subprocess.run(image, check=True, capture_output=True, text=True, timeout=280)
         return "docker"
     except (OSError, subprocess.SubprocessError) as error:
         why = f"docker: {getattr(error, 'stderr', None) or error}"
     binary = shutil.which("nginx")
     if binary:
-        told = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
-        version = tuple(int(part) for part in re.findall(r"nginx/([\d.]+)", told)[0].split("."))
+        output = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
+        version = tuple(int(part) for part in re.findall(r"nginx/([\d.]+)", output)[0].split("."))
         if version > NEWEST_WITHOUT_RESOLVE:
             return binary
-        why += f"; {told.strip()} is too old"
-    raise ServiceUnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
+        why += f"; {output.strip()} is too old"
+    raise UnavailableError(f"no Docker and no nginx of 1.27.3 or newer: {why}")
 
 
 class NameServer:
-    """Answers each question with A records of `addresses`, good for no time at all."""
+    """A DNS server that answers each question with A records of `addresses` and a TTL of 0."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = list(addresses)
@@ -88,20 +90,20 @@ class NameServer:
 
 @dataclass
 class Nginx:
-    """`proxy_port`: where the proxies listen, on whatever address the name server tells."""
+    """An nginx in front of proxies that listen on `proxy_port` at the addresses of `names`."""
 
     runner: str
     folder: Path
     proxy_port: int
     names: NameServer
-    added: str = ""  # to the block http
-    changed: Mapping[str, str] = field(default_factory=dict)  # what stands there once: what is to stand there
+    added: str = ""  # to the http block
+    changed: Mapping[str, str] = field(default_factory=dict)  # text in nginx.conf: its replacement
     plain: int = field(default_factory=free_port)
     tls: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        self.log = self.folder / "nginx.log"  # both streams: the access log and the error log
+        self.log = self.folder / "nginx.log"  # stdout and stderr: the access log and the error log
         self.certificate = self.folder / "tls" / "fullchain.pem"
         self.container = f"xgen-test-nginx-{uuid.uuid4().hex[:12]}"
         self.url = f"https://localhost:{self.tls}"
@@ -114,7 +116,7 @@ class Nginx:
         command = self._in_docker(conf) if self.runner == "docker" else self._here(conf)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
-        until(self._answers, 60, f"nginx to answer; its log ends:\n{self.log.read_text()[-2000:]}")
+        wait_until(self._answers, 60, f"nginx to answer; its log ends:\n{self.log.read_text()[-2000:]}")
         return self
 
     def _configuration(self, tls: str) -> str:
@@ -175,19 +177,19 @@ class Nginx:
         return self.context(*protocols).wrap_socket(plain, server_hostname="localhost")
 
     def lines(self) -> list[dict[str, Any]]:
-        """The access log. Every line of stdout must be JSON; what is none is the error log's."""
-        written = self.log.read_text().rpartition("\n")[0]  # it may be in the midst of the next one
+        """The access log. Lines that are not JSON belong to the error log."""
+        written = self.log.read_text().rpartition("\n")[0]  # the last line may be incomplete
         return [json.loads(line) for line in written.splitlines() if line.startswith("{")]
 
     def line(self, request_id: str) -> dict[str, Any]:
-        """The line of one request, which is written when it is over."""
-        return until(
+        """The log line of a request, which is written at its end."""
+        return wait_until(
             lambda: next((line for line in self.lines() if line["request_id"] == request_id), None), 5, request_id
         )
 
 
 def certificate(folder: Path, name: str = "localhost") -> subprocess.CompletedProcess[str]:
-    """What nginx/self-signed.sh makes, readable for the user in the container whoever runs the tests."""
+    """Run nginx/self-signed.sh, and make its files readable for the user in the container."""
     script = ["sh", str(ROOT / "nginx" / "self-signed.sh"), str(folder)]
     done = subprocess.run(script, env={**os.environ, "SERVER_NAME": name}, capture_output=True, text=True, check=False)
     if os.getuid() != 0 and (folder / "privkey.pem").exists():

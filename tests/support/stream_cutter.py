@@ -1,6 +1,6 @@
-"""A TCP forwarder that breaks streams off: what a server that dies in mid-answer looks like, as often as wanted.
+"""A TCP forwarder that cuts streams, as a server that dies in mid-answer does, as often as needed.
 
-What was sent before arrives, as it does when the kernel closes a dead server's sockets; a reset would overtake it.
+It closes connections, so that earlier data arrives, as when the kernel closes a dead server's sockets.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import threading
 from urllib.parse import urlsplit
 
 
-class Cutter:
-    """Listens on `url` and forwards to `target`. While `cut_after` is set, an answer ends after so many events."""
+class StreamCutter:
+    """Listens on `url` and forwards to `target`. While `cut_after` is set, each answer ends after that many events."""
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)
@@ -46,7 +46,7 @@ class Cutter:
         self._end(source, target)
 
     def _answer(self, server: socket.socket, client: socket.socket) -> None:
-        """Event by event, so that a cut falls between two of them."""
+        """Forward event by event, so that cuts fall between events."""
         events = 0
         with contextlib.suppress(OSError):
             while data := server.recv(65536):

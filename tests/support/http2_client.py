@@ -1,9 +1,10 @@
-"""An HTTP/2 connection of which the test sends each frame itself, well-formed or not."""
+"""An HTTP/2 connection on which a test sends any frame, well-formed or not."""
 
 from __future__ import annotations
 
 import ssl
 from types import TracebackType
+from typing import cast
 
 import h2.config
 import h2.connection
@@ -15,12 +16,12 @@ ENDS = (h2.events.StreamEnded, h2.events.StreamReset, h2.events.ConnectionTermin
 
 
 class H2:
-    """Speaks over a TLS socket that has agreed on h2. What is sent is checked by nobody."""
+    """An HTTP/2 client on a TLS socket that has negotiated h2. Outgoing headers are not validated."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         assert sock.selected_alpn_protocol() == "h2"
         self.sock = sock
-        self.early: list[h2.events.Event] = []  # what came before it was asked for
+        self.early: list[h2.events.Event] = []  # received before next() was called
         config = h2.config.H2Configuration(
             validate_outbound_headers=False, normalize_outbound_headers=False, header_encoding="utf-8"
         )
@@ -41,7 +42,7 @@ class H2:
         self.sock.sendall(self.connection.data_to_send())
 
     def request(self, path: str, body: bytes | None = None, extra: Headers | None = None, end: bool = True) -> int:
-        """Returns the stream's number. A POST where there is a body."""
+        """Returns the stream's id. A POST if there is a body, else a GET."""
         stream = self.connection.get_next_available_stream_id()
         head = [(":method", "GET" if body is None else "POST"), (":scheme", "https"), (":authority", "localhost")]
         head += [(":path", path), ("content-type", "application/json"), *(extra or [])]
@@ -70,7 +71,7 @@ class H2:
                     return
 
     def next(self) -> list[h2.events.Event] | None:
-        """What came next; None where the other side has closed."""
+        """The next events; None once the peer has closed."""
         if self.early:
             events, self.early = self.early, []
             return events
@@ -82,12 +83,12 @@ class H2:
         return events
 
     def status(self, stream: int) -> int | None:
-        """The status of a stream's answer, read to its end; None where it was reset or the connection ended."""
+        """Read a response to its end and return its status; None if the stream was reset or the connection ended."""
         status = None
         while (events := self.next()) is not None:
             for event in events:
                 if isinstance(event, h2.events.ResponseReceived) and event.stream_id == stream:
-                    status = int(dict(event.headers)[":status"])
+                    status = int(dict(cast(Headers, event.headers))[":status"])  # str, by header_encoding
                 ours = getattr(event, "stream_id", stream) == stream
                 if ours and isinstance(event, ENDS):
                     return status if isinstance(event, h2.events.StreamEnded) else None

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# nginx_image.sh TAG: an image of that name for the tests, where no registry can be reached: a recent nginx from the
-# Debian mirror that this machine's apt uses, with what the official image has besides that the stack calls: sh, curl
-# and openssl. Does nothing where the image is there or can be pulled. Needs docker; without a registry also mmdebstrap
-# and root.
+# nginx_image.sh TAG: makes a test image of that name where no registry can be reached: a recent nginx from the Debian mirror
+# that apt uses here, with sh, curl and openssl as in the official image. Does nothing if the image exists or can be
+# pulled. Needs docker; without a registry also mmdebstrap and root.
 set -euo pipefail
 tag=$1
 suite=forky # the first with nginx >= 1.27.3, which resolves an upstream's names again

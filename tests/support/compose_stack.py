@@ -1,4 +1,4 @@
-"""The stack of compose.yaml, brought up by Docker Compose as users do: with a project name and ports of its own."""
+"""The stack of compose.yaml under Docker Compose, with its own project name and ports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.servers import free_port
+from tests.support.real_servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose.yaml"
@@ -20,17 +20,17 @@ PROFILES = ["gpu", "monitoring"]
 LABEL = "com.docker.compose.project"
 
 
-class ServiceUnavailableError(Exception):
-    """This machine has no Docker engine, or no Compose; says why."""
+class UnavailableError(Exception):
+    """This machine has no Docker engine or no Compose. Says why."""
 
 
 def check_docker() -> None:
-    """Raises ServiceUnavailableError."""
+    """Raises UnavailableError."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            raise ServiceUnavailableError(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
+            raise UnavailableError(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
 
 
 def docker(*args: str, input: str | None = None, timeout: float = 120) -> str:
@@ -44,7 +44,7 @@ def has_image(name: str) -> bool:
 
 
 class Stack:
-    """`settings`: what a user would write into .env. `override`: a second compose file, as YAML or JSON."""
+    """A stack. `settings`: the contents of .env. `override`: a second compose file, as YAML or JSON."""
 
     def __init__(self, settings: Mapping[str, str], override: str = "") -> None:
         self.project = f"xgen-test-{uuid.uuid4().hex[:8]}"
@@ -63,7 +63,7 @@ class Stack:
             self._files[-1].write_text(override)
 
     def readable_folder(self, name: str) -> Path:
-        """For a container's user too."""
+        """Make a folder that a container's user can read."""
         self.folder.chmod(0o755)
         made = self.folder / name
         made.mkdir(mode=0o755)
@@ -72,14 +72,14 @@ class Stack:
     # -- compose -------------------------------------------------------------------------------------------------------
 
     def compose(self, *args: str, timeout: float = 300) -> str:
-        """Its standard output."""
+        """Run docker compose and return its standard output."""
         command = ["docker", "compose", "--project-name", self.project, "--env-file", "/dev/null"]
         command += [part for file in self._files for part in ("--file", str(file))]
         command += [part for profile in PROFILES for part in ("--profile", profile)]
         done = subprocess.run(
             [*command, *args], env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False
         )
-        assert done.returncode == 0, f"compose {' '.join(args)}:\n{done.stderr[-3000:]}\n{self.last_words()}"
+        assert done.returncode == 0, f"compose {' '.join(args)}:\n{done.stderr[-3000:]}\n{self.last_log_lines()}"
         return done.stdout.strip()
 
     def _environment(self) -> dict[str, str]:
@@ -91,7 +91,7 @@ class Stack:
         self.compose("down", "--volumes", "--timeout", "5")
 
     def left(self) -> list[str]:
-        """What there still is of it."""
+        """Containers, networks and volumes that still exist."""
         found = []
         for kind in ("container", "network", "volume"):
             everything = ["--all"] if kind == "container" else []
@@ -102,7 +102,7 @@ class Stack:
     # -- its containers ------------------------------------------------------------------------------------------------
 
     def containers(self, service: str) -> list[str]:
-        """Ids of those that run, the oldest first."""
+        """The ids of a service's running containers, oldest first."""
         ids = self.compose("ps", "--quiet", service).split()
         return sorted(ids, key=lambda each: inspect(each)["Created"])
 
@@ -110,53 +110,53 @@ class Stack:
         return [inspect(each) for each in self.compose("ps", "--all", "--quiet").split()]
 
     def address(self, container: str) -> str:
-        """In the network `inside`."""
+        """The container's address in the network `inside`."""
         return str(inspect(container)["NetworkSettings"]["Networks"][f"{self.project}_inside"]["IPAddress"])
 
     def replicas(self, proxy: str) -> dict[str, str]:
-        """Each replica's state, as this proxy has it."""
-        told = docker("exec", proxy, "xgen-proxy", "status")
-        return {line.split()[0]: line.split()[2] for line in told.splitlines()[1:] if "@" in line}
+        """The state of each replica as this proxy reports it."""
+        output = docker("exec", proxy, "xgen-proxy", "status")
+        return {line.split()[0]: line.split()[2] for line in output.splitlines()[1:] if "@" in line}
 
     def access_log(self) -> dict[str, dict[str, Any]]:
-        """nginx's lines by request id."""
+        """nginx's log lines by request id."""
         [nginx] = self.containers("nginx")
         lines = [json.loads(line) for line in log(nginx) if line.startswith("{")]
         return {line["request_id"]: line for line in lines}
 
     def certificate(self) -> Path:
-        """The one that clients must trust."""
+        """The certificate that clients must trust."""
         path = self.folder / "fullchain.pem"
         path.write_text(self.compose("exec", "-T", "nginx", "cat", "/etc/nginx/tls/fullchain.pem"))
         return path
 
-    def last_words(self) -> str:
+    def last_log_lines(self) -> str:
         ids = docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={self.project}").split()
         return "\n".join(self._words_of(each) for each in ids)
 
     @staticmethod
     def _words_of(container: str) -> str:
-        told = inspect(container)
-        return "\n".join([f"{told['Name']} {told['State']['Status']}", *log(container)[-12:]])
+        output = inspect(container)
+        return "\n".join([f"{output['Name']} {output['State']['Status']}", *log(container)[-12:]])
 
 
 def log(container: str) -> list[str]:
-    """The lines of both its streams, since it was made."""
+    """The lines of its stdout and stderr since it was created."""
     command = ["docker", "logs", container]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, timeout=60)
     return done.stdout.splitlines()
 
 
 def inspect(container: str) -> dict[str, Any]:
-    [told] = json.loads(docker("inspect", container))
-    return dict(told)
+    [output] = json.loads(docker("inspect", container))
+    return dict(output)
 
 
 def variables() -> dict[str, str]:
-    """The variables that compose.yaml reads, and their defaults."""
+    """The variables of compose.yaml with their defaults."""
     text = re.sub(r"(?m)(^|\s)#.*$", "", COMPOSE.read_text())
     found = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
-    assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-[^}]*\}", text)), "one has no default"
+    assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-[^}]*\}", text)), "a variable has no default"
     passed = [name for names in re.findall(r"x-pip: &pip \[(.*)\]", text) for name in names.split(", ")]
     passed += re.findall(r"(?m)^ +- ([A-Z_]+)$", text)
     return {**found, **dict.fromkeys(passed, "")}

@@ -1,4 +1,4 @@
-"""What the e2e tests share: a proxy with its backend behind it, and the requests they send."""
+"""A proxy with a real backend behind it, and the requests that e2e tests send."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from openai.types.chat import ChatCompletionMessageParam
 
-from tests.e2e.servers import MODEL, Proxy, Server
+from tests.support.real_servers import MODEL, Proxy, Server
 
 Json = dict[str, Any]
 
-# One of the few questions that a model of 135M parameters answers rightly on every backend.
+# A question that a model of 135M parameters answers correctly on every backend.
 QUESTION = "What is the capital of France? Answer in one word."
-CAPITAL = [{"role": "user", "content": QUESTION}]
+CAPITAL: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
 
-# The same tokens from the same backend each time; llama-cpp-python's own default would be a repeat_penalty of 1.1.
+# The same backend gives the same tokens each time. llama-cpp-python's default repeat_penalty is 1.1.
 GREEDY: Json = {"temperature": 0, "seed": 1, "repeat_penalty": 1.0}
 
-# SmolLM2's two end tokens: without them an answer runs to its max_tokens.
+# Forbids SmolLM2's two end tokens, so that answers run to max_tokens.
 NEVER_ENDING: Json = {"logit_bias": {"0": -100, "2": -100}}
 
 
@@ -27,8 +28,8 @@ def chat(content: str = QUESTION, **fields: Any) -> Json:
 
 
 @dataclass(frozen=True)
-class Door:
-    """`kind`: the fixture's name. `name`: the backend as the answer's X-Backend header calls it."""
+class ProxiedBackend:
+    """`kind`: the backend's fixture. `name`: the backend's name in the X-Backend header."""
 
     kind: str
     name: str
@@ -49,7 +50,7 @@ class Door:
         return self.post("/v1/chat/completions", chat(content, **fields))
 
     def direct(self, path: str, body: Json) -> httpx.Response:
-        """The same, from the backend itself."""
+        """Send the request to the backend without the proxy."""
         return httpx.post(self.backend.url + path, json=body, timeout=60)
 
     def assert_answers(self) -> None:
@@ -58,7 +59,7 @@ class Door:
 
 
 def assert_openai_error(answer: httpx.Response, *statuses: int) -> Json:
-    """OpenAI's error shape, with one of `statuses`, leaking nothing of the machine. Returns the error."""
+    """Check status and shape of an OpenAI error, and that it leaks no paths or tracebacks. Returns the error."""
     assert answer.status_code in statuses, f"{answer.status_code}: {answer.text[:500]}"
     assert answer.headers["content-type"].startswith("application/json"), answer.headers
     body = answer.json()
