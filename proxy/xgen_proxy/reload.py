@@ -39,6 +39,8 @@ def file_versions(paths: Iterable[Path]) -> Versions:
 
 
 class Reloader:
+    """Reads `sources` again on SIGHUP and when one of their files changes, and configures the gateway."""
+
     def __init__(self, gateway: Gateway, sources: ConfigSources) -> None:
         self.gateway = gateway
         self._sources = sources

@@ -82,14 +82,14 @@ class Engine(FakeUpstream):
 
     page = ""
 
-    async def _look(self, talk: Talk) -> None:
+    async def answer_check(self, talk: Talk) -> None:
         if talk.path == "/metrics":
             head = f"content-type: text/plain; version=0.0.4\r\ncontent-length: {len(self.page)}\r\n\r\n"
             await talk.send(f"HTTP/1.1 200 OK\r\n{head}{self.page}".encode())
         elif talk.path == "/props":  # llama-server's
             await talk.answer(200, {"total_slots": 2})
         else:
-            await super()._look(talk)
+            await super().answer_check(talk)
 
 
 def asked(talk: Talk) -> str:

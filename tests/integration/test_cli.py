@@ -273,7 +273,7 @@ def test_another_server_at_the_url(run: Cli, command: str, body: object) -> None
     """Such as a backend, whose URL was given by mistake."""
 
     class Other(FakeUpstream):
-        async def _look(self, talk: Talk) -> None:
+        async def answer_check(self, talk: Talk) -> None:
             await talk.answer(404, body)
 
     async def nothing(talk: Talk) -> None:

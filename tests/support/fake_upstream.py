@@ -174,13 +174,13 @@ class FakeUpstream:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
-            await self._look(talk)
+            await self.answer_check(talk)
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)
         return not writer.is_closing()
 
-    async def _look(self, talk: Talk) -> None:
+    async def answer_check(self, talk: Talk) -> None:
         if self.health != 200:
             await talk.answer(self.health, {})
         elif talk.path == "/v1/models":

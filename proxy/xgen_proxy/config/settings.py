@@ -186,6 +186,8 @@ class Routing(BaseModel, extra="forbid"):
 
 
 class Settings(BaseSettings):
+    """All settings of a proxy. Each is checked when it is loaded; `description` is what docs/configuration.md shows."""
+
     model_config = SettingsConfigDict(
         env_prefix="XGEN_",
         env_nested_delimiter="__",

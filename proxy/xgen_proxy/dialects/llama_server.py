@@ -76,6 +76,8 @@ def always_usage(body: Json, request: BackendRequest) -> Json:
 
 
 class LlamaServer(Dialect):
+    """Cancels only streams, so that whole responses are collected from them."""
+
     name = "llama-server"
     device_class = "cpu"
     capabilities = NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"}

@@ -70,6 +70,8 @@ class StreamCollector:
 
 
 class Choice:
+    """The pieces of one choice, joined."""
+
     def __init__(self) -> None:
         self.texts: dict[str, list[str]] = {}  # content, reasoning_content, refusal, text
         self.calls: dict[int, Json] = {}

@@ -24,6 +24,8 @@ def guided_to_structured(body: Json, _: BackendRequest) -> Json:
 
 
 class VLLM(Dialect):
+    """Cancels whole responses too, so that they pass unparsed."""
+
     name = "vllm"
     capabilities = NEEDS - {"grammar", "embeddings"}
     slots = 256  # vLLM's own default of --max-num-seqs

@@ -329,6 +329,8 @@ class Backend:
 
 
 class Fleet:
+    """The backends in the order of their names."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.backends = tuple(

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import dns.asyncresolver
 import dns.exception
 import dns.resolver
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.health import HealthMonitor
@@ -29,6 +30,15 @@ log = logging.getLogger("xgen_proxy.discovery")
 LOOKUP_INTERVAL_S = 2.0  # a new replica should be found, checked and used within 5 s
 LOOKUP_TIMEOUT_S = 5.0  # a name server that does not answer must not delay the start or other backends
 NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+
+
+# A name server may drop one question. Asking again soon spares the replicas another interval without news.
+ask_again = retry(
+    retry=retry_if_exception_type((socket.gaierror, dns.exception.DNSException)),
+    stop=stop_after_attempt(3),
+    wait=wait_random_exponential(multiplier=0.1, max=0.5),
+    reraise=True,
+)
 
 
 async def resolve(urls: Iterable[str]) -> list[str]:
@@ -46,6 +56,7 @@ async def _resolve(url: str) -> list[str]:
     return [url]
 
 
+@ask_again
 async def _addresses(host: str, port: int) -> list[str]:
     """IPv4 if there is any: a pod with an address of each family is one replica, not two."""
     try:
@@ -59,6 +70,7 @@ async def _addresses(host: str, port: int) -> list[str]:
     return ipv4 or ipv6
 
 
+@ask_again
 async def _services(name: str) -> list[str]:
     """Ignores priority and weight: the load of each replica decides."""
     try:
@@ -69,6 +81,8 @@ async def _services(name: str) -> list[str]:
 
 
 class Discovery:
+    """Looks the names of every backend up again and again, and hands the replicas found to the health monitor."""
+
     def __init__(self, fleet: Fleet, monitor: HealthMonitor) -> None:
         self.fleet = fleet
         self.monitor = monitor

@@ -31,6 +31,8 @@ Work = Callable[[Target, bytes], Awaitable[None]]
 
 
 class Failover:
+    """The attempts of one request. `remaining`: the targets that have not been tried."""
+
     def __init__(
         self,
         call: Call,

@@ -23,6 +23,8 @@ from xgen_proxy.routing.router import Router, Target
 
 
 class Resumption:
+    """Resumes one stream, as often as it breaks."""
+
     def __init__(
         self,
         call: Call,

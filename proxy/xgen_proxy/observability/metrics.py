@@ -29,6 +29,13 @@ class Metrics(Collector):
     """An Observer, and the registry behind /metrics."""
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
+        self._define_counters()
+        self._define_histograms()
+        self._registry = CollectorRegistry()
+        self._registry.register(FleetMetrics(fleet, admission))
+        self._registry.register(self)
+
+    def _define_counters(self) -> None:
         self.requests = Counter(
             "xgen_requests",
             "Requests that could be routed, by outcome.",
@@ -75,6 +82,8 @@ class Metrics(Collector):
             ["result"],
             initial_labels=["taken", "refused"],
         )
+
+    def _define_histograms(self) -> None:
         self.duration = Histogram(
             "xgen_request_duration_seconds",
             "From the request to the end of the response.",
@@ -101,9 +110,6 @@ class Metrics(Collector):
         self.queue_wait = Histogram(
             "xgen_queue_wait_seconds", "Time in the queue for a slot, for requests that queued.", SECONDS, ["urgency"]
         )
-        self._registry = CollectorRegistry()
-        self._registry.register(FleetMetrics(fleet, admission))
-        self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self.all():

@@ -26,6 +26,8 @@ class Target(NamedTuple):
 
 
 class Router:
+    """Plans requests for the fleet as it is now. `rng` breaks ties between replicas."""
+
     def __init__(self, fleet: Fleet, rng: random.Random) -> None:
         self.fleet = fleet
         self._rng = rng

@@ -184,6 +184,23 @@ def test_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUpstr
     assert chat(proxy).status_code == 200
 
 
+def test_a_lookup_that_fails_once_is_asked_again(
+    start: Start, gpu: FakeUpstream, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    names.addresses = ["127.0.0.1"]
+    failures = [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")]
+    lookup = names.getaddrinfo
+
+    def fails_once(host: str, port: int) -> Found:
+        if failures:
+            raise failures.pop()
+        return lookup(host, port)
+
+    names.getaddrinfo = fails_once  # type: ignore[method-assign]
+    start(backends={"vllm": named(gpu)}, up=1)
+    assert "cannot be looked up" not in caplog.text
+
+
 def test_replicas_are_kept_while_no_name_server_answers(
     start: Start, names: Names, gpu: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,10 +28,10 @@ class Upstream(FakeUpstream):
         self.checks: list[Talk] = []
         super().__post_init__()
 
-    async def _look(self, talk: Talk) -> None:
+    async def answer_check(self, talk: Talk) -> None:
         self.checks.append(talk)
         script = self.check_scripts.get(talk.path)
-        await (script(talk) if script else super()._look(talk))
+        await (script(talk) if script else super().answer_check(talk))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_proxy_serves_only_after_the_initial_checks(start: Start, gpu: Upstream)
 
     async def slowly(talk: Talk) -> None:
         await asyncio.sleep(0.5)
-        await FakeUpstream._look(gpu, talk)
+        await FakeUpstream.answer_check(gpu, talk)
 
     gpu.check_scripts["/metrics"] = slowly
     proxy = start(up=0, backends={"vllm": backend(gpu)})
@@ -139,7 +139,7 @@ def test_two_missed_health_checks_are_ignored(start: Start, gpu: Upstream, monke
 
     async def missing_twice(talk: Talk) -> None:
         script = next(misses, None)
-        await (script(talk) if script else FakeUpstream._look(gpu, talk))
+        await (script(talk) if script else FakeUpstream.answer_check(gpu, talk))
 
     states: list[str] = []
     set_state = only(proxy).set_state

@@ -127,6 +127,8 @@ RULES = (
 
 
 class LlamaCppPython(Dialect):
+    """One request at a time; cancels only streams; reports no usage in them."""
+
     name = "llama-cpp-python"
     device_class = "cpu"
     capabilities = frozenset({"forced_tool", "logprobs", "json_object", "json_schema", "echo"})

@@ -1,0 +1,29 @@
+"""Calls and targets for unit tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from xgen_proxy.config.settings import Settings
+from xgen_proxy.fleet.backend import Fleet
+from xgen_proxy.request.call import Call, Origin, parse_call
+from xgen_proxy.request.features import Endpoint
+from xgen_proxy.request.limits import Limits
+from xgen_proxy.routing.router import Target
+
+
+def make_call(endpoint: Endpoint = "chat", **fields: Any) -> Call:
+    least = {"messages": [{"role": "user", "content": "Hi"}]} if endpoint == "chat" else {"prompt": "One"}
+    body = {"model": "m", **least, **fields}
+    origin = Origin("id-1", {})
+    return parse_call(
+        origin, endpoint, orjson.dumps(body), body, limits=Limits(), continuation=True, default_model=lambda: "m"
+    )
+
+
+def make_target(reason: str = "default: because", url: str = "http://gpu:8000") -> Target:
+    """On a backend called vllm."""
+    [replica] = Fleet(Settings(backends={"vllm": {"urls": url}})).replicas
+    return Target(replica, reason, 0)

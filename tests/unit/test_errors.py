@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from xgen_proxy.errors import (
+    BadGatewayError,
+    BadRequestError,
+    MethodNotAllowedError,
+    ProxyError,
+    RequestTimeoutError,
+    ServiceUnavailableError,
+    UnsupportedByBackendError,
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamOverloadedError,
+    UpstreamProtocolError,
+    UpstreamTimeoutError,
+    all_failed,
+)
+
+
+def test_an_error_has_openais_fields() -> None:
+    error = BadRequestError("n must be 1", param="n")
+    fields = {"message": "n must be 1", "type": "invalid_request_error", "param": "n", "code": None}
+    assert orjson.loads(error.body()) == {"error": fields}
+    assert error.event() == b"data: " + error.body() + b"\n\n"
+    assert dict(error.headers()) == {b"content-type": b"application/json", b"x-should-retry": b"false"}
+
+
+def test_headers_say_when_to_retry_and_whether_the_connection_ends() -> None:
+    assert dict(ServiceUnavailableError("down", retry_after=5).headers())[b"retry-after"] == b"5"
+    assert dict(RequestTimeoutError("slow").headers())[b"connection"] == b"close"
+    assert dict(MethodNotAllowedError("/a", "GET", "POST").headers())[b"allow"] == b"POST"
+    assert b"x-should-retry" not in dict(ProxyError("x").headers())
+
+
+def test_an_upstream_error_keeps_the_backends_words_out_of_its_reason() -> None:
+    error = UpstreamProtocolError("says 500", "the prompt was secret")
+    assert (error.reason, str(error)) == ("says 500", "says 500: the prompt was secret")
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([UpstreamOverloadedError("full"), UpstreamConnectError("down"), UnsupportedByBackendError("no")], 503),
+        ([UpstreamConnectError("down"), UpstreamTimeoutError("silent")], 504),
+        ([UpstreamTimeoutError("silent"), UpstreamProtocolError("reset")], 502),
+    ],
+)
+def test_all_failed(errors: list[UpstreamError], status: int) -> None:
+    error = all_failed((f"r{number}", each) for number, each in enumerate(errors))
+    assert (error.status, error.code) == (status, "all_backends_failed")
+    assert all(f"r{number}: {each}" in error.message for number, each in enumerate(errors))
+    assert isinstance(error, BadGatewayError) == (status != 503)
+    assert (error.retry_after is not None) == (status == 503)
