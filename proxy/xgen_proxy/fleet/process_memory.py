@@ -34,8 +34,8 @@ def is_local(host: str) -> bool:
 def listener(port: int) -> int | None:
     """The id of the process that listens on a TCP port of this machine. None if another user owns it."""
     for connection in psutil.net_connections(kind="tcp"):
-        listening = connection.status == psutil.CONN_LISTEN and connection.laddr
-        if listening and connection.laddr.port == port and connection.pid:
+        listens_on = getattr(connection.laddr, "port", None) if connection.status == psutil.CONN_LISTEN else None
+        if listens_on == port and connection.pid:
             return int(connection.pid)
     return None
 
