@@ -1,4 +1,4 @@
-"""Writes the tables of these pages that say what the code says. tests/test_docs.py fails while one is stale.
+"""Write the tables of these pages that repeat the code. tests/repo/test_docs.py fails while one is stale.
 
 python docs/tables.py
 """
@@ -32,6 +32,18 @@ from xgen_proxy.request.features import NEEDS  # noqa: E402
 from xgen_proxy.request.limits import Limits  # noqa: E402
 from xgen_proxy.request.presets import BY_TASK, PRESETS  # noqa: E402
 
+# The packages in the order in which a request meets them.
+ORDER = (
+    "downstream",
+    "api",
+    "request",
+    "routing",
+    "fleet",
+    "forwarding",
+    "dialects",
+    "observability",
+    "config",
+)
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -118,14 +130,34 @@ def presets() -> Iterator[Row]:
         yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
 
 
-def rooms() -> Iterator[Row]:
-    yield "file", "what it is for"
-    for file in sorted(PACKAGE.rglob("[a-z]*.py")):
-        text = ast.get_docstring(ast.parse(file.read_text())) or ""
-        yield (
-            f"[{file.relative_to(PACKAGE)}](../{file.relative_to(DOCS.parent)})",
-            " ".join(text.partition("\n\n")[0].split()),
-        )
+def rooms() -> str:
+    """The packages in the order in which a request meets them: a heading, their sentence, their modules."""
+    return "".join(
+        f"\n### {title(folder)}\n\n{first_sentence(folder / '__init__.py')}\n\n{modules(folder)}"
+        for folder in packages()
+    )
+
+
+def packages() -> list[Path]:
+    """Raises ValueError if ORDER lacks one."""
+    inner = (file.parent for file in PACKAGE.rglob("__init__.py") if file.parent != PACKAGE)
+    return [PACKAGE, *sorted(inner, key=lambda folder: (ORDER.index(folder.relative_to(PACKAGE).parts[0]), folder))]
+
+
+def title(folder: Path) -> str:
+    return "The package itself" if folder == PACKAGE else f"`{folder.relative_to(PACKAGE)}/`"
+
+
+def modules(folder: Path) -> str:
+    files = sorted(folder.glob("[a-z]*.py"))
+    rows = [(f"[{file.stem}](../{file.relative_to(DOCS.parent)})", first_sentence(file)) for file in files]
+    return markdown(iter([("module", "what it does"), *rows]))
+
+
+def first_sentence(file: Path) -> str:
+    text = " ".join((ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0].split())
+    found = re.match(r".*?[.?!](?= [A-Z`/]|$)", text)
+    return found[0] if found else text
 
 
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
@@ -138,13 +170,16 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "abilities": abilities,
     "dialects": dialects,
     "presets": presets,
-    "rooms": rooms,
 }
 
 
 def rendered(text: str) -> str:
-    """The page with its tables as the code has them now. Raises KeyError for a table that there is not."""
-    return PLACE.sub(lambda place: place[1] + markdown(TABLES[place[2]]()) + place[3], text)
+    """The page with its tables as the code has them now. Raises KeyError for an unknown table."""
+    return PLACE.sub(lambda place: place[1] + render(place[2]) + place[3], text)
+
+
+def render(name: str) -> str:
+    return rooms() + "\n" if name == "rooms" else markdown(TABLES[name]())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
-# self-signed.sh [FOLDER]: a self-signed certificate for a first start, unless FOLDER (/etc/nginx/tls) has one.
-# It is valid for localhost, 127.0.0.1 and SERVER_NAME (a host name or an IPv4 address). Needs openssl.
+# self-signed.sh [FOLDER]: make a self-signed certificate for the first start, unless FOLDER (/etc/nginx/tls) has one.
+# It is valid for localhost, 127.0.0.1 and SERVER_NAME (a host name or an IPv4 address). It needs openssl.
 set -eu
 folder=${1:-/etc/nginx/tls}
 name=${SERVER_NAME:-localhost}
@@ -31,4 +31,4 @@ if [ "$(id -u)" -eq 0 ]; then
 fi
 mv "$key.new" "$key"
 mv "$chain.new" "$chain"
-echo "certificate: made a self-signed one for $name; clients must be told to trust $chain"
+echo "certificate: made a self-signed one for $name; clients have to trust $chain"

@@ -1,4 +1,4 @@
-"""The dashboard, drawn with Grafana's foundation SDK. tests/unit/test_monitoring.py fails while the file is stale.
+"""The dashboard, drawn with Grafana's foundation SDK. tests/repo/test_monitoring.py fails while the file is stale.
 
 python deploy/grafana/dashboard.py
 """
@@ -90,7 +90,7 @@ def latest(title: str, description: str, *queries: prometheus.Dataquery) -> stat
 
 
 def limit(panel: timeseries.Panel, value: float) -> timeseries.Panel:
-    """A red line that is not to be crossed."""
+    """Draw a red line at the limit."""
     style = common.GraphThresholdsStyleConfig().mode(shapes.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(steps((value, RED), first="transparent")).thresholds_style(style)
 
@@ -105,8 +105,7 @@ def in_color(panel: timeseries.Panel, name: str, color: str) -> timeseries.Panel
 def answered() -> stat.Panel:
     panel = latest(
         "Requests answered",
-        "The share that was neither answered with a 5xx, nor turned away with a 429, nor lost in mid-stream. "
-        "The objective is 99.5 %.",
+        "The share without a 5xx, a 429 or a lost stream. The objective is 99.5 %.",
         query("1 - xgen:requests_failed:ratio_rate5m", "last 5 minutes"),
         query("1 - xgen:requests_failed:ratio_rate1d", "last day"),
     )
@@ -116,7 +115,7 @@ def answered() -> stat.Panel:
 def replicas_up() -> stat.Panel:
     panel = latest(
         "Replicas up",
-        "How many replicas of each backend take requests. Red: none does.",
+        "Replicas of each backend that get requests. Red: none.",
         query("backend:xgen_replicas_up:sum", "{{backend}}"),
     )
     return panel.thresholds(steps((1, GREEN), first=RED)).color_mode(shapes.BigValueColorMode.BACKGROUND)
@@ -126,7 +125,7 @@ def replica_states() -> statetimeline.Panel:
     panel: statetimeline.Panel = placed(
         statetimeline.Panel(),
         "State of each replica",
-        "Breaker open: it answers looks but fails requests, and gets none for a while.",
+        "Breaker open: the replica answers health checks but fails requests, and gets none for a while.",
         query(
             "replica:xgen_replica_up:max + on (backend, replica) "
             '2 * max by (backend, replica) (xgen_replica_breaker_state{state!="closed"})',
@@ -156,7 +155,7 @@ def alerts() -> table.Panel:
     panel: table.Panel = placed(
         table.Panel(),
         "Alerts that fire",
-        "What each means and what to do is told in docs/operations.md.",
+        "docs/operations.md explains each alert and its remedies.",
         query('count by (alertname, severity) (ALERTS{alertstate="firing"})').instant().format(PromQueryFormat.TABLE),
     )
     shown = DataTransformerConfig(
@@ -183,8 +182,8 @@ def first_token() -> timeseries.Panel:
     p50, p95 = (f"backend:xgen_time_to_first_token_seconds:{q}_rate{RULES_WINDOW}" for q in ("p50", "p95"))
     panel = lines(
         "Time to the first token",
-        "From the request to the first token of its answer, waiting for a slot included. "
-        "The objective: 95 % of answers begin within 2.5 s.",
+        "From the request to its first token, including the wait for a slot. "
+        "The objective: 95 % of streams begin within 2.5 s.",
         "s",
         query(p95, "{{backend}} p95"),
         query(p50, "{{backend}} p50"),
@@ -195,7 +194,7 @@ def first_token() -> timeseries.Panel:
 def between_chunks() -> timeseries.Panel:
     return lines(
         "Time between two chunks",
-        "The mean gap of each stream. What a reader feels as speed; the reciprocal is tokens per second and stream.",
+        "The mean gap of each stream. Its reciprocal is the tokens per second that a reader sees.",
         "s",
         query(quantile(0.95, "xgen_inter_chunk_seconds", "backend"), "{{backend}} p95"),
         query(quantile(0.5, "xgen_inter_chunk_seconds", "backend"), "{{backend}} p50"),
@@ -205,7 +204,7 @@ def between_chunks() -> timeseries.Panel:
 def queue() -> timeseries.Panel:
     panel = lines(
         "The queue",
-        "Requests that wait for a slot now, and how long those waited that had to.",
+        "Requests that wait for a slot now, and the wait of those that had to wait.",
         "short",
         query("xgen:queue_requests:sum", "waiting"),
         query(quantile(0.95, "xgen_queue_wait_seconds"), "p95 of the wait"),
@@ -217,7 +216,7 @@ def queue() -> timeseries.Panel:
 def overhead() -> timeseries.Panel:
     return lines(
         "What the proxy adds",
-        "Until the first output, less the waiting for slots and backends: the proxy's own share.",
+        "The time until the first output, without the waiting for slots and backends.",
         "s",
         query(quantile(0.99, "xgen_overhead_seconds"), "p99"),
         query(quantile(0.5, "xgen_overhead_seconds"), "p50"),
@@ -230,7 +229,7 @@ def overhead() -> timeseries.Panel:
 def by_backend() -> timeseries.Panel:
     return stacked(
         "Requests by backend",
-        "Who answered, or failed last. none: nobody was asked.",
+        "The backend that answered or failed last. none: none was tried.",
         "reqps",
         query(rate("xgen_requests_total", "backend"), "{{backend}}"),
     )
@@ -248,7 +247,7 @@ def by_reason() -> timeseries.Panel:
 def fullness() -> timeseries.Panel:
     panel = lines(
         "How full they are",
-        "Load as the router sees it: 100 % is full, short work spills to the CPU. KV cache: near 100 % vLLM interrupts "
+        "The router's load: at 100 % short work spills to the CPU. KV cache: near 100 % vLLM interrupts "
         "running requests.",
         "percentunit",
         query("max by (replica) (xgen_replica_load)", "{{replica}}"),
@@ -260,7 +259,7 @@ def fullness() -> timeseries.Panel:
 def tokens() -> timeseries.Panel:
     return lines(
         "Tokens",
-        "Per second, in and out, where the backend tells usage.",
+        "Per second, in and out, if the backend reports usage.",
         "short",
         query(rate("xgen_tokens_total", "backend, type"), "{{backend}} {{type}}"),
     )
@@ -272,7 +271,7 @@ def tokens() -> timeseries.Panel:
 def fallbacks() -> timeseries.Panel:
     return lines(
         "Stand-ins",
-        "Requests answered by another backend than the first of their plan; and all attempts after a request's first.",
+        "Requests answered by another backend than the first of their plan, and all attempts after a request's first.",
         "reqps",
         query(rate("xgen_fallbacks_total", "backend, to"), "{{backend}} → {{to}}"),
         query(rate("xgen_retries_total", "backend"), "tried again at {{backend}}"),
@@ -282,7 +281,7 @@ def fallbacks() -> timeseries.Panel:
 def failed_attempts() -> timeseries.Panel:
     return stacked(
         "Attempts that failed",
-        "Whatever the client saw: most are answered by the next candidate.",
+        "Failed attempts. Clients rarely see them: the next candidate answers.",
         "reqps",
         query(rate("xgen_attempt_failures_total", "replica, outcome"), "{{replica}} {{outcome}}"),
     )
@@ -291,7 +290,7 @@ def failed_attempts() -> timeseries.Panel:
 def broken_streams() -> timeseries.Panel:
     panel = stacked(
         "Streams that broke",
-        "In each interval: where they went on. none: nobody could, and the client got an error in mid-answer.",
+        "In each interval, by the backend that resumed them. none: none could, and the client got an error event.",
         "short",
         query("sum by (backend) (increase(xgen_continuations_total[$__rate_interval]))", "{{backend}}"),
     )
@@ -301,8 +300,8 @@ def broken_streams() -> timeseries.Panel:
 def unanswered() -> timeseries.Panel:
     return lines(
         "Not answered",
-        "Errors by status (499: the client left), requests refused before routing, turned away for want of a slot, and "
-        "at which stage clients left.",
+        "Errors by status (499: the client left), requests refused before routing or turned away without a slot, and "
+        "the stage at which clients left.",
         "reqps",
         query(rate('xgen_requests_total{status!~"2.."}', "status"), "{{status}}"),
         query(rate("xgen_refused_requests_total", "code"), "refused {{code}}"),

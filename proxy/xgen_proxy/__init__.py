@@ -1,3 +1,3 @@
-"""xgen-proxy: one OpenAI-compatible door in front of vLLM (GPU) and llama.cpp (CPU)."""
+"""xgen-proxy: an OpenAI-compatible proxy over vLLM (GPU) and llama.cpp (CPU)."""
 
 __version__ = "0.1.0"

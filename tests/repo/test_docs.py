@@ -8,6 +8,8 @@ import subprocess
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from xgen_proxy.request.features import HINTS
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "proxy" / "xgen_proxy"
-API, METRICS = DOCS / "api.md", DOCS / "metrics.md"
+API, METRICS, ARCHITECTURE = DOCS / "api.md", DOCS / "metrics.md", DOCS / "architecture.md"
 ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
 NGINX_PAGE = ROOT / "nginx" / "README.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
@@ -70,7 +72,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @ids
 def test_code_blocks_are_of_a_kind_that_is_tested(page: Path) -> None:
     kinds = {kind for kind, _ in documents.BLOCK.findall(page.read_text())}
-    assert kinds <= {"sh", "python", "toml", "nginx"}
+    assert kinds <= {"sh", "python", "toml", "nginx", "http"}
+    assert "http" not in kinds or page == README, "a response is shown in the README only"
     assert "python" not in kinds or page == README, "python is run from the README only"
     assert "nginx" not in kinds or page == NGINX_PAGE, "nginx runs what its own page says"
 
@@ -151,6 +154,11 @@ def check_python(words: list[str]) -> None:
         assert (ROOT / path).exists(), path
 
 
+def check_pip(words: list[str]) -> None:
+    """`install .`, which installs the package of this checkout."""
+    assert words == ["install", "."], words
+
+
 def check_curl(words: list[str]) -> None:
     """Run for real by tests/e2e/test_readme.py."""
     assert words[0].startswith("http://127.0.0.1:8080/"), words
@@ -175,6 +183,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "xgen-proxy": check_xgen_proxy,
     ".venv/bin/python": check_python,
     "curl": check_curl,
+    "pip": check_pip,
     "docker": check_docker,
     "echo": lambda words: None,
     "export": lambda words: check_variable(words[0]),
@@ -212,6 +221,28 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
+# The walk of one request
+
+
+def walk() -> list[str]:
+    """The name that each step of the walk in docs/architecture.md begins with."""
+    section = ARCHITECTURE.read_text().partition("\n### The walk\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\d+\. `([\w.]+)`", section, re.MULTILINE)
+
+
+def test_the_walk_goes_from_the_app_to_the_observer() -> None:
+    assert walk()[0] == "app.ProxyApp.__call__"
+    assert walk()[-1] == "forwarding.outcome.Observer.request_finished"
+
+
+@pytest.mark.parametrize("step", walk())
+def test_every_name_in_the_walk_exists(step: str) -> None:
+    """`module.Class.method`, `module.Class` or `module.function`; modules are in lower case."""
+    found = re.fullmatch(r"([a-z_.]+)\.([A-Z][\w.]*|[a-z_]+)", step)
+    assert found, step
+    attrgetter(found[2])(import_module(f"xgen_proxy.{found[1]}"))
+
+
 # Settings
 
 
@@ -221,8 +252,8 @@ def test_settings_in_the_text_exist(page: Path) -> None:
     known |= {"backends"}
     for text in inline(page):
         if re.fullmatch(r"(routing|limits|backends)\.[\w.]+", text) and not text.endswith((".py", ".in")):
-            assert text in known, text
-        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text != "XGEN_CONFIG":
+            assert text in known or text in walk(), text
+        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text not in ("XGEN_CONFIG", "XGEN_SECRETS_DIR"):
             setting = text.removeprefix("XGEN_").lower().replace("__", ".").replace(".name.", ".NAME.")
             assert setting in known, text
 
@@ -280,6 +311,14 @@ def test_answer_headers() -> None:
     )
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
     assert told == sent, "docs/api.md has other answer headers than the code"
+
+
+def test_the_readmes_response_has_headers_that_are_sent() -> None:
+    [response] = documents.blocks(README, "http")
+    head = response.partition("\n\n")[0].splitlines()[1:]
+    told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
+    assert head
+    assert {line.partition(":")[0] for line in head} <= told
 
 
 def error_classes(base: type[ProxyError] = ProxyError) -> Iterator[type[ProxyError]]:
@@ -351,10 +390,10 @@ def test_outcomes() -> None:
 @pytest.mark.parametrize(
     ("page", "phrase"),
     [
-        (ROUTING, f"counts as come {admission.HEAD_START_S['high']:g} s\n  earlier"),
+        (ROUTING, f"`high` counts as {admission.HEAD_START_S['high']:g} s older"),
         (ROUTING, f"gets none for {circuit_breaker.OPEN_S:g} s"),
         (ROUTING, f"up to {circuit_breaker.LONGEST_OPEN_S:g} s"),
-        (ROUTING, f"bit by bit over {circuit_breaker.SLOW_START_S:g} s"),
+        (ROUTING, f"step by step over {circuit_breaker.SLOW_START_S:g} s"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
         (README, f"while its load is under {Settings().routing.urgent_load:g}"),

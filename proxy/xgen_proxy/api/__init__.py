@@ -1,0 +1,1 @@
+"""The routes: OpenAI's API, /generate, and the endpoints for operators."""

@@ -1,0 +1,1 @@
+"""The settings: fields, defaults, sources and their checks."""

@@ -1,0 +1,1 @@
+"""The backends and their replicas: discovery, health, load and slots."""

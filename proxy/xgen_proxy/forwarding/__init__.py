@@ -1,0 +1,1 @@
+"""Gets the response of a plan: attempts, failover, delivery and resumption."""

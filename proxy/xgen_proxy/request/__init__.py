@@ -1,0 +1,1 @@
+"""What a request asks for, parsed once and checked against the limits; no I/O."""
