@@ -146,7 +146,7 @@ async def chunk(repeats: int) -> list[float]:
 
 
 async def receive() -> Message:
-    raise AssertionError("nobody is waited for")
+    raise AssertionError("nothing waits")
 
 
 async def send(message: Message) -> None:

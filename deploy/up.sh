@@ -27,7 +27,7 @@ case ,${COMPOSE_PROFILES:-$(value COMPOSE_PROFILES)}, in
 esac
 
 # What has failed, and its last words.
-tell() {
+show_state() {
     local id name
     for id in $(docker compose ps -aq); do
         name=$(docker inspect -f '{{.Name}} {{.State.Status}} {{.State.ExitCode}} {{with .State.Health}}{{.Status}}{{end}}' "$id")
@@ -38,7 +38,7 @@ tell() {
     done
 }
 
-docker compose up -d --build --remove-orphans --wait || { tell >&2; die "Not everything came up, see above. When that is put right: make up"; }
+docker compose up -d --build --remove-orphans --wait || { show_state >&2; die "Not everything came up, see above. Correct it and run make up again"; }
 
 address=$(docker compose port nginx 443)
 echo "

@@ -1,6 +1,6 @@
 """The rules of deploy/prometheus as the Prometheus operator takes them.
 
-python deploy/kubernetes/rules.py       writes components/monitoring/rules.yaml; a test tells when it is stale
+python deploy/kubernetes/rules.py       writes components/monitoring/rules.yaml; a test fails when it is stale
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     values = [word for word in words if "=" in word]
     for target in set(words) - set(values):
-        assert re.search(rf"^{target}:.*## \S", makefile, re.MULTILINE), f"make help does not tell of {target}"
+        assert re.search(rf"^{target}:.*## \S", makefile, re.MULTILINE), f"make help does not list {target}"
     if "run" in words:  # only this one: a line of make's with $(MAKE) in it, as `test` has, runs in spite of -n
         plan = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
         started = re.search(r"-m backends\.local (.*)", plan.stdout)
@@ -201,13 +201,13 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 
 def test_make_help_tells_every_target_a_person_uses() -> None:
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^  run +serve", told, re.MULTILINE)
-    assert re.search(r"^  test +all tests", told, re.MULTILINE)
+    documented = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"^  run +serve", documented, re.MULTILINE)
+    assert re.search(r"^  test +all tests", documented, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     for target in phony[1].split():
-        assert f"  {target}" in told or target.startswith("python-"), f"make help does not tell of {target}"
+        assert f"  {target}" in documented or target.startswith("python-"), f"make help does not list {target}"
 
 
 def test_the_readmes_curl_is_the_one_that_make_run_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,19 +289,19 @@ def served_routes() -> Iterator[tuple[str, str]]:
 
 
 def test_routes() -> None:
-    told = [tuple(ticked(row[0])[0].split()) for row in table_rows(API, "route")]
-    assert sorted(told) == sorted(served_routes()), "docs/api.md has other routes than the app"
+    documented = [tuple(ticked(row[0])[0].split()) for row in table_rows(API, "route")]
+    assert sorted(documented) == sorted(served_routes()), "docs/api.md has other routes than the app"
 
 
 def test_request_headers() -> None:
-    told = {header.lower() for row in table_rows(API, "request header") for header in ticked(row[0])}
+    documented = {header.lower() for row in table_rows(API, "request header") for header in ticked(row[0])}
     hints = {f"x-{hint.replace('_', '-')}" for hint in HINTS}
     read = set(re.findall(r'(?:headers\.get\(|if name == )b"([\w-]+)"', source()))
-    assert told == (read | hints) - {"content-length"}, "docs/api.md has other headers than are read"
+    assert documented == (read | hints) - {"content-length"}, "docs/api.md has other headers than are read"
 
 
 def test_answer_headers() -> None:
-    told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
+    documented = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     files = (
         "forwarding/progress.py",
         "downstream/response_writer.py",
@@ -310,15 +310,15 @@ def test_answer_headers() -> None:
         "api/inference.py",
     )
     sent = set(re.findall(r'\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
-    assert told == sent, "docs/api.md has other answer headers than the code"
+    assert documented == sent, "docs/api.md has other answer headers than the code"
 
 
 def test_the_readmes_response_has_headers_that_are_sent() -> None:
     [response] = documents.blocks(README, "http")
     head = response.partition("\n\n")[0].splitlines()[1:]
-    told = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
+    documented = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     assert head
-    assert {line.partition(":")[0] for line in head} <= told
+    assert {line.partition(":")[0] for line in head} <= documented
 
 
 def error_classes(base: type[ProxyError] = ProxyError) -> Iterator[type[ProxyError]]:
@@ -328,7 +328,7 @@ def error_classes(base: type[ProxyError] = ProxyError) -> Iterator[type[ProxyErr
 
 
 def test_errors() -> None:
-    told = {
+    documented = {
         (status, *ticked(row[1]), ticked(row[2])[0] if ticked(row[2]) else None)
         for row in table_rows(API, "status")
         for status in row[0].split(", ")
@@ -337,13 +337,13 @@ def test_errors() -> None:
     raised.add(("504", BadGatewayError.type, BadGatewayError.code))
     raised.add(("503", errors.ServiceUnavailableError.type, "all_backends_failed"))
     raised.add(("400", errors.BadRequestError.type, "context_length_exceeded"))
-    assert told == raised, "docs/api.md has other errors than errors.py"
+    assert documented == raised, "docs/api.md has other errors than errors.py"
 
 
 def test_every_code_in_the_source_is_told() -> None:
     text = API.read_text()
     for code in set(re.findall(r'\bcode="(\w+)"', source())) | set(re.findall(r'^    code = "(\w+)"', source(), re.M)):
-        assert f"`{code}`" in text, f"docs/api.md does not tell of the error code {code}"
+        assert f"`{code}`" in text, f"docs/api.md does not list the error code {code}"
 
 
 def test_hints() -> None:
@@ -355,11 +355,11 @@ def test_hints() -> None:
 
 
 def test_reasons() -> None:
-    told = {word for row in table_rows(ROUTING, "word") for word in ticked(row[0])}
+    documented = {word for row in table_rows(ROUTING, "word") for word in ticked(row[0])}
     policy = source("routing/policy.py")
     used = set(re.findall(r'f?"(\w+): ', policy)) | set(re.findall(r'"(\w+)" if urgent else "(\w+)"', policy)[0])
     used |= {f"{word}_spill" for word in ("urgent", "default") if "{word}_spill: " in policy}
-    assert told == used, "docs/routing.md has other reasons than routing/policy.py"
+    assert documented == used, "docs/routing.md has other reasons than routing/policy.py"
 
 
 def test_generate_fields() -> None:
@@ -372,10 +372,10 @@ def test_fields_of_the_fleet() -> None:
     memory = Memory(process_rss_bytes=None, model_file_bytes=None)
     status: dict[str, Any] = backend_status(backend, backend.replicas, dict.fromkeys(backend.replicas, memory))
     section = API.read_text().partition("## The fleet")[2].partition("\n## ")[0]
-    told = set(ticked(section))
+    documented = set(ticked(section))
     replica = status["replicas"][0]
     parts = set(replica["load"]) | set(replica["memory"])
-    assert set(status) | set(replica) | parts <= told
+    assert set(status) | set(replica) | parts <= documented
     table = {field for row in table_rows(API, "field") for field in ticked(row[0])}
     assert table == set(replica)
 

@@ -20,8 +20,8 @@ def test_self_signed_certificate(tmp_path: Path, name: str, others: list[str]) -
     assert done.returncode == 0, done.stderr
     chain, key = tmp_path / "tls" / "fullchain.pem", tmp_path / "tls" / "privkey.pem"
     command = ["openssl", "x509", "-in", str(chain), "-noout", "-ext", "subjectAltName"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert all(each in told for each in ["DNS:localhost", "IP Address:127.0.0.1", *others])
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(each in printed for each in ["DNS:localhost", "IP Address:127.0.0.1", *others])
     if os.getuid() == 0:
         assert (stat.S_IMODE(key.stat().st_mode), key.stat().st_uid) == (0o600, 101)
     made = chain.read_bytes(), key.read_bytes()

@@ -360,8 +360,8 @@ def test_spoofed_headers_are_dropped(bare: Nginx, recorder: FakeUpstream, http2:
 
 
 def test_a_trusted_load_balancer_sets_the_client_address(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
-    [told] = documents.blocks(README, "nginx")
-    nginx = wait_for_addresses(start_nginx(recorder.port, added=told.replace("10.0.0.0/8", "127.0.0.0/8")))
+    [snippet] = documents.blocks(README, "nginx")
+    nginx = wait_for_addresses(start_nginx(recorder.port, added=snippet.replace("10.0.0.0/8", "127.0.0.0/8")))
     with nginx.client() as client:
         assert client.post(CHAT, json=BODY, headers={"X-Forwarded-For": "198.51.100.7"}).status_code == 200
     assert recorder.talks[-1].headers["x-forwarded-for"] == "198.51.100.7"

@@ -1,4 +1,4 @@
-"""/generate and /generate/stream: the source document's own API."""
+"""/generate and /generate/stream."""
 
 from __future__ import annotations
 
@@ -69,21 +69,21 @@ def tokens(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
 
 
-def test_a_whole_text(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_a_whole_answer(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     answer = generate(proxy)
-    told = answer.json()
+    found = answer.json()
     assert answer.status_code == 200
     assert int(answer.headers["content-length"]) == len(answer.content)
-    assert list(told) == ["text", "backend_used", "generation_time", "tokens_per_second"]
-    assert (told["text"], told["backend_used"]) == ("hello", "vllm")
-    assert 0 < told["generation_time"] < 20
-    assert told["tokens_per_second"] == pytest.approx(5 / told["generation_time"], rel=0.5)
+    assert list(found) == ["text", "backend_used", "generation_time", "tokens_per_second"]
+    assert (found["text"], found["backend_used"]) == ("hello", "vllm")
+    assert 0 < found["generation_time"] < 20
+    assert found["tokens_per_second"] == pytest.approx(5 / found["generation_time"], rel=0.5)
     assert answer.headers["x-backend"] == "vllm"
     sent = fakes[0].talks[0].json
     assert sent == {"prompt": "Say hello", "max_tokens": 1024, "stream": False, "model": "m"}
 
 
-def test_what_the_backend_gets(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_the_backend_gets_a_completion_request(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     answer = generate(
         proxy, max_tokens=7, temperature=0.5, top_p=0.4, backend="llama_cpp", urgency="low", task_type="code_generation"
     )
@@ -102,14 +102,14 @@ def test_a_long_answer_goes_to_the_gpu(proxy: RunningProxy) -> None:
     ("path", "fields"),
     [("/generate/stream", {}), ("/generate/stream", {"stream": False}), ("/generate", {"stream": True})],
 )
-def test_a_stream(proxy: RunningProxy, path: str, fields: dict[str, Any]) -> None:
+def test_a_stream_of_tokens(proxy: RunningProxy, path: str, fields: dict[str, Any]) -> None:
     answer = generate(proxy, path, **fields)
     assert answer.status_code == 200
     assert tokens(answer) == [{"token": "hel"}, {"token": "lo"}, {"done": True}]
     assert answer.headers["x-backend"] == "vllm"
 
 
-def test_failing_over(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_failover(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     for path in ("/generate", "/generate/stream"):
         fakes[0].scripts.append(status(500))
         answer = generate(proxy, path)
@@ -117,7 +117,7 @@ def test_failing_over(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstre
         assert answer.headers["x-backend"] == "llama_cpp"
 
 
-def test_everything_failed(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_all_targets_failing_is_an_error(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     for path in ("/generate", "/generate/stream"):
         for fake in fakes:
             fake.scripts.append(status(500))
@@ -132,7 +132,7 @@ async def breaks(talk: Talk) -> None:
     talk.reset()
 
 
-def test_a_stream_that_breaks_ends_with_an_error_and_is_not_done(
+def test_a_broken_stream_ends_with_an_error_and_without_done(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]
 ) -> None:
     for fake in fakes:
@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
 @pytest.mark.parametrize(("fields", "param"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_request(proxy: RunningProxy, path: str, fields: dict[str, Any], param: str) -> None:
+def test_a_wrong_request_names_the_field(proxy: RunningProxy, path: str, fields: dict[str, Any], param: str) -> None:
     answer = generate(proxy, path, **fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -166,7 +166,9 @@ def test_a_wrong_request(proxy: RunningProxy, path: str, fields: dict[str, Any],
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_a_backends_refusal(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], path: str) -> None:
+def test_a_rejection_by_the_backend_is_passed_on(
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], path: str
+) -> None:
     fakes[0].scripts.append(status(400))
     answer = generate(proxy, path)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "no 400")
@@ -179,13 +181,13 @@ def answering(body: Any) -> Script:
     return script
 
 
-def test_a_backend_that_counts_nothing(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_without_usage_the_speed_is_null(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     fakes[0].scripts.append(answering(completion(usage=None)))
     assert generate(proxy).json()["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", {"choices": []}, {"choices": None}, {}])
-def test_an_answer_that_is_none(
+def test_a_malformed_answer_is_502(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fakes[0].scripts.append(answering(body))
@@ -196,7 +198,7 @@ def test_an_answer_that_is_none(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_put_together_from_a_stream(start: Callable[..., RunningProxy], cpu: FakeUpstream) -> None:
+def test_a_whole_answer_collected_from_a_stream(start: Callable[..., RunningProxy], cpu: FakeUpstream) -> None:
     """llama.cpp's servers are asked for streams only."""
 
     async def streams(talk: Talk) -> None:
@@ -209,8 +211,8 @@ def test_put_together_from_a_stream(start: Callable[..., RunningProxy], cpu: Fak
 
     cpu.default = streams
     proxy = start(backends={"llama_cpp": backend(cpu, dialect="llama-server")})
-    told = generate(proxy).json()
-    assert (told["text"], told["backend_used"]) == ("hello", "llama_cpp")
-    assert told["tokens_per_second"] > 0
+    found = generate(proxy).json()
+    assert (found["text"], found["backend_used"]) == ("hello", "llama_cpp")
+    assert found["tokens_per_second"] > 0
     assert tokens(generate(proxy, "/generate/stream"))[-1] == {"done": True}
     assert get(f"{proxy.url}/health").status_code == 200

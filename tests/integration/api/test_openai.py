@@ -1,4 +1,4 @@
-"""/v1/models, and what the generating routes have in common."""
+"""/v1/models, and what all inference routes have in common."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
         yield running
 
 
-def test_models(proxy: RunningProxy) -> None:
-    told = get(f"{proxy.url}/v1/models").json()
+def test_models_are_listed(proxy: RunningProxy) -> None:
+    listed = get(f"{proxy.url}/v1/models").json()
     created = proxy.gateway.started
-    assert told == {
+    assert listed == {
         "object": "list",
         "data": [
             {"id": "org/big", "object": "model", "created": created, "owned_by": "xgen-proxy", "backends": ["vllm"]},
@@ -45,11 +45,11 @@ def test_models(proxy: RunningProxy) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/big", "shared"])
-def test_a_model(proxy: RunningProxy, name: str) -> None:
+def test_a_model_has_a_card(proxy: RunningProxy, name: str) -> None:
     assert get(f"{proxy.url}/v1/models/{name}").json()["id"] == name
 
 
-def test_no_such_model(proxy: RunningProxy) -> None:
+def test_an_unknown_model_is_404(proxy: RunningProxy) -> None:
     answers = [get(f"{proxy.url}/v1/models/none"), chat(proxy, model="none")]
     for answer in answers:
         assert answer.status_code == 404
@@ -58,7 +58,9 @@ def test_no_such_model(proxy: RunningProxy) -> None:
         assert "known models: org/big, shared" in error["message"]
 
 
-def test_before_any_backend_was_reached(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_before_any_backend_was_reached_models_are_unknown(
+    start: Callable[..., RunningProxy], gpu: FakeUpstream
+) -> None:
     gpu.kill()
     proxy = start(up=0, backends={"vllm": backend(gpu)})
     assert get(f"{proxy.url}/v1/models").json() == {"object": "list", "data": []}
@@ -70,7 +72,7 @@ def test_before_any_backend_was_reached(start: Callable[..., RunningProxy], gpu:
         assert answer.headers["retry-after"] == "5"
 
 
-def test_models_are_remembered_while_nobody_serves_them(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_models_stay_known_while_their_backend_is_down(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     gpu.kill()
     assert chat(proxy).status_code == 503
@@ -89,7 +91,7 @@ def test_public_names_become_the_backends_own(proxy: RunningProxy, fake: FakeUps
     assert chat(proxy, model=None).json()["model"] == "org/big"
 
 
-def test_embeddings_go_to_those_who_can(proxy: RunningProxy, fake: FakeUpstream) -> None:
+def test_embeddings_go_to_a_backend_that_supports_them(proxy: RunningProxy, fake: FakeUpstream) -> None:
     async def embed(talk: Talk) -> None:
         assert talk.path == "/v1/embeddings"
         await talk.answer(200, {"object": "list", "model": "m", "data": [], "usage": {"prompt_tokens": 1}})
@@ -104,7 +106,7 @@ def test_embeddings_go_to_those_who_can(proxy: RunningProxy, fake: FakeUpstream)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_fault_of_our_own_is_told_in_shape(
+def test_an_internal_error_has_openais_shape(
     proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     async def fault(*_: object) -> None:
@@ -119,9 +121,7 @@ def test_a_fault_of_our_own_is_told_in_shape(
     assert any("find-me" in record.getMessage() for record in caplog.records)
 
 
-def test_a_fault_of_our_own_in_mid_stream_is_its_last_event(
-    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_internal_error_in_a_stream_is_its_last_event(proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fault(self: Delivery, *_: object) -> None:
         await self.writer.send(b"data: {}\n\n")
         raise ZeroDivisionError
@@ -153,7 +153,7 @@ async def no_chunk(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["llama-server", "llama-cpp-python"])
-def test_a_backend_that_talks_nonsense_is_no_fault_of_ours(
+def test_a_malformed_stream_is_not_an_internal_error(
     start: Callable[..., RunningProxy], gpu: FakeUpstream, dialect: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = start(backends={"cpu": backend(gpu, dialect=dialect)})

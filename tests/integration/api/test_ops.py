@@ -1,4 +1,4 @@
-"""/health /ready /metrics /models/status /route: their shapes, and what they say when things go wrong."""
+"""/health /ready /metrics /models/status /route: what they return, also when things go wrong."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
 def plan(proxy: RunningProxy, **fields: object) -> dict[str, Any]:
     answer = post(f"{proxy.url}/route", json={**CHAT, "model": "big", **fields})
     assert answer.status_code == 200
-    told: dict[str, Any] = answer.json()
-    return told
+    found: dict[str, Any] = answer.json()
+    return found
 
 
-def test_health_is_of_the_proxy_alone(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_health_ignores_the_backends(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     gpu.kill()
     wait_until(lambda: get(f"{proxy.url}/ready").status_code == 503)
@@ -60,34 +60,34 @@ def test_health_is_of_the_proxy_alone(start: Callable[..., RunningProxy], gpu: F
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
-def test_ready_while_a_model_can_answer(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_ready_while_a_replica_is_up(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     assert get(f"{proxy.url}/ready").json() == {"status": "ready"}
     gpu.kill()
     wait_until(lambda: get(f"{proxy.url}/ready").status_code == 503)
-    told = get(f"{proxy.url}/ready").json()
-    assert told["reason"] == "no backend is up"
-    assert told["replicas"][f"vllm@127.0.0.1:{gpu.port}"].startswith("down: ")
+    found = get(f"{proxy.url}/ready").json()
+    assert found["reason"] == "no backend is up"
+    assert found["replicas"][f"vllm@127.0.0.1:{gpu.port}"].startswith("down: ")
     gpu.start()
     wait_until(lambda: get(f"{proxy.url}/ready").status_code == 200)
     proxy.gateway.draining = True
     answer = get(f"{proxy.url}/ready")
     assert (answer.status_code, answer.json()["reason"]) == (503, "draining")
-    assert chat(proxy).status_code == 200  # who is there already is served
+    assert chat(proxy).status_code == 200  # a connection that is open is still served
 
 
-def test_status(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_status_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     gpu, _ = fakes
-    told = get(f"{proxy.url}/models/status").json()
-    backends = told.pop("backends")
-    assert told == {"default_model": "small", "models": ["small", "big"], "queued": 0, "draining": False}
-    cpu_told, gpu_told = backends
+    found = get(f"{proxy.url}/models/status").json()
+    backends = found.pop("backends")
+    assert found == {"default_model": "small", "models": ["small", "big"], "queued": 0, "draining": False}
+    cpu_status, gpu_status = backends
     assert [each["name"] for each in backends] == ["llama_cpp", "vllm"]
-    assert (gpu_told["device_class"], gpu_told["dialect"], gpu_told["models"]) == ("gpu", "vllm", {"big": "m"})
-    assert (gpu_told["context"], cpu_told["models"]) == (2048, {"big": "m", "small": "m"})
-    assert "tools" in gpu_told["capabilities"]
-    assert "tools" not in cpu_told["capabilities"]
-    [replica] = gpu_told["replicas"]
+    assert (gpu_status["device_class"], gpu_status["dialect"], gpu_status["models"]) == ("gpu", "vllm", {"big": "m"})
+    assert (gpu_status["context"], cpu_status["models"]) == (2048, {"big": "m", "small": "m"})
+    assert "tools" in gpu_status["capabilities"]
+    assert "tools" not in cpu_status["capabilities"]
+    [replica] = gpu_status["replicas"]
     load = replica.pop("load")
     memory = replica.pop("memory")
     since = replica.pop("for_s")
@@ -102,7 +102,7 @@ def test_status(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -
     assert memory == {"model_file_bytes": None, "kv_usage": 0.25}
 
 
-def test_status_of_the_moment(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_status_follows_the_load(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     go_on = threading.Event()
 
     async def slow(talk: Talk) -> None:
@@ -115,8 +115,8 @@ def test_status_of_the_moment(start: Callable[..., RunningProxy], gpu: FakeUpstr
     for thread in threads:
         thread.start()
     wait_until(lambda: get(f"{proxy.url}/models/status").json()["queued"] == 2)
-    [told] = get(f"{proxy.url}/models/status").json()["backends"]
-    [replica] = told["replicas"]
+    [found] = get(f"{proxy.url}/models/status").json()["backends"]
+    [replica] = found["replicas"]
     assert (replica["in_flight"], replica["connections"], replica["load"]["total"]) == (1, 1, 1.0)
     page = metrics(proxy)
     assert page["xgen_queue_requests"] == {(): 2}
@@ -140,7 +140,7 @@ def metrics(proxy: RunningProxy) -> dict[str, dict[tuple[str, ...], float]]:
     return found
 
 
-def test_the_fleet_in_metrics(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+def test_metrics_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     page = metrics(proxy)
     gpu = ("vllm", f"vllm@127.0.0.1:{fakes[0].port}")
     assert page["xgen_replica_up"][gpu] == 1
@@ -152,50 +152,52 @@ def test_the_fleet_in_metrics(proxy: RunningProxy, fakes: tuple[FakeUpstream, Fa
 # the dry run
 
 
-def test_a_plan(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
-    told = plan(proxy, urgency="high", max_tokens=7)
-    first, second = told["candidates"]
+def test_route_explains_the_plan(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
+    found = plan(proxy, urgency="high", max_tokens=7)
+    first, second = found["candidates"]
     assert first == {
         "backend": "vllm", "replica": f"vllm@127.0.0.1:{fakes[0].port}", "device_class": "gpu", "load": 0.5, "tier": 0,
         "reason": "urgent: GPU load 0.50 < 0.7",
     }  # fmt: skip
     assert second["backend"] == "llama_cpp"
-    assert (told["rejections"], told["error"]) == ([], None)
-    assert told["features"]["model"] == "big"
-    assert told["features"]["max_tokens"] == 7
+    assert (found["rejections"], found["error"]) == ([], None)
+    assert found["features"]["model"] == "big"
+    assert found["features"]["max_tokens"] == 7
     assert fakes[0].talks == []
 
 
-def test_hints_in_headers(proxy: RunningProxy) -> None:
-    told = post(f"{proxy.url}/route", json={**CHAT, "model": "big"}, headers={"x-backend": "llama_cpp"}).json()
-    assert [each["backend"] for each in told["candidates"]] == ["llama_cpp", "vllm"]
-    assert told["features"]["backend"] == "llama_cpp"
+def test_route_reads_hints_from_headers(proxy: RunningProxy) -> None:
+    found = post(f"{proxy.url}/route", json={**CHAT, "model": "big"}, headers={"x-backend": "llama_cpp"}).json()
+    assert [each["backend"] for each in found["candidates"]] == ["llama_cpp", "vllm"]
+    assert found["features"]["backend"] == "llama_cpp"
 
 
-def test_a_completion(proxy: RunningProxy) -> None:
-    told = post(f"{proxy.url}/route", json={"prompt": "a b c"}).json()
-    assert (told["features"]["endpoint"], told["features"]["prompt_words"]) == ("completions", 3)
-    assert told["features"]["model"] == "small"
+def test_route_takes_a_completion(proxy: RunningProxy) -> None:
+    found = post(f"{proxy.url}/route", json={"prompt": "a b c"}).json()
+    assert (found["features"]["endpoint"], found["features"]["prompt_words"]) == ("completions", 3)
+    assert found["features"]["model"] == "small"
 
 
-def test_who_was_passed_over_and_why(proxy: RunningProxy) -> None:
-    told = plan(proxy, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert [each["backend"] for each in told["candidates"]] == ["vllm"]
-    assert told["rejections"] == [{"name": "llama_cpp", "reason": "cannot do tools"}]
+def test_route_lists_rejections(proxy: RunningProxy) -> None:
+    found = plan(proxy, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert [each["backend"] for each in found["candidates"]] == ["vllm"]
+    assert found["rejections"] == [{"name": "llama_cpp", "reason": "cannot do tools"}]
 
 
-def test_a_request_that_nobody_can_do(proxy: RunningProxy) -> None:
-    told = plan(proxy, model="small", tools=[{"type": "function", "function": {"name": "f"}}])
-    assert told["candidates"] == []
-    assert told["error"]["status"] == 400
-    assert "llama_cpp cannot do tools" in told["error"]["message"]
+def test_route_explains_an_error(proxy: RunningProxy) -> None:
+    found = plan(proxy, model="small", tools=[{"type": "function", "function": {"name": "f"}}])
+    assert found["candidates"] == []
+    assert found["error"]["status"] == 400
+    assert "llama_cpp cannot do tools" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [({"model": "none"}, 404, "does not exist"), ({"messages": []}, 400, "messages"), ({"urgency": "x"}, 400, "high")],
 )
-def test_what_would_be_refused_is(proxy: RunningProxy, fields: dict[str, object], status: int, words: str) -> None:
+def test_route_refuses_what_inference_refuses(
+    proxy: RunningProxy, fields: dict[str, object], status: int, words: str
+) -> None:
     answer = post(f"{proxy.url}/route", json={**CHAT, "model": "big", **fields})
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
@@ -204,7 +206,7 @@ def test_what_would_be_refused_is(proxy: RunningProxy, fields: dict[str, object]
 # keys
 
 
-def test_what_needs_a_key(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_routes_that_need_a_key(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash_key("sk-mine")])
     generating = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/generate/stream")
     for path in (*generating, "/route"):
@@ -224,14 +226,14 @@ def test_what_needs_a_key(start: Callable[..., RunningProxy], gpu: FakeUpstream)
     assert post(f"{proxy.url}/route", json=CHAT, headers=with_key).status_code == 200
 
 
-def test_a_key_is_asked_for_before_the_body_is_read(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_the_key_is_checked_before_the_body_is_read(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash_key("sk-mine")])
     with httpx.Client(verify=False) as client:
         answer = client.post(f"{proxy.url}/v1/chat/completions", content=b"{not json")
     assert answer.status_code == 401
 
 
-def test_a_backends_key_is_sent_to_it_alone(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+def test_the_backends_key_is_sent_to_the_backend_only(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu, api_key="hush")})
     assert chat(proxy, headers={"authorization": "Bearer mine"}).status_code == 200
     assert gpu.talks[0].headers["authorization"] == "Bearer hush"

@@ -1,4 +1,4 @@
-"""The relay's ways with llama.cpp's servers: whole answers put together, streams made of whole ones, their faults."""
+"""llama.cpp's servers: collected streams, streams made of whole responses, and their failures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BROKEN: dict[str, Script] = {
 
 @pytest.mark.parametrize("dialect", ["llama-server", "llama-cpp-python"])
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
-def test_a_whole_answer_fails_over_wherever_its_stream_breaks(
+def test_a_collected_response_fails_over_wherever_its_stream_breaks(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, script: Script, dialect: str
 ) -> None:
     gpu.scripts.append(script)
@@ -62,7 +62,7 @@ def test_a_whole_answer_fails_over_wherever_its_stream_breaks(
     assert answer.headers["x-backend"] == "small"
 
 
-def test_a_whole_answer_without_done_is_whole_by_its_finish_reason(start: Start, cpu: FakeUpstream) -> None:
+def test_a_collected_response_needs_a_finish_reason_and_no_done(start: Start, cpu: FakeUpstream) -> None:
     cpu.default = scripted(delta("hel"), delta("lo"), delta(finish="stop"), done=False)
     proxy = start(backends={"cpu": backend(cpu, dialect="llama-server")})
     assert text_of(chat(proxy)) == "hello"
@@ -70,7 +70,7 @@ def test_a_whole_answer_without_done_is_whole_by_its_finish_reason(start: Start,
 
 @pytest.mark.parametrize("events", [[REFUSAL], [delta("hel"), REFUSAL]], ids=["at once", "late"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_in_the_stream_is_the_clients(
+def test_a_rejection_in_the_stream_is_passed_on(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, events: list[Any], stream: bool
 ) -> None:
     gpu.default = scripted(*events)
@@ -87,7 +87,7 @@ def test_a_refusal_in_the_stream_is_the_clients(
     assert not any(replica.breaker.failures for replica in proxy.gateway.fleet.replicas)
 
 
-def test_a_refusal_after_the_commit_is_its_last_event(start: Start, cpu: FakeUpstream) -> None:
+def test_a_rejection_after_the_commit_is_the_last_event(start: Start, cpu: FakeUpstream) -> None:
     seen = threading.Event()
 
     async def script(talk: Talk) -> None:
@@ -140,7 +140,7 @@ async def half_an_answer(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("script", [no_answer, half_an_answer])
-def test_a_whole_answer_that_is_none_fails_over_before_the_stream_begins(
+def test_a_malformed_whole_response_fails_over(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, script: Script
 ) -> None:
     gpu.default = script
@@ -157,7 +157,9 @@ def test_a_whole_answer_that_is_none_fails_over_before_the_stream_begins(
 # a backend that turns out to be unable
 
 
-def test_who_cannot_take_over_is_not_blamed(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_fallback_that_cannot_serve_the_request_is_not_blamed(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
     gpu.default = status(500)
     backends = {"big": backend(gpu), "small": backend(cpu, dialect="llama-cpp-python")}
     proxy = start(backends=backends)
@@ -173,7 +175,7 @@ def test_who_cannot_take_over_is_not_blamed(start: Start, gpu: FakeUpstream, cpu
     assert (small.state, small.breaker.failures) == ("up", 0)
 
 
-def test_who_is_asked_first_and_cannot_says_so(start: Start, cpu: FakeUpstream) -> None:
+def test_a_first_choice_that_cannot_serve_the_request_says_so(start: Start, cpu: FakeUpstream) -> None:
     proxy = start(backends={"small": backend(cpu, dialect="llama-cpp-python")})
     body = {"model": "m", "prompt": "x", "response_format": {"type": "json_object"}}
     answer = post(f"{proxy.url}/v1/completions", json=body)
@@ -184,7 +186,7 @@ def test_who_is_asked_first_and_cannot_says_so(start: Start, cpu: FakeUpstream) 
 # what the answer says of the time it took
 
 
-def test_waiting_for_a_backend_that_fails_is_no_overhead(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_waiting_for_a_failing_backend_is_not_overhead(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     async def silent(talk: Talk) -> None:
         await talk.until_client_leaves()
 
@@ -197,7 +199,7 @@ def test_waiting_for_a_backend_that_fails_is_no_overhead(start: Start, gpu: Fake
     assert float(answer.headers["x-overhead-ms"]) < 900
 
 
-def test_the_time_limit_that_was_missed_is_told(start: Start, gpu: FakeUpstream) -> None:
+def test_the_error_names_the_time_limit(start: Start, gpu: FakeUpstream) -> None:
     async def headers_only(talk: Talk) -> None:
         await talk.start_stream()
         await talk.until_client_leaves()
@@ -219,7 +221,7 @@ async def cannot_count(talk: Talk) -> None:
         await talk.answer(200, b"<html>")
 
 
-def test_a_count_that_is_none_is_a_failure(start: Start, cpu: FakeUpstream) -> None:
+def test_a_malformed_count_is_a_failure(start: Start, cpu: FakeUpstream) -> None:
     cpu.default = cannot_count
     proxy = start(backends={"cpu": backend(cpu, dialect="llama-cpp-python")})
     answer = chat(proxy)
@@ -227,8 +229,8 @@ def test_a_count_that_is_none_is_a_failure(start: Start, cpu: FakeUpstream) -> N
     assert "did not answer with JSON" in answer.text
 
 
-def test_a_stream_that_cannot_be_counted_is_whole_all_the_same(start: Start, cpu: FakeUpstream) -> None:
-    """An error at its end would make clients throw the text away."""
+def test_a_stream_whose_tokens_cannot_be_counted_is_complete(start: Start, cpu: FakeUpstream) -> None:
+    """An error at its end would make clients discard the text."""
     cpu.default = cannot_count
     proxy = start(backends={"cpu": backend(cpu, dialect="llama-cpp-python")})
     answer = chat(proxy, stream=True, stream_options={"include_usage": True})
@@ -237,7 +239,7 @@ def test_a_stream_that_cannot_be_counted_is_whole_all_the_same(start: Start, cpu
     assert '"usage":{' not in answer.text
 
 
-def test_counts_come_from_the_replica_itself(start: Start, cpu: FakeUpstream) -> None:
+def test_counts_come_from_the_serving_replica(start: Start, cpu: FakeUpstream) -> None:
     async def counts(talk: Talk) -> None:
         if talk.json.get("stream"):
             await scripted(delta("hel"), delta("lo"), delta(finish="stop"))(talk)

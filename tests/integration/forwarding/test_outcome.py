@@ -19,7 +19,7 @@ Start = Callable[..., RunningProxy]
 
 
 class Recorder:
-    """An Observer that keeps what it is told, in order."""
+    """An Observer that records what it sees, in order."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -1,4 +1,4 @@
-"""A stream that breaks goes on elsewhere from its next character: nothing lost, nothing doubled, one answer."""
+"""A broken stream is resumed from its next character: nothing is lost or repeated, and it is one response."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def template(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pair(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, template: Path) -> Callable[[str], RunningProxy]:
-    """pair(dialect of the CPU) → a vLLM that breaks, and what goes on."""
+    """pair(dialect of the CPU): a vLLM that breaks, and the backend that resumes."""
 
     def make(dialect: str, **values: Any) -> RunningProxy:
         extra = {"chat_template": template} if dialect == "llama-cpp-python" else {}
@@ -74,7 +74,7 @@ def pair(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, template: Path) -> 
 
 
 def read(answer: httpx.Response) -> tuple[str, dict[str, Any] | None]:
-    """(text, usage) of a stream that must look as if it had never broken."""
+    """(text, usage) of a stream, which must look as if it had never broken."""
     assert answer.status_code == 200, answer.text
     events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]", answer.text
@@ -119,10 +119,10 @@ def size(proxy_body: dict[str, Any], path: str, before: bool) -> int:
 
 @pytest.mark.parametrize("before", [True, False], ids=["space before", "space after"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_dying_at_every_byte(
+def test_a_break_at_every_byte_is_invisible(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, path: str, before: bool
 ) -> None:
-    """Before the headers, in them, between events, in the middle of one, after the last token, before [DONE]."""
+    """Before and in the headers, between and within events, after the last token, before [DONE]."""
     proxy = pair("llama-server")
     cpu.default = counter(LAST, before=before)
     options = {"stream_options": {"include_usage": True}}
@@ -141,7 +141,7 @@ def test_dying_at_every_byte(
 
 
 def cut_after(tokens: int, then: Script) -> Script:
-    """The first tokens of the count, and then something else than the rest."""
+    """Sends the first tokens of the count and then runs `then`."""
 
     async def script(talk: Talk) -> None:
         events = events_of(talk, LAST, True, "gpu")
@@ -191,7 +191,7 @@ async def half_an_event(talk: Talk) -> None:
 @pytest.mark.parametrize("then", [reset, ends_early, done_without_finish, error_event, abort, stall, half_an_event])
 @pytest.mark.parametrize("dialect", EACH_DIALECT)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_each_way_to_break_on_each_engine(
+def test_each_kind_of_break_is_resumed_on_each_engine(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, path: str, dialect: str, then: Script
 ) -> None:
     proxy = pair(dialect, idle_timeout_s=0.2)
@@ -206,7 +206,7 @@ def test_each_way_to_break_on_each_engine(
     assert len([talk for talk in cpu.talks if "tokenize" not in talk.path]) == 1
 
 
-def test_the_second_breaks_too_and_a_third_goes_on(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_resumed_stream_that_breaks_is_resumed_again(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     third = FakeUpstream(default=counter(LAST))
     try:
         backends = {"vllm": backend(gpu, cpu), "llama_cpp": backend(third, dialect="llama-server", device_class="cpu")}
@@ -226,10 +226,9 @@ def test_the_second_breaks_too_and_a_third_goes_on(start: Start, gpu: FakeUpstre
         third.close()
 
 
-def test_what_cannot_go_on_there_is_tried_elsewhere(
+def test_a_failed_resumption_ends_with_one_error_event(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:
-    """A successor that is broken before its first word leaves one error event and no [DONE]."""
     proxy = pair("llama-server")
     cpu.default = status(500)
     gpu.scripts.append(cut_after(3, reset))
@@ -244,25 +243,25 @@ def test_what_cannot_go_on_there_is_tried_elsewhere(
     ("spent", "limit"), [(3, 4), (3, 3), (LAST, LAST), (1, 1)], ids=["one left", "none left", "all", "the first"]
 )
 @pytest.mark.parametrize("usage", [True, False])
-def test_max_tokens_holds_for_the_whole(
+def test_max_tokens_holds_for_the_whole_answer(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, spent: int, limit: int, usage: bool
 ) -> None:
     proxy = pair("llama-server")
     cpu.default = counter(LAST + 5)
     gpu.scripts.append(cut_after(spent, reset))
     answer = stream(proxy, max_tokens=limit, stream_options={"include_usage": usage})
-    text, told = read(answer)
+    text, reported = read(answer)
     assert text == count(limit)
     assert '"finish_reason":"length"' in answer.text
-    assert (told is not None) == usage
-    if told:
-        assert (told["prompt_tokens"], told["completion_tokens"]) == (PROMPT_TOKENS, limit)
+    assert (reported is not None) == usage
+    if reported:
+        assert (reported["prompt_tokens"], reported["completion_tokens"]) == (PROMPT_TOKENS, limit)
 
 
-def test_finished_but_for_its_usage_and_nobody_to_count(
+def test_a_complete_answer_whose_usage_cannot_be_counted_ends_normally(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:
-    """The text is all there: an error would make the client throw it away."""
+    """An error would make the client discard a complete answer."""
     proxy = pair("llama-server")
     cpu.default = status(500)
 
@@ -293,7 +292,7 @@ FINAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("fields", FINAL.values(), ids=FINAL.keys())
-def test_where_it_cannot_be_right_it_ends_with_an_error(
+def test_a_stream_that_cannot_be_resumed_ends_with_an_error(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, fields: dict[str, Any]
 ) -> None:
     proxy = pair("vllm")
@@ -311,7 +310,7 @@ def test_where_it_cannot_be_right_it_ends_with_an_error(
     assert cpu.talks == []
 
 
-def test_it_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_resumption_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
     proxy = start(backends=backends, routing={"continuation": False})
     gpu.scripts.append(cut_after(2, reset))
@@ -319,7 +318,7 @@ def test_it_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: FakeUpstre
     assert cpu.talks == []
 
 
-def test_reasoning_is_no_text(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_reasoning_is_not_resumed(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     proxy = pair("vllm")
 
     async def script(talk: Talk) -> None:
@@ -336,8 +335,8 @@ def test_reasoning_is_no_text(pair: Callable[..., RunningProxy], gpu: FakeUpstre
     assert cpu.talks == []
 
 
-def test_a_bare_role_is_no_output_yet(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    """Even what could not be continued fails over then."""
+def test_a_role_chunk_is_not_output(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """A request that could not be resumed still fails over."""
     proxy = pair("vllm")
     cpu.default = counter(LAST)
     gpu.scripts.append(cut_after(0, reset))
@@ -346,8 +345,8 @@ def test_a_bare_role_is_no_output_yet(pair: Callable[..., RunningProxy], gpu: Fa
     assert answer.headers["x-backend"] == "llama_cpp"
 
 
-def test_a_long_answer_goes_on_too(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    """Longer than what is kept as it came."""
+def test_a_long_answer_is_resumed(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """Longer than what the replay buffer keeps uncompressed."""
     proxy = pair("llama-server")
     last = 2500
     cpu.default = counter(last)
@@ -363,10 +362,10 @@ def test_a_long_answer_goes_on_too(pair: Callable[..., RunningProxy], gpu: FakeU
     assert read(stream(proxy))[0] == count(last)
 
 
-def test_stop_strings_hold_across_the_seam(
+def test_stop_strings_hold_across_the_break(
     pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:
-    """llama-cpp-python is asked without them and cut here: what it makes is cut where the whole would have been."""
+    """llama-cpp-python is asked without stop strings; the proxy cuts its text where the whole answer would end."""
     proxy = pair("llama-cpp-python")
     cpu.default = counter(LAST)
     gpu.scripts.append(cut_after(3, reset))

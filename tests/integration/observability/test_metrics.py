@@ -1,4 +1,4 @@
-"""What is counted of each way a request can go. Of the fleet: test_ops_api.py; log lines: test_telemetry.py."""
+"""The metrics of each way a request can end. Metrics of the fleet: test_ops.py; log lines: test_request_log.py."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def samples(proxy: RunningProxy, name: str) -> dict[tuple[str, ...], float]:
 
 
 def until(proxy: RunningProxy, name: str, expected: dict[tuple[str, ...], float]) -> None:
-    """A request is counted a moment after its answer has come. What is still 0 need not be expected."""
+    """Waits for these values: a request is counted a moment after its response. Zeros are left out."""
     wait_until(lambda: {labels: value for labels, value in samples(proxy, name).items() if value} == expected)
 
 
-def test_what_alerts_ask_for_is_there_from_the_start(start: Start, gpu: FakeUpstream) -> None:
+def test_series_that_alerts_query_exist_from_the_start(start: Start, gpu: FakeUpstream) -> None:
     """The first event must be a change of a series, not a new series, which has no rate."""
     proxy = start(backends={"vllm": backend(gpu)})
     assert samples(proxy, "xgen_continuations_total") == {("none",): 0}
@@ -44,14 +44,14 @@ def test_what_alerts_ask_for_is_there_from_the_start(start: Start, gpu: FakeUpst
     assert samples(proxy, "xgen_cancellations_total") == {("queued",): 0, ("waiting",): 0, ("answering",): 0}
 
 
-# what was refused
+# refused requests
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
     "no JSON": ("/v1/chat/completions", {"content": b"{"}, ("invalid_request_error", "chat")),
     "no such model": ("/v1/completions", {"json": {"model": "x", "prompt": "a"}}, ("model_not_found", "completions")),
     "too large": ("/v1/chat/completions", {"content": b"x" * 2000}, ("request_too_large", "chat")),
-    "nobody can": ("/v1/embeddings", {"json": {"model": "m", "input": "a"}}, ("invalid_request_error", "embeddings")),
+    "unsupported": ("/v1/embeddings", {"json": {"model": "m", "input": "a"}}, ("invalid_request_error", "embeddings")),
     "too long": (
         "/v1/completions", {"json": {"model": "m", "prompt": [1] * 400}}, ("context_length_exceeded", "completions"),
     ),
@@ -63,7 +63,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize(("path", "sent", "counted"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_a_refused_request(
+def test_a_refusal_is_counted_by_code(
     start: Start, gpu: FakeUpstream, path: str, sent: dict[str, Any], counted: tuple[str, str]
 ) -> None:
     proxy = start(backends={"vllm": backend(gpu, context=100, embeddings=False)}, limits={"body_bytes": 1500})
@@ -72,14 +72,14 @@ def test_a_refused_request(
     assert samples(proxy, "xgen_requests_total") == {}
 
 
-def test_without_a_key(start: Start, gpu: FakeUpstream) -> None:
+def test_a_missing_key_is_counted(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash_key("sk-mine")])
     assert chat(proxy).status_code == 401
     assert get(f"{proxy.url}/v1/models").status_code == 401
     until(proxy, "xgen_refused_requests_total", {("invalid_api_key", "chat"): 1, ("invalid_api_key", "other"): 1})
 
 
-def test_with_nobody_up(start: Start, gpu: FakeUpstream) -> None:
+def test_a_request_while_everything_is_down_is_counted(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     gpu.kill()
     wait_until(lambda: not proxy.gateway.ready)
@@ -87,7 +87,7 @@ def test_with_nobody_up(start: Start, gpu: FakeUpstream) -> None:
     until(proxy, "xgen_refused_requests_total", {("no_backend_available", "chat"): 1})
 
 
-def test_what_is_no_http(start: Start, gpu: FakeUpstream) -> None:
+def test_input_that_is_not_http_is_counted(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(b"hello\r\n\r\n")
@@ -95,10 +95,10 @@ def test_what_is_no_http(start: Start, gpu: FakeUpstream) -> None:
     until(proxy, "xgen_refused_requests_total", {("invalid_request_error", "other"): 1})
 
 
-# what went elsewhere
+# failover and resumption
 
 
-def test_a_retry_that_falls_back(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_retry_on_another_backend_is_a_fallback(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     gpu.scripts.append(status(500))
     assert chat(proxy).status_code == 200
     until(proxy, "xgen_fallbacks_total", {("vllm", "llama_cpp"): 1})
@@ -107,7 +107,7 @@ def test_a_retry_that_falls_back(proxy: RunningProxy, gpu: FakeUpstream, cpu: Fa
     assert samples(proxy, "xgen_requests_total") == {("llama_cpp", "chat", "m", "fallback", replica, "200"): 1}
 
 
-def test_a_retry_on_the_same_backend_is_no_fallback(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_retry_on_the_same_backend_is_not_a_fallback(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu, cpu)})
     gpu.scripts = [status(500)]
     cpu.scripts = [status(500)]
@@ -116,7 +116,7 @@ def test_a_retry_on_the_same_backend_is_no_fallback(start: Start, gpu: FakeUpstr
     assert samples(proxy, "xgen_fallbacks_total") == {}
 
 
-def test_a_stream_that_goes_on_elsewhere(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+def test_a_resumed_stream_is_counted(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     async def breaks(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("hel"))
@@ -129,14 +129,14 @@ def test_a_stream_that_goes_on_elsewhere(proxy: RunningProxy, gpu: FakeUpstream)
     assert samples(proxy, "xgen_retries_total") == {("llama_cpp",): 1}
 
 
-# who left
+# disconnects
 
 
 async def silent(talk: Talk) -> None:
     await talk.until_client_leaves()
 
 
-def test_clients_that_leave(start: Start, gpu: FakeUpstream) -> None:
+def test_disconnects_are_counted_by_stage(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)})
     gpu.scripts.append(silent)
     with ask(proxy):
@@ -151,14 +151,16 @@ def test_clients_that_leave(start: Start, gpu: FakeUpstream) -> None:
     assert samples(proxy, "xgen_requests_total") == left
 
 
-# who waited
+# the queue
 
 
 @pytest.mark.parametrize(
     ("limits", "reason", "waits"),
     [({"queue": 0}, "queue_full", False), ({"queue_timeout_s": 0.05}, "queue_timeout", True)],
 )
-def test_who_gets_no_slot(start: Start, gpu: FakeUpstream, limits: dict[str, Any], reason: str, waits: bool) -> None:
+def test_a_request_without_a_slot_is_counted(
+    start: Start, gpu: FakeUpstream, limits: dict[str, Any], reason: str, waits: bool
+) -> None:
     gpu.scripts.append(silent)
     proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)}, limits=limits)
     with ask(proxy):
@@ -183,11 +185,13 @@ async def with_usage(talk: Talk) -> None:
 
 @pytest.mark.parametrize("dialect", ["vllm", "llama-server"])
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "counted"),
     [({"stream": True, "stream_options": {"include_usage": True}}, True), ({"stream": True}, False), ({}, True)],
     ids=["stream with usage", "stream", "whole"],
 )
-def test_tokens(start: Start, gpu: FakeUpstream, dialect: str, fields: dict[str, Any], told: bool) -> None:
+def test_tokens_are_counted_where_reported(
+    start: Start, gpu: FakeUpstream, dialect: str, fields: dict[str, Any], counted: bool
+) -> None:
     async def answer(talk: Talk) -> None:
         if talk.json.get("stream"):
             await with_usage(talk)
@@ -198,8 +202,8 @@ def test_tokens(start: Start, gpu: FakeUpstream, dialect: str, fields: dict[str,
     proxy = start(backends={"b": backend(gpu, dialect=dialect, models={"public": "m"}, context=2048)})
     assert chat(proxy, model="public", **fields).status_code == 200
     until(proxy, "xgen_request_duration_seconds_count", {("b", "chat"): 1})
-    counted = {("b", "public", "input"): 7, ("b", "public", "output"): 2}
-    assert samples(proxy, "xgen_tokens_total") == (counted if told else {})
+    tokens = {("b", "public", "input"): 7, ("b", "public", "output"): 2}
+    assert samples(proxy, "xgen_tokens_total") == (tokens if counted else {})
 
 
 def test_the_mean_gap_of_a_stream(start: Start, gpu: FakeUpstream) -> None:
@@ -231,7 +235,7 @@ def test_the_mean_gap_of_a_stream(start: Start, gpu: FakeUpstream) -> None:
 # replicas
 
 
-def test_what_a_replica_tells(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_metrics_of_a_replica(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, dialect="openai", device_class="cpu")})
     vllm, llama = f"vllm@127.0.0.1:{gpu.port}", f"llama_cpp@127.0.0.1:{cpu.port}"
     [(_, age)] = samples(proxy, "xgen_replica_scrape_age_seconds").items()
@@ -250,7 +254,7 @@ def test_what_a_replica_tells(start: Start, gpu: FakeUpstream, cpu: FakeUpstream
     assert samples(proxy, "xgen_replica_breaker_state")["llama_cpp", llama, "closed"] == 1
 
 
-def test_series_of_a_replica_that_is_gone(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_series_of_a_removed_replica_are_dropped(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     gpu.scripts.append(status(500))
     assert chat(proxy).status_code == 200
     assert chat(proxy).status_code == 200
@@ -261,7 +265,7 @@ def test_series_of_a_replica_that_is_gone(proxy: RunningProxy, gpu: FakeUpstream
     assert samples(proxy, "xgen_attempt_failures_total") == {}
 
 
-def test_model_names_that_nobody_serves_become_no_label(proxy: RunningProxy) -> None:
+def test_unknown_model_names_become_no_labels(proxy: RunningProxy) -> None:
     for number in range(3):
         assert chat(proxy, model=f"secret-{number}").status_code == 404
     until(proxy, "xgen_refused_requests_total", {("model_not_found", "chat"): 3})

@@ -1,4 +1,4 @@
-"""No line of the log has anything of a prompt, an answer or a key, whatever happens."""
+"""No log line contains any part of a prompt, an answer or a key."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def fresh(proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> Iter
         replica.set_state("up", "test")
 
 
-Told = Callable[[], list[dict[str, Any]]]
+LogLines = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
-    """The lines of requests so far, as JSON; at the end no line of any kind may have a secret in it."""
+def log_lines(caplog: pytest.LogCaptureFixture) -> Iterator[LogLines]:
+    """The log lines of requests so far, as JSON. Fails at the end if any log line has a secret."""
     caplog.set_level(logging.INFO)
 
     def ours() -> list[logging.LogRecord]:
-        """Without what the tests' own client says, and uvicorn's access log, which pytest alone gets to see."""
+        """Leaves out the lines of the tests' own client, and uvicorn's access log, which only pytest sees."""
         others = ("httpx", "httpcore", "uvicorn.access")
         return [record for record in caplog.get_records("call") if not record.name.startswith(others)]
 
@@ -116,18 +116,18 @@ SENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("sent", SENT.values(), ids=SENT.keys())
-def test_what_a_client_sends(proxy: RunningProxy, told: Told, sent: dict[str, Any]) -> None:
+def test_nothing_that_a_client_sends_is_logged(proxy: RunningProxy, log_lines: LogLines, sent: dict[str, Any]) -> None:
     answer = ask(proxy, **sent)
-    wait_until(told)
+    wait_until(log_lines)
     if "x-request-id" not in sent.get("headers", {}) and answer.headers["content-type"] == "application/json":
-        assert told()[-1]["request_id"] == answer.headers["x-request-id"]
+        assert log_lines()[-1]["request_id"] == answer.headers["x-request-id"]
 
 
-def test_what_is_no_http(proxy: RunningProxy, told: Told) -> None:
+def test_input_that_is_not_http_is_not_logged(proxy: RunningProxy, log_lines: LogLines) -> None:
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(f"{SECRET} {SECRET}\r\n\r\n".encode())
         assert client.recv(65536).startswith(b"HTTP/1.1 400")
-    wait_until(told)
+    wait_until(log_lines)
 
 
 # what a backend says
@@ -207,10 +207,10 @@ SAID: dict[str, Script] = {
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("script", SAID.values(), ids=SAID.keys())
 @pytest.mark.parametrize("first", ["vllm", "llama_cpp"])
-def test_what_a_backend_says(
+def test_nothing_that_a_backend_sends_is_logged(
     proxy: RunningProxy,
     fakes: tuple[FakeUpstream, FakeUpstream],
-    told: Told,
+    log_lines: LogLines,
     script: Script,
     stream: bool,
     first: str,
@@ -218,14 +218,16 @@ def test_what_a_backend_says(
     for fake in fakes:
         fake.default = script
     ask(proxy, json=body(stream=stream, backend=first))
-    wait_until(told)
+    wait_until(log_lines)
 
 
 # what goes wrong here
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_fault_of_our_own(proxy: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_an_internal_error_logs_no_prompt(
+    proxy: RunningProxy, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
         try:
@@ -235,12 +237,12 @@ def test_a_fault_of_our_own(proxy: RunningProxy, told: Told, monkeypatch: pytest
 
     monkeypatch.setattr(Progress, "response_headers", fault)
     assert ask(proxy, json=body(stream=stream)).status_code == 500
-    wait_until(told)
-    assert told()[-1]["code"] == "internal_error"
+    wait_until(log_lines)
+    assert log_lines()[-1]["code"] == "internal_error"
 
 
-def test_the_fault_can_be_found(
-    proxy: RunningProxy, told: Told, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_internal_error_logs_its_traceback(
+    proxy: RunningProxy, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fault(progress: Progress) -> list[tuple[bytes, bytes]]:
         monkeypatch.undo()
@@ -248,24 +250,24 @@ def test_the_fault_can_be_found(
 
     monkeypatch.setattr(Progress, "response_headers", fault)
     assert ask(proxy, json=body()).status_code == 500
-    wait_until(told)
+    wait_until(log_lines)
     [record] = [record for record in caplog.records if record.exc_info]
     exception = json.loads(JsonFormatter().format(record))["exception"]
     assert "in fault\n" in exception
     assert exception.endswith("ValueError")
 
 
-# who it was
+# origin
 
 
-def test_key_and_client(proxy: RunningProxy, told: Told) -> None:
+def test_the_key_hash_and_the_client_are_logged(proxy: RunningProxy, log_lines: LogLines) -> None:
     ask(proxy, json=body(), headers={"x-forwarded-for": "192.0.2.66, 192.0.2.7, 127.0.0.9"})
     ask(proxy, json=body(model="x"), headers={"x-forwarded-for": "192.0.2.8"})
     ask(proxy, json=body(), headers={"authorization": "Bearer sk-wrong"})
-    wait_until(lambda: len(told()) == 3)
+    wait_until(lambda: len(log_lines()) == 3)
     known = hash_key(KEY)[:8]
-    assert [(line["client"], line.get("key")) for line in told()] == [
+    assert [(line["client"], line.get("key")) for line in log_lines()] == [
         ("192.0.2.7", known), ("192.0.2.8", known), ("127.0.0.1", None),
     ]  # fmt: skip
-    assert [line["status"] for line in told()] == [200, 404, 401]
-    assert [line.get("code") for line in told()] == [None, "model_not_found", "invalid_api_key"]
+    assert [line["status"] for line in log_lines()] == [200, 404, 401]
+    assert [line.get("code") for line in log_lines()] == [None, "model_not_found", "invalid_api_key"]

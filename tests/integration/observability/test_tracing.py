@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them by OTLP over HTTP."""
+"""Traces as a collector receives them over OTLP/HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRET = "the-secret-of-this-prompt"
 
 
 class Collector:
-    """Takes what exporters send to /v1/traces."""
+    """Receives what exporters send to /v1/traces."""
 
     def __init__(self) -> None:
         taken: list[bytes] = []
@@ -85,13 +85,13 @@ def attributes(span: Span) -> dict[str, Any]:
     return {each.key: value(each.value) for each in span.attributes}
 
 
-def assert_told(fake: FakeUpstream, span: Span) -> None:
-    """Flags: sampled, and perhaps that the trace's id is random."""
+def assert_received_context(fake: FakeUpstream, span: Span) -> None:
+    """The flags are sampled and maybe random trace id."""
     expected = f"00-{span.trace_id.hex()}-{span.span_id.hex()}-0[13]"
     assert re.fullmatch(expected, fake.talks[-1].headers["traceparent"])
 
 
-def test_a_request(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
+def test_a_request_has_a_span_and_one_for_its_attempt(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, otlp_endpoint=collector.url)
     messages = [{"role": "user", "content": SECRET}]
     assert chat(proxy, messages=messages, headers={**CONTEXT, "x-request-id": "find-me"}).status_code == 200
@@ -105,9 +105,9 @@ def test_a_request(start: Start, gpu: FakeUpstream, collector: Collector) -> Non
     }  # fmt: skip
     assert (attempt.name, attempt.kind) == ("chat m", Span.SPAN_KIND_CLIENT)
     assert (attempt.trace_id, attempt.parent_span_id) == (request.trace_id, request.span_id)
-    told = attributes(attempt)
-    assert told.pop("xgen.reason").startswith("only: ")
-    assert told == {
+    found = attributes(attempt)
+    assert found.pop("xgen.reason").startswith("only: ")
+    assert found == {
         "gen_ai.operation.name": "chat", "gen_ai.request.model": "m", "gen_ai.provider.name": "vllm",
         "server.address": "127.0.0.1", "server.port": gpu.port,
         "xgen.backend": "vllm", "xgen.replica": f"vllm@127.0.0.1:{gpu.port}",
@@ -124,7 +124,7 @@ def test_a_request(start: Start, gpu: FakeUpstream, collector: Collector) -> Non
     assert b"xgen-proxy" in body
 
 
-def test_attempts_that_fail(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, collector: Collector) -> None:
+def test_each_attempt_has_a_span(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, collector: Collector) -> None:
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
     proxy = start(backends=backends, otlp_endpoint=collector.url)
     gpu.scripts.append(status(500))
@@ -138,10 +138,10 @@ def test_attempts_that_fail(start: Start, gpu: FakeUpstream, cpu: FakeUpstream, 
     assert first.parent_span_id == second.parent_span_id == request.span_id
     assert (request.parent_span_id, attributes(request)["xgen.attempts"]) == (b"", 2)
     for fake, span in ((gpu, first), (cpu, second)):
-        assert_told(fake, span)
+        assert_received_context(fake, span)
 
 
-def test_a_stream_that_goes_on_elsewhere(
+def test_a_resumed_stream_has_a_span_for_each_attempt(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, collector: Collector
 ) -> None:
     async def breaks(talk: Talk) -> None:
@@ -160,7 +160,7 @@ def test_a_stream_that_goes_on_elsewhere(
     assert "error.type" not in attributes(second) | attributes(request)
 
 
-def test_requests_without_an_answer(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
+def test_spans_of_failed_requests(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, otlp_endpoint=collector.url)
     assert chat(proxy, model="none").status_code == 404
     gpu.scripts = [status(400), status(503), silent]
@@ -170,16 +170,16 @@ def test_requests_without_an_answer(start: Start, gpu: FakeUpstream, collector: 
         wait_until(lambda: len(gpu.talks) == 3)
     wait_until(lambda: "\nxgen_cancellations_total{" in get(f"{proxy.url}/metrics").text)
     proxy.stop()
-    told = [(span.kind, attributes(span)) for span in collector.spans()]
-    requests = [each for kind, each in told if kind == Span.SPAN_KIND_SERVER]
-    attempts = [each for kind, each in told if kind == Span.SPAN_KIND_CLIENT]
+    found = [(span.kind, attributes(span)) for span in collector.spans()]
+    requests = [each for kind, each in found if kind == Span.SPAN_KIND_SERVER]
+    attempts = [each for kind, each in found if kind == Span.SPAN_KIND_CLIENT]
     assert [each["http.response.status_code"] for each in requests] == [404, 400, 503, 499]
     assert [each.get("error.type") for each in requests] == [None, None, "503", None]
     assert [each["error.type"] for each in attempts] == ["400", "busy", "client_left"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
-def test_operations(start: Start, gpu: FakeUpstream, collector: Collector, path: str) -> None:
+def test_the_operation_is_named(start: Start, gpu: FakeUpstream, collector: Collector, path: str) -> None:
     async def text(talk: Talk) -> None:
         await talk.answer(200, {"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]})
 
@@ -190,7 +190,7 @@ def test_operations(start: Start, gpu: FakeUpstream, collector: Collector, path:
     assert {attributes(span)["gen_ai.operation.name"] for span in collector.spans()} == {"text_completion"}
 
 
-def test_a_trace_that_is_not_to_be_kept(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
+def test_an_unsampled_trace_is_not_exported(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, otlp_endpoint=collector.url)
     assert chat(proxy, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"}).status_code == 200
     proxy.stop()
@@ -198,26 +198,26 @@ def test_a_trace_that_is_not_to_be_kept(start: Start, gpu: FakeUpstream, collect
     assert re.fullmatch(f"00-{TRACE}-[0-9a-f]{{16}}-00", gpu.talks[-1].headers["traceparent"])
 
 
-def test_a_traceparent_that_is_none(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
+def test_a_malformed_traceparent_starts_a_new_trace(start: Start, gpu: FakeUpstream, collector: Collector) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, otlp_endpoint=collector.url)
     assert chat(proxy, headers={"traceparent": SECRET, "tracestate": SECRET}).status_code == 200
     proxy.stop()
     attempt, request = collector.spans()
     assert request.parent_span_id == b""
-    assert_told(gpu, attempt)
+    assert_received_context(gpu, attempt)
     assert SECRET not in str(gpu.talks[-1].headers)
 
 
-def test_a_collector_that_is_not_there(start: Start, gpu: FakeUpstream) -> None:
+def test_an_absent_collector_delays_nothing(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, otlp_endpoint="http://127.0.0.1:1")
     assert chat(proxy).status_code == 200
     proxy.stop()  # fails where that takes longer than 20 s
 
 
-# off
+# without tracing
 
 
-def test_without_a_collector_the_clients_context_goes_on_as_it_is(start: Start, gpu: FakeUpstream) -> None:
+def test_without_tracing_the_clients_context_is_forwarded(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     assert chat(proxy, headers=CONTEXT).status_code == 200
     assert {name: gpu.talks[-1].headers[name] for name in CONTEXT} == CONTEXT
@@ -225,7 +225,7 @@ def test_without_a_collector_the_clients_context_goes_on_as_it_is(start: Start, 
     assert "traceparent" not in gpu.talks[-1].headers
 
 
-def test_off_it_is_not_even_imported() -> None:
+def test_without_tracing_opentelemetry_is_not_imported() -> None:
     code = (
         "import sys; from xgen_proxy.gateway import Gateway; from xgen_proxy.config.settings import Settings;"
         "import xgen_proxy.cli;"
@@ -236,13 +236,13 @@ def test_off_it_is_not_even_imported() -> None:
 
 
 @pytest.mark.parametrize("url", ["collector:4318", "grpc://collector:4317"])
-def test_what_is_no_collector(url: str) -> None:
+def test_a_malformed_endpoint_is_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="write http://HOST:4318"):
         Settings(otlp_endpoint=url)
     assert Settings(otlp_endpoint="").otlp_endpoint is None
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ValidationError, match="xgen-proxy\\[otel\\]"):
         Settings(otlp_endpoint="http://collector:4318")
