@@ -1,4 +1,4 @@
-"""Which JSON schemas llama-cpp-python is given, and how they are told."""
+"""Which JSON schemas llama-cpp-python gets, and in which form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from xgen_proxy.dialects.llama_cpp_python.json_schema import ANYTHING, TYPES, enforceable
@@ -29,11 +30,11 @@ SAME: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("schema", SAME.values(), ids=SAME)
-def test_what_is_enforced_stays(schema: Any) -> None:
+def test_an_enforceable_schema_is_unchanged(schema: Any) -> None:
     assert enforceable(schema, "tools") == schema
 
 
-TOLD_OTHERWISE: dict[str, tuple[Any, Any]] = {
+REBUILT: dict[str, tuple[Any, Any]] = {
     "notes": ({**S, "title": "t", "description": 'a "b"', "default": 3, "$schema": "x"}, S),
     "oneOf": ({"oneOf": [S, {"type": "null"}]}, {"anyOf": [S, {"type": "null"}]}),
     "type list": (
@@ -72,9 +73,9 @@ TOLD_OTHERWISE: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "told"), TOLD_OTHERWISE.values(), ids=TOLD_OTHERWISE)
-def test_what_is_told_otherwise(schema: Any, told: Any) -> None:
-    assert enforceable(schema, "tools") == told
+@pytest.mark.parametrize(("schema", "rebuilt"), REBUILT.values(), ids=REBUILT)
+def test_a_schema_is_rebuilt_in_the_converters_subset(schema: Any, rebuilt: Any) -> None:
+    assert enforceable(schema, "tools") == rebuilt
 
 
 NOT: dict[str, tuple[Any, str]] = {
@@ -127,7 +128,7 @@ NOT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("schema", "word"), NOT.values(), ids=NOT)
-def test_what_is_refused(schema: Any, word: str) -> None:
+def test_a_schema_that_cannot_be_enforced_is_refused(schema: Any, word: str) -> None:
     with pytest.raises(BadRequestError, match=word) as refused:
         enforceable(schema, "response_format")
     assert refused.value.param == "response_format"
@@ -144,7 +145,7 @@ class Tree(BaseModel):
     pair: tuple[int, Leaf]
 
 
-def test_what_pydantic_makes_of_a_model() -> None:
+def test_the_schema_of_a_pydantic_model_is_enforceable() -> None:
     built = enforceable(Tree.model_json_schema(), "response_format")
     leaf = {
         "type": "object",
@@ -165,9 +166,58 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_anything_is_rebuilt_or_refused(schema: Any) -> None:
+def test_any_json_is_rebuilt_or_refused(schema: Any) -> None:
     try:
         built = enforceable(schema, "tools")
     except BadRequestError:
         return
-    enforceable(built, "tools")  # what it is told in is its own language
+    Draft202012Validator.check_schema(built)
+    enforceable(built, "tools")  # the subset contains its own schemas
+
+
+NAMES = st.sampled_from(["a", "b", "é_1", "한국"])
+LEAVES = st.one_of(
+    st.sampled_from([{"type": kind} for kind in TYPES if kind not in ("array", "string")]),
+    st.builds(
+        lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more},
+        st.integers(0, 9),
+        st.integers(0, 9),
+    ),
+    st.builds(lambda values: {"enum": values}, st.lists(NAMES | st.integers() | st.none(), min_size=1, max_size=3)),
+)
+
+
+def composites(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def make_object(properties: dict[str, Any], closed: bool) -> dict[str, Any]:
+        schema = {"type": "object", "properties": properties, "required": sorted(properties)[:1]}
+        return {**schema, "additionalProperties": False} if closed else schema
+
+    return st.one_of(
+        st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, inner, st.integers(0, 9)),
+        st.builds(lambda items: {"type": "array", "prefixItems": items}, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(make_object, st.dictionaries(NAMES, inner, min_size=1, max_size=3), st.booleans()),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+    )
+
+
+SUBSET = st.recursive(LEAVES, composites, max_leaves=8)
+INSTANCES = st.recursive(
+    st.none() | st.booleans() | st.integers() | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(SUBSET)
+def test_a_schema_of_the_subset_is_a_fixed_point(schema: Any) -> None:
+    assert enforceable(schema, "tools") == schema
+
+
+@given(SUBSET, st.lists(INSTANCES, min_size=1, max_size=5))
+def test_a_rebuilt_schema_accepts_the_same_values(schema: Any, values: list[Any]) -> None:
+    """References, annotations and wrappers are put around the schema, and must come off without a change of meaning."""
+    wrapped = {"$defs": {"x": {"title": "t", "allOf": [schema]}}, "$ref": "#/$defs/x", "description": "d"}
+    built = Draft202012Validator(enforceable(wrapped, "tools"))
+    original = Draft202012Validator(wrapped)
+    for value in values:
+        assert built.is_valid(value) == original.is_valid(value)
