@@ -124,6 +124,8 @@ class Replica:
 
     @property
     def has_capacity(self) -> bool:
+        if self.breaker.slow_start_at is None:  # the common case, without making a snapshot
+            return self.in_flight < self.slots + self.backend.dialect.overcommit
         return self.snapshot().has_capacity(time.monotonic())
 
     @property
@@ -333,9 +335,11 @@ class Fleet:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.backends = tuple(
-            Backend(name, backend, settings.routing) for name, backend in sorted(settings.backends.items())
-        )
+        self._set_backends(Backend(name, each, settings.routing) for name, each in sorted(settings.backends.items()))
+
+    def _set_backends(self, backends: Iterable[Backend]) -> None:
+        self.backends = tuple(backends)
+        self._backends_by_name = {backend.name: backend for backend in self.backends}
 
     def configure(self, settings: Settings) -> list[Backend]:
         """Apply new settings. A backend that is still configured keeps its replicas and its requests, unless its
@@ -349,11 +353,16 @@ class Fleet:
             else:
                 backend.configure(wanted, settings.routing)
             kept.append(backend)
-        self.backends = tuple(kept)
+        self._set_backends(kept)
         return [backend for backend in old.values() if backend not in kept]
 
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(tuple([backend.snapshot() for backend in self.backends]))
+
+    def replica(self, backend: str, name: str) -> Replica | None:
+        """The listed replica of these names."""
+        found = self._backends_by_name.get(backend)
+        return found.replica(name) if found is not None else None
 
     @property
     def replicas(self) -> Iterator[Replica]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from xgen_proxy.config.settings import Routing
@@ -29,8 +28,7 @@ class Rejection(NamedTuple):
     code: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """`error`: why there is no candidate. `now`, `routing`: the time and the settings it was decided with."""
 
     candidates: tuple[Candidate, ...]

@@ -63,11 +63,9 @@ class Router:
         one."""
         if plan.error is not None:
             raise plan.error
-        backends = {backend.name: backend for backend in self.fleet.backends}
-        targets = []
-        for candidate in plan.candidates:
-            backend = backends.get(candidate.backend.name)
-            replica = backend.replica(candidate.replica.name) if backend else None
-            if replica is not None:
-                targets.append(Target(replica, candidate.reason, candidate.tier))
-        return targets
+        find = self.fleet.replica
+        return [
+            Target(replica, candidate.reason, candidate.tier)
+            for candidate in plan.candidates
+            if (replica := find(candidate.backend.name, candidate.replica.name)) is not None
+        ]
