@@ -16,7 +16,7 @@ from tests.support.nginx_client import (
 from tests.support.real_servers import Proxy
 from tests.support.unavailable import unavailable
 
-NO_CANARIES = {"XGEN_PROBE_INTERVAL_S": "0"}  # a canary would use up a script meant for the test
+NO_CANARIES = {"XGEN_CANARY_INTERVAL_S": "0"}  # a canary would use up a script meant for the test
 
 StartNginx = Callable[..., Nginx]
 
