@@ -14,6 +14,7 @@ import orjson
 
 from xgen_proxy import __version__
 from xgen_proxy.config.loading import ConfigError, ConfigSources
+from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.server import PortInUseError, serve
 
@@ -129,7 +130,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--llama-cpp", metavar="URL[,URL]", help="llama.cpp servers, for the CPU; several with commas")
     command.add_argument(
         "--engine",
-        choices=["llama-cpp-python", "llama-server"],
+        choices=[name for name, dialect in DIALECTS.items() if dialect.device_class == "cpu"],
         help="the software of the --llama-cpp servers (default: llama-cpp-python)",
     )
     command.add_argument(

@@ -26,4 +26,4 @@ def make_call(endpoint: Endpoint = "chat", **fields: Any) -> Call:
 def make_target(reason: str = "default: because", url: str = "http://gpu:8000") -> Target:
     """On a backend called vllm."""
     [replica] = Fleet(Settings(backends={"vllm": {"urls": url}})).replicas
-    return Target(replica, reason, 0)
+    return Target(replica.backend, replica, reason, 0)

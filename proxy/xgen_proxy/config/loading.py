@@ -18,6 +18,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
 from xgen_proxy.config.settings import URL_FORMS, Settings, config_file, secrets_dir, secrets_source, settings_with_file
+from xgen_proxy.dialects.registry import DIALECTS
 
 NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_TEST_")  # two sources' own locations, and the tests' variables
 
@@ -103,7 +104,7 @@ def _problem(error: Any, path: Path) -> str:
     setting = ".".join(str(part) for part in error["loc"]) or "settings"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing" and setting.endswith("dialect"):
-        message = "say what it speaks: vllm, llama-cpp-python, llama-server or openai"
+        message = f"say what it speaks: one of {', '.join(DIALECTS)}"
     elif error["type"] in ("missing", "too_short") and setting.endswith("urls"):
         message = f"say where it is: {URL_FORMS}; several with commas"
     elif error["type"] == "extra_forbidden":

@@ -14,15 +14,12 @@ from xgen_proxy.routing.policy import decide
 
 
 class Target(NamedTuple):
-    """A candidate resolved to its live replica."""
+    """A candidate resolved to its live replica and the backend that it belongs to."""
 
+    backend: Backend
     replica: Replica
     reason: str
     tier: int
-
-    @property
-    def backend(self) -> Backend:
-        return self.replica.backend
 
 
 class Router:
@@ -65,7 +62,7 @@ class Router:
             raise plan.error
         find = self.fleet.replica
         return [
-            Target(replica, candidate.reason, candidate.tier)
+            Target(replica.backend, replica, candidate.reason, candidate.tier)
             for candidate in plan.candidates
             if (replica := find(candidate.backend.name, candidate.replica.name)) is not None
         ]
