@@ -104,7 +104,7 @@ def _problem(error: Any, path: Path) -> str:
     setting = ".".join(str(part) for part in error["loc"]) or "settings"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing" and setting.endswith("dialect"):
-        message = f"say what it speaks: one of {', '.join(DIALECTS)}"
+        message = f"say what it speaks: {', '.join(DIALECTS)}"
     elif error["type"] in ("missing", "too_short") and setting.endswith("urls"):
         message = f"say where it is: {URL_FORMS}; several with commas"
     elif error["type"] == "extra_forbidden":
