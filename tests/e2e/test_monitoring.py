@@ -43,7 +43,9 @@ SHOWN = [
     for panel in BOARD["panels"]
     for target in panel.get("targets", [])
 ]
-SELECTOR = re.compile(r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|device_class:\w+:\w+|vllm:\w+)(?:\{[^}]*\})?)(?![\w(])")
+SELECTOR = re.compile(
+    r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|device_class:\w+:\w+|vllm:\w+)(?:\{[^}]*\})?)(?![\w(])"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
