@@ -1,9 +1,9 @@
-"""What happened to a request, and the protocol of its observers: metrics, the request log, traces."""
+"""What happened to a request, and what its observers see: metrics, the request log, traces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from xgen_proxy.errors import ProxyError, UpstreamError
 from xgen_proxy.forwarding.usage import Usage
@@ -51,8 +51,8 @@ class Refusal(NamedTuple):
     error: ProxyError
 
 
-class Observer(Protocol):
-    """Sees what happens to requests. Its methods return at once and do not raise."""
+class Observer:
+    """Sees what happens to requests. Override what you need; the methods must return at once and not raise."""
 
     def request_refused(self, refusal: Refusal) -> None:
         """The request was refused before it was parsed. No other method is called for it."""
@@ -65,6 +65,7 @@ class Observer(Protocol):
 
         Returns the trace context for the backend as header lines, or None to forward the client's own.
         """
+        return None
 
     def attempt_finished(self, call: Call, target: Target, error: BaseException | None, tail: bytes) -> None:
         """The slot was released. `error` is None if the attempt succeeded.

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from xgen_proxy.errors import QueueFullError, UpstreamError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Outcome, Refusal
+from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Observer, Outcome, Refusal
 from xgen_proxy.observability.fleet_metrics import FleetMetrics
 from xgen_proxy.observability.metric_types import Counter, Histogram
 from xgen_proxy.request.call import Call
@@ -25,8 +25,8 @@ GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 
 
-class Metrics(Collector):
-    """An Observer, and the registry behind /metrics."""
+class Metrics(Collector, Observer):
+    """Counts what happens, and renders the page behind /metrics."""
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self._define_counters()
@@ -133,9 +133,6 @@ class Metrics(Collector):
     def request_refused(self, refusal: Refusal) -> None:
         error = refusal.error
         self.refusals.inc(refusal.endpoint, error.code or error.type)
-
-    def request_started(self, call: Call) -> None:
-        pass
 
     def attempt_started(self, call: Call, target: Target, number: int) -> bytes | None:
         if number > 1:

@@ -6,14 +6,14 @@ import logging
 from typing import Any
 
 from xgen_proxy.errors import RequestRejectedError, UpstreamError
-from xgen_proxy.forwarding.outcome import Outcome, Refusal
+from xgen_proxy.forwarding.outcome import Observer, Outcome, Refusal
 from xgen_proxy.observability.logging_setup import log, log_event
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
 
 
-class RequestLog:
-    """An Observer."""
+class RequestLog(Observer):
+    """Writes the lines."""
 
     def request_refused(self, refusal: Refusal) -> None:
         """Leaves out the message, which may repeat what the client sent."""
@@ -29,12 +29,6 @@ class RequestLog:
         if origin.key is not None:
             line["key"] = origin.key
         log_event(logging.INFO, "refused", line)
-
-    def request_started(self, call: Call) -> None:
-        pass
-
-    def attempt_started(self, call: Call, target: Target, number: int) -> bytes | None:
-        return None
 
     def attempt_finished(self, call: Call, target: Target, error: BaseException | None, tail: bytes) -> None:
         if isinstance(error, UpstreamError):

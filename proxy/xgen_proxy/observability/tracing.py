@@ -18,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from xgen_proxy import __version__
 from xgen_proxy.errors import ProxyError, UpstreamError
-from xgen_proxy.forwarding.outcome import Outcome, Refusal
+from xgen_proxy.forwarding.outcome import Observer, Outcome
 from xgen_proxy.forwarding.usage import finish_reasons, usage_at_end
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
@@ -28,8 +28,8 @@ OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "e
 CONTEXT = TraceContextTextMapPropagator()
 
 
-class Tracing:
-    """An Observer. `endpoint` is a collector, as http://HOST:4318; a thread of its own sends the spans."""
+class Tracing(Observer):
+    """Exports spans. `endpoint` is a collector, as http://HOST:4318; a thread of its own sends the spans."""
 
     def __init__(self, endpoint: str) -> None:
         resource = Resource.create({"service.name": "xgen-proxy", "service.version": __version__})
@@ -43,9 +43,6 @@ class Tracing:
     def close(self) -> None:
         """Sends the remaining spans. Blocks."""
         self._provider.shutdown()
-
-    def request_refused(self, refusal: Refusal) -> None:
-        """Such a request has no trace: nothing of it ran."""
 
     def request_started(self, call: Call) -> None:
         lines = call.trace.decode("latin-1").splitlines()

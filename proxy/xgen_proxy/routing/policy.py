@@ -51,15 +51,19 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         error = _unable_error(features, rejections)
     if error is not None:
         return Plan((), tuple(rejections), now, routing, error)
-    picks = {backend.name: _pick(features, backend, routing, rng, now) for backend in able}
-    rejections += [Rejection(backend.name, "no replica is up") for backend in able if not picks[backend.name].replicas]
-    live = [backend for backend in able if picks[backend.name].replicas]
-    ranked = _rank(features, live, picks, routing, now)
+    live: list[Option] = []
+    for backend in able:
+        option = _option(features, backend, routing, rng, now)
+        if option.replicas:
+            live.append(option)
+        else:
+            rejections.append(Rejection(backend.name, "no replica is up"))
+    ranked = _rank(features, live, routing, now)
     if not features.fallback:
         ranked = ranked[:1]
     if not ranked:
         return Plan((), tuple(rejections), now, routing, _down_error(rejections))
-    return Plan(_candidates(ranked, picks, routing.max_attempts), tuple(rejections), now, routing)
+    return Plan(_candidates(ranked, routing.max_attempts), tuple(rejections), now, routing)
 
 
 # rule 7: which backends can serve the request
@@ -138,26 +142,27 @@ def _down_error(rejections: Sequence[Rejection]) -> ProxyError:
 # rule 8: which replicas of a backend
 
 
-class Pick(NamedTuple):
-    """Live replicas of one backend, best first. `reason`: why the first was chosen over others."""
+class Option(NamedTuple):
+    """A backend and its live replicas, best first. `reason`: why the first was chosen over the others."""
 
+    backend: BackendSnapshot
     replicas: list[ReplicaSnapshot]
     reason: str = ""
 
 
-def _pick(features: Features, backend: BackendSnapshot, routing: Routing, rng: random.Random, now: float) -> Pick:
+def _option(features: Features, backend: BackendSnapshot, routing: Routing, rng: random.Random, now: float) -> Option:
     """Up to `routing.max_attempts` live replicas: the home first, then the less loaded of two."""
     if len(backend.replicas) == 1:
-        return Pick([replica for replica in backend.replicas if replica.up])
+        return Option(backend, [replica for replica in backend.replicas if replica.up])
     live = _draw(backend.replicas, max(routing.max_attempts, 2), routing, rng, now)
     if len(live) < 2:
-        return Pick(live)
+        return Option(backend, live)
     key, kind = _home_key(features)
     home = _home(backend, key, routing, now) if key else None
     if home is None:
-        return Pick(live, "less loaded of two")
+        return Option(backend, live, "less loaded of two")
     others = [replica for replica in live if replica.name != home.name]
-    return Pick([home, *others][: routing.max_attempts], f"home of its {kind}")
+    return Option(backend, [home, *others][: routing.max_attempts], f"home of its {kind}")
 
 
 def _draw(
@@ -207,31 +212,26 @@ def _home(backend: BackendSnapshot, key: str, routing: Routing, now: float) -> R
 # rules 1 to 6: in which order
 
 
-class Ranked(NamedTuple):
-    backend: BackendSnapshot
-    reason: str
-    tier: int
+Ranked = tuple[Option, str, int]  # option, reason, tier
 
 
-def _rank(
-    features: Features, live: Sequence[BackendSnapshot], picks: dict[str, Pick], routing: Routing, now: float
-) -> list[Ranked]:
+def _rank(features: Features, live: Sequence[Option], routing: Routing, now: float) -> list[Ranked]:
     if features.backend is not None:
-        chosen = [backend for backend in live if backend.name == features.backend]
-        others = [backend for backend in live if backend.name != features.backend] if features.fallback else []
+        chosen = [option for option in live if option.backend.name == features.backend]
+        others = [option for option in live if option.backend.name != features.backend] if features.fallback else []
         if not chosen:
             return _tiers([others], f"fallback: {features.backend}, which the client chose, is down")
         return _tiers([chosen, others], "explicit: the client chose it")
-    gpus = [backend for backend in live if backend.device_class == "gpu"]
-    cpus = [backend for backend in live if backend.device_class == "cpu"]
+    gpus = [option for option in live if option.backend.device_class == "gpu"]
+    cpus = [option for option in live if option.backend.device_class == "cpu"]
     if not gpus or not cpus:
         return _tiers([gpus or cpus], f"only: no {'CPU' if gpus else 'GPU'} backend is up that can do it")
     long = _long(features, routing)
     if long:
         return _tiers([gpus, cpus], long)
-    loads = {backend.name: picks[backend.name].replicas[0].load(now, routing) for backend in gpus}
-    gpus.sort(key=lambda backend: loads[backend.name])
-    load = loads[gpus[0].name]
+    if len(gpus) > 1:
+        gpus.sort(key=lambda option: option.replicas[0].load(now, routing))
+    load = gpus[0].replicas[0].load(now, routing)
     urgent = features.urgency == "high"
     limit = routing.urgent_load if urgent else routing.load_limit
     word = "urgent" if urgent else "default"
@@ -248,30 +248,29 @@ def _long(features: Features, routing: Routing) -> str | None:
     return None
 
 
-def _tiers(tiers: Sequence[Sequence[BackendSnapshot]], reason: str) -> list[Ranked]:
+def _tiers(tiers: Sequence[Sequence[Option]], reason: str) -> list[Ranked]:
     """`reason` is that of the first backend; the others are fallbacks for when it fails or is full."""
-    flat = [(backend, tier) for tier, backends in enumerate(tiers) for backend in backends]
-    first = flat[0][0].name if flat else ""
-    return [
-        Ranked(backend, f"fallback: after {first}" if index else reason, tier)
-        for index, (backend, tier) in enumerate(flat)
-    ]
+    ranked: list[Ranked] = []
+    for tier, options in enumerate(tiers):
+        for option in options:
+            ranked.append((option, reason, tier))
+            if len(ranked) == 1:
+                reason = f"fallback: after {option.backend.name}"
+    return ranked
 
 
 # rule 9: the plan
 
 
-def _candidates(ranked: list[Ranked], picks: dict[str, Pick], most: int) -> tuple[Candidate, ...]:
+def _candidates(ranked: list[Ranked], most: int) -> tuple[Candidate, ...]:
     """At most `most` candidates. Each backend gets one before any gets a second."""
     if len(ranked) > most:  # keep the first, which is the choice, and the last, which is the safety net
         ranked = [*ranked[: most - 1], ranked[-1]] if most > 1 else ranked[:1]
     spare = most - len(ranked)
     candidates: list[Candidate] = []
-    for backend, reason, tier in ranked:
-        pick = picks[backend.name]
-        first, *more = pick.replicas[: 1 + spare]
+    for (backend, replicas, why), reason, tier in ranked:
+        first, *more = replicas[: 1 + spare]
         spare -= len(more)
-        first_reason = f"{reason}; {pick.reason}" if pick.reason else reason
-        candidates.append(Candidate(backend, first, first_reason, tier))
+        candidates.append(Candidate(backend, first, f"{reason}; {why}" if why else reason, tier))
         candidates += [Candidate(backend, replica, reason, tier) for replica in more]
     return tuple(candidates)

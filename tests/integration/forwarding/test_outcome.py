@@ -11,14 +11,14 @@ from tests.support.fake_upstream import FakeUpstream, Talk, delta, silent, statu
 from tests.support.running_proxy import RunningProxy, ask, backend, chat
 from tests.support.waiting import wait_until
 from xgen_proxy.forwarding.delivery import Delivery
-from xgen_proxy.forwarding.outcome import Outcome, Refusal
+from xgen_proxy.forwarding.outcome import Observer, Outcome, Refusal
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
 
 Start = Callable[..., RunningProxy]
 
 
-class Recorder:
+class Recorder(Observer):
     """An Observer that records what it sees, in order."""
 
     def __init__(self) -> None:
@@ -52,6 +52,14 @@ class Recorder:
         self.open_requests.remove(id(call))
         self.events.append(f"finished {outcome.status}")
         self.outcomes.append(outcome)
+
+
+def watch(proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """A recorder in place of the proxy's observers."""
+    recorder = Recorder()
+    monkeypatch.setattr(proxy.gateway, "observer", recorder)
+    monkeypatch.setattr(proxy.gateway.forwarder, "observer", recorder)
+    return recorder
 
 
 class Case(NamedTuple):
@@ -155,8 +163,7 @@ CASES = [
 def test_an_observer_sees_each_request_and_attempt_once(
     case: Case, proxy: RunningProxy, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr(proxy.gateway.observer, "_observers", (recorder,))
+    recorder = watch(proxy, monkeypatch)
     case.request(proxy, gpu, monkeypatch)
     wait_until(lambda: len(recorder.events) >= len(case.events))
     assert recorder.events == case.events
@@ -170,8 +177,7 @@ def outcome_of(
     gpu: FakeUpstream,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Outcome:
-    recorder = Recorder()
-    monkeypatch.setattr(proxy.gateway.observer, "_observers", (recorder,))
+    recorder = watch(proxy, monkeypatch)
     request(proxy, gpu, monkeypatch)
     wait_until(lambda: recorder.outcomes)
     return recorder.outcomes[0]
@@ -226,8 +232,7 @@ def test_outcome_of_a_client_that_left_the_queue(
     start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = start(backends={"only": backend(gpu, dialect="openai", slots=1)})
-    recorder = Recorder()
-    monkeypatch.setattr(proxy.gateway.observer, "_observers", (recorder,))
+    recorder = watch(proxy, monkeypatch)
     gpu.scripts.append(silent)
     with ask(proxy):
         wait_until(lambda: gpu.talks)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from tests.support.requests import make_call, make_target
 from xgen_proxy.errors import NotFoundError
-from xgen_proxy.forwarding.outcome import Outcome, Refusal
+from xgen_proxy.forwarding.outcome import Observer, Outcome, Refusal
 from xgen_proxy.observability.observers import Observers
 from xgen_proxy.request.call import Call, Origin
 from xgen_proxy.routing.router import Target
 
 
-class Recorder:
+class Recorder(Observer):
     def __init__(self, log: list[str], name: str, trace: bytes | None = None) -> None:
         self.log = log
         self.name = name
@@ -49,3 +49,23 @@ def test_the_last_trace_context_wins() -> None:
     assert Observers(Recorder([], "a"), Recorder([], "b")).attempt_started(call, target, 1) is None
     traced = Observers(Recorder([], "a", b"1"), Recorder([], "b"), Recorder([], "c", b"2"), Recorder([], "d"))
     assert traced.attempt_started(call, target, 1) == b"2"
+
+
+class OnlyFinished(Observer):
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+
+    def request_finished(self, call: Call, outcome: Outcome) -> None:
+        self.statuses.append(outcome.status)
+
+
+def test_an_observer_overrides_only_what_it_needs() -> None:
+    observer = OnlyFinished()
+    observers = Observers(observer)
+    call, target = make_call(), make_target()
+    observers.request_refused(Refusal(Origin("id-0", {}), "other", NotFoundError("x")))
+    observers.request_started(call)
+    assert observers.attempt_started(call, target, 1) is None
+    observers.attempt_finished(call, target, None, b"")
+    observers.request_finished(call, Outcome(200))
+    assert observer.statuses == [200]
