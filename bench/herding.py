@@ -114,9 +114,7 @@ class Simulation:
         plan = decide(features, mine.snapshot(), self.settings.routing, self.choices, self.now)
         candidates = [candidate.replica for candidate in plan.candidates]
         chosen = next((replica for replica in candidates if replica.has_capacity(self.now)), candidates[0])
-        live = mine.backends[0].replica(chosen.name)
-        assert live is not None
-        return live
+        return mine.backends[0].replicas_by_name[chosen.name]
 
     def arrive(self, work: float, number: int) -> None:
         replica = self.choose(self.fleets[number % self.proxies], number)

@@ -28,8 +28,7 @@ from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.downstream.direct_writer import DirectWriter
-from xgen_proxy.downstream.disconnect import cancel_on_disconnect
-from xgen_proxy.downstream.request_body import read_json
+from xgen_proxy.downstream.disconnect import DisconnectMonitor
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.forwarding.progress import Progress
@@ -37,6 +36,7 @@ from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.observability import logging_setup
 from xgen_proxy.request.call import Origin
+from xgen_proxy.request.json_body import read_json
 from xgen_proxy.routing.policy import decide
 from xgen_proxy.upstream import Connection, Pool
 
@@ -95,13 +95,15 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
     writer.first_output = time.perf_counter()
 
     def read() -> object:
-        return endpoint.parse(ORIGIN, RAW, read_json(RAW, HEADERS))
+        return endpoint.parse(ORIGIN, RAW, read_json(RAW, HEADERS, endpoint.gateway.settings.limits))
 
     def account() -> None:
         made.observer.request_finished(call, progress.outcome(200, writer))
 
+    disconnects = DisconnectMonitor()
+
     def watch() -> None:
-        with cancel_on_disconnect(receive):
+        with disconnects.watch(receive):
             pass
 
     targets = made.router.targets(made.router.plan(call.features))

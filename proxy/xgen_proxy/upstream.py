@@ -27,6 +27,7 @@ from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProto
 MAX_IDLE_S = 3.0  # backends close idle connections after 5 s
 MAX_EXCHANGES = 90  # llama-server closes a connection after 100
 HIGH_WATER = 256 * 1024  # bytes; reading from a backend pauses while this much waits for a slow client
+TIMER_PRECISION_S = 0.001  # uvloop's timers count in milliseconds
 LAST_CHUNK_WAIT_S = 1.0  # for the empty last chunk of a stream whose `[DONE]` has arrived
 
 
@@ -36,31 +37,6 @@ class Connection(asyncio.Protocol):
     `status` and `headers` (lower-case names) belong to the current exchange. `paused`: reading is paused because
     `buffered`, the bytes that have arrived and were not read, exceeded HIGH_WATER.
     """
-
-    __slots__ = (
-        "_chunks",
-        "_deadline",
-        "_failure",
-        "_keep_alive",
-        "_last_data",
-        "_loop",
-        "_on_data",
-        "_parser",
-        "_pool",
-        "_timer",
-        "_total",
-        "_transport",
-        "_waiter",
-        "buffered",
-        "complete",
-        "exchanges",
-        "framed",
-        "headers",
-        "idle_since",
-        "paused",
-        "status",
-        "touched",
-    )
 
     def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
@@ -72,7 +48,10 @@ class Connection(asyncio.Protocol):
         # Not an exception: its traceback would refer back to this connection (garbage_collection.py).
         self._failure: tuple[type[UpstreamError], str] | None = None
         self._on_data: Callable[[bytes], bool] | None = None
-        self._last_data = 0.0  # loop time when `_on_data` last accepted data
+        self._last_data = -math.inf  # loop time when `_on_data` last accepted data
+        self._silent_at = self._limit = 0.0  # loop time when a wait without data is over, and the seconds it may take
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
         self._keep_alive = False
         self._total = self._deadline = math.inf  # seconds that the exchange may take, and loop time when they are over
         self.buffered = 0
@@ -135,6 +114,7 @@ class Connection(asyncio.Protocol):
                     "the connection broke in mid-answer" if self.touched else "closed without an answer",
                 )
         self._transport = None
+        self._stop_timer()
         del self._parser  # it refers to this connection: break the reference cycle (garbage_collection.py)
         self._wake()
 
@@ -257,33 +237,42 @@ class Connection(asyncio.Protocol):
             raise kind(reason)
         waiter = self._waiter = self._loop.create_future()
         self._last_data = -math.inf
-        self._start_timer(timeout, limit)
+        self._silent_at = self._loop.time() + timeout
+        self._limit = limit
+        self._start_timer(min(self._silent_at, self._deadline))
         try:
             await waiter
         finally:
-            self._timer.cancel()
             self._waiter = None
 
-    def _start_timer(self, timeout: float, limit: float) -> None:
-        """Start the timer for the longest silence, or for the end of the whole exchange if that comes first."""
-        left = self._deadline - self._loop.time()
-        if left < timeout:
-            self._timer = self._loop.call_later(left, self._expire, "the answer took more than", self._total)
-        else:
-            self._timer = self._loop.call_later(timeout, self._on_silence, limit)
+    def _start_timer(self, at: float) -> None:
+        """Keep a timer that runs until `at` or less. It outlives the wait: a timer costs 3 µs, a hundredth of a small
+        request, and most waits end long before."""
+        if at < self._timer_at:
+            self._stop_timer()
+            self._timer_at = at
+            self._timer = self._loop.call_at(at, self._on_timer)
 
-    def _on_silence(self, limit: float) -> None:
-        """Wait longer if `_on_data` has accepted data meanwhile. This way a chunk costs no timer of its own."""
-        left = self._last_data + limit - self._loop.time()
-        if left > 0:
-            self._start_timer(left, limit)
-        else:
-            self._expire("nothing more came within", limit)
+    def _stop_timer(self) -> None:
+        self._timer_at = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _expire(self, what: str, seconds: float) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._fail(UpstreamTimeoutError, f"{what} {seconds:.3g} s")
+    def _on_timer(self) -> None:
+        self._stop_timer()
+        if self._waiter is None or self._waiter.done():
+            return
+        now = self._loop.time() + TIMER_PRECISION_S
+        silent_at = max(self._silent_at, self._last_data + self._limit)
+        if now >= self._deadline:
+            self._fail(UpstreamTimeoutError, f"the answer took more than {self._total:.3g} s")
             self._wake()
+        elif now >= silent_at:
+            self._fail(UpstreamTimeoutError, f"nothing more came within {self._limit:.3g} s")
+            self._wake()
+        else:
+            self._start_timer(min(silent_at, self._deadline))
 
     def _fail(self, kind: type[UpstreamError], reason: str) -> None:
         if self._failure is None:

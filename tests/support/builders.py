@@ -68,4 +68,4 @@ def cpu(load: float = 0.0, **values: Any) -> BackendSnapshot:
 
 
 def down(snapshot: BackendSnapshot) -> BackendSnapshot:
-    return snapshot._replace(replicas=tuple(each._replace(up=False) for each in snapshot.replicas))
+    return replace(snapshot, replicas=tuple(replace(each, up=False) for each in snapshot.replicas))

@@ -11,11 +11,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from xgen_proxy import sse
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import BadGatewayError, BadRequestError
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.json_body import read_json
 
 
 class GenerateRequest(BaseModel):
@@ -47,8 +48,9 @@ class GenerateEndpoint(InferenceEndpoint):
         self.always_streams = always_streams
 
     async def read(self, origin: Origin, receive: Receive) -> Call:
-        raw = await read_body(receive, origin.headers, self.gateway.settings.limits.body_bytes)
-        request = parse_generate(read_json(raw, origin.headers))
+        limits = self.gateway.settings.limits
+        raw = await read_body(receive, origin.headers, limits.body_bytes)
+        request = parse_generate(read_json(raw, origin.headers, limits))
         body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
         return self.parse(origin, orjson.dumps(body), body)
 

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.direct_writer import direct_writer_for
-from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, ProxyError
@@ -15,6 +15,7 @@ from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint, Json
+from xgen_proxy.request.json_body import read_json
 
 
 class InferenceEndpoint:
@@ -46,8 +47,9 @@ class InferenceEndpoint:
 
     async def read(self, origin: Origin, receive: Receive) -> Call:
         """Raises ProxyError, ClientDisconnectedError."""
-        raw = await read_body(receive, origin.headers, self.gateway.settings.limits.body_bytes)
-        return self.parse(origin, raw, read_json(raw, origin.headers))
+        limits = self.gateway.settings.limits
+        raw = await read_body(receive, origin.headers, limits.body_bytes)
+        return self.parse(origin, raw, read_json(raw, origin.headers, limits))
 
     def parse(self, origin: Origin, raw: bytes, body: Json) -> Call:
         """`raw` are the bytes that `body` was parsed from. Raises ProxyError."""

@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
-from xgen_proxy.downstream.request_body import read_body, read_json
+from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend, Replica
 from xgen_proxy.fleet.process_memory import Memory, memory_of
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
+from xgen_proxy.request.json_body import read_json
 from xgen_proxy.routing.plan import explain
 
 
@@ -100,9 +101,10 @@ async def route(request: Request) -> Response:
     """
     gateway = gateway_of(request)
     headers = dict(request.scope["headers"])
+    limits = gateway.settings.limits
     check_key(headers, gateway.settings.api_keys)
-    raw = await read_body(request.receive, headers, gateway.settings.limits.body_bytes)
-    body = read_json(raw, headers)
+    raw = await read_body(request.receive, headers, limits.body_bytes)
+    body = read_json(raw, headers, limits)
     endpoint = InferenceEndpoint(gateway, "completions" if "prompt" in body else "chat")
     features = endpoint.parse(Origin(request_id(headers), headers), raw, body).features
     return JSONResponse(explain(gateway.router.plan(features), features))

@@ -10,7 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource, SettingsE
 
 from xgen_proxy.config.settings import URL_FORMS, Settings, config_file, secrets_dir, secrets_source, settings_with_file
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.values import frozen
 
 NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_TEST_")  # two sources' own locations, and the tests' variables
 
@@ -27,7 +28,7 @@ class ConfigError(Exception):
     """The message names each setting that is wrong and how to correct it, one problem per line."""
 
 
-@dataclass(frozen=True)
+@frozen
 class ConfigSources:
     """The sources of one process. `flags` are nested like the settings. `config`: the path that `--config` gave, which
     overrides XGEN_CONFIG and the default."""

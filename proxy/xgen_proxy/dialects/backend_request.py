@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from xgen_proxy.request.features import Features, Json
+from xgen_proxy.values import frozen
 
 # (path, body) → (status, JSON). Asks the same replica, while a slot of it is held. Raises UpstreamError.
 Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
@@ -14,9 +14,9 @@ Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
 
 
-@dataclass(slots=True)
+@frozen
 class BackendRequest:
-    """A request as asked of one backend. Treat it as immutable: `frozen=True` triples the time to construct one.
+    """A request as asked of one backend.
 
     `body` is the client's JSON without our hints and with presets filled in. `raw` is the client's own bytes while they
     still say the same as `body`, else None. `alias` is the public model name, which the response must carry. `served`
@@ -45,7 +45,7 @@ class BackendRequest:
         return PATHS[self.features.endpoint]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaInfo:
     """What a replica reports about itself; None where it does not say. `capabilities` replace the dialect's."""
 

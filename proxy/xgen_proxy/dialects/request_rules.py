@@ -7,12 +7,12 @@ several engines share are here; the others are in their engine's module.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
+from xgen_proxy.values import frozen
 
 Action = Literal["rename", "fill", "drop", "translate", "refuse"]
 Rewrite = Callable[[Json, BackendRequest], Json]
@@ -20,7 +20,7 @@ Rewrite = Callable[[Json, BackendRequest], Json]
 LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rule:
     """`hazard`: what the engine does if the rule is not applied.
 

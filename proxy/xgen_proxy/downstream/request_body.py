@@ -1,19 +1,12 @@
-"""Reads a request's body within its size limit and parses it as JSON."""
+"""Reads a request's body within its size limit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import orjson
 from starlette.types import Receive
 
-from xgen_proxy.errors import (
-    BadRequestError,
-    ClientDisconnectedError,
-    RequestTooLargeError,
-    UnsupportedMediaTypeError,
-)
+from xgen_proxy.errors import ClientDisconnectedError, RequestTooLargeError
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:
@@ -38,19 +31,3 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def read_json(raw: bytes, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """Parse the body as a JSON object. Raises UnsupportedMediaTypeError, BadRequestError."""
-    media_type = headers.get(b"content-type", b"application/json").split(b";")[0].strip().lower()
-    if media_type != b"application/json":
-        raise UnsupportedMediaTypeError("send the request as JSON, with the header Content-Type: application/json")
-    if not raw:
-        raise BadRequestError("the request body is empty; send a JSON object")
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise BadRequestError(f"the request body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequestError(f"the request body must be a JSON object, not {type(body).__name__}")
-    return body

@@ -34,6 +34,7 @@ class Replica:
     `state`: starting (not checked yet), up, suspect (answers health checks but its circuit breaker is not closed), down
     (does not answer), draining (no longer listed: finishes its requests). `in_flight`: our requests that hold one of
     its slots. `joined_later`: the backend had other replicas already. Only the methods change these.
+    `response_headers` name it to clients.
     """
 
     def __init__(self, backend: Backend, url: str, *, joined_later: bool = False) -> None:
@@ -41,6 +42,7 @@ class Replica:
         self.backend = backend
         self.url = url
         self.name = f"{backend.name}@{parts.netloc}"
+        self.response_headers = (b"x-backend", backend.name.encode()), (b"x-replica", self.name.encode())
         self.joined_later = joined_later
         self.pool = Pool(parts.hostname or "", parts.port or 80, connect_timeout_s=backend.settings.connect_timeout_s)
         self.state: State = "starting"
@@ -211,7 +213,7 @@ class Backend:
         self.in_flight = 0
         self.replicas: tuple[Replica, ...] = ()
         self.draining: dict[str, Replica] = {}
-        self._replicas_by_name: dict[str, Replica] = {}
+        self.replicas_by_name: dict[str, Replica] = {}
         self._changed: set[Replica] = set()  # since the last snapshot
         self._indexes: dict[Replica, int] = {}  # in `replicas` and in the snapshots
         self._replica_snapshots: list[ReplicaSnapshot] = []
@@ -250,10 +252,10 @@ class Backend:
             self.draining[replica.url] = replica
         kept = [replica for replica in self.replicas if replica.url in wanted]
         self.replicas = tuple(sorted([*kept, *added], key=lambda replica: replica.name))
-        self._replicas_by_name = {replica.name: replica for replica in self.replicas}
+        self.replicas_by_name = {replica.name: replica for replica in self.replicas}
         self._indexes = {replica: index for index, replica in enumerate(self.replicas)}
         self._replica_snapshots = [replica.snapshot() for replica in self.replicas]
-        self._ring = ring_of(tuple(self._replicas_by_name))
+        self._ring = ring_of(tuple(self.replicas_by_name))
         self._snapshot = None
         return removed
 
@@ -262,10 +264,6 @@ class Backend:
         if replica is not None:
             replica.undrain()
         return replica
-
-    def replica(self, name: str) -> Replica | None:
-        """The listed replica of this name."""
-        return self._replicas_by_name.get(name)
 
     def served(self, alias: str) -> str:
         """The name under which the engine knows the public model name `alias`."""
@@ -339,7 +337,7 @@ class Fleet:
 
     def _set_backends(self, backends: Iterable[Backend]) -> None:
         self.backends = tuple(backends)
-        self._backends_by_name = {backend.name: backend for backend in self.backends}
+        self.backends_by_name = {backend.name: backend for backend in self.backends}
 
     def configure(self, settings: Settings) -> list[Backend]:
         """Apply new settings. A backend that is still configured keeps its replicas and its requests, unless its
@@ -358,11 +356,6 @@ class Fleet:
 
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(tuple([backend.snapshot() for backend in self.backends]))
-
-    def replica(self, backend: str, name: str) -> Replica | None:
-        """The listed replica of these names."""
-        found = self._backends_by_name.get(backend)
-        return found.replica(name) if found is not None else None
 
     @property
     def replicas(self) -> Iterator[Replica]:

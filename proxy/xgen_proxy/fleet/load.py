@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 from xgen_proxy.config.settings import Routing
+from xgen_proxy.values import frozen
 
 # Gauge → field of Scrape. vLLM renamed its KV gauge: https://github.com/vllm-project/vllm/issues/18354
 GAUGES = {
@@ -19,7 +20,8 @@ GAUGES = {
 Gauges = dict[str, float | None]
 
 
-class Scrape(NamedTuple):
+@frozen
+class Scrape:
     """The gauges of one /metrics page. None: the page does not have the gauge; unknown is never 0.
 
     `running`, `waiting`: requests, summed over all engines of the server. `kv`: share of the KV cache in use, 0 to 1.
@@ -57,7 +59,7 @@ def parse_metrics(page: str) -> Gauges:
     }
 
 
-@dataclass(slots=True)
+@frozen
 class LoadParts:
     """`total`: the worst of the ratios; 0 is idle, 1 full, more is overfull. `age_s`: of the scrape, if any."""
 

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any
 
 from xgen_proxy.config.settings import DeviceClass, Routing
 from xgen_proxy.fleet.circuit_breaker import slow_start_fraction
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
 from xgen_proxy.fleet.load import LoadParts, Scrape, load_of
+from xgen_proxy.values import frozen
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-class ReplicaSnapshot(NamedTuple):
+@frozen
+class ReplicaSnapshot:
     """`slots`: requests it runs at once. `overcommit`: requests it may hold beyond its slots. `slow_start_at`: when its
     slow start began, if it had one. `scraped`: its last scrape, if its engine has metrics."""
 
@@ -47,7 +53,8 @@ class ReplicaSnapshot(NamedTuple):
         return load_of(in_flight=self.in_flight, slots=slots, scraped=self.scraped, now=now, routing=routing)
 
 
-class BackendSnapshot(NamedTuple):
+@frozen
+class BackendSnapshot:
     """`in_flight`: our requests on all its replicas, draining ones included. `ring`: over the names of `replicas`."""
 
     name: str
@@ -57,10 +64,11 @@ class BackendSnapshot(NamedTuple):
     context: int | None
     replicas: tuple[ReplicaSnapshot, ...]
     in_flight: int
-    ring: HashRing
+    ring: HashRing = field(compare=False)  # it follows from the names
 
 
-class FleetSnapshot(NamedTuple):
+@frozen
+class FleetSnapshot:
     backends: tuple[BackendSnapshot, ...]
 
 
@@ -70,14 +78,18 @@ def to_json(fleet: FleetSnapshot) -> dict[str, Any]:
 
 
 def _backend_to_json(backend: BackendSnapshot) -> dict[str, Any]:
-    values = backend._asdict()
+    values = shallow_dict(backend)
     del values["ring"]
     replicas = [
-        {**replica._asdict(), "scraped": replica.scraped._asdict() if replica.scraped else None}
+        {**shallow_dict(replica), "scraped": shallow_dict(replica.scraped) if replica.scraped else None}
         for replica in backend.replicas
     ]
     models, capabilities = sorted(backend.models), sorted(backend.capabilities)
     return {**values, "models": models, "capabilities": capabilities, "replicas": replicas}
+
+
+def shallow_dict(value: DataclassInstance) -> dict[str, Any]:
+    return {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def from_json(fleet: dict[str, Any]) -> FleetSnapshot:

@@ -10,7 +10,7 @@ How an engine continues a chat is its dialect's business: `Dialect.resume_chat`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
@@ -20,6 +20,7 @@ from xgen_proxy.dialects.request_rules import LEGACY_COMPLETION_TOKENS
 from xgen_proxy.dialects.stream_editors import StreamEditor
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Features, Json
+from xgen_proxy.values import frozen
 
 # All other needs of a request constrain later tokens by earlier ones, so that plain text could not be resumed rightly.
 RESUMABLE_NEEDS = frozenset({"images"})
@@ -28,7 +29,7 @@ HEAD = ("id", "object", "created", "model", "system_fingerprint")
 BLANK = " \t"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SentPrefix:
     """What the client has been sent of a stream. `pieces` counts the chunks with text."""
 

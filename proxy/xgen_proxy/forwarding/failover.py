@@ -21,7 +21,7 @@ from xgen_proxy.errors import (
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.forwarding.outcome import Failure, Observer
-from xgen_proxy.forwarding.progress import Progress
+from xgen_proxy.forwarding.progress import Progress, Stopwatch
 from xgen_proxy.forwarding.retry_budget import TIMEOUT_FACTOR, RetryBudget
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
@@ -62,7 +62,8 @@ class Failover:
             try:
                 await self._until_success(work)
             except UpstreamError:
-                raise all_failed((target.replica.name, error) for target, error in self.progress.failures) from None
+                failures = self.progress.failures
+                raise all_failed((failure.target.replica.name, failure.error) for failure in failures) from None
             finally:
                 self.retry_budget.release()
 
@@ -135,9 +136,12 @@ class Failover:
     async def _queue(self, targets: Sequence[Target]) -> Target:
         urgency = "high" if self.resuming else self.call.features.urgency
         waiter = self.admission.enqueue(targets, urgency)
+        queueing = Stopwatch()
         try:
-            with self.progress.waiting, self.progress.queueing:
+            with self.progress.waiting, queueing:
                 return await self.admission.wait(waiter, TIMEOUT_FACTOR if self.resuming else 1)
         except asyncio.CancelledError:
             self.progress.left_queue = True
             raise
+        finally:
+            self.progress.queued += queueing.seconds

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from starlette.types import Receive
 
-from xgen_proxy.downstream.disconnect import cancel_on_disconnect
+from xgen_proxy.downstream.disconnect import DisconnectMonitor
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import ClientDisconnectedError, InternalServerError, ProxyError, StreamInterruptedError
 from xgen_proxy.fleet.admission import Admission
@@ -47,6 +47,7 @@ class Forwarder:
         self.health = health
         self.retry_budget = retry_budget
         self.observer = observer
+        self.disconnects = DisconnectMonitor()
 
     async def forward(self, call: Call, receive: Receive, writer: ResponseWriter) -> Outcome:
         """Answers the client and never raises, unless the task itself is cancelled.
@@ -58,7 +59,7 @@ class Forwarder:
         try:
             targets = self.router.targets(self.router.plan(call.features))
             progress.first_choice = targets[0]
-            with cancel_on_disconnect(receive):
+            with self.disconnects.watch(receive):
                 await self._forward(call, targets, writer, progress)
         except ClientDisconnectedError:
             return progress.outcome(CLIENT_DISCONNECTED, writer)

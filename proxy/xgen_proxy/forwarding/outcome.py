@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from xgen_proxy.errors import ProxyError, UpstreamError
 from xgen_proxy.forwarding.usage import Usage
 from xgen_proxy.request.call import Call, Origin
 from xgen_proxy.request.features import Endpoint
 from xgen_proxy.routing.router import Target
+from xgen_proxy.values import frozen
 
 CLIENT_DISCONNECTED = 499  # nginx's number; it appears only in metrics, logs and traces
 
 
-class Failure(NamedTuple):
+@frozen
+class Failure:
     """An attempt that failed, or a target that was down when its turn came."""
 
     target: Target
     error: UpstreamError
 
 
-class Outcome(NamedTuple):
+@frozen
+class Outcome:
     """What happened to a request that was parsed. Times are `time.perf_counter()`, durations seconds."""
 
     status: int  # what the client received, or CLIENT_DISCONNECTED
@@ -43,7 +45,8 @@ class Outcome(NamedTuple):
     completed: bool = False  # the response was sent to its end
 
 
-class Refusal(NamedTuple):
+@frozen
+class Refusal:
     """A request that was refused before it could be routed. `endpoint` is "other" outside the inference routes."""
 
     origin: Origin

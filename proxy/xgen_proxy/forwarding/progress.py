@@ -31,7 +31,7 @@ class Stopwatch:
 
 
 class Progress:
-    """The fields are those of Outcome; `waiting` and `queueing` measure its `waited` and `queued`.
+    """The fields are those of Outcome; `waiting` measures its `waited`.
 
     `tail` is the whole response, or the last events of the stream, once it is complete.
     """
@@ -43,7 +43,7 @@ class Progress:
         "first_choice",
         "interrupted",
         "left_queue",
-        "queueing",
+        "queued",
         "resumed",
         "tail",
         "target",
@@ -59,7 +59,7 @@ class Progress:
         self.resumed = 0
         self.interrupted: UpstreamError | None = None
         self.waiting = Stopwatch()
-        self.queueing = Stopwatch()
+        self.queued = 0.0
         self.left_queue = False
         self.tail = b""
 
@@ -68,8 +68,8 @@ class Progress:
         """Why the request went to its present target."""
         if not self.failures:
             return self.target.reason if self.target is not None else ""
-        last, error = self.failures[-1]
-        return f"fallback: {last.replica.name} {error.outcome}"
+        last = self.failures[-1]
+        return f"fallback: {last.target.replica.name} {last.error.outcome}"
 
     def response_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that explain a response."""
@@ -80,8 +80,7 @@ class Progress:
         if self.target is not None:
             overhead_ms = (time.perf_counter() - self.call.started - self.waiting.seconds) * 1000
             headers += [
-                (b"x-backend", self.target.backend.name.encode()),
-                (b"x-replica", self.target.replica.name.encode()),
+                *self.target.replica.response_headers,
                 (b"x-route-reason", self.reason.encode("ascii", "replace")),
                 (b"x-overhead-ms", b"%.2f" % max(overhead_ms, 0.0)),
             ]
@@ -100,7 +99,7 @@ class Progress:
             writer.first_output,
             time.perf_counter(),
             self.waiting.seconds,
-            self.queueing.seconds,
+            self.queued,
             self.left_queue,
             writer.bytes_sent,
             writer.chunks,

@@ -6,8 +6,7 @@ import re
 
 USAGE = b'"usage":'  # inside a JSON string the quotes would be escaped
 TAIL = 1500  # bytes: what engines write after the counts is short and does not grow with the answer
-PROMPT = re.compile(rb'"prompt_tokens": ?(\d+)')
-COMPLETION = re.compile(rb'"completion_tokens": ?(\d+)')
+TOKENS = re.compile(rb'"(prompt|completion)_tokens": ?(\d+)')
 FINISH = re.compile(rb'"finish_reason": ?"(\w+)"')
 
 Usage = tuple[int, int]  # prompt tokens, completion tokens
@@ -16,11 +15,10 @@ Usage = tuple[int, int]  # prompt tokens, completion tokens
 def usage_at_end(data: bytes) -> Usage | None:
     """`data` is a whole response, or the last events of a stream. None if it has no usage."""
     at = data.rfind(USAGE, -TAIL)
-    prompt = PROMPT.search(data, at) if at >= 0 else None
-    if prompt is None:
+    counts = dict(TOKENS.findall(data, at)) if at >= 0 else {}
+    if b"prompt" not in counts:
         return None
-    completion = COMPLETION.search(data, at)  # embeddings have none
-    return int(prompt[1]), int(completion[1]) if completion else 0
+    return int(counts[b"prompt"]), int(counts.get(b"completion", 0))  # embeddings have no completion
 
 
 def finish_reasons(data: bytes) -> list[str]:

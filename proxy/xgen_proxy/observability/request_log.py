@@ -7,7 +7,7 @@ from typing import Any
 
 from xgen_proxy.errors import RequestRejectedError, UpstreamError
 from xgen_proxy.forwarding.outcome import Observer, Outcome, Refusal
-from xgen_proxy.observability.logging_setup import log, log_event
+from xgen_proxy.observability.logging_setup import log_event
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
 
@@ -42,8 +42,7 @@ class RequestLog(Observer):
 
     def request_finished(self, call: Call, outcome: Outcome) -> None:
         if outcome.first_choice is not None:
-            if log.isEnabledFor(logging.INFO):
-                log_event(logging.INFO, "request", request_line(call, outcome))
+            log_event(logging.INFO, "request", request_line(call, outcome))
         elif outcome.error is not None:
             self.request_refused(Refusal(call.origin, call.features.endpoint, outcome.error))
 
@@ -94,7 +93,7 @@ def _failure_fields(outcome: Outcome) -> dict[str, Any]:
         line["code"] = "refused" if isinstance(error, RequestRejectedError) else error.code or error.type
     if outcome.failures:
         line["failed"] = [
-            {"replica": target.replica.name, "outcome": failed.outcome} for target, failed in outcome.failures
+            {"replica": failure.target.replica.name, "outcome": failure.error.outcome} for failure in outcome.failures
         ]
     if outcome.resumed:
         line["continued"] = outcome.resumed

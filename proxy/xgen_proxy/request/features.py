@@ -7,11 +7,11 @@ Validation is by hand because it takes 19 µs, and every request pays for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.limits import Limits, check_size
+from xgen_proxy.request.limits import Limits, check_schemas
+from xgen_proxy.values import frozen
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]
@@ -48,12 +48,9 @@ PROMPT_FIELD: dict[Endpoint, str] = {"chat": "messages", "completions": "prompt"
 Json = dict[str, Any]
 
 
-@dataclass(slots=True)
+@frozen
 class Features:
-    """Treat as immutable; `frozen=True` triples construction time.
-
-    `prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None if the client set none.
-    """
+    """`prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None if the client set none."""
 
     endpoint: Endpoint
     model: str | None
@@ -75,7 +72,7 @@ class Features:
 
 def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint, limits: Limits) -> Features:
     """Raises BadRequestError, which names the field and what it should be."""
-    check_size(body, limits)
+    check_schemas(body, limits)
     check_ranges(body)
     texts = list(_texts(body, endpoint, limits))
     hints = _hints(body, headers)
@@ -122,7 +119,7 @@ def _hints(body: Json, headers: Mapping[bytes, bytes]) -> dict[str, str]:
 
 def strip_hints(body: Json) -> Json:
     """Returns the same object if there are none."""
-    if not HINTS.keys() & body.keys():
+    if HINTS.keys().isdisjoint(body):
         return body
     return {key: value for key, value in body.items() if key not in HINTS}
 
@@ -196,13 +193,14 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 def check_ranges(body: Json) -> None:
     """Refuses what OpenAI refuses. The engines answer 400 or 500, or read a negative limit as no limit."""
-    for field in RANGES.keys() & body.keys():
-        low, high, whole = RANGES[field]
-        value = _get(body, field, int if whole else (int, float))
-        if value is not None and not low <= value <= high:
-            raise BadRequestError(f"{field} must be between {low} and {high}, not {value}", param=field)
-    for field in KINDS.keys() & body.keys():
-        _get(body, field, KINDS[field])
+    for field in body:
+        if field in RANGES:
+            low, high, whole = RANGES[field]
+            value = _get(body, field, int if whole else (int, float))
+            if value is not None and not low <= value <= high:
+                raise BadRequestError(f"{field} must be between {low} and {high}, not {value}", param=field)
+        elif field in KINDS:
+            _get(body, field, KINDS[field])
 
 
 def _texts(body: Json, endpoint: Endpoint, limits: Limits) -> Iterator[str]:

@@ -35,16 +35,6 @@ SCHEMA_FIELDS = (
 SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
 
 
-def check_size(body: dict[str, Any], limits: Limits) -> None:
-    """Raises BadRequestError."""
-    nodes, depth = measure(body, limits.json_depth, limits.json_nodes)
-    if depth > limits.json_depth:
-        raise BadRequestError(f"the request is nested deeper than {limits.json_depth} levels")
-    if nodes > limits.json_nodes:
-        raise BadRequestError(f"the request has more than {limits.json_nodes} values")
-    check_schemas(body, limits)
-
-
 def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
     """(values, levels). Stops counting past either limit. Iterative, so that depth costs no stack."""
     nodes = 0
@@ -64,6 +54,7 @@ def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
 
 
 def check_schemas(body: dict[str, Any], limits: Limits) -> None:
+    """Raises BadRequestError."""
     for name, schema in schemas(body):
         nodes, _ = measure(schema, limits.json_depth, limits.schema_nodes)
         if nodes + _written(schema) > limits.schema_nodes:

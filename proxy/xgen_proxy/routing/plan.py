@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.fleet.snapshot import BackendSnapshot, ReplicaSnapshot
 from xgen_proxy.request.features import Features
+from xgen_proxy.values import frozen
 
 
-class Candidate(NamedTuple):
+@frozen
+class Candidate:
     """Candidates of one `tier` are equally good: the first with a free slot gets the request. The next tier is for
     failures only: a request waits for the full replicas of an earlier tier."""
 
@@ -20,7 +22,8 @@ class Candidate(NamedTuple):
     tier: int
 
 
-class Rejection(NamedTuple):
+@frozen
+class Rejection:
     """A backend that cannot serve the request. `code`: OpenAI's error code, if there is one for the reason."""
 
     name: str
@@ -28,7 +31,8 @@ class Rejection(NamedTuple):
     code: str | None = None
 
 
-class Plan(NamedTuple):
+@frozen
+class Plan:
     """`error`: why there is no candidate. `now`, `routing`: the time and the settings it was decided with."""
 
     candidates: tuple[Candidate, ...]

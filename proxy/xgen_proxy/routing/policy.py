@@ -19,13 +19,13 @@ import random
 from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple
 
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
 from xgen_proxy.request.features import PROMPT_FIELD, Features, quoted
 from xgen_proxy.routing.plan import Candidate, Plan, Rejection
+from xgen_proxy.values import frozen
 
 in_flight = attrgetter("in_flight")
 
@@ -46,7 +46,9 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
     `now`: seconds, on the clock of the snapshot's times.
     """
     able, rejections = _able(features, snapshot.backends)
-    error = _explicit_error(features, snapshot.backends, able, rejections)
+    error: ProxyError | None = None
+    if features.backend is not None:
+        error = _explicit_error(features, features.backend, snapshot.backends, able, rejections)
     if error is None and not able:
         error = _unable_error(features, rejections)
     if error is not None:
@@ -99,21 +101,20 @@ def _inability(features: Features, backend: BackendSnapshot) -> Rejection | None
 
 def _explicit_error(
     features: Features,
+    chosen: str,
     backends: Sequence[BackendSnapshot],
     able: Sequence[BackendSnapshot],
     rejections: Sequence[Rejection],
 ) -> ProxyError | None:
     """An explicit backend that is not configured, or can never serve the request, is the client's mistake."""
-    if features.backend is None or any(backend.name == features.backend for backend in able):
+    if any(backend.name == chosen for backend in able):
         return None
     for rejection in rejections:
-        if rejection.name == features.backend:
+        if rejection.name == chosen:
             too_long = _too_long(features, rejection)
             return too_long or BadRequestError(f"backend {rejection.name} {rejection.reason}", param="backend")
     names = ", ".join(sorted(backend.name for backend in backends))
-    return BadRequestError(
-        f"there is no backend {quoted(features.backend)}; choose auto or one of {names}", param="backend"
-    )
+    return BadRequestError(f"there is no backend {quoted(chosen)}; choose auto or one of {names}", param="backend")
 
 
 def _unable_error(features: Features, rejections: Sequence[Rejection]) -> ProxyError:
@@ -142,7 +143,8 @@ def _down_error(rejections: Sequence[Rejection]) -> ProxyError:
 # rule 8: which replicas of a backend
 
 
-class Option(NamedTuple):
+@frozen
+class Option:
     """A backend and its live replicas, best first. `reason`: why the first was chosen over the others."""
 
     backend: BackendSnapshot
@@ -268,9 +270,10 @@ def _candidates(ranked: list[Ranked], most: int) -> tuple[Candidate, ...]:
         ranked = [*ranked[: most - 1], ranked[-1]] if most > 1 else ranked[:1]
     spare = most - len(ranked)
     candidates: list[Candidate] = []
-    for (backend, replicas, why), reason, tier in ranked:
-        first, *more = replicas[: 1 + spare]
-        spare -= len(more)
-        candidates.append(Candidate(backend, first, f"{reason}; {why}" if why else reason, tier))
-        candidates += [Candidate(backend, replica, reason, tier) for replica in more]
+    for option, reason, tier in ranked:
+        first = f"{reason}; {option.reason}" if option.reason else reason
+        candidates.append(Candidate(option.backend, option.replicas[0], first, tier))
+        for replica in option.replicas[1 : 1 + spare]:
+            candidates.append(Candidate(option.backend, replica, reason, tier))
+            spare -= 1
     return tuple(candidates)

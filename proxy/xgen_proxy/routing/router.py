@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from typing import NamedTuple
 
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.policy import decide
+from xgen_proxy.values import frozen
 
 
-class Target(NamedTuple):
+@frozen
+class Target:
     """A candidate resolved to its live replica and the backend that it belongs to."""
 
     backend: Backend
@@ -60,9 +61,10 @@ class Router:
         one."""
         if plan.error is not None:
             raise plan.error
-        find = self.fleet.replica
+        backends = self.fleet.backends_by_name
         return [
-            Target(replica.backend, replica, candidate.reason, candidate.tier)
+            Target(backend, replica, candidate.reason, candidate.tier)
             for candidate in plan.candidates
-            if (replica := find(candidate.backend.name, candidate.replica.name)) is not None
+            if (backend := backends.get(candidate.backend.name))
+            and (replica := backend.replicas_by_name.get(candidate.replica.name))
         ]

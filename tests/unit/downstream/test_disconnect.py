@@ -1,4 +1,4 @@
-"""cancel_on_disconnect, with a scripted receive(). With real clients: tests/integration/downstream."""
+"""DisconnectMonitor, with a scripted receive(). With real clients: tests/integration/downstream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Message
 
 from xgen_proxy.downstream import disconnect
-from xgen_proxy.downstream.disconnect import cancel_on_disconnect
+from xgen_proxy.downstream.disconnect import DisconnectMonitor
 from xgen_proxy.errors import ClientDisconnectedError
 
 
@@ -46,7 +46,7 @@ async def test_disconnect_cancels_the_work_and_the_task_continues() -> None:
     cleaned: list[bool] = []
 
     async def work() -> None:
-        with cancel_on_disconnect(receive):
+        with DisconnectMonitor().watch(receive):
             try:
                 async with asyncio.timeout(10):
                     await asyncio.Event().wait()
@@ -65,7 +65,7 @@ async def test_disconnect_cancels_the_work_and_the_task_continues() -> None:
 
 async def test_short_work_starts_no_watcher() -> None:
     receive = Receive()
-    with cancel_on_disconnect(receive):
+    with DisconnectMonitor().watch(receive):
         pass
     receive.disconnect()
     for _ in range(3):
@@ -76,19 +76,36 @@ async def test_short_work_starts_no_watcher() -> None:
 
 async def test_watcher_ends_with_the_work() -> None:
     receive = Receive()
-    with cancel_on_disconnect(receive):
+    with DisconnectMonitor().watch(receive):
         await receive.called.wait()
     await others_finished()
 
 
+async def test_one_timer_starts_each_watcher_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disconnect, "WATCH_AFTER_S", 0.05)
+    monitor = DisconnectMonitor()
+    short, first, second = Receive(), Receive(), Receive()
+    with monitor.watch(short):
+        pass
+    with monitor.watch(first):
+        await asyncio.sleep(0.03)
+        with monitor.watch(second):
+            async with asyncio.timeout(10):
+                await first.called.wait()
+                assert not second.called.is_set()
+                await second.called.wait()
+    assert not short.called.is_set()
+    await others_finished()
+
+
 async def test_errors_pass_through() -> None:
-    with pytest.raises(ZeroDivisionError), cancel_on_disconnect(Receive()):
+    with pytest.raises(ZeroDivisionError), DisconnectMonitor().watch(Receive()):
         raise ZeroDivisionError
 
 
 async def test_disconnect_in_the_same_turn_as_the_end_is_ignored() -> None:
     receive = Receive()
-    with cancel_on_disconnect(receive):
+    with DisconnectMonitor().watch(receive):
         await receive.called.wait()
         receive.disconnect()
     await others_finished()
@@ -98,7 +115,7 @@ async def test_cancellation_from_outside_is_not_a_disconnect() -> None:
     receive = Receive()
 
     async def work() -> None:
-        with cancel_on_disconnect(receive):
+        with DisconnectMonitor().watch(receive):
             await asyncio.Event().wait()
 
     task = asyncio.create_task(work())

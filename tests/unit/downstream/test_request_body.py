@@ -1,14 +1,13 @@
-"""Reading and parsing of bodies, without a socket. On real connections: tests/integration/downstream."""
+"""Reading of bodies, without a socket. On real connections: tests/integration/downstream."""
 
 from __future__ import annotations
 
 import pytest
 from starlette.types import Message
 
-from xgen_proxy.downstream.request_body import read_body, read_json
-from xgen_proxy.errors import BadRequestError, ClientDisconnectedError, RequestTooLargeError, UnsupportedMediaTypeError
+from xgen_proxy.downstream.request_body import read_body
+from xgen_proxy.errors import ClientDisconnectedError, RequestTooLargeError
 
-JSON = {b"content-type": b"application/json"}
 DISCONNECT: Message = {"type": "http.disconnect"}
 
 
@@ -53,31 +52,3 @@ async def test_reading_stops_at_the_limit() -> None:
 async def test_disconnect_while_reading() -> None:
     with pytest.raises(ClientDisconnectedError):
         await read_body(Receive(part(b"ab", more=True), DISCONNECT), {}, 4)
-
-
-@pytest.mark.parametrize("headers", [{}, JSON, {b"content-type": b"Application/JSON; charset=utf-8"}])
-def test_json_object(headers: dict[bytes, bytes]) -> None:
-    assert read_json(b'{"a": 1}', headers) == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("raw", "words"),
-    [
-        (b"", "empty"),
-        (b"{", "not valid JSON"),
-        (b'{"a": NaN}', "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON"),
-        (b"[" * 2000 + b"]" * 2000, "not valid JSON"),
-        (b"[1]", "must be a JSON object, not list"),
-        (b"null", "must be a JSON object"),
-    ],
-)
-def test_anything_else_is_refused(raw: bytes, words: str) -> None:
-    with pytest.raises(BadRequestError, match=words):
-        read_json(raw, JSON)
-
-
-@pytest.mark.parametrize("media_type", [b"", b"text/plain", b"application/x-www-form-urlencoded"])
-def test_other_media_types_are_refused(media_type: bytes) -> None:
-    with pytest.raises(UnsupportedMediaTypeError):
-        read_json(b"{}", {b"content-type": media_type})

@@ -84,7 +84,7 @@ def test_snapshot_follows_reconcile() -> None:
     assert list(snapshot.ring.walk("key")) == [0]
     removed.release()
     assert made.snapshot().in_flight == 0
-    assert made.replica(removed.name) is None
+    assert removed.name not in made.replicas_by_name
 
 
 def test_draining_replica_that_is_listed_again_is_kept() -> None:
@@ -95,7 +95,7 @@ def test_draining_replica_that_is_listed_again_is_kept() -> None:
     assert made.reconcile(URLS) == []
     assert made.replicas[1] is replica
     assert (replica.state, replica.reason, made.draining) == ("starting", "listed again", {})
-    assert made.replica(replica.name) is replica
+    assert made.replicas_by_name[replica.name] is replica
 
 
 def test_drained_is_set_when_the_last_request_ends() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -21,28 +22,28 @@ REPLICA = ReplicaSnapshot("r", up=True, in_flight=0, slots=20, overcommit=4)
     [(0, 2, 2), (SLOW_START_S / 2, 10, 10), (SLOW_START_S, 20, 24), (999, 20, 24)],
 )
 def test_slow_start_opens_slots_one_by_one(after: float, open_slots: int, capacity: int) -> None:
-    replica = REPLICA._replace(slow_start_at=STARTED)
+    replica = replace(REPLICA, slow_start_at=STARTED)
     assert replica.open_slots(STARTED + after) == open_slots
     assert replica.capacity(STARTED + after) == capacity
 
 
 def test_slow_start_leaves_at_least_one_slot() -> None:
-    assert REPLICA._replace(slots=2, slow_start_at=STARTED).capacity(STARTED) == 1
+    assert replace(REPLICA, slots=2, slow_start_at=STARTED).capacity(STARTED) == 1
 
 
 def test_capacity_is_slots_plus_overcommit() -> None:
     assert REPLICA.capacity(0) == 24
-    assert REPLICA._replace(in_flight=23).has_capacity(0)
-    assert not REPLICA._replace(in_flight=24).has_capacity(0)
+    assert replace(REPLICA, in_flight=23).has_capacity(0)
+    assert not replace(REPLICA, in_flight=24).has_capacity(0)
 
 
 def test_load_counts_open_slots_and_depends_on_now() -> None:
     scraped = Scrape(running=None, waiting=1.0, kv=None, at=100.0, stale_at=105.0)
-    replica = REPLICA._replace(in_flight=5, slow_start_at=STARTED, scraped=scraped)
+    replica = replace(REPLICA, in_flight=5, slow_start_at=STARTED, scraped=scraped)
     assert replica.load(STARTED + SLOW_START_S / 2, Routing()) == 0.5
     assert replica.load(STARTED + SLOW_START_S, Routing()) == 1.0, "the scrape is stale"
     assert replica.load_parts(STARTED + SLOW_START_S, Routing()).stale
-    assert REPLICA._replace(in_flight=5, scraped=scraped).load(104, Routing(waiting_full=2.0)) == 0.5
+    assert replace(REPLICA, in_flight=5, scraped=scraped).load(104, Routing(waiting_full=2.0)) == 0.5
 
 
 numbers = st.floats(0, 1e6)

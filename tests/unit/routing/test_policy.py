@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.builders import backend, cpu, down, features, gpu, replica
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
-from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, to_json
+from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, shallow_dict, to_json
 from xgen_proxy.request.features import NEEDS, Features
 from xgen_proxy.routing.plan import Plan, explain
 from xgen_proxy.routing.policy import decide
@@ -244,12 +244,14 @@ def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
     computed = 0
 
     class Counting(ReplicaSnapshot):
+        __slots__ = ()
+
         def load(self, now: float, routing: Routing) -> float:
             nonlocal computed
             computed += 1
             return super().load(now, routing)
 
-    plan([gpu(replicas=tuple(Counting(*replica(f"r{n}")) for n in range(1000)))])
+    plan([gpu(replicas=tuple(Counting(**shallow_dict(replica(f"r{n}"))) for n in range(1000)))])
     assert 0 < computed <= 4
 
 
