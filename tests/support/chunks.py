@@ -18,6 +18,17 @@ TOOLS: dict[str, Any] = {
     "tool_choice": {"type": "function", "function": {"name": "f"}},
 }
 HI = [{"role": "user", "content": "Hi"}]
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": {}}]}
+ANSWER = {
+    "id": "chatcmpl-1", "object": "chat.completion", "created": 5, "model": "m",
+    "choices": [{
+        "index": 0,
+        "message": CALLED,
+        "logprobs": {"content": []},
+        "finish_reason": "tool_calls",
+    }],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+}  # fmt: skip
 
 
 def make_request(

@@ -17,7 +17,7 @@ COPIED = ("id", "created", "system_fingerprint", "timings")  # from the first ch
 class StreamCollector:
     """`feed()` it complete SSE events; `result()` gives the response once every choice has its finish reason.
 
-    `done`: all that the client asked for has arrived, so the rest of the stream is to be cancelled.
+    `done`: the client has everything it asked for. The caller cancels the rest of the stream.
     """
 
     def __init__(self, request: BackendRequest) -> None:

@@ -11,7 +11,7 @@ from xgen_proxy.request.features import Json
 
 
 class StreamEditor(Protocol):
-    """`done`: all that the client asked for has arrived, so the rest of the stream is to be cancelled."""
+    """`done`: the client has everything it asked for. The caller cancels the rest of the stream."""
 
     @property
     def done(self) -> bool: ...

@@ -181,18 +181,25 @@ def test_slow_client_slows_its_backend_down(start: Start, gpu: FakeUpstream) -> 
     assert b"data: [DONE]" in ending
 
 
-def test_disconnect_of_a_client_that_reads_nothing(start: Start, gpu: FakeUpstream) -> None:
-    cancelled = threading.Event()
+def endless(cancelled: threading.Event, *, size: int = 50_000, pause_s: float = 0) -> Script:
+    """A stream of chunks of `size` characters. It sets `cancelled` when the proxy cancels it."""
 
-    async def endless(talk: Talk) -> None:
+    async def script(talk: Talk) -> None:
         await talk.start_stream()
         try:
             while True:
-                await talk.event(delta("x" * 50_000))
+                await talk.event(delta("x" * size))
+                await asyncio.sleep(pause_s)
         finally:
             cancelled.set()
 
-    gpu.scripts.append(endless)
+    return script
+
+
+def test_disconnect_of_a_client_that_reads_nothing(start: Start, gpu: FakeUpstream) -> None:
+    cancelled = threading.Event()
+
+    gpu.scripts.append(endless(cancelled))
     proxy = start(backends={"vllm": backend(gpu)})
     with ask(proxy):
         [replica] = proxy.gateway.fleet.replicas
@@ -209,15 +216,7 @@ def test_client_that_never_reads_loses_its_slot(
     monkeypatch.setattr(http_protocol, "STALL_TIMEOUT_S", 0.2)
     cancelled = threading.Event()
 
-    async def endless(talk: Talk) -> None:
-        await talk.start_stream()
-        try:
-            while True:
-                await talk.event(delta("x" * 50_000))
-        finally:
-            cancelled.set()
-
-    gpu.scripts.append(endless)
+    gpu.scripts.append(endless(cancelled))
     proxy = start(backends={"vllm": backend(gpu)})
     with ask(proxy) as client:
         assert cancelled.wait(20)
@@ -247,16 +246,7 @@ def test_huge_whole_response(start: Start, gpu: FakeUpstream) -> None:
 def test_endless_response_is_cut_at_total_timeout(start: Start, gpu: FakeUpstream, stream: bool) -> None:
     cancelled = threading.Event()
 
-    async def endless(talk: Talk) -> None:
-        await talk.start_stream()
-        try:
-            while True:
-                await talk.event(delta("x"))
-                await asyncio.sleep(0.01)
-        finally:
-            cancelled.set()
-
-    gpu.default = endless
+    gpu.default = endless(cancelled, size=1, pause_s=0.01)
     proxy = start(backends={"only": backend(gpu, dialect="llama-server", total_timeout_s=0.3)})
     answer = chat(proxy, stream=stream)
     assert "took more than 0.3 s" in answer.text

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
+from tests.support.chunks import ANSWER, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Json
@@ -48,19 +48,6 @@ def test_capabilities() -> None:
     assert "tools" not in LLAMA_CPP_PYTHON.capabilities | LLAMA_SERVER.capabilities
     assert (LLAMA_CPP_PYTHON.slots, LLAMA_CPP_PYTHON.overcommit) == (1, 0)
     assert not LLAMA_SERVER.reuse_after_stream
-
-
-CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": {}}]}
-ANSWER = {
-    "id": "chatcmpl-1", "object": "chat.completion", "created": 5, "model": "m",
-    "choices": [{
-        "index": 0,
-        "message": CALLED,
-        "logprobs": {"content": []},
-        "finish_reason": "tool_calls",
-    }],
-    "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-}  # fmt: skip
 
 
 def test_a_whole_response_gets_the_public_model_name() -> None:

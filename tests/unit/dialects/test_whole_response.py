@@ -3,21 +3,9 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from tests.support.chunks import make_request, read, text
+from tests.support.chunks import ANSWER, make_request, read, text
 from xgen_proxy.dialects.whole_response import as_events
 from xgen_proxy.errors import UpstreamProtocolError
-
-CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": {}}]}
-ANSWER = {
-    "id": "chatcmpl-1", "object": "chat.completion", "created": 5, "model": "m",
-    "choices": [{
-        "index": 0,
-        "message": CALLED,
-        "logprobs": {"content": []},
-        "finish_reason": "tool_calls",
-    }],
-    "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-}  # fmt: skip
 
 
 def test_a_chat_becomes_events() -> None:
