@@ -31,8 +31,18 @@ Error body: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import orjson
+
+QUOTED_CHARACTERS = 60
+
+
+def quoted(value: Any) -> str:
+    """A value that the client sent, cut before it is written into a message."""
+    if isinstance(value, str):
+        return repr(value[:QUOTED_CHARACTERS] + ("…" if len(value) > QUOTED_CHARACTERS else ""))
+    return repr(value) if isinstance(value, int | float) else "that"
 
 
 class ProxyError(Exception):

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
-from xgen_proxy.errors import ModelNotFoundError
+from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
 
 
@@ -30,7 +30,7 @@ async def get_model(request: Request) -> Response:
     name = request.path_params["model"]
     if name not in gateway.fleet.models:
         known = ", ".join(gateway.fleet.models[:20]) or "none yet"
-        raise ModelNotFoundError(f"the model {name!r} does not exist; known models: {known}", param="model")
+        raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
     return JSONResponse(model_card(gateway, name))
 
 

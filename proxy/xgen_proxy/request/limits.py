@@ -22,7 +22,7 @@ class Limits(BaseModel, extra="forbid"):
     messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
     json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
-    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a request's JSON schemas; 20,000 block for minutes.")
     queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
 
@@ -32,6 +32,7 @@ SCHEMA_FIELDS = (
     "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar",  # vLLM's
     "json_schema", "grammar",  # llama-server's
 )  # fmt: skip
+SHORT_TEXT = 100  # characters: a name or a value rather than a grammar
 SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
 
 
@@ -55,10 +56,16 @@ def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
 
 def check_schemas(body: dict[str, Any], limits: Limits) -> None:
     """Raises BadRequestError."""
+    left = limits.schema_nodes
     for name, schema in schemas(body):
-        nodes, _ = measure(schema, limits.json_depth, limits.schema_nodes)
-        if nodes + _written(schema) > limits.schema_nodes:
-            raise BadRequestError(f"the schema in {name} has more than {limits.schema_nodes} values", param=name)
+        nodes, _ = measure(schema, limits.json_depth, left)
+        left -= nodes if nodes > left else nodes + _written(schema)
+        if left < 0:
+            raise BadRequestError(
+                f"the schema in {name}, with those before it, has more than {limits.schema_nodes} values (a long text"
+                " counts as one for each 8 characters)",
+                param=name,
+            )
         if refers_to_itself(schema):
             raise BadRequestError(
                 f"the schema in {name} refers to itself without end; break the $ref circle", param=name
@@ -73,9 +80,20 @@ def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _written(schema: Any) -> int:
-    """Values in a grammar or schema given as text; eight characters are about one alternative of a grammar."""
-    texts = schema.values() if isinstance(schema, dict) else [schema]
-    return sum(len(text) // 8 for text in texts if isinstance(text, str))
+    """Values that the texts of a schema amount to, beyond the first of each: eight characters are about one alternative
+    of a grammar, one step of a pattern. Descriptions are not compiled."""
+    count = 0
+    level = [schema]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            count += max(0, len(each) - SHORT_TEXT) // 8
+        elif isinstance(each, dict):
+            level.extend(each)
+            level.extend(value for key, value in each.items() if key != "description" or not isinstance(value, str))
+        elif isinstance(each, list):
+            level.extend(each)
+    return count
 
 
 def refers_to_itself(schema: Any) -> bool:

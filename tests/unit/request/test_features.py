@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.features import Features, estimate_tokens, parse_features, strip_hints
+from xgen_proxy.request.features import Features
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.parsing import parse_features, strip_hints
+from xgen_proxy.request.prompt import estimate_tokens
 
 USER = {"role": "user", "content": "one two three"}
 

@@ -1,0 +1,68 @@
+"""Corrects what clients are known to send and engines refuse, where only one thing can be meant.
+
+What a single engine needs changed is a request rule of its dialect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xgen_proxy.request.features import Json
+from xgen_proxy.request.fields import RANGES
+
+WHOLE = frozenset(name for name, (_, _, whole) in RANGES.items() if whole) | {
+    "min_tokens", "n_predict", "logprobs", "repeat_last_n", "dry_penalty_last_n", "n_probs", "truncate_prompt_tokens",
+    "mirostat_mode", "dimensions",
+}  # fmt: skip
+EXACT = 2**53  # a larger float is no exact number
+
+
+def corrected(body: Json) -> Json:
+    """Returns the same object if there is nothing to correct. Takes any JSON object, which is checked only later."""
+    body = _whole_numbers(body)
+    if "n_predict" in body:
+        body = _with_max_tokens(body)
+    if body.get("max_tokens") == -1:  # llama.cpp's word for no limit
+        body = {name: value for name, value in body.items() if name != "max_tokens"}
+    if ("tools" in body or "tool_choice" in body) and not body.get("tools"):
+        body = _without_empty_tools(body)
+    if isinstance(body.get("messages"), list):
+        body = _with_tool_results(body)
+    return body
+
+
+def _whole_numbers(body: Json) -> Json:
+    """100.0, as some languages write 100."""
+    found = {
+        name: int(value)
+        for name, value in body.items()
+        if type(value) is float and name in WHOLE and value.is_integer() and abs(value) < EXACT
+    }
+    return {**body, **found} if found else body
+
+
+def _with_max_tokens(body: Json) -> Json:
+    """n_predict is llama.cpp's name of it. It would go around every limit, since nothing else here reads it."""
+    kept = {name: value for name, value in body.items() if name != "n_predict"}
+    return {**kept, "max_tokens": body["n_predict"]} if body.get("max_tokens") is None else kept
+
+
+def _without_empty_tools(body: Json) -> Json:
+    """vLLM refuses an empty list, and a tool_choice without tools."""
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    empty = {"tools"} if tools is None or tools == [] else set()
+    if empty and (choice is None or choice in ("auto", "none")):
+        empty.add("tool_choice")
+    return {name: value for name, value in body.items() if name not in empty} if empty & body.keys() else body
+
+
+def _with_tool_results(body: Json) -> Json:
+    """A tool that returns nothing; a conversation could not go on without its result."""
+    messages = body["messages"]
+    if not any(_lacks_result(message) for message in messages):
+        return body
+    return {**body, "messages": [{**each, "content": ""} if _lacks_result(each) else each for each in messages]}
+
+
+def _lacks_result(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "tool" and message.get("content") is None
