@@ -19,9 +19,9 @@ class Limits(BaseModel, extra="forbid"):
 
     body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
     body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
-    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
+    messages: int = Field(10_000, ge=1, description="Messages, and parts; 100,000 kept llama-server busy for a minute.")
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
-    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
+    json_nodes: int = Field(150_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
     schema_nodes: int = Field(2_000, ge=10, description="Values in a request's JSON schemas; 20,000 block for minutes.")
     queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import orjson
-
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import PROMPT_FIELD, Endpoint, Json
 from xgen_proxy.request.fields import MAX_INPUTS, check_choices, get_field
@@ -117,6 +115,7 @@ def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
         raise BadRequestError("messages is missing or empty; send at least one message", param="messages")
     if len(messages) > limits.messages:
         raise BadRequestError(f"there are {len(messages)} messages; the limit is {limits.messages}", param="messages")
+    left = limits.messages  # parts count too
     for index, message in enumerate(messages):
         name = f"messages.{index}"
         if not isinstance(message, dict):
@@ -124,23 +123,25 @@ def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRequestError(f"{name}.role must be one of {', '.join(sorted(ROLES))}", param=f"{name}.role")
-        yield from _content_texts(message, name, role)
-
-
-def _content_texts(message: Json, name: str, role: str) -> Iterator[str]:
-    content = get_field(message, "content", (str, list), f"{name}.content")
-    if content is None:
-        if role not in NO_CONTENT:
+        content = get_field(message, "content", (str, list), f"{name}.content")
+        if isinstance(content, str):
+            yield content
+        elif content is not None:
+            left -= len(content)
+            if left < 0:
+                raise BadRequestError(f"there are more than {limits.messages} content parts", param=f"{name}.content")
+            yield from _part_texts(content, f"{name}.content")
+        elif role not in NO_CONTENT:
             raise BadRequestError(f"{name}.content is missing; send a string", param=f"{name}.content")
-    elif isinstance(content, str):
-        yield content
-    else:
-        for number, part in enumerate(content):
-            where = f"{name}.content.{number}"
-            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise BadRequestError(f"{where} must be an object with a type, such as text", param=where)
-            if part["type"] in ("text", "refusal"):
-                yield _part_text(part, where)
+
+
+def _part_texts(content: list[Any], name: str) -> Iterator[str]:
+    for number, part in enumerate(content):
+        where = f"{name}.{number}"
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadRequestError(f"{where} must be an object with a type, such as text", param=where)
+        if part["type"] in ("text", "refusal"):
+            yield _part_text(part, where)
 
 
 def _part_text(part: Json, where: str) -> str:
@@ -151,11 +152,18 @@ def _part_text(part: Json, where: str) -> str:
 
 
 def _tool_texts(body: Json) -> Iterator[str]:
-    """The definitions of the tools and the calls of earlier turns, as JSON: templates write them into the prompt so."""
-    for holder, fields in ((body, DEFINITIONS), *((message, CALLS) for message in body["messages"])):
-        for field in fields:
-            if holder.get(field):
-                yield orjson.dumps(holder[field]).decode()
+    """Those of the tools' definitions and of the calls of earlier turns, which templates write into the prompt too."""
+    level = [body[field] for field in DEFINITIONS if field in body]
+    level += [message[field] for message in body["messages"] for field in CALLS if field in message]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            level.extend(each)
+            level.extend(each.values())
+        elif isinstance(each, list):
+            level.extend(each)
 
 
 def _is_token_ids(value: list[Any]) -> bool:

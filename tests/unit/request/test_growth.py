@@ -6,6 +6,7 @@ What is measured is what holds the event loop: reading the body, checking it, an
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,28 +17,17 @@ import pytest
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.call import Origin, parse_call
+from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.limits import Limits
 
 LIMITS = Limits()
 Body = dict[str, Any]
-Grow = Callable[[int], Body]  # bytes → a body of about that size
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: Body = {"model": "m", "messages": [USER]}
-TEXTS = {
-    "letters": "a",
-    "words": "ab ",
-    "quotes": '"',
-    "backslashes": "\\",
-    "control characters": "\n",
-    "Korean": "한",
-    "emoji": "😀",
-    "brackets": "[{",
-    "an error of pydantic's": "'loc': [",
-}
+TEXTS = {"letters": "a", "escapes": "ab\n", "emoji": "😀"}
 
 
 def function(**fields: Any) -> Body:
@@ -153,52 +143,60 @@ LISTS: dict[str, Callable[[int], Body]] = {
     "hints": lambda count: {**CHAT, "session_id": many("a", count)},
     "metadata": lambda count: {**CHAT, "metadata": {f"f{n}": 1.0 for n in range(count)}},
 }  # fmt: skip
-COUNTS = (10, 1_000, 9_000, 60_000, 190_000)
-SIZES = (10_000, 1_000_000, LIMITS.body_bytes - 10_000)
+COUNTS = (500, 8_000, 50_000, 140_000)
+SIZES = (LIMITS.body_bytes // 8, LIMITS.body_bytes - 10_000)
 STALL = 0.1  # seconds
+TRIES = 4  # the best one counts, since other processes share the machine
 
 
-def endpoint_of(body: Body) -> Endpoint:
-    return "embeddings" if "input" in body else "completions" if "prompt" in body else "chat"
-
-
-def seconds(raw: bytes, body: Body) -> float:
-    """CPU time of the slowest engine, at best of three: other processes share the machine."""
-    return max(min(_seconds(raw, endpoint_of(body), name) for _ in range(3)) for name in DIALECTS)
-
-
-def _seconds(raw: bytes, endpoint: Endpoint, dialect: str) -> float:
-    started = time.thread_time()
+def measured(run: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds, and the result; None if the request was refused."""
+    started, result = time.thread_time(), None
     with contextlib.suppress(BadRequestError):
+        result = run()
+    return time.thread_time() - started, result
+
+
+def once(raw: bytes, endpoint: Endpoint) -> float:
+    """Of reading, parsing, and preparing for the slowest engine."""
+
+    def parsed() -> Call:
         body = read_json(raw, {}, LIMITS)
-        call = parse_call(
+        return parse_call(
             Origin("id", {}), endpoint, raw, body, limits=LIMITS, continuation=True, default_model=lambda: "m"
         )
-        DIALECTS[dialect].prepare(BackendRequest(call.features, call.body, call.raw, call.model, "served", 8192))
-    return time.thread_time() - started
+
+    parsing, call = measured(parsed)
+    if call is None:
+        return parsing
+    request = BackendRequest(call.features, call.body, call.raw, call.model, "served", 8192)
+    return parsing + max(measured(lambda: dialect.prepare(request))[0] for dialect in DIALECTS.values())  # noqa: B023
 
 
-def check(times: list[tuple[int, float]]) -> None:
-    assert max(taken for _, taken in times) < STALL, times
-    for (small, before), (large, after) in zip(times, times[1:], strict=False):
-        assert after < 0.01 or after < 4 * before * large / small, f"grows faster than the request: {times}"
+def fits(times: list[float], sizes: tuple[int, ...]) -> bool:
+    steps = zip(times, times[1:], sizes, sizes[1:], strict=False)
+    linear = all(after < 0.02 or after < 4 * before * large / small for before, after, small, large in steps)
+    return linear and max(times) < STALL
 
 
+def check(bodies: list[Body], sizes: tuple[int, ...]) -> None:
+    raws = [orjson.dumps(body) for body in bodies]
+    endpoint: Endpoint = "embeddings" if "input" in bodies[0] else "completions" if "prompt" in bodies[0] else "chat"
+    best = [math.inf] * len(raws)
+    for _ in range(TRIES):
+        best = [min(before, once(raw, endpoint)) for before, raw in zip(best, raws, strict=True)]
+        if fits(best, sizes):
+            return
+    raise AssertionError(f"seconds at {sizes}: {best}")
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 @pytest.mark.parametrize("place", PLACES)
-def test_no_text_holds_the_loop(place: str) -> None:
-    for text in TEXTS.values():
-        times = []
-        for size in SIZES:
-            repeated = text * (size // (len(orjson.dumps(text)) - 2))
-            body = PLACES[place](repeated)
-            times.append((size, seconds(orjson.dumps(body), body)))
-        check(times)
+def test_no_text_holds_the_loop(place: str, text: str) -> None:
+    per_text = len(orjson.dumps(text)) - 2
+    check([PLACES[place](text * (size // per_text)) for size in SIZES], SIZES)
 
 
 @pytest.mark.parametrize("what", LISTS)
 def test_no_list_holds_the_loop(what: str) -> None:
-    times = []
-    for count in COUNTS:
-        body = LISTS[what](count)
-        times.append((count, seconds(orjson.dumps(body), body)))
-    check(times)
+    check([LISTS[what](count) for count in COUNTS], COUNTS)

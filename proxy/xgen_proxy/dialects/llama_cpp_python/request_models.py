@@ -14,6 +14,7 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 
 TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,7}$")]
+MAX_MESSAGES = 2000  # more never fit into its context, and 8,000 take 0.1 s to check
 MAX_KEY = 60  # characters of a key that the client chose, in a message
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -98,7 +99,7 @@ class Sampling(Strict):
 
 
 class Chat(Sampling):
-    messages: Annotated[list[Message], FailFast()]
+    messages: Annotated[list[Message], FailFast(), Field(max_length=MAX_MESSAGES)]
     tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: ToolChoice | Literal["none", "auto", "required"] = "none"
     functions: Annotated[list[Function], FailFast()] = []
