@@ -14,7 +14,7 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
-Action = Literal["rename", "fill", "drop", "translate", "refuse"]
+Action = Literal["rename", "fill", "drop", "translate", "limit", "refuse"]
 Rewrite = Callable[[Json, BackendRequest], Json]
 
 LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions

@@ -79,7 +79,7 @@ class VLLM(Dialect):
             "one client overtakes all others; an id in use twice breaks both requests",
             shared.drop(*shared.VLLM_INTERNALS),
         ),
-        Rule("max_tokens beyond the context", "fill", "400, which agents take for a long prompt", clamp_max_tokens),
+        Rule("max_tokens beyond the context", "limit", "400, which agents take for a long prompt", clamp_max_tokens),
         shared.NO_FUNCTIONS,
         shared.LEGACY_MAX_COMPLETION_TOKENS,
         Rule(

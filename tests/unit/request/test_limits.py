@@ -51,6 +51,24 @@ def test_a_long_grammar_counts_as_values() -> None:
         check_schemas({"grammar": "a" * 900}, Limits(schema_nodes=100))
 
 
+def test_a_long_text_in_a_schema_counts_as_values() -> None:
+    long = "x" * 900
+    schemas_of_it: list[Any] = [{"pattern": long}, {"enum": [long]}, {"properties": {long: {}}}, {"$ref": long}]
+    for schema in schemas_of_it:
+        with pytest.raises(BadRequestError, match="more than 100 values"):
+            check_schemas({"json_schema": schema}, Limits(schema_nodes=100))
+    check_schemas({"tools": [{"description": long}]}, Limits(schema_nodes=100))
+    with pytest.raises(BadRequestError, match="more than 100 values"):
+        check_schemas({"json_schema": {"description": {"pattern": long}}}, Limits(schema_nodes=100))
+
+
+def test_the_schemas_of_a_request_count_together() -> None:
+    half = {"enum": ["a"] * 60}
+    check_schemas({"json_schema": half}, Limits(schema_nodes=100))
+    with pytest.raises(BadRequestError, match="more than 100 values"):
+        check_schemas({"json_schema": half, "tools": [half]}, Limits(schema_nodes=100))
+
+
 def test_schemas_finds_every_field_that_becomes_a_grammar() -> None:
     body = {"tools": [1], "json_schema": {"a": 1}, "grammar": "", "messages": []}
     assert schemas(body) == [("tools", [1]), ("json_schema", {"a": 1})]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.request.test_parsing import TOOL, USER, read
+from tests.unit.request.test_parsing import USER, read
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.prompt import estimate_tokens
 
@@ -70,7 +70,7 @@ def test_estimates_grow_with_the_text() -> None:
 
 
 def test_tools_and_their_calls_are_part_of_the_prompt() -> None:
-    described = {**TOOL, "function": {**TOOL["function"], "description": "word " * 2000}}
+    described = {"type": "function", "function": {"name": "f", "description": "word " * 2000}}
     for fields in (
         {"tools": [described]},
         {"functions": [described["function"]]},
