@@ -39,11 +39,9 @@ def schema_of_json_object(body: Json, _: BackendRequest) -> Json:
 def clamp_max_tokens(body: Json, request: BackendRequest) -> Json:
     """To what the prompt leaves of the context by estimate, because vLLM 0.26 refuses one token more than fits."""
     context = request.context
-    if context is None:
+    if context is None or (request.features.max_tokens or 0) <= context:
         return body
     beyond = {field for field in LIMITS if (body.get(field) or 0) > context}
-    if not beyond:
-        return body
     room = context - request.features.prompt_tokens * 3 // 2 - TEMPLATE_TOKENS
     return {**body, **dict.fromkeys(beyond, room if room > 0 else context)}
 

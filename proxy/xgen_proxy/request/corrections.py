@@ -35,8 +35,8 @@ def _whole_numbers(body: Json) -> Json:
     """100.0, as some languages write 100."""
     found = {
         name: int(value)
-        for name, value in body.items()
-        if type(value) is float and name in WHOLE and value.is_integer() and abs(value) < EXACT
+        for name in WHOLE.intersection(body)
+        if type(value := body[name]) is float and value.is_integer() and abs(value) < EXACT
     }
     return {**body, **found} if found else body
 
@@ -58,11 +58,13 @@ def _without_empty_tools(body: Json) -> Json:
 
 def _with_tool_results(body: Json) -> Json:
     """A tool that returns nothing; a conversation could not go on without its result."""
-    messages = body["messages"]
-    if not any(_lacks_result(message) for message in messages):
-        return body
-    return {**body, "messages": [{**each, "content": ""} if _lacks_result(each) else each for each in messages]}
+    for message in body["messages"]:
+        if isinstance(message, dict) and message.get("content") is None and message.get("role") == "tool":
+            return {**body, "messages": [_with_result(each) for each in body["messages"]]}
+    return body
 
 
-def _lacks_result(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "tool" and message.get("content") is None
+def _with_result(message: Any) -> Any:
+    if isinstance(message, dict) and message.get("content") is None and message.get("role") == "tool":
+        return {**message, "content": ""}
+    return message

@@ -62,6 +62,9 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "response_format": dict,
 }
 
+FUNCTIONS = ("tools", "functions")
+CHECKED = frozenset([*RANGES, *KINDS, *LISTS, *FUNCTIONS, "logprobs"])
+
 WORDS: dict[type, str] = {
     str: "a string", bool: "true or false", int: "an integer", float: "a number", list: "an array", dict: "an object",
 }  # fmt: skip
@@ -84,21 +87,25 @@ def check_fields(body: Json) -> None:
     """Refuses what OpenAI refuses, and what is too long. The engines answer 400 or 500, or read a negative limit as no
     limit."""
     for field, value in body.items():
-        if field in RANGES:
-            _check_range(body, field)
-        elif field in KINDS:
-            get_field(body, field, KINDS[field])
+        if field in CHECKED:
+            _check_field(body, field)
         elif type(value) is str and len(value) > NAME_LENGTH and field not in TEXTS:
             raise BadRequestError(
                 f"{quoted(field)} has {len(value)} characters; the limit is {NAME_LENGTH}", param=field[:NAME_LENGTH]
             )
-        if field in LISTS:
-            _check_list(field, value)
-    for field in ("tools", "functions"):
-        if body.get(field):
-            _check_functions(body[field], field)
-    if "logprobs" in body:
-        _check_logprobs(body["logprobs"])
+
+
+def _check_field(body: Json, field: str) -> None:
+    if field in RANGES:
+        _check_range(body, field)
+    elif field in KINDS:
+        get_field(body, field, KINDS[field])
+    if field in LISTS:
+        _check_list(field, body[field])
+    elif field in FUNCTIONS:
+        _check_functions(body[field], field)
+    elif field == "logprobs":
+        _check_logprobs(body[field])
 
 
 def _check_range(body: Json, field: str) -> None:

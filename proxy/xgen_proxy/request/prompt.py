@@ -13,7 +13,6 @@ from xgen_proxy.values import frozen
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 NO_CONTENT = frozenset({"assistant", "function"})  # roles whose content may be null
-CALLS = ("tool_calls", "function_call")  # of a message
 DEFINITIONS = ("tools", "functions")
 WORDS_SAMPLE = 100_000  # characters; routing thresholds are far lower
 TOKENS_PER_100_WORDS = 130  # of English
@@ -64,16 +63,17 @@ def read_prompt(body: Json, endpoint: Endpoint, limits: Limits) -> Prompt:
 
 
 def _read_chat(body: Json, limits: Limits) -> Prompt:
-    check_choices(body, 1)
     texts = list(_message_texts(body, limits))
     prefix = _prefix(texts[: 2 if body["messages"][0]["role"] in ("system", "developer") else 1])
-    texts += _tool_texts(body)
+    if written := _tool_fields(body):
+        texts += _texts_in(written)
     tokens = sum(map(estimate_tokens, texts))
     return Prompt(_words(texts, tokens), tokens, False, False, prefix)
 
 
 def _words(texts: list[str], tokens: int) -> int:
-    return max(count_words(texts), tokens * 100 // TOKENS_PER_100_WORDS)
+    counted, as_many = count_words(texts), tokens * 100 // TOKENS_PER_100_WORDS
+    return counted if counted > as_many else as_many
 
 
 def _prefix(texts: list[str]) -> str:
@@ -85,7 +85,7 @@ def count_words(texts: list[str]) -> int:
     """Exact up to WORDS_SAMPLE characters in all, and extrapolated beyond, since counting 10 MB takes 0.1 s."""
     size = sum(map(len, texts))
     if size <= WORDS_SAMPLE:
-        return sum(len(text.split()) for text in texts)
+        return len(" ".join(texts).split())
     words, left = 0, WORDS_SAMPLE
     for text in texts:
         words += len(text[:left].split())
@@ -151,10 +151,18 @@ def _part_text(part: Json, where: str) -> str:
     return text
 
 
-def _tool_texts(body: Json) -> Iterator[str]:
-    """Those of the tools' definitions and of the calls of earlier turns, which templates write into the prompt too."""
-    level = [body[field] for field in DEFINITIONS if field in body]
-    level += [message[field] for message in body["messages"] for field in CALLS if field in message]
+def _tool_fields(body: Json) -> list[Any]:
+    """The tools' definitions and the calls of earlier turns, which templates write into the prompt too."""
+    found = [body[field] for field in DEFINITIONS if field in body]
+    for message in body["messages"]:
+        if "tool_calls" in message:
+            found.append(message["tool_calls"])
+        elif "function_call" in message:
+            found.append(message["function_call"])
+    return found
+
+
+def _texts_in(level: list[Any]) -> Iterator[str]:
     while level:
         each = level.pop()
         if isinstance(each, str):
