@@ -7,11 +7,13 @@ llama-server for minutes, 50,000 keys cost it 20 s, and a schema that refers to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import Json
 
 
 class Limits(BaseModel, extra="forbid"):
@@ -33,6 +35,8 @@ SCHEMA_FIELDS = (
     "json_schema", "grammar",  # llama-server's
 )  # fmt: skip
 SHORT_TEXT = 100  # characters: a name or a value rather than a grammar
+HOLDERS = ("schema", "parameters", "json")  # of a schema, in response_format, tools and structured_outputs
+COMBINATIONS = ("allOf", "anyOf", "oneOf")
 SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
 
 
@@ -54,7 +58,7 @@ def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
     return nodes, depth
 
 
-def check_schemas(body: dict[str, Any], limits: Limits) -> None:
+def check_schemas(body: Json, limits: Limits) -> None:
     """Raises BadRequestError."""
     left = limits.schema_nodes
     for name, schema in schemas(body):
@@ -72,7 +76,7 @@ def check_schemas(body: dict[str, Any], limits: Limits) -> None:
             )
 
 
-def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
+def schemas(body: Json) -> list[tuple[str, Any]]:
     """(field, schema) of everything that an engine would turn into a grammar."""
     if SCHEMA_NAMES.isdisjoint(body):  # as in most requests; this runs for all
         return []
@@ -97,46 +101,57 @@ def _written(schema: Any) -> int:
 
 
 def refers_to_itself(schema: Any) -> bool:
-    """Whether a `$ref` leads back to itself through nothing but `$ref`s. A recursive tree type is fine."""
+    """Whether a `$ref` leads back to itself through nothing but `$ref`s and combinations. A recursive tree is fine."""
     return any(_circles(root) for root in _roots(schema))
 
 
-def _roots(value: Any) -> list[dict[str, Any]]:
-    """The objects that `#/…` can refer to. Schemas lie under `schema`, `parameters` or directly in the field."""
-    roots: list[dict[str, Any]] = []
+def _roots(value: Any) -> list[Json]:
+    """The objects that `#/…` can refer to: those with definitions, and those where a request has a schema."""
+    roots: list[Json] = [value] if isinstance(value, dict) else []
     level = [value]
     while level:
         each = level.pop()
         if isinstance(each, dict):
-            if "$ref" in each or "$defs" in each or "definitions" in each:
+            if "$defs" in each or "definitions" in each:
                 roots.append(each)
+            roots.extend(_as_dict(each[holder]) for holder in HOLDERS if holder in each)
             level.extend(each.values())
         elif isinstance(each, list):
             level.extend(each)
     return roots
 
 
-def _circles(root: dict[str, Any]) -> bool:
-    definitions = {**_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
-    if root.get("$ref") == "#":
-        return True
-    ends: set[str] = set()  # names whose chain ends, so that each is followed once
+def _circles(root: Json) -> bool:
+    """Walks from each definition along its references; no definition twice."""
+    definitions = {"#": root, **_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
+    done: set[str] = set()
     for start in definitions:
-        chain: set[str] = set()
-        name: str | None = start
-        while name is not None and name not in ends:
-            if name in chain:
+        path = {start: _targets(definitions[start])} if start not in done else {}
+        while path:
+            name = next(reversed(path))
+            target = next((each for each in path[name] if each in definitions and each not in done), None)
+            if target is None:
+                done.add(name)
+                del path[name]
+            elif target in path:
                 return True
-            chain.add(name)
-            name = _target(definitions.get(name))
-        ends |= chain
+            else:
+                path[target] = _targets(definitions[target])
     return False
 
 
-def _target(schema: Any) -> str | None:
-    reference = schema.get("$ref") if isinstance(schema, dict) else None
-    return reference.rpartition("/")[2] if isinstance(reference, str) else None
+def _targets(schema: Any) -> Iterator[str]:
+    """The last names of the references that must be followed before anything else of a value is known."""
+    level = [schema]
+    while level:
+        each = _as_dict(level.pop())
+        reference = each.get("$ref")
+        if isinstance(reference, str):
+            yield reference.rpartition("/")[2]
+        for keyword in COMBINATIONS:
+            parts = each.get(keyword)
+            level.extend(parts if isinstance(parts, list) else ())
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}

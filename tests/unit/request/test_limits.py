@@ -82,6 +82,12 @@ def test_schemas_finds_every_field_that_becomes_a_grammar() -> None:
         {"$defs": {"a": {"$ref": "#/$defs/a"}}},
         {"definitions": {"a": {"$ref": "#/definitions/b"}, "b": {"$ref": "#/definitions/a"}}},
         {"properties": {"x": {"$defs": {"a": {"$ref": "#/$defs/a"}}}}},
+        {"allOf": [{"$ref": "#"}]},
+        {"schema": {"$ref": "#"}},
+        {
+            "$defs": {"a": {"anyOf": [{"type": "null"}, {"oneOf": [{"$ref": "#/$defs/b"}]}]}, "b": {"$ref": "#"}},
+            "$ref": "#/$defs/a",
+        },
     ],
 )
 def test_a_circle_of_references_is_refused(schema: dict[str, Any]) -> None:
@@ -93,6 +99,11 @@ def test_a_circle_of_references_is_refused(schema: dict[str, Any]) -> None:
 def test_a_recursive_type_is_accepted() -> None:
     tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}
     assert not refers_to_itself({"$defs": {"tree": tree}, "$ref": "#/$defs/tree"})
+    assert not refers_to_itself({"$defs": {"tree": {"anyOf": [{"type": "null"}, tree]}}, "anyOf": [tree, tree]})
+    assert not refers_to_itself({"type": "object", "properties": {"next": {"$ref": "#"}}})
+    assert not refers_to_itself({"schema": {"properties": {"next": {"items": {"$ref": "#"}}}}})
+    both = {"anyOf": [{"$ref": "#/$defs/leaf"}, {"$ref": "#/$defs/leaf"}]}
+    assert not refers_to_itself({"$defs": {"leaf": {"type": "null"}, "a": both, "b": both}, **both})
 
 
 def test_a_long_chain_of_references_is_followed_once() -> None:
