@@ -102,6 +102,7 @@ VLLM_INTERNALS = (
 )  # fmt: skip
 LLAMA_SERVER_INTERNALS = (
     "id_slot", "slot_id", "grammar_lazy", "grammar_triggers", "preserved_tokens", "chat_format", "chat_parser",
+    "generation_prompt", "parse_tool_calls", "sse_ping_interval",
 )  # fmt: skip
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",

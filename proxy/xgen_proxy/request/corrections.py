@@ -11,17 +11,18 @@ from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import RANGES
 
 WHOLE = frozenset(name for name, (_, _, whole) in RANGES.items() if whole) | {
-    "min_tokens", "n_predict", "logprobs", "repeat_last_n", "dry_penalty_last_n", "n_probs", "truncate_prompt_tokens",
+    "min_tokens", "n_predict", "n_cmpl", "logprobs", "repeat_last_n", "dry_penalty_last_n", "n_probs", "truncate_prompt_tokens",
     "mirostat_mode", "dimensions",
 }  # fmt: skip
+OWN_NAMES = {"n_predict": "max_tokens", "n_cmpl": "n"}  # llama.cpp's, which would go around the limits of OpenAI's
 EXACT = 2**53  # a larger float is no exact number
 
 
 def corrected(body: Json) -> Json:
     """Returns the same object if there is nothing to correct. Takes any JSON object, which is checked only later."""
     body = _whole_numbers(body)
-    if "n_predict" in body:
-        body = _with_max_tokens(body)
+    if not OWN_NAMES.keys().isdisjoint(body):
+        body = _with_openais_names(body)
     if body.get("max_tokens") == -1:  # llama.cpp's word for no limit
         body = {name: value for name, value in body.items() if name != "max_tokens"}
     if ("tools" in body or "tool_choice" in body) and not body.get("tools"):
@@ -41,10 +42,11 @@ def _whole_numbers(body: Json) -> Json:
     return {**body, **found} if found else body
 
 
-def _with_max_tokens(body: Json) -> Json:
-    """n_predict is llama.cpp's name of it. It would go around every limit, since nothing else here reads it."""
-    kept = {name: value for name, value in body.items() if name != "n_predict"}
-    return {**kept, "max_tokens": body["n_predict"]} if body.get("max_tokens") is None else kept
+def _with_openais_names(body: Json) -> Json:
+    """OpenAI's own name wins where both are given."""
+    kept = {name: value for name, value in body.items() if name not in OWN_NAMES}
+    renamed = {OWN_NAMES[name]: body[name] for name in OWN_NAMES if name in body}
+    return {**kept, **{name: value for name, value in renamed.items() if kept.get(name) is None}}
 
 
 def _without_empty_tools(body: Json) -> Json:

@@ -18,6 +18,8 @@ CORRECTIONS = [
     ({"max_tokens": -1, "max_completion_tokens": 5}, {"max_completion_tokens": 5}),
     ({"n_predict": 7}, {"max_tokens": 7}),
     ({"n_predict": -1}, {}),
+    ({"n_predict": 7, "max_tokens": None}, {"max_tokens": 7}),
+    ({"n_cmpl": 4.0}, {"n": 4}),
     ({"n_predict": 7, "max_tokens": 5}, {"max_tokens": 5}),
     ({"tools": []}, {}),
     ({"tools": [], "tool_choice": "auto"}, {}),
