@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from xgen_proxy.errors import QueueFullError, QueueTimeoutError, UpstreamConnectError
-from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Urgency
 
 HEAD_START_S: dict[Urgency, float] = {"high": 30.0, "normal": 0.0, "low": -30.0}

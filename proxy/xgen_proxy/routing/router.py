@@ -6,7 +6,8 @@ import random
 import time
 
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
-from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.backend import Backend, Fleet
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.policy import decide

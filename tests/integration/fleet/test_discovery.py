@@ -18,7 +18,8 @@ from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
 from tests.support.waiting import wait_until
 from xgen_proxy.fleet import circuit_breaker, discovery
-from xgen_proxy.fleet.backend import Backend, Replica
+from xgen_proxy.fleet.backend import Backend
+from xgen_proxy.fleet.replica import Replica
 
 Start = Callable[..., RunningProxy]
 Found = list[tuple[Any, ...]]

@@ -14,8 +14,8 @@ from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
 from tests.support.waiting import wait_until
 from xgen_proxy.fleet import circuit_breaker, health
-from xgen_proxy.fleet.backend import Replica, State
 from xgen_proxy.fleet.load import parse_metrics
+from xgen_proxy.fleet.replica import Replica, State
 
 Start = Callable[..., RunningProxy]
 
@@ -318,7 +318,7 @@ def test_canary_finds_a_hung_engine_that_answers_health_checks(
     gpu.default = hangs
     backends = {"vllm": backend(gpu, first_byte_timeout_s=0.2), "llama_cpp": backend(cpu, device_class="cpu")}
     proxy = start(backends=backends, canary_interval_s=0.1)
-    hung = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend.name == "vllm")
+    hung = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend_name == "vllm")
     wait_until(lambda: not hung.up)
     assert hung.reason.startswith("canary failed: nothing more came within")
     answer = chat(proxy)
@@ -388,7 +388,7 @@ def test_requests_queued_for_a_suspect_replica_move_to_their_next_tier(
     gpu.default = fails_later
     backends = {"big": backend(gpu, dialect="openai", slots=1), "small": backend(cpu, device_class="cpu")}
     proxy = start(backends=backends)
-    big = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend.name == "big")
+    big = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend_name == "big")
     big.breaker.failures = 2
     answers: list[str] = []
     threads = [
@@ -463,4 +463,8 @@ def test_context_of_a_backend_is_its_smallest_replicas(start: Start, gpu: Upstre
 
 
 def test_metrics_of_the_fake_upstream_are_parsed() -> None:
-    assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5)) == {"running": 1, "waiting": 2, "kv": 0.5}
+    assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5).encode()) == {
+        "running": 1,
+        "waiting": 2,
+        "kv": 0.5,
+    }

@@ -7,8 +7,9 @@ from pydantic import SecretStr
 
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
-from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.replica import Replica
 
 URLS = [f"http://127.0.0.1:{port}" for port in (1, 2)]
 
@@ -130,7 +131,7 @@ def test_live_replica_and_its_snapshot_agree() -> None:
 
 def test_slots_come_from_settings_then_replica_then_dialect() -> None:
     replica = backend(slots=None).replicas[0]
-    assert replica.slots == replica.backend.dialect.slots == 256
+    assert replica.slots == replica.dialect.slots == 256
     replica.record_info(ReplicaInfo(("m",), slots=7))
     assert replica.slots == 7
     configured = backend(slots=20).replicas[0]

@@ -19,11 +19,11 @@ RECORDED = [
 
 @pytest.mark.parametrize(("page", "expected"), RECORDED)
 def test_recorded_pages(page: str, expected: dict[str, float | None]) -> None:
-    assert parse_metrics((PAGES / page).read_text()) == expected
+    assert parse_metrics((PAGES / page).read_bytes()) == expected
 
 
 def test_kv_gauge_of_older_vllm() -> None:
-    assert parse_metrics('vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
+    assert parse_metrics(b'vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
 
 
 def test_requests_of_engines_are_summed_and_kv_is_averaged() -> None:
@@ -31,7 +31,7 @@ def test_requests_of_engines_are_summed_and_kv_is_averaged() -> None:
         f'vllm:num_requests_running{{engine="{n}"}} {n}\nvllm:kv_cache_usage_perc{{engine="{n}"}} 0.{n}\n'
         for n in (2, 4)
     )
-    parsed = parse_metrics(page)
+    parsed = parse_metrics(page.encode())
     assert parsed["running"] == 6
     assert parsed["kv"] == pytest.approx(0.3)
 
@@ -40,11 +40,11 @@ def test_timestamps_and_braces_in_labels() -> None:
     page = (
         'vllm:num_requests_running{model_name="a } b"} 3.0 1700000000000\nllamacpp:requests_deferred 2 1700000000000\n'
     )
-    assert parse_metrics(page) == {"running": 3.0, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None}
 
 
 def test_missing_gauges_are_none() -> None:
-    assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+    assert parse_metrics(b"# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
 
 
 def load(in_flight: int = 0, scraped: Scrape | None = None, now: float = 0.0) -> float:
