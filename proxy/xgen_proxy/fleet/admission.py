@@ -24,12 +24,17 @@ from xgen_proxy.request.features import Urgency
 HEAD_START_S: dict[Urgency, float] = {"high": 30.0, "normal": 0.0, "low": -30.0}
 
 
-class HasReplica(Protocol):
+class Usable(Protocol):
+    """`usable`: the replica may be sent requests now. It is up, or nothing is and it answers at least."""
+
     @property
     def replica(self) -> Replica: ...
 
+    @property
+    def usable(self) -> bool: ...
 
-T = TypeVar("T", bound=HasReplica)
+
+T = TypeVar("T", bound=Usable)
 
 
 @dataclass(order=True, slots=True)
@@ -54,7 +59,7 @@ class Admission:
     def try_acquire(self, targets: Sequence[T]) -> T | None:
         """Acquire a slot without waiting. A slot that is free now is one that no queued request could use."""
         for target in targets:
-            if target.replica.up and target.replica.has_capacity:
+            if target.usable and target.replica.has_capacity:
                 return self._grant(target)
         return None
 
@@ -73,7 +78,7 @@ class Admission:
 
     def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
         """Raises QueueFullError, and UpstreamConnectError if every target is down."""
-        if not any(target.replica.up for target in targets):
+        if not any(target.usable for target in targets):
             raise UpstreamConnectError("down")
         if len(self.queue) >= self.limit:
             raise QueueFullError(
@@ -118,12 +123,12 @@ class Admission:
 
     def dispatch(self, replica: Replica) -> None:
         """Give the replica's free slots to queued requests. Called when a slot is released or the replica comes up."""
-        if not self.queue or not replica.up:
+        if not self.queue:
             return
         for waiter in list(self.queue):
             if not replica.has_capacity:
                 return
-            target = next((each for each in waiter.targets if each.replica is replica), None)
+            target = next((each for each in waiter.targets if each.replica is replica and each.usable), None)
             if target is not None and not waiter.future.done():
                 self.queue.remove(waiter)
                 waiter.future.set_result(self._grant(target))
@@ -131,6 +136,6 @@ class Admission:
     def on_replica_down(self) -> None:
         """Fail waiters that have no live target left, so that they move to their next tier."""
         for waiter in list(self.queue):
-            if not waiter.future.done() and not any(each.replica.up for each in waiter.targets):
+            if not waiter.future.done() and not any(each.usable for each in waiter.targets):
                 self.queue.remove(waiter)
                 waiter.future.set_exception(UpstreamConnectError("went down while the request was queued"))

@@ -16,12 +16,18 @@ from xgen_proxy.values import frozen
 
 @frozen
 class Target:
-    """A candidate resolved to its live replica and the backend that it belongs to."""
+    """A candidate resolved to its live replica and the backend that it belongs to. `panic`: of a plan whose candidates
+    are not up; it is enough that they answer health checks."""
 
     backend: Backend
     replica: Replica
     reason: str
     tier: int
+    panic: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return self.replica.state == "up" or (self.panic and self.replica.answers)
 
 
 class Router:
@@ -64,7 +70,7 @@ class Router:
             raise plan.error
         backends = self.fleet.backends_by_name
         return [
-            Target(backend, replica, candidate.reason, candidate.tier)
+            Target(backend, replica, candidate.reason, candidate.tier, plan.panic)
             for candidate in plan.candidates
             if (backend := backends.get(candidate.backend.name))
             and (replica := backend.replicas_by_name.get(candidate.replica.name))

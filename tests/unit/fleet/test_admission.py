@@ -24,6 +24,11 @@ URGENCIES: tuple[Urgency, ...] = ("high", "normal", "low")
 @dataclass(frozen=True)
 class Want:
     replica: Replica
+    panic: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return self.replica.up or (self.panic and self.replica.answers)
 
 
 def replicas(*slots: int) -> list[Replica]:
@@ -69,6 +74,28 @@ async def test_acquire_raises_at_once_if_all_targets_are_down() -> None:
     replica.set_state("down", "test")
     with pytest.raises(UpstreamConnectError):
         await acquire(Admission(10, 10), [Want(replica)], "normal")
+
+
+async def test_panic_lets_a_target_through_that_answers_but_is_not_up() -> None:
+    [replica] = replicas(1)
+    replica.record_answer()
+    replica.set_state("suspect", "test")
+    admission = Admission(10, 10)
+    with pytest.raises(UpstreamConnectError):
+        await acquire(admission, [Want(replica)], "normal")
+    wanted = [Want(replica, panic=True)]
+    await acquire(admission, wanted, "normal")
+    second = asyncio.create_task(acquire(admission, wanted, "normal"))
+    await settle()
+    admission.on_replica_down()
+    admission.release(replica)
+    assert (await second).replica is replica
+    third = asyncio.create_task(acquire(admission, wanted, "normal"))
+    await settle()
+    replica.set_state("down", "test")
+    admission.on_replica_down()
+    with pytest.raises(UpstreamConnectError):
+        await third
 
 
 async def test_full_queue_rejects_requests() -> None:
