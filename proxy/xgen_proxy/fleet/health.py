@@ -164,7 +164,7 @@ class HealthMonitor:
             await self._reread(backend, replica)
         replica.record_answer()
         self.admission.dispatch(replica)
-        self._start_canary_if_due(backend, replica)
+        self._start_canary_if_due(replica)
 
     async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
         return await replica.ask(path, timeout_s=self.settings.scrape_timeout_s)
@@ -269,14 +269,14 @@ class HealthMonitor:
 
     # canaries
 
-    def _start_canary_if_due(self, backend: Backend, replica: Replica) -> None:
+    def _start_canary_if_due(self, replica: Replica) -> None:
         now = time.monotonic()
         dialect = replica.dialect
         if not dialect.uses_canary:
             if replica.breaker.try_half_open(now):  # tokens may cost money here: the next request is the trial
                 replica.mark_up("its circuit breaker was open long enough")
         elif replica not in self._canaries and (self._is_silent(replica, now) or replica.breaker.try_half_open(now)):
-            self._start(self._canaries, replica, self._canary(backend, replica))
+            self._start(self._canaries, replica, self._canary(replica))
 
     def _is_silent(self, replica: Replica, now: float) -> bool:
         interval = self.settings.canary_interval_s
@@ -288,7 +288,10 @@ class HealthMonitor:
             and replica.has_capacity
         )
 
-    async def _canary(self, backend: Backend, replica: Replica) -> None:
+    async def _canary(self, replica: Replica) -> None:
+        backend = self.fleet.backends_by_name.get(replica.backend_name)
+        if backend is None:
+            return  # new settings removed it meanwhile
         model = backend.served(min(backend.models, default=""))
         with self.admission.slot_for_check(replica):
             try:

@@ -61,8 +61,13 @@ def serving(fake: FakeUpstream, routes: list[str], otherwise: Script) -> None:
     fake.default = script
 
 
+async def breaks(talk: Talk) -> None:
+    await talk.send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{")
+    talk.writer.close()
+
+
 def make_suspect(proxy: RunningProxy, fake: FakeUpstream) -> None:
-    fake.scripts += [status(500)] * 3
+    fake.scripts += [breaks] * 3
     for _ in range(3):
         chat(proxy)
 
@@ -132,7 +137,7 @@ def test_suspect_replica_is_not_tried_while_another_is_up(
 ) -> None:
     monkeypatch.setattr(circuit_breaker, "OPEN_S", 3600)
     proxy = start(backends={"a": backend(gpu), "b": backend(cpu, device_class="cpu")})
-    gpu.default = status(500)
+    gpu.default = breaks
     for _ in range(3):
         assert chat(proxy).status_code == 200
     asked = len(gpu.talks)
@@ -168,7 +173,7 @@ def test_queued_requests_are_tried_when_their_last_replica_becomes_suspect(
 
     async def fails_later(talk: Talk) -> None:
         await asyncio.to_thread(fail.wait, 10)
-        await talk.answer(500, {})
+        await breaks(talk)
 
     proxy = start(backends={"b": backend(gpu, dialect="openai", slots=1)})
     only(proxy).breaker.failures = 2
