@@ -5,6 +5,9 @@ A request that finds no free slot is queued in order of arrival shifted by urgen
 30 s later. All requests age at the same pace, so none starves. A free slot goes to the first queued request that can
 use it. A request leaves the queue when it gets a slot, its client disconnects, its time is up (429), or every replica
 it could use is down (then its plan continues with the next tier).
+
+A request that is several (choices times prompts) takes as many slots as soon as one is free: waiting for all of them it
+would starve behind small ones. Those after it wait until there is room again.
 """
 
 from __future__ import annotations
@@ -25,13 +28,17 @@ HEAD_START_S: dict[Urgency, float] = {"high": 30.0, "normal": 0.0, "low": -30.0}
 
 
 class Usable(Protocol):
-    """`usable`: the replica may be sent requests now. It is up, or nothing is and it answers at least."""
+    """`usable`: the replica may be sent requests now. It is up, or nothing is and it answers at least. `slots`: those
+    that the request takes there."""
 
     @property
     def replica(self) -> Replica: ...
 
     @property
     def usable(self) -> bool: ...
+
+    @property
+    def slots(self) -> int: ...
 
 
 T = TypeVar("T", bound=Usable)
@@ -73,7 +80,7 @@ class Admission:
             self.release(replica)
 
     def _grant(self, target: T) -> T:
-        target.replica.acquire()
+        target.replica.acquire(target.slots)
         return target
 
     def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
@@ -115,10 +122,11 @@ class Admission:
     def _return_slot(self, waiter: Waiter[T]) -> None:
         """Release a slot that was granted in the same moment in which the wait ended."""
         if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
-            self.release(waiter.future.result().replica)
+            target = waiter.future.result()
+            self.release(target.replica, target.slots)
 
-    def release(self, replica: Replica) -> None:
-        replica.release()
+    def release(self, replica: Replica, slots: int = 1) -> None:
+        replica.release(slots)
         self.dispatch(replica)
 
     def dispatch(self, replica: Replica) -> None:

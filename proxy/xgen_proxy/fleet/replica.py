@@ -33,7 +33,7 @@ class Replica:
 
     `state`: starting (not checked yet, or it answers health checks but not what it serves), up, suspect (answers health
     checks but its circuit breaker is not closed), down (does not answer), draining (no longer listed: finishes its
-    requests). `answers`: its last health check was answered. `in_flight`: our requests that hold one of its slots.
+    requests). `answers`: its last health check was answered. `in_flight`: the slots that our requests hold.
     `joined_later`: the backend had other replicas already. Only the methods change these. `response_headers` name it
     to clients.
     """
@@ -121,13 +121,13 @@ class Replica:
 
     # slots and load
 
-    def acquire(self) -> None:
-        self.in_flight += 1
-        self._on_change(self, 1)
+    def acquire(self, slots: int = 1) -> None:
+        self.in_flight += slots
+        self._on_change(self, slots)
 
-    def release(self) -> None:
-        self.in_flight -= 1
-        self._on_change(self, -1)
+    def release(self, slots: int = 1) -> None:
+        self.in_flight -= slots
+        self._on_change(self, -slots)
         if not self.in_flight:
             self.drained.set()
 

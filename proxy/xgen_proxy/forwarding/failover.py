@@ -106,7 +106,7 @@ class Failover:
             error = other
             raise
         finally:
-            self.admission.release(target.replica)
+            self.admission.release(target.replica, target.slots)
             self.observer.attempt_finished(self.call, target, error, progress.tail)
             error = None  # its traceback holds this frame: a circle, which would wait for the garbage collector
 

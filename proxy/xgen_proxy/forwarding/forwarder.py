@@ -34,7 +34,7 @@ from xgen_proxy.forwarding.retry_budget import RetryBudget
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.plan import Plan
-from xgen_proxy.routing.router import Router, Target
+from xgen_proxy.routing.router import Router, Target, sequences
 
 log = logging.getLogger("xgen_proxy")
 
@@ -65,7 +65,7 @@ class Forwarder:
         progress = Progress(call)
         error: ProxyError | None = None
         try:
-            targets = self.router.targets(await self._plan(call.features))
+            targets = self.router.targets(await self._plan(call.features), sequences(call))
             progress.first_choice = targets[0]
             with self.disconnects.watch(receive):
                 await self._forward(call, targets, writer, progress)

@@ -25,6 +25,7 @@ URGENCIES: tuple[Urgency, ...] = ("high", "normal", "low")
 class Want:
     replica: Replica
     panic: bool = False
+    slots: int = 1
 
     @property
     def usable(self) -> bool:
@@ -96,6 +97,30 @@ async def test_panic_lets_a_target_through_that_answers_but_is_not_up() -> None:
     admission.on_replica_down()
     with pytest.raises(UpstreamConnectError):
         await third
+
+
+async def test_request_that_is_several_takes_several_slots() -> None:
+    """As soon as one is free: waiting for all of them it would starve behind small ones."""
+    [replica] = replicas(4)
+    admission = Admission(10, 10)
+    await acquire(admission, [Want(replica)], "normal")
+    large = await acquire(admission, [Want(replica, slots=4)], "normal")
+    assert replica.in_flight == 5
+    small = asyncio.create_task(acquire(admission, [Want(replica)], "normal"))
+    await settle()
+    admission.release(replica)
+    await settle()
+    assert not small.done(), "the large one fills the replica"
+    admission.release(replica, large.slots)
+    await small
+    assert replica.in_flight == 1
+    large = await acquire(admission, [Want(replica, slots=3)], "normal")
+    cancelled = asyncio.create_task(acquire(admission, [Want(replica, slots=4)], "normal"))
+    await settle()
+    admission.release(replica, large.slots)  # granted: the future is done, its task has not run yet
+    cancelled.cancel()
+    await settle()
+    assert replica.in_flight == 1, "all of its slots are returned"
 
 
 async def test_full_queue_rejects_requests() -> None:
