@@ -70,7 +70,7 @@ class Backend:
         self._indexes = {replica: index for index, replica in enumerate(self.replicas)}
         self._replica_snapshots = [replica.snapshot() for replica in self.replicas]
         self._ring = ring_of(tuple(self.replicas_by_name))
-        self._snapshot = None
+        self._merge_infos()  # what only a removed one served is gone
         return removed
 
     def _new(self, url: str, *, joined_later: bool) -> Replica:

@@ -62,12 +62,12 @@ class Router:
         return decide(features, self.fleet.snapshot(), self.fleet.settings.routing, self._rng, time.monotonic())
 
     def _check_model(self, model: str | None) -> None:
-        """404 only once every backend has reported its models; until then 503."""
+        """404 only once every backend has been reached; until then 503."""
         backends = self.fleet.backends
         for backend in backends:
             if model in backend.models:
                 return
-        unknown = [backend.name for backend in backends if not backend.models]
+        unknown = [each.name for each in backends if not each.models and not any(r.info for r in each.replicas)]
         if unknown:
             raise ServiceUnavailableError(
                 f"no running backend serves {model!r}, and {', '.join(unknown)} has not been reached yet", retry_after=5

@@ -109,6 +109,14 @@ def test_backend_has_the_capabilities_of_all_its_replicas() -> None:
     assert (made.models, made.context) == (frozenset({"a", "b", "c"}), 2048)
 
 
+def test_what_only_a_removed_replica_served_is_forgotten() -> None:
+    made = backend()
+    made.record_info(made.replicas[0], ReplicaInfo(("m",), 4096))
+    made.record_info(made.replicas[1], ReplicaInfo(("m", "lora"), 2048))
+    made.reconcile(URLS[:1])
+    assert (made.models, made.context) == (frozenset({"m"}), 4096)
+
+
 def test_infos_are_kept_while_all_replicas_are_gone() -> None:
     made = backend()
     made.record_info(made.replicas[0], ReplicaInfo(("m",), 4096))

@@ -116,3 +116,10 @@ def test_request_takes_all_slots_of_a_replica_at_most() -> None:
     report(made, "m")
     targets = made.targets(made.plan(features()), 100)
     assert {target.backend.name: target.slots for target in targets} == {"vllm": 100, "llama_cpp": 4}
+
+
+def test_model_is_not_found_where_a_backend_was_reached_and_has_none() -> None:
+    made = router()
+    report(made)
+    with pytest.raises(ModelNotFoundError):
+        made.plan(features(model="unknown"))
