@@ -46,6 +46,7 @@ log = logging.getLogger("xgen_proxy.health")
 INITIAL_CHECKS_S = 3.0  # a little more than a health check may take
 MISSES_BEFORE_DOWN = 3  # a busy server may miss a health check; a refused connection counts at once
 CHECKS_PER_INFO = 5  # health checks from one reading of replica info to the next
+MODELS_LOGGED = 20
 UNKNOWN_MODEL_INTERVAL_S = 2.0  # between two readings because of requests for a model that is unknown
 UNKNOWN_MODEL_WAIT_S = 1.0  # that such a request waits for the reading
 
@@ -177,7 +178,12 @@ class HealthMonitor:
             if replica not in self._without_load:
                 self._without_load.add(replica)
                 path = replica.dialect.metrics_path
-                log.warning("%s reports no load (%s: %d), so only our own requests count", replica.name, path, status)
+                log.warning(
+                    "%s reports no load (%s: %d), so only our own requests count; llama-server needs --metrics",
+                    replica.name,
+                    path,
+                    status,
+                )
             return
         self._without_load.discard(replica)
         now = time.monotonic()
@@ -208,7 +214,13 @@ class HealthMonitor:
             replica.mark_suspect("new: must answer a canary first")
         else:
             replica.mark_up("healthy")
-        log.info("%s is %s: models %s, context %s", replica.name, replica.state, sorted(info.models), backend.context)
+        log.info(
+            "%s is %s: models %s, context %s",
+            replica.name,
+            replica.state,
+            sorted(info.models)[:MODELS_LOGGED],
+            backend.context,
+        )
 
     async def _reread(self, backend: Backend, replica: Replica) -> bool:
         """Returns whether anything is new. What was known is kept where it cannot be read now."""
@@ -219,7 +231,7 @@ class HealthMonitor:
         if info is None or info == replica.info or replica.state in ("down", "draining"):
             return False
         backend.record_info(replica, info)
-        log.info("%s serves %s now, context %s", replica.name, sorted(info.models), backend.context)
+        log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
         return True
 
     async def _read_info(self, replica: Replica) -> ReplicaInfo | None:

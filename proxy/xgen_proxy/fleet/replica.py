@@ -110,8 +110,8 @@ class Replica:
         self._on_change(self, 0)
 
     def record_answer(self) -> None:
-        """Remember that it answered its last health check."""
-        if not self.answers:
+        """Remember that it answered its last health check, unless a request has found it down meanwhile."""
+        if not self.answers and self.state != "down":
             self.answers = True
             self._on_change(self, 0)
 

@@ -78,6 +78,7 @@ def test_replica_that_goes_down_does_not_answer() -> None:
     replica.set_state("suspect", "test")
     assert replica.answers
     replica.set_state("down", "test")
+    replica.record_answer()  # of a check that was under way
     assert not made.snapshot().replicas[0].answers
 
 
