@@ -298,7 +298,9 @@ async def test_checks_get_a_slot_whatever_the_state_and_load() -> None:
     assert replica.in_flight == 0
 
 
-# Any sequence of arrivals, ends, cancellations, and replicas going down and up
+# Any sequence of arrivals, ends, cancellations, and replicas becoming suspect, going down and coming up
+
+MOST = 3  # slots that one request takes
 
 
 @dataclass
@@ -308,9 +310,10 @@ class World:
     tasks: list[asyncio.Task[Want]] = field(default_factory=list)
     held: list[Want] = field(default_factory=list)
 
-    def arrive(self, mask: int, urgency: Urgency) -> None:
-        wanted = [Want(replica) for number, replica in enumerate(self.fleet) if mask & 1 << number]
-        self.tasks.append(asyncio.create_task(self._serve(wanted or [Want(self.fleet[0])], urgency)))
+    def arrive(self, mask: int, urgency: Urgency, panic: bool, slots: int) -> None:
+        chosen = [replica for number, replica in enumerate(self.fleet) if mask & 1 << number]
+        wanted = [Want(replica, panic, min(slots, replica.slots)) for replica in chosen]
+        self.tasks.append(asyncio.create_task(self._serve(wanted, urgency)))
 
     async def _serve(self, wanted: Sequence[Want], urgency: Urgency) -> Want:
         want = await acquire(self.admission, wanted, urgency)
@@ -320,7 +323,8 @@ class World:
 
     def end(self, number: int) -> None:
         if self.held:
-            self.admission.release(self.held.pop(number % len(self.held)).replica)
+            want = self.held.pop(number % len(self.held))
+            self.admission.release(want.replica, want.slots)
 
     def cancel(self, number: int) -> None:
         if self.tasks:
@@ -329,6 +333,10 @@ class World:
     def set_state(self, number: int) -> None:
         replica = self.fleet[number % len(self.fleet)]
         if replica.state == "up":
+            replica.record_answer()
+            replica.set_state("suspect", "test")
+            self.admission.on_replica_down()
+        elif replica.state == "suspect":
             replica.set_state("down", "test")
             self.admission.on_replica_down()
         else:
@@ -337,15 +345,15 @@ class World:
 
     def check_bounds(self) -> None:
         for replica in self.fleet:
-            assert 0 <= replica.in_flight <= replica.slots
+            assert 0 <= replica.in_flight < replica.slots + MOST, "beyond its slots by a request that is several, once"
 
     def check_settled(self) -> None:
         for replica in self.fleet:
-            assert replica.in_flight == sum(want.replica is replica for want in self.held)
+            assert replica.in_flight == sum(want.slots for want in self.held if want.replica is replica)
         assert len(self.admission.queue) == sum(not task.done() for task in self.tasks)
         for waiter in self.admission.queue:
-            assert any(want.replica.up for want in waiter.targets), "queued without a live target"
-            assert not any(want.replica.up and want.replica.has_capacity for want in waiter.targets), (
+            assert any(want.usable for want in waiter.targets), "queued without a live target"
+            assert not any(want.usable and want.replica.has_capacity for want in waiter.targets), (
                 "queued beside a free slot"
             )
         assert self.admission.queue == sorted(self.admission.queue)
@@ -364,7 +372,7 @@ class World:
 
 numbers = st.integers(0, 50)
 steps = st.one_of(
-    st.tuples(st.just("arrive"), st.integers(1, 7), st.sampled_from(URGENCIES)),
+    st.tuples(st.just("arrive"), st.integers(1, 7), st.sampled_from(URGENCIES), st.booleans(), st.integers(1, MOST)),
     st.tuples(st.just("end"), numbers),
     st.tuples(st.just("cancel"), numbers),
     st.tuples(st.just("set_state"), numbers),
