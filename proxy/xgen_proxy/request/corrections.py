@@ -11,8 +11,8 @@ from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import RANGES
 
 WHOLE = frozenset(name for name, (_, _, whole) in RANGES.items() if whole) | {
-    "min_tokens", "n_predict", "n_cmpl", "logprobs", "repeat_last_n", "dry_penalty_last_n", "n_probs", "truncate_prompt_tokens",
-    "mirostat_mode", "dimensions",
+    "min_tokens", "n_predict", "n_cmpl", "logprobs", "repeat_last_n", "dry_penalty_last_n", "n_probs",
+    "truncate_prompt_tokens", "mirostat_mode", "dimensions",
 }  # fmt: skip
 OWN_NAMES = {"n_predict": "max_tokens", "n_cmpl": "n"}  # llama.cpp's, which would go around the limits of OpenAI's
 EXACT = 2**53  # a larger float is no exact number
