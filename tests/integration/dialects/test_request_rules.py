@@ -98,7 +98,7 @@ def chat_with(proxy: RunningProxy, fields: dict[str, Any]) -> httpx.Response:
 
 def test_too_many_prompts_are_refused(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
-    answer = post(f"{proxy.url}/v1/completions", json={"model": "m", "prompt": ["a"] * 50_000})
+    answer = post(f"{proxy.url}/v1/completions", json={"model": "m", "prompt": ["a"] * 129})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
     assert gpu.talks == []
 
