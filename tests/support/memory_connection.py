@@ -47,7 +47,7 @@ class Connection:
         self.state = ServerState()
         self.state.default_headers = [(b"date", b"now")]
         config = Config(app, ws="none", log_config=None)
-        self.protocol = http_protocol(lambda: 30.0, lambda *_: None)(config, self.state, {})
+        self.protocol = http_protocol(lambda: 30.0, lambda *_: None, tuple)(config, self.state, {})
         self.transport = MemoryTransport()
         self.protocol.connection_made(self.transport)
 

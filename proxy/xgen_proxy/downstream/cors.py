@@ -29,8 +29,9 @@ def cors_headers(request_headers: Iterable[Header], allowed: Sequence[str]) -> l
     return [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED), vary]
 
 
-def is_preflight(method: str, headers: Mapping[bytes, bytes]) -> bool:
-    return method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
+def is_preflight(headers: Mapping[bytes, bytes]) -> bool:
+    """`headers`: of an OPTIONS request."""
+    return b"origin" in headers and b"access-control-request-method" in headers
 
 
 def preflight_headers(headers: Mapping[bytes, bytes]) -> list[Header]:

@@ -53,7 +53,7 @@ OnRefused = Callable[[str, ProxyError, str | None], None]
 def http_protocol(
     get_body_timeout_s: Callable[[], float],
     report_refused: OnRefused,
-    get_cors_origins: Callable[[], Sequence[str]] = tuple,
+    get_cors_origins: Callable[[], Sequence[str]],
 ) -> type[HTTPProtocol]:
     """The protocol class for one app.
 
