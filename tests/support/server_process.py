@@ -22,14 +22,16 @@ from tests.support.waiting import wait_until
 class Process:
     """`xgen-proxy serve` as a child; its standard error is kept in `log`, or goes to the descriptor `stderr`."""
 
-    def __init__(self, directory: Path, *arguments: str, stderr: int | None = None, **environment: str) -> None:
+    stderr: int | None = None
+
+    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
         self.log = directory / "log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}
         with self.log.open("wb") as log:
             self.child = subprocess.Popen(
                 [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", "0", *arguments],
                 cwd=directory, env={**inherited, "PYTHONPATH": str(ROOT / "proxy"), **environment},
-                stdout=subprocess.PIPE, stderr=log if stderr is None else stderr, text=True,
+                stdout=subprocess.PIPE, stderr=log if self.stderr is None else self.stderr, text=True,
             )  # fmt: skip
         assert self.child.stdout
         line = self.child.stdout.readline()

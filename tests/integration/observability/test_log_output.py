@@ -18,9 +18,15 @@ REQUESTS = 600  # their lines are more than the 64 KiB that a pipe holds
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+class LoggingTo(Process):
+    def __init__(self, directory: Path, stderr: int) -> None:
+        self.stderr = stderr
+        super().__init__(directory, "--vllm", "http://127.0.0.1:1")
+
+
 @contextmanager
 def process(directory: Path, stderr: int) -> Iterator[Process]:
-    process = Process(directory, "--vllm", "http://127.0.0.1:1", stderr=stderr)
+    process = LoggingTo(directory, stderr)
     try:
         yield process
     finally:
