@@ -79,7 +79,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
     connection because the body arrives too slowly.
     """
     encoding = headers.get(b"content-encoding", b"identity")
-    if encoding.lower() not in (b"identity", b""):
+    if encoding.lower() not in (b"", b"identity"):
         raise UnsupportedMediaTypeError(
             f"Content-Encoding: {encoding[:40].decode('latin-1')} is not supported; send the body uncompressed"
         )
