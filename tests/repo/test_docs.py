@@ -311,7 +311,11 @@ def test_answer_headers() -> None:
         "downstream/cors.py",
         "api/inference.py",
     )
-    sent = set(re.findall(r'(?<!get)\(b"([a-z-]+)", ', source(*files))) - {"content-type", "content-length", "connection"}
+    sent = set(re.findall(r'(?<!get)\(b"([a-z-]+)", ', source(*files))) - {
+        "content-type",
+        "content-length",
+        "connection",
+    }
     assert documented == sent, "docs/api.md has other answer headers than the code"
 
 

@@ -16,13 +16,22 @@ from xgen_proxy.downstream.http_protocol import http_protocol
 class MemoryTransport(asyncio.Transport):
     """Keeps what is written to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: asyncio.Protocol) -> None:
         super().__init__()
+        self.protocol: asyncio.BaseProtocol = protocol
         self.written = b""
         self.closed = False
+        self.ended = False
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
 
     def write(self, data: Any) -> None:
+        assert not self.ended, "written after the end"
         self.written += data
+
+    def write_eof(self) -> None:
+        self.ended = True
 
     def close(self) -> None:
         self.closed = True
@@ -48,12 +57,19 @@ class Connection:
         self.state.default_headers = [(b"date", b"now")]
         config = Config(app, ws="none", log_config=None)
         self.protocol = http_protocol(lambda: 30.0, lambda *_: None, tuple)(config, self.state, {})
-        self.transport = MemoryTransport()
+        self.transport = MemoryTransport(self.protocol)
         self.protocol.connection_made(self.transport)
 
     @property
     def cycle(self) -> RequestResponseCycle:
         return self.protocol.cycle
+
+    async def receive(self, data: bytes) -> None:
+        """As an event loop does; then the app gets a turn."""
+        if not self.transport.closed:
+            assert isinstance(self.transport.protocol, asyncio.Protocol)
+            self.transport.protocol.data_received(data)
+            await asyncio.sleep(0)
 
     async def finish(self) -> None:
         async with asyncio.timeout(10):

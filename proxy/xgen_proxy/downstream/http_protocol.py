@@ -112,6 +112,7 @@ class HTTPProtocol(HttpToolsProtocol):
     _chunks = 0
     _read_timer: asyncio.TimerHandle | None = None  # for the head, then for the body
     _stall_timer: asyncio.TimerHandle | None = None
+    _lingers_since: float | None = None  # loop time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -136,7 +137,12 @@ class HTTPProtocol(HttpToolsProtocol):
 
     @property
     def _waiting_since(self) -> float | None:
-        """When the connection began to wait for a request or the rest of one, as loop time; None while it is served."""
+        """When the connection began to wait for a request, for the rest of one, or for its end, as loop time.
+
+        None while a request is served.
+        """
+        if self._lingers_since is not None:
+            return self._lingers_since
         if self.timeout_keep_alive_task is not None:
             return self.timeout_keep_alive_task.when() - self.timeout_keep_alive
         if self._read_timer is None or self._is_responding:
@@ -319,6 +325,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def _linger(self) -> None:
         self._stop_read_timer()
         if not self.transport.is_closing():
+            self._lingers_since = self.loop.time()
             LingeringClose(self.transport, self)
 
     def _stop_stall_timer(self) -> None:
