@@ -42,5 +42,19 @@ def authenticated(request: Request) -> Gateway:
 
 
 def model_card(gateway: Gateway, name: str) -> dict[str, object]:
-    owners = [backend.name for backend in gateway.fleet.backends if name in backend.models]
-    return {"id": name, "object": "model", "created": gateway.started, "owned_by": "xgen-proxy", "backends": owners}
+    """`max_model_len` is vLLM's name for the context in tokens, `context_length` OpenRouter's; left out if unknown.
+
+    A request fits every backend that serves the model if it fits the smallest context. One of them has each capability.
+    """
+    owners = [backend for backend in gateway.fleet.backends if name in backend.models]
+    contexts = [backend.context for backend in owners if backend.context]
+    context = {"max_model_len": min(contexts), "context_length": min(contexts)} if contexts else {}
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.started,
+        "owned_by": "xgen-proxy",
+        "backends": [backend.name for backend in owners],
+        **context,
+        "capabilities": sorted(set().union(*(backend.capabilities for backend in owners))),
+    }
