@@ -23,7 +23,7 @@ from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
 from xgen_proxy.fleet.load import LoadParts, Scrape
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
-from xgen_proxy.upstream import Pool
+from xgen_proxy.upstream.pool import Pool
 
 State = Literal["starting", "up", "suspect", "down", "draining"]
 
@@ -33,8 +33,8 @@ class Replica:
 
     `state`: starting (not checked yet), up, suspect (answers health checks but its circuit breaker is not closed), down
     (does not answer), draining (no longer listed: finishes its requests). `in_flight`: our requests that hold one of
-    its slots. `joined_later`: the backend had other replicas already. Only the methods change these.
-    `response_headers` name it to clients.
+    its slots. `joined_later`: the backend had other replicas already. `missing`: capabilities that its engine denied
+    having. Only the methods change these. `response_headers` name it to clients.
     """
 
     def __init__(self, backend: Backend, url: str, *, joined_later: bool = False) -> None:
@@ -52,6 +52,7 @@ class Replica:
         self.drained = asyncio.Event()
         self.scraped: Scrape | None = None
         self.info: ReplicaInfo | None = None
+        self.missing: frozenset[str | None] = frozenset()
         self.breaker = CircuitBreaker()
         self.record_activity()
         self.configure()
@@ -69,6 +70,7 @@ class Replica:
             f"host: {urlsplit(self.url).netloc}",
             "content-type: application/json",
             "accept: application/json, text/event-stream",
+            "accept-encoding: identity",
         ]
         if key is not None:
             lines.append(f"authorization: Bearer {key.get_secret_value()}")
@@ -82,6 +84,14 @@ class Replica:
     def record_info(self, info: ReplicaInfo) -> None:
         self.info = info
         self._set_slots()
+
+    def lost_capability(self, name: str | None) -> bool:
+        """Its engine says that it was started without it; believed until it goes down. Returns whether that is news."""
+        if name in self.missing:
+            return False
+        self.missing |= {name}
+        self.backend.merge_infos()
+        return True
 
     def record_scrape(self, scrape: Scrape | None) -> None:
         self.scraped = scrape
@@ -152,6 +162,8 @@ class Replica:
         changed = state != self.state
         if changed:
             self.since = time.monotonic()
+        if state == "down":
+            self.missing = frozenset()  # its next start may have other flags
         self.state, self.reason = state, reason
         self.backend.replica_changed(self)
         return changed
@@ -232,7 +244,7 @@ class Backend:
         self.capabilities = self._with_overrides(self.dialect.capabilities)
         for replica in self.replicas:
             replica.configure()
-        self._merge_infos()
+        self.merge_infos()
 
     def reconcile(self, urls: Iterable[str], *, joined_later: bool = False) -> list[Replica]:
         """Make the replicas match `urls`. Returns the removed ones, which are draining.
@@ -273,9 +285,9 @@ class Backend:
 
     def record_info(self, replica: Replica, info: ReplicaInfo) -> None:
         replica.record_info(info)
-        self._merge_infos()
+        self.merge_infos()
 
-    def _merge_infos(self) -> None:
+    def merge_infos(self) -> None:
         """Capabilities and context are those that all replicas have; the last known ones are kept until a replica
         reports again."""
         self._snapshot = None
@@ -292,12 +304,12 @@ class Backend:
         )
 
     def _with_overrides(self, capabilities: frozenset[str]) -> frozenset[str]:
-        """The settings `tools`, `images` and `embeddings` add or remove a capability."""
+        """The settings `tools`, `images` and `embeddings` add or remove a capability; engines deny some."""
         for name in ("tools", "images", "embeddings"):
             setting = getattr(self.settings, name)
             if setting is not None:
                 capabilities = capabilities | {name} if setting else capabilities - {name}
-        return capabilities
+        return capabilities.difference(*(replica.missing for replica in self.replicas))
 
     # snapshots
 

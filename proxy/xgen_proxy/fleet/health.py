@@ -26,6 +26,7 @@ from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProto
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet, Replica
 from xgen_proxy.fleet.load import Scrape, parse_metrics
+from xgen_proxy.own_limits import is_exhausted
 
 log = logging.getLogger("xgen_proxy.health")
 
@@ -112,7 +113,10 @@ class HealthMonitor:
                 await self.check(replica)
                 misses = 0
             except httpx.ConnectError as error:
-                self.mark_down(replica, str(error) or "no connection")
+                if is_exhausted(error):
+                    log.error("no health check of %s, since the proxy is out of resources: %s", replica.name, error)
+                else:
+                    self.mark_down(replica, str(error) or "no connection")
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
                 misses += 1
                 if misses >= MISSES_BEFORE_DOWN or replica.state == "starting":
@@ -137,6 +141,16 @@ class HealthMonitor:
             await self._read_info(replica)
         self.admission.dispatch(replica)
         self._start_canary_if_due(replica)
+
+    def doubt(self, replica: Replica) -> None:
+        """Its engine answered a request with 5xx. If that is the last of several, a canary decides whether it is ill.
+
+        The replica serves on until the canary fails. Where tokens may cost money, health checks have to do.
+        """
+        asks = replica.backend.dialect.uses_canary and replica not in self._canaries
+        if replica.breaker.doubted(time.monotonic()) and asks:
+            log.info("%s answered several requests in a row with 5xx: asking for a canary", replica.name)
+            self._start(self._canaries, replica, self._canary(replica))
 
     def mark_down(self, replica: Replica, reason: str) -> None:
         if replica.set_state("down", reason):
@@ -201,6 +215,10 @@ class HealthMonitor:
         """One failure is enough, since the canary had as much time as a request."""
         if isinstance(error, UpstreamConnectError):
             self.mark_down(replica, str(error))
+            return
+        if error.blame == "proxy":  # nothing was learnt: ask again
+            if replica.state == "suspect":
+                replica.breaker.open_until_canary()
             return
         replica.breaker.open(time.monotonic())
         if replica.state != "down" and replica.set_state("suspect", f"canary failed: {error.reason}"):
