@@ -40,7 +40,7 @@ REQUESTED = re.compile(
     r"maximum context length is (\d{1,9}) tokens.{1,40}requested \d{1,12} (?:output )?tokens"
     r"(?: \(| and your prompt contains (?:at least )?)(\d{1,9}) (?:in the|input)"
 )
-PATHS = re.compile(r"(?:/[\w.@+-]{1,255}){2,64}(?::\d{1,9})?")
+PATHS = re.compile(r"(?<!\w)(?:/[\w.@+-]{1,255}){2,64}(?::\d{1,9})?")
 # pydantic's errors as text, with everything that was sent; this finds where and what of the first
 INVALID = re.compile(r"""'loc': ([(\[][^)\]]{0,200}[)\]]|'[^']{0,200}'), 'msg': ("[^"]{0,600}"|'[^']{0,600}')""")
 JINJA = "Jinja Exception: "  # llama-server's mark of what a chat template says to a conversation that it refuses

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 from tests.support.fake_upstream import FakeUpstream, Talk, whole
 from tests.support.running_proxy import RunningProxy, chat, text_of
 
@@ -38,6 +40,7 @@ def test_only_our_headers_pass_in_either_direction(proxy: RunningProxy, gpu: Fak
     assert answer.headers["x-request-id"] == "mine-1"
     assert not {"server", "set-cookie", "x-internal"} & set(answer.headers)
     sent = gpu.talks[0].headers
-    assert sent["x-request-id"] == "mine-1"
+    assert re.fullmatch(r"mine-1-1-[0-9a-f]{8}", sent["x-request-id"])
+    assert sent["accept-encoding"] == "identity"
     assert sent["traceparent"].startswith("00-0af7")
     assert not {"x-conversation-id", "authorization", "cookie"} & set(sent)
