@@ -218,6 +218,53 @@ async def test_total_limit_applies_to_one_exchange() -> None:
         assert pool.opened == 1
 
 
+# what surrounds a body has a limit
+
+
+async def send_on(peer: Peer, data: bytes) -> None:
+    """Up to 50 MB, unless the proxy closes."""
+    for _ in range(50_000_000 // len(data)):
+        await peer.send(data)
+
+
+def floods(start: bytes, data: bytes) -> Server:
+    async def flood(peer: Peer) -> None:
+        await send_on(peer, data)
+
+    return answers(start, then=flood)
+
+
+FLOODS: dict[str, Server] = {
+    "one header": floods(b"HTTP/1.1 200 OK\r\nx: ", b"x" * 10_000),
+    "many headers": floods(b"HTTP/1.1 200 OK\r\n", b"".join(b"x-%d: y\r\n" % number for number in range(1000))),
+    "interim answers": floods(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "a trailer": floods(CHUNKED + b"2\r\nok\r\n0\r\nx: ", b"x" * 10_000),
+    "trailers": floods(CHUNKED + b"2\r\nok\r\n0\r\n", b"x: y\r\n" * 1000),
+    "a chunk extension": floods(CHUNKED + b"2;x=", b"x" * 10_000),
+}
+
+
+@pytest.mark.parametrize("script", FLOODS.values(), ids=FLOODS.keys())
+async def test_what_surrounds_a_body_has_a_limit(script: Server) -> None:
+    async with serving(script) as pool:
+        with pytest.raises(UpstreamProtocolError):
+            await ask(pool)
+
+
+async def test_many_small_chunks_are_no_flood_of_headers() -> None:
+    chunk = b"1;x=yyyyyyyyyyyyyyyy\r\na\r\n"
+    async with serving(answers(CHUNKED, *[chunk * 10_000] * 10, b"0\r\n\r\n")) as pool:
+        assert await ask(pool) == (200, b"a" * 100_000)
+
+
+async def test_a_trailer_is_no_header() -> None:
+    async with serving(answers(CHUNKED, b"2\r\nok\r\n0\r\ncontent-type: text/html\r\n\r\n")) as pool:
+        connection = await pool.exchange(REQUEST, 10)
+        await connection.read_all(10)
+        assert b"content-type" not in connection.headers
+        pool.release(connection)
+
+
 # a reader that is slower than its server
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
+import socket
 
 import pytest
 
@@ -18,7 +21,7 @@ from tests.support.raw_server import (
     stay_silent,
     until,
 )
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamLocalError, UpstreamProtocolError, UpstreamTimeoutError
 from xgen_proxy.upstream import connection as upstream_connection
 from xgen_proxy.upstream import pool as upstream_pool
 from xgen_proxy.upstream.connection import Connection
@@ -108,6 +111,53 @@ async def test_connection_that_broke_while_idle_is_replaced() -> None:
             pool.release(connection)
         assert await ask(pool) == (200, b"ok")
         assert pool.opened == 3
+
+
+async def idle_connections(pool: Pool, count: int) -> None:
+    connections = [await pool.exchange(REQUEST, 10) for _ in range(count)]
+    for connection in connections:
+        await connection.read_all(10)
+        pool.release(connection)
+
+
+@pytest.mark.parametrize("idle", [1, 12])
+async def test_a_request_is_sent_twice_at_most(idle: int) -> None:
+    """However many idle connections there are: a server that reads a request and closes may have executed it."""
+    executed = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal executed
+        if peer.number <= idle:
+            await peer.request()
+            await peer.send(OK)
+        await peer.request()
+        executed += 1
+
+    async with serving(script) as pool:
+        await idle_connections(pool, idle)
+        with pytest.raises(UpstreamProtocolError, match="closed without an answer"):
+            await ask(pool)
+        assert (executed, pool.resent, pool.opened) == (2, 1, idle + 1)
+
+
+async def test_a_resent_request_has_one_time_limit() -> None:
+    async def script(peer: Peer) -> None:
+        if peer.number == 1:
+            await peer.request()
+            await peer.send(OK)
+            await peer.request()
+            await asyncio.sleep(0.4)  # then it closes without a byte
+        else:
+            await peer.request()
+            await peer.closed()
+
+    async with serving(script) as pool:
+        await ask(pool)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(UpstreamTimeoutError, match=r"within 0\.6 s"):
+            await ask(pool, 0.6)
+        assert asyncio.get_running_loop().time() - began < 0.9
+        assert pool.resent == 1
 
 
 async def test_idle_connection_closed_by_the_server_is_dropped() -> None:
@@ -234,3 +284,21 @@ async def test_cancelled_exchange_closes_its_connection() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: not pool.live)
+
+
+async def test_no_descriptor_left_is_our_own_failure() -> None:
+    async with serving(answers(OK)) as pool:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = [socket.socket()]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0].fileno() + 8, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(socket.socket())
+            with pytest.raises(UpstreamLocalError):
+                await pool.exchange(REQUEST, 10)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for each in taken:
+                each.close()
+        assert await ask(pool) == (200, b"ok")
