@@ -8,7 +8,6 @@ import socket
 import httpx
 import pytest
 
-from xgen_proxy import own_limits
 from xgen_proxy.own_limits import EXHAUSTED, is_exhausted, raise_descriptor_limit
 
 
@@ -48,7 +47,7 @@ def test_an_error_without_a_number_is_ours_if_no_descriptor_is_left(monkeypatch:
     def fail() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(own_limits.socket, "socket", fail)
+    monkeypatch.setattr("xgen_proxy.own_limits.socket.socket", fail)
     assert is_exhausted(OSError("Multiple exceptions: …"))
 
 

@@ -87,10 +87,10 @@ class Exchange:
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
             raise read_error(connection.status, await self._error_body(connection))
-        headers = connection.headers
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        head = connection.headers
+        if head.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UpstreamProtocolError("a compressed answer, although none was asked for")
-        if b"html" in headers.get(b"content-type", b"").lower():
+        if b"html" in head.get(b"content-type", b"").lower():
             raise UpstreamProtocolError("a web page instead of an answer")
 
     async def _error_body(self, connection: Connection) -> bytes:

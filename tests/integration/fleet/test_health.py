@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.fake_upstream import METRICS, FakeUpstream, Script, Talk, good, status, whole
 from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
 from tests.support.waiting import wait_until
+from xgen_proxy.errors import UpstreamLocalError
 from xgen_proxy.fleet import circuit_breaker, health
 from xgen_proxy.fleet.backend import Replica, State
 from xgen_proxy.fleet.load import parse_metrics
@@ -506,3 +509,37 @@ def test_context_of_a_backend_is_its_smallest_replicas(start: Start, gpu: Upstre
 
 def test_metrics_of_the_fake_upstream_are_parsed() -> None:
     assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5)) == {"running": 1, "waiting": 2, "kv": 0.5}
+
+
+def test_a_health_check_without_descriptors_says_nothing_about_the_replica(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+
+    async def fail(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("All connection attempts failed") from OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy.gateway.health, "_get", fail)
+        wait_until(lambda: caplog.text.count("the proxy is out of resources") >= 3)
+        assert only(proxy).up
+    assert chat(proxy).status_code == 200
+
+
+def test_a_canary_without_descriptors_is_repeated(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.05)
+    proxy = start(backends={"vllm": backend(gpu)})
+    tried: list[str] = []
+
+    async def fail(*_: object, **__: object) -> None:
+        tried.append("")
+        raise UpstreamLocalError("Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "post_json", fail)
+        gpu.scripts += [breaks] * 3
+        for _ in range(3):
+            chat(proxy)
+        wait_until(lambda: len(tried) >= 3)
+        assert only(proxy).state == "suspect"
+    proxy.until_up(1)

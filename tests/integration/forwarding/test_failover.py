@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -215,7 +216,7 @@ def test_a_full_queue_is_429(start: Start, gpu: FakeUpstream) -> None:
 # blame
 
 
-POISON = {"messages": [{"role": "user", "content": "poison"}]}
+POISON: dict[str, Any] = {"messages": [{"role": "user", "content": "poison"}]}
 
 
 def poisoned(otherwise: Script) -> Script:
@@ -327,7 +328,7 @@ def test_a_limit_of_our_own_is_held_against_no_replica(
 # what an engine was started without
 
 NO_TOOLS = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
-TOOLS = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+TOOLS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
 
 
 def no_tools(message: str = NO_TOOLS) -> Script:

@@ -174,3 +174,19 @@ def test_failures_make_a_replica_suspect() -> None:
         replica.failed("says 500")
     assert (replica.state, replica.breaker.state) == ("suspect", "open")
     assert replica.reason == "3 requests failed in a row, the last one: says 500"
+
+
+def test_a_capability_that_an_engine_denies_is_gone_until_it_goes_down() -> None:
+    vllm = backend(tools=True)
+    first, second = vllm.replicas
+    info = ReplicaInfo(("m",))
+    for replica in (first, second):
+        vllm.record_info(replica, info)
+    assert first.lost_capability("tools")
+    assert not first.lost_capability("tools")
+    assert "tools" not in vllm.snapshot().capabilities
+    vllm.record_info(second, info)
+    assert "tools" not in vllm.capabilities
+    first.set_state("down", "gone")
+    vllm.record_info(first, info)
+    assert "tools" in vllm.snapshot().capabilities
