@@ -15,7 +15,7 @@ from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import UpstreamProtocolError
-from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
 from xgen_proxy.upstream.connection import Connection
 
@@ -50,20 +50,20 @@ class Exchange:
         Raises BadRequestError if the backend cannot serve the request.
         """
         self.replica = replica
-        self.dialect = replica.backend.dialect
+        self.dialect = replica.dialect
         self.request = request
         self.streams = self.dialect.asks_for_stream(request)
         self.splitter = sse.EventSplitter()
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
-        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.backend.settings.total_timeout_s
+        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.settings.total_timeout_s
         self._connection: Connection | None = None
         self._expects_close = False
 
     def _first_byte_timeout_s(self) -> float:
         """Longer for longer prompts: a CPU prefills some 100 tokens a second."""
-        settings, words = self.replica.backend.settings, self.request.features.prompt_words
+        settings, words = self.replica.settings, self.request.features.prompt_words
         return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (words / 1000)
 
     def __enter__(self) -> Exchange:
@@ -82,7 +82,7 @@ class Exchange:
         Raises UpstreamError, and RequestRejectedError if the backend rejects the request.
         """
         self._deadline = time.perf_counter() + self._timeout_s
-        total_s = self.replica.backend.settings.total_timeout_s
+        total_s = self.replica.settings.total_timeout_s
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
@@ -115,7 +115,7 @@ class Exchange:
         """The whole body. Raises UpstreamError."""
         if not self.connection.framed:
             raise UpstreamProtocolError("an answer without a length, which may be cut short")
-        data = await self.connection.read_all(self.replica.backend.settings.total_timeout_s, ANSWER_LIMIT)
+        data = await self.connection.read_all(self.replica.settings.total_timeout_s, ANSWER_LIMIT)
         self.replica.record_activity()
         if not data[:100].lstrip().startswith(b"{"):
             raise UpstreamProtocolError("an answer that is no JSON object")
@@ -147,7 +147,7 @@ class Exchange:
 
         `pass_through` is offered all data first, and returns whether it has sent it to the client.
         """
-        timeout_s = self.replica.backend.settings.idle_timeout_s
+        timeout_s = self.replica.settings.idle_timeout_s
         while data := await self.connection.read(timeout_s, on_data=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from xgen_proxy.errors import (
     Blame,
@@ -22,7 +23,6 @@ from xgen_proxy.errors import (
     all_failed,
 )
 from xgen_proxy.fleet.admission import Admission
-from xgen_proxy.fleet.backend import Replica
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.forwarding.outcome import Failure, Observer
 from xgen_proxy.forwarding.progress import Progress, Stopwatch
@@ -118,7 +118,7 @@ class Failover:
             error = other
             raise
         finally:
-            self.admission.release(target.replica)
+            self.admission.release(target.replica, target.slots)
             self.observer.attempt_finished(self.call, target, error, progress.tail)
             error = None  # its traceback holds this frame: a circle, which would wait for the garbage collector
 
@@ -128,7 +128,7 @@ class Failover:
         if isinstance(error, UpstreamConnectError):
             self.health.mark_down(replica, str(error))
         elif isinstance(error, MissingCapabilityError):
-            self._learn(replica, error)
+            self._learn(target, error)
         elif error.blame == "request":
             self.remaining.clear()
         elif error.blame in ("replica", "unclear") and error.blame not in self.counted:
@@ -139,16 +139,17 @@ class Failover:
                 replica.failed(error.reason)
                 self.admission.on_replica_down()  # the circuit breaker may have opened
 
-    def _learn(self, replica: Replica, error: MissingCapabilityError) -> None:
+    def _learn(self, target: Target, error: MissingCapabilityError) -> None:
         """Remember what the engine lacks, unless this request has no need of it: then it misunderstood something."""
         needed = error.capability is None or error.capability in self.call.features.needs
-        if needed and replica.lost_capability(error.capability):
-            log.warning("%s %s", replica.name, error.reason)
+        if needed and target.backend.lost_capability(target.replica, error.capability):
+            log.warning("%s %s", target.replica.name, error.reason)
 
     async def _acquire_slot(self) -> Target:
         """A slot on the first free target of the next tier, which is then no longer remaining.
 
-        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it.
+        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it. The targets of the
+        last tier that still answer health checks stay: they are tried rather than the request refused.
         """
         tier = self.remaining[0].tier
         targets = [target for target in self.remaining if target.tier == tier]
@@ -156,7 +157,9 @@ class Failover:
             target = self.admission.try_acquire(targets) or await self._queue(targets)
         except UpstreamConnectError as error:
             self.progress.failures += [Failure(target, error) for target in targets]
-            self.remaining = [target for target in self.remaining if target.tier != tier]
+            self.remaining = [target for target in self.remaining if target.tier != tier] or [
+                replace(target, panic=True) for target in targets if target.replica.answers and not target.panic
+            ]
             raise
         self.remaining.remove(target)
         return target
