@@ -127,7 +127,11 @@ CHUNK = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n
         (CHUNK + b'data: {"choices":[],"usage":{}}\n\n', False),
         (CHUNK + b'data: {"error":{}}\n\n', False),
         (CHUNK.replace(b"x", b'\\"finish_reason\\":null'), True),
-        (CHUNK.replace(b"x", b"\\n\\ndata: x"), False),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x"), True),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x") * 2, False),
+        (CHUNK + b"error: {}\n\n", False),
+        (b"error: {}\n" + CHUNK, False),
+        (CHUNK[:-1] + b"error: {}\n\n", False),
     ],
 )
 def test_unfinished_chunks(block: bytes, found: bool) -> None:
@@ -163,6 +167,6 @@ def test_malformed_chunks_raise(block: bytes) -> None:
 
 
 def test_parse_chunks_reads_what_encode_writes() -> None:
-    chunks = [{"choices": [], "a": "x\ny"}, {"choices": [1]}]
+    chunks = [{"choices": [], "a": "x\ny"}, {"choices": [{"index": 1}]}]
     block = b": comment\n\ndata: null\n\n" + b"".join(map(sse.encode, chunks)) + sse.DONE
     assert list(sse.parse_chunks(block)) == chunks

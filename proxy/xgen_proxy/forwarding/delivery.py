@@ -8,8 +8,6 @@ either               a whole response      unparsed; as events if the client wan
 
 from __future__ import annotations
 
-import orjson
-
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.stream_editors import StreamEditor
@@ -65,7 +63,10 @@ class Delivery:
         with self.progress.waiting:
             await exchange.open()
             data = await exchange.whole()
-        self.progress.tail = data = exchange.dialect.repair_whole(exchange.request, data)
+        data = exchange.dialect.repair_whole(exchange.request, data)
+        if exchange.request.features.endpoint == "chat":
+            data = sse.one_reasoning_name(data)
+        self.progress.tail = data
         headers = self.progress.response_headers()
         if not exchange.request.features.stream:
             await self.writer.whole(headers, data)
@@ -80,7 +81,7 @@ class Delivery:
             await exchange.open()
             block, done = sse.split_done(await exchange.first_events())
             while block or not done:
-                if sse.is_error(block):
+                if sse.is_error(block) or sse.is_abort(block):
                     raise exchange.error_in(block)
                 collector.feed(block)
                 if collector.done:
@@ -93,7 +94,7 @@ class Delivery:
             await collector.finish(exchange.post)
         if done:
             exchange.expect_close()
-        self.progress.tail = orjson.dumps(collector.result())
+        self.progress.tail = collector.encoded()
         await self.writer.whole(self.progress.response_headers(), self.progress.tail)
 
     async def _stream(self, exchange: Exchange) -> None:
@@ -118,7 +119,8 @@ class Delivery:
         `finished`: number of choices that had their finish_reason before.
         """
         request = exchange.request
-        pass_through = self.writer.pass_through(exchange.splitter) if editor is None and request.choices == 1 else None
+        unparsed = editor is None and request.choices == 1 and exchange.splitter.passes_unparsed
+        pass_through = self.writer.pass_through(exchange.splitter) if unparsed else None
         done = False
         last = b""
         while block:
@@ -126,8 +128,7 @@ class Delivery:
                 await self._send_before_error(block, editor)
                 raise exchange.error_in(block)
             block, done = sse.split_done(block)
-            if editor and block:
-                block = editor.edit(block)
+            block = edited(block, editor)
             if block:
                 finished += sse.count_finished(block)
                 last = block
@@ -155,7 +156,17 @@ class Delivery:
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):
                 return
-            await self.writer.send(editor.edit(event) if editor else event)
+            if event := edited(event, editor):
+                await self.writer.send(event)
+
+
+def edited(block: bytes, editor: StreamEditor | None) -> bytes:
+    """What the client gets of these events: b"" if nothing, which must not be sent, as an empty chunk ends a body.
+
+    Raises UpstreamProtocolError.
+    """
+    block = sse.one_reasoning_name(block)
+    return editor.edit(block) if editor and block else block
 
 
 def backend_request(call: Call, target: Target) -> BackendRequest:

@@ -54,7 +54,8 @@ LEFT_TO_THE_READER = {
     "error": b'data: {"error":{"message":"m"}}\n\n',
     "usage": b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
     "half an event": chunk("hel")[:-1],
-    "a text that looks like an event": chunk("\n\ndata: x"),
+    "a text that looks like an event": chunk("hel") + chunk("\n\ndata: x"),
+    "an error that is no event": chunk("hel") + b'error: {"code":500}\n\n',
     "an event and a half": chunk("hel") + chunk("lo")[:20],
 }
 
