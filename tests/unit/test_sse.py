@@ -128,14 +128,14 @@ CHUNK = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n
         (CHUNK + b'data: {"error":{}}\n\n', False),
         (CHUNK.replace(b"x", b'\\"finish_reason\\":null'), True),
         (CHUNK.replace(b"x", b"\\n\\ndata: x"), True),
-        (CHUNK.replace(b"x", b"\\n\\ndata: x") * 2, False),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x") * 2, True),
         (CHUNK + b"error: {}\n\n", False),
         (b"error: {}\n" + CHUNK, False),
         (CHUNK[:-1] + b"error: {}\n\n", False),
     ],
 )
 def test_unfinished_chunks(block: bytes, found: bool) -> None:
-    assert sse.are_unfinished_chunks(block) is found
+    assert bool(sse.are_unfinished_chunks(block)) is found
 
 
 @pytest.mark.parametrize(

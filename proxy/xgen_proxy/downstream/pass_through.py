@@ -27,7 +27,6 @@ def pass_through(
     def on_data(data: bytes) -> bool:
         if splitter.pending or not sse.are_unfinished_chunks(data) or writer.paused:
             return False
-        data = sse.one_reasoning_name(data)
         if record is not None:
             record(data)
         writer.chunk(data)

@@ -58,7 +58,7 @@ async def test_reasoning_and_refusal() -> None:
     answer = await collected(
         delta(reasoning_content="hm"), delta(reasoning_content="m"), delta(refusal="no"), delta("stop"), usage()
     )
-    message = {"role": "assistant", "content": "", "reasoning_content": "hmm", "refusal": "no"}
+    message = {"role": "assistant", "content": "", "reasoning": "hmm", "refusal": "no"}
     assert answer["choices"][0]["message"] == message
 
 
