@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta
-from tests.support.running_proxy import RunningProxy, backend, chat, running_proxy, text_of
+from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, running_proxy, text_of
 from xgen_proxy.fleet import circuit_breaker
 
 DIALECTS = ["vllm", "llama-server", "llama-cpp-python", "openai"]
@@ -60,6 +62,36 @@ BAD: dict[str, Any] = {
 }
 
 
+seen = threading.Event()  # the client has the first event, so that what breaks breaks after the commit
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    seen.clear()
+
+
+async def until_seen() -> None:
+    assert await asyncio.to_thread(seen.wait, 10)
+
+
+def streamed(proxy: RunningProxy, client: httpx.Client | None = None, **fields: Any) -> str:
+    """The whole stream."""
+    client = client or httpx.Client(verify=False, timeout=20)
+    parts = []
+    body = {**CHAT, "stream": True, **fields}
+    with client.stream("POST", f"{proxy.url}/v1/chat/completions", json=body) as answer:
+        for part in answer.iter_text():
+            parts.append(part)
+            seen.set()
+    return "".join(parts)
+
+
+def assert_broken(stream: str) -> None:
+    last = json.loads(stream.rstrip().rpartition("\ndata: ")[2])
+    assert last["error"]["code"] == "stream_broken"
+    assert "[DONE]" not in stream
+
+
 @pytest.fixture(scope="module")
 def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     with pytest.MonkeyPatch.context() as patch:
@@ -78,6 +110,8 @@ def sends(bad: Any, *, good: bool = True) -> Script:
         await talk.start_stream()
         if good:
             await talk.event(delta("hel"))
+        if "seed" in talk.json:  # the client streams
+            await until_seen()
         await (talk.chunk(bad) if isinstance(bad, bytes) else talk.event(bad))
         talk.reset()
 
@@ -90,10 +124,7 @@ def test_a_stream_that_is_malformed_is_broken(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], name: str, bad: Any
 ) -> None:
     fakes[0].default = sends(bad)
-    answer = chat(proxy, stream=True, backend=name, fallback="none", continuation="auto")
-    last = json.loads(answer.text.rstrip().rpartition("data: ")[2])
-    assert last["error"]["code"] == "stream_broken"
-    assert "[DONE]" not in answer.text
+    assert_broken(streamed(proxy, backend=name, fallback="none", seed=1))
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -117,12 +148,10 @@ def test_a_resuming_stream_that_is_malformed_is_broken(dialect: str, bad: Any) -
         ) as proxy:
             first.default = sends(b": nothing\n\n")
             second.default = sends(bad, good=False)
-            answer = chat(proxy, stream=True)
+            assert_broken(streamed(proxy, seed=1))
     finally:
         first.close()
         second.close()
-    last = json.loads(answer.text.rstrip().rpartition("data: ")[2])
-    assert last["error"]["code"] == "stream_broken"
 
 
 def events(*chunks: Any) -> bytes:
@@ -146,21 +175,21 @@ def test_an_event_edited_to_nothing_is_not_sent(
     async def script(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("Hello"))
+        await until_seen()
         await talk.chunk(last)
         await talk.end(done=False)
 
     fakes[0].default = script
-    with httpx.Client(verify=False) as client:
+    with httpx.Client(verify=False, timeout=20) as client:
         for _ in range(2):  # the second answer on the connection shows where the first one ended
-            body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True, "backend": name}
-            answer = client.post(f"{proxy.url}/v1/chat/completions", json={**body, "fallback": "none", **fields})
-            assert '"code":"stream_broken"' in answer.text
+            assert_broken(streamed(proxy, client, backend=name, fallback="none", **fields))
 
 
 def test_a_seam_that_is_edited_to_nothing_is_not_sent(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     async def breaks(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("Hello "))
+        await until_seen()
         talk.reset()
 
     async def repeats_the_space(talk: Talk) -> None:
@@ -173,25 +202,27 @@ def test_a_seam_that_is_edited_to_nothing_is_not_sent(start: Start, gpu: FakeUps
 
     gpu.default, cpu.default = breaks, repeats_the_space
     proxy = start(backends={"vllm": backend(gpu), "cpu": backend(cpu, device_class="cpu")})
-    assert '"code":"stream_broken"' in chat(proxy, stream=True).text
+    assert_broken(streamed(proxy))
 
 
 SAID_OTHERWISE = {
     "no space": b"data:%b\n\n",
     "CRLF": b"data: %b\r\n\r\n",
     "CR": b"data: %b\r\r",
-    "a BOM": b"\xef\xbb\xbfdata: %b\n\n",
     "other fields": b"id: 7\nevent: message\nretry: 10\ndata:%b\n: comment\n\n",
     "no value": b"data\n\ndata:\n\ndata: %b\n\n",
 }
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["no BOM", "BOM"])
 @pytest.mark.parametrize("form", SAID_OTHERWISE.values(), ids=SAID_OTHERWISE.keys())
 def test_any_form_of_events_is_read_from_other_servers(
-    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], form: bytes
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], form: bytes, start: bytes
 ) -> None:
     async def script(talk: Talk) -> None:
         await talk.start_stream()
+        if start:
+            await talk.chunk(start)
         for event in (delta("hel"), delta("lo"), delta(finish="stop")):
             await talk.chunk(form % json.dumps(event, indent=1).replace("\n", " ").encode())
         await talk.chunk(form % b"[DONE]")
@@ -218,13 +249,12 @@ def test_an_error_in_any_place_is_found_in_other_servers_events(
     async def script(talk: Talk) -> None:
         await talk.start_stream()
         await talk.event(delta("hel"))
+        await until_seen()
         await talk.event(json.dumps(late, separators=spaces))
         await talk.end()
 
     fakes[0].default = script
-    answer = chat(proxy, stream=True, backend="openai", fallback="none")
-    assert '"code":"stream_broken"' in answer.text
-    assert "[DONE]" not in answer.text
+    assert_broken(streamed(proxy, backend="openai", fallback="none"))
 
 
 REASONING = [("vllm", "reasoning"), ("llama-server", "reasoning_content"), ("openai", "reasoning_content")]
