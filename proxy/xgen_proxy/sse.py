@@ -114,6 +114,7 @@ class EventNormaliser(EventSplitter):
 
     def _read_line(self, line: bytes) -> bytes:
         """The event or comment that ends with this line."""
+        self._limit(len(line))
         if not self._began:
             self._began = True
             line = line.removeprefix(BOM)
@@ -128,7 +129,6 @@ class EventNormaliser(EventSplitter):
         if field == b"data":
             self._data.append(value)
             self._size += len(value) + LINE_COST
-            self._limit(0)
         elif field == b"event":
             self._type = value
         elif field == b"error":
