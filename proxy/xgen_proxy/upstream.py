@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.touched = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(UpstreamProtocolError, f"not HTTP: {error}")
             self.close()
         if self._on_data is None or not self._chunks or not self._on_data(self._join_chunks()):

@@ -135,9 +135,16 @@ class BackendSettings(BaseModel, extra="forbid"):
         60.0, gt=0, description="From sending a short request to its first output. Queueing in vLLM counts."
     )
     first_byte_per_1k_words_s: float = Field(
-        60.0, ge=0, description="Added for each 1,000 words of prompt: a CPU prefills some 100 tokens a second."
+        60.0,
+        ge=0,
+        description="Added for each 1,000 words of prompt, or 1,300 tokens: a CPU prefills some 100 tokens a second.",
     )
-    idle_timeout_s: float = Field(60.0, gt=0, description="Longest silence between two chunks of a stream.")
+    idle_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest silence between two chunks of a stream; ten times as long with tools or a schema, whose"
+        " parsers hold text back.",
+    )
     total_timeout_s: float = Field(3600.0, gt=0, description="Longest life of one attempt.")
 
     @field_validator("urls")
