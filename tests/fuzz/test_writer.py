@@ -68,7 +68,7 @@ class Answer:
 def read(written: bytes, count: int) -> list[tuple[int, bytes]]:
     """(status, body) of each response. Raises RemoteProtocolError if they are malformed or more than `count`."""
     client = h11.Connection(h11.CLIENT)
-    found = []
+    found: list[tuple[int, bytes]] = []
     client.receive_data(written)
     client.receive_data(b"")
     for _ in range(count):

@@ -16,7 +16,7 @@ CRLF = LF.replace(b"\n", b"\r\n")
 
 def fed(parts: list[bytes]) -> tuple[list[bytes], bytes]:
     splitter = sse.EventSplitter()
-    return [splitter.feed(part) for part in parts], splitter.pending
+    return [splitter.feed(part) for part in parts], bytes(splitter.pending)
 
 
 @pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])

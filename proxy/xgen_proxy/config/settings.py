@@ -230,6 +230,12 @@ class Settings(BaseSettings):
         description="A vLLM that has sent nothing for this long gets a request for one token, since a hung engine still"
         " passes health checks. 0: never.",
     )
+    sse_keepalive_s: float = Field(
+        0.0,
+        ge=0,
+        description="A stream that has sent nothing for this long, at most twice as long, sends a comment, since some"
+        " load balancers cut a connection after 60 s of silence. The first one sends status 200. 0: never.",
+    )
     drain_s: float = Field(30.0, ge=0, description="How long live requests may take to finish after SIGTERM.")
     otlp_endpoint: str | None = Field(
         None,

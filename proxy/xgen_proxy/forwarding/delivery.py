@@ -67,12 +67,11 @@ class Delivery:
         if exchange.request.features.endpoint == "chat":
             data = sse.one_reasoning_name(data)
         self.progress.tail = data
-        headers = self.progress.response_headers()
         if not exchange.request.features.stream:
-            await self.writer.whole(headers, data)
+            await self.writer.whole(self.progress.response_headers(), data)
             return
         events = as_events(exchange.request, data) + sse.DONE
-        await self.writer.start(headers)
+        await self._start()
         await self.writer.end(events)
 
     async def _collect(self, exchange: Exchange) -> None:
@@ -105,13 +104,20 @@ class Delivery:
             block = await exchange.first_events(skip_role=not resumable)
         if resumable:
             self.replay = self.writer.sent_log = ReplayBuffer()
-        await self.writer.start(self.progress.response_headers())
+        await self._start()
         try:
             await self.relay(exchange, block, exchange.dialect.stream_editor(exchange.request))
         except UpstreamError as error:
             raise StreamInterruptedError(error) from None
         except ProxyError as error:  # the backend rejects the request only now
             await self.writer.end(error.event())
+
+    async def _start(self) -> None:
+        """The commit point of a stream. If comments have sent the headers already, one names the replica now."""
+        waited = self.writer.status != 0
+        await self.writer.start(self.progress.response_headers())
+        if waited and self.progress.target is not None:
+            await self.writer.comment(f"from {self.progress.target.replica.name}; {self.progress.reason}")
 
     async def relay(self, exchange: Exchange, block: bytes, editor: StreamEditor | None, finished: int = 0) -> None:
         """Relays a stream from its first events to its end. Raises UpstreamError.

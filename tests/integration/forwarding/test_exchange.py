@@ -51,7 +51,7 @@ def test_only_our_headers_pass_in_either_direction(proxy: RunningProxy, gpu: Fak
     assert not {"x-conversation-id", "authorization", "cookie"} & set(sent)
 
 
-TOOLS = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
+TOOLS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
 SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}}
 
 
