@@ -15,7 +15,7 @@ from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import UpstreamProtocolError
-from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
 from xgen_proxy.upstream import Connection
 
@@ -52,27 +52,27 @@ class Exchange:
     def __init__(self, replica: Replica, request: BackendRequest, request_id: str, trace: bytes) -> None:
         """`trace`: header lines. Raises BadRequestError if the backend cannot serve the request."""
         self.replica = replica
-        self.dialect = replica.backend.dialect
+        self.dialect = replica.dialect
         self.request = request
         self.streams = self.dialect.asks_for_stream(request)
         self.splitter = self.dialect.event_splitter()
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
-        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.backend.settings.total_timeout_s
+        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.settings.total_timeout_s
         self._connection: Connection | None = None
         self._expects_close = False
 
     def _first_byte_timeout_s(self) -> float:
         """Longer for longer prompts: a CPU prefills some 100 tokens a second. Chinese and JSON have few words."""
-        settings, features = self.replica.backend.settings, self.request.features
+        settings, features = self.replica.settings, self.request.features
         words = max(features.prompt_words, features.prompt_tokens / TOKENS_PER_WORD)
         return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (words / 1000)
 
     @property
     def _idle_timeout_s(self) -> float:
         """Longer where an engine's parser holds output back: the total limit holds all the same."""
-        timeout_s = self.replica.backend.settings.idle_timeout_s
+        timeout_s = self.replica.settings.idle_timeout_s
         return timeout_s if self.request.features.needs.isdisjoint(HELD_BACK) else timeout_s * PATIENCE
 
     def __enter__(self) -> Exchange:
@@ -91,7 +91,7 @@ class Exchange:
         Raises UpstreamError, and RequestRejectedError if the backend rejects the request.
         """
         self._deadline = time.perf_counter() + self._timeout_s
-        total_s = self.replica.backend.settings.total_timeout_s
+        total_s = self.replica.settings.total_timeout_s
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
@@ -110,7 +110,7 @@ class Exchange:
 
     async def whole(self) -> bytes:
         """The whole body. Raises UpstreamError."""
-        data = await self.connection.read_all(self.replica.backend.settings.total_timeout_s)
+        data = await self.connection.read_all(self.replica.settings.total_timeout_s)
         self.replica.record_activity()
         if sse.is_abort(data):
             raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
@@ -146,7 +146,8 @@ class Exchange:
 
         `pass_through` is offered all data first, and returns whether it has sent it to the client.
         """
-        while data := await self.connection.read(self._idle_timeout_s, on_data=pass_through):
+        timeout_s = self._idle_timeout_s
+        while data := await self.connection.read(timeout_s, on_data=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()
                 return block
