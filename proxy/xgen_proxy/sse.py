@@ -323,9 +323,9 @@ def _check_function(function: Any) -> None:
 
 def _check_logprobs(logprobs: Any) -> None:
     _expect(isinstance(logprobs, dict), "logprobs")
-    tokens = logprobs.get("content") or []
-    _expect(isinstance(tokens, list), "logprobs")
-    for token in tokens:
+    tokens = logprobs.get("content")
+    _expect(isinstance(tokens, list | None), "logprobs")
+    for token in tokens or ():
         _expect(isinstance(token, dict) and isinstance(token.get("top_logprobs") or [], list), "logprobs")
         for each in (token, *(token.get("top_logprobs") or ())):
             _expect(isinstance(each, dict) and isinstance(each.get("token"), str) and "logprob" in each, "logprobs")

@@ -82,6 +82,8 @@ async def test_any_bytes_end_in_a_response_or_an_upstream_error() -> None:
                     for _ in range(rng.choice((1, 1, 2))):
                         with contextlib.suppress(UpstreamError):
                             await exchanged(pool, reads_all=rng.random() < 0.5)
+                    while len(pool.live) > len(pool.idle):  # noqa: ASYNC110  # closing takes a turn of the loop
+                        await asyncio.sleep(0)
                 assert raised == [], "an exception in a callback"
-                assert len(pool.live) == len(pool.idle) <= 1
+                assert len(pool.idle) <= 1
         pool.close()

@@ -6,6 +6,7 @@ import contextlib
 import random
 
 import h11
+import pytest
 from starlette.types import Receive, Scope, Send
 
 from tests.support.fuzzing import examples, reported
@@ -90,6 +91,7 @@ def read(written: bytes, count: int) -> list[tuple[int, bytes]]:
     return found
 
 
+@pytest.mark.xfail(strict=True, reason="until the direct writer refuses empty chunks and chunks after the end")
 async def test_any_calls_give_well_formed_responses() -> None:
     for rng in examples():
         answer = Answer(rng)

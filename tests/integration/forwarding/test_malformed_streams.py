@@ -76,6 +76,7 @@ async def until_seen() -> None:
 
 def streamed(proxy: RunningProxy, client: httpx.Client | None = None, **fields: Any) -> str:
     """The whole stream."""
+    seen.clear()
     client = client or httpx.Client(verify=False, timeout=20)
     parts = []
     body = {**CHAT, "stream": True, **fields}
