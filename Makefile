@@ -1,6 +1,6 @@
 # `make run` serves, `make check` and `make test` test. Everything is installed into this directory; `make clean` removes it.
 .DEFAULT_GOAL := help
-.PHONY: help run up down logs check test bench lint types model vllm-cpu lock clean python-dev python-run
+.PHONY: help run up down logs check test fuzz bench lint types model vllm-cpu lock clean python-dev python-run
 export PYTHON ?= python3
 
 HF_MODEL := $(CURDIR)/models/smollm2-hf
@@ -65,7 +65,7 @@ types: python-dev ## mypy, strict
 
 # One worker per core and one more: tests often wait for sockets. A module's tests share fixtures, so a worker runs all of them.
 check: lint types ## lint, types, and the tests without real backends; run it before each commit (2 minutes)
-	.venv/bin/python -m pytest -q -n $$(($$(nproc) + 1)) --dist loadfile tests/unit tests/integration tests/repo
+	.venv/bin/python -m pytest -q -n $$(($$(nproc) + 1)) --dist loadfile tests/unit tests/integration tests/repo tests/fuzz
 
 # Without vLLM, tests that need it are skipped; in CI they must run.
 test: python-dev model ## all tests, also with real backends, and the coverage gate (installs vLLM: 3.6 GB)
@@ -78,6 +78,11 @@ test: python-dev model ## all tests, also with real backends, and the coverage g
 		printf '\n%s\n\n' '****  NOT TESTED AGAINST vLLM: it cannot be installed here (see above), its tests are skipped  ****' >&2; \
 	fi; \
 	.venv/bin/python -m pytest --cov=xgen_proxy --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# A failure names its seed: XGEN_FUZZ_SEED=… makes the same inputs again. `make check` runs 300 of each.
+fuzz: python-dev ## 100,000 generated inputs for each parser and writer, of a new seed (half an hour)
+	@XGEN_FUZZ_EXAMPLES=$${XGEN_FUZZ_EXAMPLES:-100000} XGEN_FUZZ_SEED=$${XGEN_FUZZ_SEED:-$$(date +%s)} \
+		.venv/bin/python -m pytest -q -o timeout=7200 -n $$(nproc) tests/fuzz
 
 # On other cores: make bench BENCH='--subject-cores 2 --upstream-cores 4 --load-cores 6'
 bench: ## measure the overhead of the proxy and its peers: a table and run/overhead.svg (needs nginx, wrk, two idle cores)

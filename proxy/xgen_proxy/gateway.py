@@ -43,7 +43,9 @@ class Gateway:
         if self.tracing is not None:
             observers.append(self.tracing)
         self.observer = Observers(*observers)
-        self.forwarder = Forwarder(self.router, self.admission, self.health, self.retry_budget, self.observer)
+        self.forwarder = Forwarder(
+            self.router, self.admission, self.health, self.retry_budget, self.observer, settings.sse_keepalive_s
+        )
         self.draining = False
         self.started = int(time.time())
 
@@ -56,6 +58,7 @@ class Gateway:
         """Takes new settings. Requests in flight finish under the old ones."""
         self.settings = settings
         self.admission.limit = settings.limits.queue
+        self.forwarder.sse_keepalive_s = settings.sse_keepalive_s
         self.admission.timeout_s = self.retry_budget.queue_timeout_s = settings.limits.queue_timeout_s
         for removed in self.fleet.configure(settings):
             self.health.reconcile(removed, [], joined_later=True)

@@ -16,7 +16,7 @@ CRLF = LF.replace(b"\n", b"\r\n")
 
 def fed(parts: list[bytes]) -> tuple[list[bytes], bytes]:
     splitter = sse.EventSplitter()
-    return [splitter.feed(part) for part in parts], splitter.pending
+    return [splitter.feed(part) for part in parts], bytes(splitter.pending)
 
 
 @pytest.mark.parametrize("stream", [LF, CRLF], ids=["LF", "CRLF"])
@@ -127,11 +127,15 @@ CHUNK = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n
         (CHUNK + b'data: {"choices":[],"usage":{}}\n\n', False),
         (CHUNK + b'data: {"error":{}}\n\n', False),
         (CHUNK.replace(b"x", b'\\"finish_reason\\":null'), True),
-        (CHUNK.replace(b"x", b"\\n\\ndata: x"), False),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x"), True),
+        (CHUNK.replace(b"x", b"\\n\\ndata: x") * 2, True),
+        (CHUNK + b"error: {}\n\n", False),
+        (b"error: {}\n" + CHUNK, False),
+        (CHUNK[:-1] + b"error: {}\n\n", False),
     ],
 )
 def test_unfinished_chunks(block: bytes, found: bool) -> None:
-    assert sse.are_unfinished_chunks(block) is found
+    assert bool(sse.are_unfinished_chunks(block)) is found
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,46 @@ def test_malformed_chunks_raise(block: bytes) -> None:
 
 
 def test_parse_chunks_reads_what_encode_writes() -> None:
-    chunks = [{"choices": [], "a": "x\ny"}, {"choices": [1]}]
+    chunks = [{"choices": [], "a": "x\ny"}, {"choices": [{"index": 1}]}]
     block = b": comment\n\ndata: null\n\n" + b"".join(map(sse.encode, chunks)) + sse.DONE
     assert list(sse.parse_chunks(block)) == chunks
+
+
+@pytest.mark.parametrize(
+    ("stream", "events"),
+    [
+        (b'data:{"choices":[]}\n\n', b'data: {"choices":[]}\n\n'),
+        (b'\xef\xbb\xbfdata: {"choices":\rdata: []}\r\r', b'data: {"choices":[]}\n\n'),
+        (b'event: message\r\nid: 5\r\ndata: {"choices":[]}\r\n\r\n', b'data: {"choices":[]}\n\n'),
+        (b"data\n\ndata:\n\nevent: x\n\n", b""),
+        (b":OPENROUTER\n\n", b": OPENROUTER\n\n"),
+        (b"data:[DONE]\n\ndata: {}\n\n", sse.DONE),
+        (b'event: ping\ndata: {"type":"ping"}\n\n', b""),
+        (b'data: {"usage":{"prompt_tokens":1}}\n\n', b'data: {"usage":{"prompt_tokens":1},"choices":[]}\n\n'),
+        (b'data: {"id":1,"choices":[],"error":{"code":5}}\n\n', b'data: {"error":{"code":5}}\n\n'),
+        (b"event: error\ndata: busy\n\n", b'data: {"error":{"message":"busy"}}\n\n'),
+        (b'error: {"code":503}\n\n', b'data: {"error":{"code":503}}\n\n'),
+    ],
+)
+def test_events_of_any_server_are_normalised(stream: bytes, events: bytes) -> None:
+    assert sse.EventNormaliser().feed(stream) == events
+    splitter = sse.EventNormaliser()
+    assert b"".join(splitter.feed(bytes([byte])) for byte in stream) == events
+
+
+@pytest.mark.parametrize("line", [b"data: 1\n", b": comment", b"x" * 30], ids=["lines", "comment", "line"])
+def test_an_endless_event_of_any_server_is_refused(monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT", 1000)
+    splitter = sse.EventNormaliser()
+    with pytest.raises(UpstreamProtocolError, match="more than 1000 bytes"):
+        b"".join(splitter.feed(line) for _ in range(1000))
+
+
+def test_reasoning_gets_one_name() -> None:
+    assert sse.one_reasoning_name(b'{"reasoning_content":"a"}') == b'{"reasoning":"a"}'
+    for untouched in (
+        b'{"reasoning":"a"}',
+        b'{"reasoning":"a","reasoning_content":"a"}',
+        b'{"content":"\\"reasoning"}',
+    ):
+        assert sse.one_reasoning_name(untouched) == untouched

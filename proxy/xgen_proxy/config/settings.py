@@ -138,9 +138,16 @@ class BackendSettings(BaseModel, extra="forbid"):
         60.0, gt=0, description="From sending a short request to its first output. Queueing in vLLM counts."
     )
     first_byte_per_1k_words_s: float = Field(
-        60.0, ge=0, description="Added for each 1,000 words of prompt: a CPU prefills some 100 tokens a second."
+        60.0,
+        ge=0,
+        description="Added for each 1,000 words of prompt, or 1,300 tokens: a CPU prefills some 100 tokens a second.",
     )
-    idle_timeout_s: float = Field(60.0, gt=0, description="Longest silence between two chunks of a stream.")
+    idle_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest silence between two chunks of a stream; ten times as long with tools or a schema, whose"
+        " parsers hold text back.",
+    )
     total_timeout_s: float = Field(3600.0, gt=0, description="Longest life of one attempt.")
 
     @field_validator("urls")
@@ -230,6 +237,12 @@ class Settings(BaseSettings):
         ge=0,
         description="A vLLM that has sent nothing for this long gets a request for one token, since a hung engine still"
         " passes health checks. 0: never.",
+    )
+    sse_keepalive_s: float = Field(
+        0.0,
+        ge=0,
+        description="A stream that has sent nothing for this long, at most twice as long, sends a comment, since some"
+        " load balancers cut a connection after 60 s of silence. The first one sends status 200. 0: never.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long live requests may take to finish after SIGTERM.")
     otlp_endpoint: str | None = Field(

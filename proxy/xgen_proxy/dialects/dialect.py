@@ -19,6 +19,7 @@ from xgen_proxy.dialects.stream_collector import StreamCollector
 from xgen_proxy.dialects.stream_editors import ModelName, StreamEditor, rename_model
 from xgen_proxy.errors import ProxyError, UpstreamError, UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.sse import EventSplitter
 
 MAX_MODELS = 1_000  # of one replica
 MAX_MODEL_NAME = 512  # characters
@@ -47,6 +48,7 @@ class Dialect:
     hides_hangs: ClassVar[bool] = False  # a process of its own answers health checks for the engine
     sends_request_id: ClassVar[bool] = True
     reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
+    event_splitter: ClassVar[type[EventSplitter]] = EventSplitter  # its bytes are tested; see sse.py
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     # what a replica reports

@@ -206,7 +206,7 @@ class LlamaServerEditor:
             for chunk in sse.parse_chunks(event):
                 first = [choice for choice in chunk["choices"] if choice["index"] in self._roles_to_come]
                 self._roles_to_come -= {choice["index"] for choice in first}
-                missing = [role(choice["index"]) for choice in first if "role" not in choice["delta"]]
+                missing = [role(choice["index"]) for choice in first if "role" not in choice.get("delta", ())]
                 out += [sse.encode({**chunk, "choices": [each]}) for each in missing]
             out.append(event)
         return b"".join(out)
@@ -244,5 +244,5 @@ class LegacyLogprobsEditor(LlamaServerEditor):
         for choice in chunk["choices"]:
             offset = self._offsets.get(choice["index"], 0)
             choice["logprobs"] = legacy_logprobs(choice.get("logprobs"), offset)
-            self._offsets[choice["index"]] = offset + len(choice["text"])
+            self._offsets[choice["index"]] = offset + len(choice.get("text", ""))
         return chunk

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+
+import orjson
 
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
@@ -12,6 +13,7 @@ from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
 COPIED = ("id", "created", "system_fingerprint", "timings")  # from the first chunk that has them
+LIMIT = 64 * 1024 * 1024  # bytes of events, some 300,000 tokens; the same as of a whole response
 
 
 class StreamCollector:
@@ -27,6 +29,7 @@ class StreamCollector:
         self.choices: dict[int, Choice] = {}
         self.usages: list[Json] = []
         self.usage: Json | None = None
+        self.size = 0
 
     @property
     def done(self) -> bool:
@@ -34,7 +37,10 @@ class StreamCollector:
 
     def feed(self, block: bytes) -> None:
         """Raises UpstreamProtocolError."""
-        for chunk in sse.parse_chunks(block):
+        self.size += len(block)
+        if self.size > LIMIT:
+            raise UpstreamProtocolError(f"an answer of more than {LIMIT} bytes")
+        for chunk in sse.parse_chunks(sse.one_reasoning_name(block)):
             for name in COPIED:
                 if chunk.get(name) is not None:
                     self.head.setdefault(name, chunk[name])
@@ -58,6 +64,13 @@ class StreamCollector:
     async def final_usage(self, post: Post) -> Json | None:
         return joined_usage(self.usages, self.request.body.get("n") or 1) if self.usages else None
 
+    def encoded(self) -> bytes:
+        """The whole response as JSON. Raises UpstreamProtocolError if it is nested deeper than can be written."""
+        try:
+            return orjson.dumps(self.result())
+        except orjson.JSONEncodeError as error:
+            raise UpstreamProtocolError(f"a response that cannot be written: {error}") from None
+
     def result(self) -> Json:
         choices = sorted(self.choices.items())
         return {
@@ -74,8 +87,8 @@ class Choice:
 
     def __init__(self) -> None:
         self.texts: dict[str, list[str]] = {}  # content, reasoning_content, refusal, text
-        self.calls: dict[int, Json] = {}
-        self.function_call: Json | None = None
+        self.calls: dict[int, ToolCall] = {}
+        self.function_call: ToolCall | None = None
         self.has_logprobs = False  # llama-server omits the field unless asked, llama-cpp-python sends null
         self.logprobs: Json | None = None
         self.finish: str | None = None
@@ -90,14 +103,15 @@ class Choice:
                 for call in value or ():
                     self._add_call(call)
             elif name == "function_call" and value:
-                self.function_call = _join_call(self.function_call or {}, value)
+                self.function_call = self.function_call or ToolCall()
+                self.function_call.add(value)
             elif name != "role" and isinstance(value, str):
                 self.texts.setdefault(name, []).append(value)
 
     def _add_call(self, piece: Json) -> None:
-        call = self.calls.setdefault(piece.get("index", 0), {"id": None, "type": "function", "function": {}})
-        call["id"] = call["id"] or piece.get("id")
-        call["function"] = _join_call(call["function"], piece.get("function") or {})
+        call = self.calls.setdefault(piece["index"], ToolCall())
+        call.id = call.id or piece.get("id")
+        call.add(piece["function"])
 
     def _add_logprobs(self, logprobs: Json | None) -> None:
         """Joins the lists; the other members are null."""
@@ -108,7 +122,9 @@ class Choice:
             return
         for name, value in logprobs.items():
             if isinstance(value, list):
-                self.logprobs[name] = (self.logprobs.get(name) or []) + value
+                joined = self.logprobs.get(name)
+                self.logprobs[name] = joined = joined if isinstance(joined, list) else []
+                joined += value
 
     def _text(self, name: str) -> str:
         return "".join(self.texts.get(name, ()))
@@ -120,9 +136,11 @@ class Choice:
         for name in self.texts.keys() - {"content"}:
             message[name] = self._text(name)
         if self.calls:
-            message["tool_calls"] = [self.calls[number] for number in sorted(self.calls)]
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": call.function} for _, call in sorted(self.calls.items())
+            ]
         if self.function_call:
-            message["function_call"] = self.function_call
+            message["function_call"] = self.function_call.function
         return {"index": index, "message": message, **self._logprobs_field(), "finish_reason": self.finish}
 
     def as_text(self, index: int) -> Json:
@@ -134,9 +152,18 @@ class Choice:
         return {"logprobs": legacy_logprobs(self.logprobs, 0) if "text" in self.texts else self.logprobs}
 
 
-def _join_call(call: dict[str, Any], piece: dict[str, Any]) -> dict[str, Any]:
+class ToolCall:
     """The name comes once or in every piece, the arguments in pieces."""
-    return {
-        "name": call.get("name") or piece.get("name"),
-        "arguments": (call.get("arguments") or "") + (piece.get("arguments") or ""),
-    }
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        self.name: str | None = None
+        self.arguments: list[str] = []
+
+    def add(self, function: Json) -> None:
+        self.name = self.name or function.get("name")
+        self.arguments.append(function.get("arguments") or "")
+
+    @property
+    def function(self) -> Json:
+        return {"name": self.name, "arguments": "".join(self.arguments)}

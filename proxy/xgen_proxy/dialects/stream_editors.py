@@ -49,15 +49,15 @@ def rename_model(request: BackendRequest, data: bytes) -> bytes:
 
 def joined_usage(usages: list[Json], n: int) -> Json:
     """One usage for all choices. llama-server counts each choice with its prompt; `n` choices share one prompt."""
-    completion = sum(usage["completion_tokens"] for usage in usages)
-    prompt = sum(usage["prompt_tokens"] for usage in usages) // n
+    completion = sum(usage.get("completion_tokens") or 0 for usage in usages)
+    prompt = sum(usage.get("prompt_tokens") or 0 for usage in usages) // n
     counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {**usages[0], **counts}
 
 
 def legacy_logprobs(logprobs: Json | None, offset: int) -> Json | None:
     """Logprobs in the shape of /v1/completions, from chat's shape. `offset`: characters before this text."""
-    if not logprobs or "content" not in logprobs:
+    if not logprobs or logprobs.get("content") is None:
         return logprobs
     tokens = logprobs["content"]
     offsets = []
@@ -67,6 +67,6 @@ def legacy_logprobs(logprobs: Json | None, offset: int) -> Json | None:
     return {
         "tokens": [token["token"] for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in tokens],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in token.get("top_logprobs") or ()} for token in tokens],
         "text_offset": offsets,
     }

@@ -17,14 +17,15 @@ def as_events(request: BackendRequest, data: bytes) -> bytes:
     try:
         answer: Json = orjson.loads(data)
         head = {name: answer[name] for name in ("id", "created", "model")}
-        choices: list[Json] = answer["choices"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        chat = request.features.endpoint == "chat"
+        head["object"] = "chat.completion.chunk" if chat else "text_completion"
+        chunks = [{**head, "choices": [part]} for choice in answer["choices"] for part in _parts(choice, chat)]
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise UpstreamProtocolError("the response is not a completion") from None
-    chat = request.features.endpoint == "chat"
-    head["object"] = "chat.completion.chunk" if chat else "text_completion"
-    chunks = [{**head, "choices": [part]} for choice in choices for part in _parts(choice, chat)]
     if request.features.include_usage:
         chunks.append({**head, "choices": [], "usage": answer.get("usage")})
+    for chunk in chunks:
+        sse.check_chunk(chunk)
     return b"".join(sse.encode(chunk) for chunk in chunks)
 
 

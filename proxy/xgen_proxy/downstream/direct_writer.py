@@ -41,6 +41,10 @@ class DirectWriter:
         self._write = cycle.transport.write
 
     @property
+    def ended(self) -> bool:
+        return self._cycle.response_complete
+
+    @property
     def paused(self) -> bool:
         """The client reads too slowly and the write buffer is full. send() would wait; this writer does not."""
         return self._cycle.flow.write_paused

@@ -19,6 +19,7 @@ EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
 ]
 JSON = (b"content-type", b"application/json")
+WAITING = sse.comment("waiting")
 
 
 class SentLog(Protocol):
@@ -80,8 +81,23 @@ class ResponseWriter:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             await self.end(data)
 
+    def waiting(self, headers: Headers) -> None:
+        """Send a comment that says nothing; if it is the first output, it starts the stream. Never waits: without a
+        direct writer, or while the client reads too slowly, it does nothing."""
+        direct = self._direct
+        if direct is None or direct.paused or direct.ended:
+            return
+        if not self.status:
+            self.status = 200
+            direct.start([*EVENT_STREAM, *headers])
+        direct.chunk(WAITING)
+
     async def start(self, headers: Headers) -> None:
+        """Begin the stream, unless waiting() has; then `headers` come too late."""
+        waited = self.status != 0
         self._begin()
+        if waited:
+            return
         headers = [*EVENT_STREAM, *headers]
         if self._direct is not None:
             self._direct.start(headers)

@@ -193,8 +193,8 @@ class ResumedStream:
             self._usage = chunk.get("usage") or self._usage
         if self._usage is None or not self._include_usage:
             return b""
-        prompt = self._usage["prompt_tokens"] - self._spent
-        completion = self._spent + (0 if self._usage_only else self._usage["completion_tokens"])
+        prompt = (self._usage.get("prompt_tokens") or 0) - self._spent
+        completion = self._spent + (0 if self._usage_only else self._usage.get("completion_tokens") or 0)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return sse.encode({**self._head, "choices": [], "usage": usage})
 

@@ -8,8 +8,6 @@ either               a whole response      unparsed; as events if the client wan
 
 from __future__ import annotations
 
-import orjson
-
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.stream_editors import StreamEditor
@@ -65,13 +63,15 @@ class Delivery:
         with self.progress.waiting:
             await exchange.open()
             data = await exchange.whole()
-        self.progress.tail = data = exchange.dialect.repair_whole(exchange.request, data)
-        headers = self.progress.response_headers()
+        data = exchange.dialect.repair_whole(exchange.request, data)
+        if exchange.request.features.endpoint == "chat":
+            data = sse.one_reasoning_name(data)
+        self.progress.tail = data
         if not exchange.request.features.stream:
-            await self.writer.whole(headers, data)
+            await self.writer.whole(self.progress.response_headers(), data)
             return
         events = as_events(exchange.request, data) + sse.DONE
-        await self.writer.start(headers)
+        await self._start()
         await self.writer.end(events)
 
     async def _collect(self, exchange: Exchange) -> None:
@@ -80,7 +80,7 @@ class Delivery:
             await exchange.open()
             block, done = sse.split_done(await exchange.first_events())
             while block or not done:
-                if sse.is_error(block):
+                if sse.is_error(block) or sse.is_abort(block):
                     raise exchange.error_in(block)
                 collector.feed(block)
                 if collector.done:
@@ -93,7 +93,7 @@ class Delivery:
             await collector.finish(exchange.post)
         if done:
             exchange.expect_close()
-        self.progress.tail = orjson.dumps(collector.result())
+        self.progress.tail = collector.encoded()
         await self.writer.whole(self.progress.response_headers(), self.progress.tail)
 
     async def _stream(self, exchange: Exchange) -> None:
@@ -104,7 +104,7 @@ class Delivery:
             block = await exchange.first_events(skip_role=not resumable)
         if resumable:
             self.replay = self.writer.sent_log = ReplayBuffer()
-        await self.writer.start(self.progress.response_headers())
+        await self._start()
         try:
             await self.relay(exchange, block, exchange.dialect.stream_editor(exchange.request))
         except UpstreamError as error:
@@ -112,13 +112,21 @@ class Delivery:
         except ProxyError as error:  # the backend rejects the request only now
             await self.writer.end(error.event())
 
+    async def _start(self) -> None:
+        """The commit point of a stream. If comments have sent the headers already, one names the replica now."""
+        waited = self.writer.status != 0
+        await self.writer.start(self.progress.response_headers())
+        if waited and self.progress.target is not None:
+            await self.writer.comment(f"from {self.progress.target.replica.name}; {self.progress.reason}")
+
     async def relay(self, exchange: Exchange, block: bytes, editor: StreamEditor | None, finished: int = 0) -> None:
         """Relays a stream from its first events to its end. Raises UpstreamError.
 
         `finished`: number of choices that had their finish_reason before.
         """
         request = exchange.request
-        pass_through = self.writer.pass_through(exchange.splitter) if editor is None and request.choices == 1 else None
+        unparsed = editor is None and request.choices == 1 and exchange.splitter.passes_unparsed
+        pass_through = self.writer.pass_through(exchange.splitter) if unparsed else None
         done = False
         last = b""
         while block:
@@ -126,8 +134,7 @@ class Delivery:
                 await self._send_before_error(block, editor)
                 raise exchange.error_in(block)
             block, done = sse.split_done(block)
-            if editor and block:
-                block = editor.edit(block)
+            block = edited(block, editor)
             if block:
                 finished += sse.count_finished(block)
                 last = block
@@ -155,7 +162,17 @@ class Delivery:
         for event in sse.events(block):
             if sse.is_error(event) or sse.is_abort(event):
                 return
-            await self.writer.send(editor.edit(event) if editor else event)
+            if event := edited(event, editor):
+                await self.writer.send(event)
+
+
+def edited(block: bytes, editor: StreamEditor | None) -> bytes:
+    """What the client gets of these events: b"" if nothing, which must not be sent, as an empty chunk ends a body.
+
+    Raises UpstreamProtocolError.
+    """
+    block = sse.one_reasoning_name(block)
+    return editor.edit(block) if editor and block else block
 
 
 def backend_request(call: Call, target: Target) -> BackendRequest:

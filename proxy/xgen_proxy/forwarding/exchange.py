@@ -21,6 +21,12 @@ from xgen_proxy.upstream.connection import Connection
 
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of a whole response; the largest batch of embeddings has 45 MB in base64
 ERROR_LIMIT = 128 * 1024  # bytes; engines repeat the whole request in some errors
+MAX_HELD = 256 * 1024  # bytes of comments and roles before the first output
+TOKENS_PER_WORD = 1.3  # of English
+# Parsers hold a tool's argument back until it is complete: 32 s of silence for one file on eight B300s, 130 s on one
+# small GPU. https://github.com/vllm-project/vllm/pull/50627
+HELD_BACK = frozenset({"tools", "forced_tool", "structured_outputs", "json_schema", "json_object", "grammar"})
+PATIENCE = 10  # times the idle limit
 
 
 class Exchange:
@@ -53,7 +59,7 @@ class Exchange:
         self.dialect = replica.dialect
         self.request = request
         self.streams = self.dialect.asks_for_stream(request)
-        self.splitter = sse.EventSplitter()
+        self.splitter = self.dialect.event_splitter()
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
@@ -62,9 +68,16 @@ class Exchange:
         self._expects_close = False
 
     def _first_byte_timeout_s(self) -> float:
-        """Longer for longer prompts: a CPU prefills some 100 tokens a second."""
-        settings, words = self.replica.settings, self.request.features.prompt_words
+        """Longer for longer prompts: a CPU prefills some 100 tokens a second. Chinese and JSON have few words."""
+        settings, features = self.replica.settings, self.request.features
+        words = max(features.prompt_words, features.prompt_tokens / TOKENS_PER_WORD)
         return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (words / 1000)
+
+    @property
+    def _idle_timeout_s(self) -> float:
+        """Longer where an engine's parser holds output back: the total limit holds all the same."""
+        timeout_s = self.replica.settings.idle_timeout_s
+        return timeout_s if self.request.features.needs.isdisjoint(HELD_BACK) else timeout_s * PATIENCE
 
     def __enter__(self) -> Exchange:
         return self
@@ -138,16 +151,22 @@ class Exchange:
             if sse.is_error(block) or sse.is_abort(block):
                 raise self.error_in(block)
             held += block
-            if sse.has_line_starting(block, b"data: {") and not (skip_role and sse.is_role_only(held)):
+            if sse.has_line_starting(block, b"data: {"):
                 self.replica.record_activity()
-                return held
+                if not (skip_role and sse.is_role_only(held)):
+                    return held
+                # The engine has begun: what follows the role is silence between two chunks.
+                self._timeout_s = self._idle_timeout_s
+                self._deadline = max(self._deadline, time.perf_counter() + self._timeout_s)
+            if len(held) > MAX_HELD:
+                raise UpstreamProtocolError(f"no output in the first {MAX_HELD} bytes")
 
     async def next_events(self, pass_through: Callable[[bytes], bool] | None = None) -> bytes:
         """The next events, b"" at the end of the stream. Raises UpstreamError.
 
         `pass_through` is offered all data first, and returns whether it has sent it to the client.
         """
-        timeout_s = self.replica.settings.idle_timeout_s
+        timeout_s = self._idle_timeout_s
         while data := await self.connection.read(timeout_s, on_data=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()

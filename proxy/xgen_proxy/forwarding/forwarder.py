@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from starlette.types import Receive
 
 from xgen_proxy.downstream.disconnect import DisconnectMonitor
+from xgen_proxy.downstream.keepalive import KeepAlive
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import (
     ClientDisconnectedError,
@@ -49,12 +50,14 @@ class Forwarder:
         health: HealthMonitor,
         retry_budget: RetryBudget,
         observer: Observer,
+        sse_keepalive_s: float,
     ) -> None:
         self.router = router
         self.admission = admission
         self.health = health
         self.retry_budget = retry_budget
         self.observer = observer
+        self.sse_keepalive_s = sse_keepalive_s
         self.disconnects = DisconnectMonitor()
 
     async def forward(self, call: Call, receive: Receive, writer: ResponseWriter) -> Outcome:
@@ -68,7 +71,11 @@ class Forwarder:
             targets = self.router.targets(await self._plan(call.features), sequences(call))
             progress.first_choice = targets[0]
             with self.disconnects.watch(receive):
-                await self._forward(call, targets, writer, progress)
+                if self.sse_keepalive_s and call.features.stream:
+                    with KeepAlive(writer, self.sse_keepalive_s, [(b"x-request-id", call.id.encode())]):
+                        await self._forward(call, targets, writer, progress)
+                else:
+                    await self._forward(call, targets, writer, progress)
         except ClientDisconnectedError:
             return progress.outcome(CLIENT_DISCONNECTED, writer)
         except ProxyError as known:

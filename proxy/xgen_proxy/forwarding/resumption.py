@@ -6,6 +6,7 @@ left out. Where no replica can resume the stream, one SSE error event ends it, w
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.prompt import estimate_tokens
 from xgen_proxy.routing.router import Router, Target
+
+LONG = 512 * 1024  # bytes of events; parsing them takes 15 ms
 
 
 class Resumption:
@@ -45,29 +48,34 @@ class Resumption:
         """Ends the stream in any case: with the rest of the answer, or with an error event about `error`."""
         prefix = None
         try:
-            prefix = self._sent_prefix()
+            prefix = await self._sent_prefix()
             targets = self._targets(prefix)
             if continuation.is_complete(prefix, self.call.features):
                 await self.writer.end(sse.DONE)
             else:
                 await self.failover.resume(targets, self._resume_on)
         except (UpstreamError, ProxyError) as last:
-            if prefix is not None and self._sent_prefix().finish is not None:
+            if prefix is not None and (await self._sent_prefix()).finish is not None:
                 # The answer is complete; only its usage is missing.
                 await self.writer.end(sse.comment(f"no usage: {last}") + sse.DONE)
                 return
             self.progress.interrupted = error
             await self.writer.end(self._error_event(error, last))
 
-    def _sent_prefix(self) -> SentPrefix:
-        """What the client has of the answer so far. Raises UpstreamProtocolError if it cannot be resumed."""
+    async def _sent_prefix(self) -> SentPrefix:
+        """What the client has of the answer so far. Raises UpstreamProtocolError if it cannot be resumed.
+
+        A long answer is parsed in a thread: the longest that is kept, of 16 MiB, takes half a second.
+        """
         replay = self.delivery.replay
         if replay is None:
             reason = continuation.why_not_resumable(self.call.features, self.call.body)
             raise UpstreamProtocolError(reason or "it has not begun")
         if replay.overflowed:
             raise UpstreamProtocolError("the answer is too long to be kept")
-        return continuation.parse_sent_prefix(replay.all())
+        if replay.size <= LONG:
+            return continuation.parse_sent_prefix(replay.all())
+        return await asyncio.to_thread(lambda: continuation.parse_sent_prefix(replay.all()))
 
     def _targets(self, prefix: SentPrefix) -> Sequence[Target]:
         """Targets that can resume the stream, by a new plan. Raises ProxyError if nothing can be planned."""
@@ -82,7 +90,7 @@ class Resumption:
 
     async def _resume_on(self, target: Target, trace: bytes) -> None:
         """Bytes already sent stay sent: if this target fails too, the next one resumes after them."""
-        prefix, features = self._sent_prefix(), self.call.features
+        prefix, features = await self._sent_prefix(), self.call.features
         dialect, template = target.backend.dialect, target.backend.template
         request = backend_request(self.call, target)
         spent = await continuation.tokens_sent(dialect, request, prefix, target.replica.post_json)

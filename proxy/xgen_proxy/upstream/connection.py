@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         buffered = self.buffered
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(UpstreamProtocolError, f"not HTTP: {error}")
             self.close()
         self._bodiless = 0 if self.buffered != buffered else self._bodiless + len(data)

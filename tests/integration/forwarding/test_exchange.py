@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from tests.support.fake_upstream import FakeUpstream, Script, Talk, whole
-from tests.support.running_proxy import RunningProxy, chat, get, text_of
+from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, whole
+from tests.support.running_proxy import RunningProxy, backend, chat, get, text_of
+
+Start = Callable[..., RunningProxy]
 
 
 def test_a_reused_connection_that_died_costs_no_attempt(proxy: RunningProxy, gpu: FakeUpstream) -> None:
@@ -125,3 +130,89 @@ def test_each_attempt_has_an_id_of_its_own(proxy: RunningProxy, gpu: FakeUpstrea
     ids = [talk.headers["x-request-id"] for talk in (*gpu.talks, *cpu.talks)]
     assert len(set(ids)) == 4
     assert [each.split("-")[:2] for each in ids] == [["same", "1"]] * 2 + [["same", "2"]] * 2
+
+
+TOOLS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
+SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}}
+
+
+def pausing(pause_s: float, *, after_the_role: bool) -> Script:
+    """A parser that holds the output back, after the role or after some text."""
+
+    async def script(talk: Talk) -> None:
+        role = delta()
+        role["choices"][0]["delta"] = {"role": "assistant", "content": ""}
+        await talk.start_stream()
+        await talk.event(role)
+        if not after_the_role:
+            await talk.event(delta("hel"))
+        await asyncio.sleep(pause_s)
+        await talk.event(delta("lo"))
+        await talk.event(delta(finish="stop"))
+        await talk.end()
+
+    return script
+
+
+@pytest.mark.parametrize("after_the_role", [True, False])
+@pytest.mark.parametrize("fields", [TOOLS, SCHEMA], ids=["tools", "schema"])
+@pytest.mark.parametrize("dialect", ["vllm", "llama-server", "openai"])
+def test_silence_of_a_parser_is_not_death(
+    start: Start, gpu: FakeUpstream, dialect: str, fields: dict[str, Any], after_the_role: bool
+) -> None:
+    limits = {"idle_timeout_s": 0.4, "first_byte_timeout_s": 0.4, "tools": True}
+    proxy = start(backends={"one": backend(gpu, dialect=dialect, **limits)}, canary_interval_s=0)
+    gpu.scripts.append(pausing(1.2, after_the_role=after_the_role))
+    answer = chat(proxy, stream=True, **fields)
+    assert text_of(answer).endswith("lo")
+    assert len(gpu.talks) == 1
+
+
+def test_silence_without_tools_breaks_the_stream(start: Start, gpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, idle_timeout_s=0.4)}, canary_interval_s=0)
+    gpu.scripts.append(pausing(1.2, after_the_role=False))
+    assert '"code":"stream_broken"' in chat(proxy, stream=True).text
+
+
+def test_patience_with_tools_ends_with_the_total_limit(start: Start, gpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, idle_timeout_s=60, total_timeout_s=0.5)}, canary_interval_s=0)
+    gpu.scripts.append(silent_after("hel"))
+    assert '"code":"stream_broken"' in chat(proxy, stream=True, **TOOLS).text
+
+
+def silent_after(text: str) -> Script:
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta(text))
+        await talk.until_client_leaves()
+
+    return script
+
+
+def test_a_long_prompt_of_few_words_gets_time(start: Start, gpu: FakeUpstream) -> None:
+    """3,000 Chinese characters are one word and some 8,000 tokens."""
+    limits = {"first_byte_timeout_s": 0.4, "first_byte_per_1k_words_s": 1}
+    proxy = start(backends={"vllm": backend(gpu, context=20_000, **limits)}, canary_interval_s=0)
+
+    async def slow(talk: Talk) -> None:
+        await asyncio.sleep(1.2)
+        await good(talk)
+
+    gpu.scripts.append(slow)
+    answer = chat(proxy, stream=True, messages=[{"role": "user", "content": "\u4e2d" * 3000}])
+    assert text_of(answer) == "hello"
+    assert len(gpu.talks) == 1
+
+
+def test_comments_without_end_are_no_beginning(start: Start, gpu: FakeUpstream) -> None:
+    async def comments(talk: Talk) -> None:
+        await talk.start_stream()
+        for _ in range(40):
+            await talk.chunk(b": " + b"x" * 8190 + b"\n\n")
+        await talk.until_client_leaves()
+
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.scripts.append(comments)
+    answer = chat(proxy, stream=True)
+    assert answer.status_code == 502
+    assert "no output in the first" in answer.text

@@ -26,6 +26,7 @@ from tests.support.counting_upstream import (
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status
 from tests.support.running_proxy import CHAT, RunningProxy, backend
 from xgen_proxy.fleet import circuit_breaker
+from xgen_proxy.forwarding import resumption
 
 Start = Callable[..., RunningProxy]
 LAST = 6
@@ -345,8 +346,17 @@ def test_a_role_chunk_is_not_output(pair: Callable[..., RunningProxy], gpu: Fake
     assert answer.headers["x-backend"] == "llama_cpp"
 
 
-def test_a_long_answer_is_resumed(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_long_answer_is_resumed(
+    pair: Callable[..., RunningProxy],
+    gpu: FakeUpstream,
+    cpu: FakeUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    in_a_thread: bool,
+) -> None:
     """Longer than what the replay buffer keeps uncompressed."""
+    if in_a_thread:
+        monkeypatch.setattr(resumption, "LONG", 0)
     proxy = pair("llama-server")
     last = 2500
     cpu.default = counter(last)

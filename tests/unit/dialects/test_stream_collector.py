@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, TOOLS, Replica, call, delta, events, make_request, text
+from xgen_proxy.dialects import stream_collector
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
@@ -58,7 +59,7 @@ async def test_reasoning_and_refusal() -> None:
     answer = await collected(
         delta(reasoning_content="hm"), delta(reasoning_content="m"), delta(refusal="no"), delta("stop"), usage()
     )
-    message = {"role": "assistant", "content": "", "reasoning_content": "hmm", "refusal": "no"}
+    message = {"role": "assistant", "content": "", "reasoning": "hmm", "refusal": "no"}
     assert answer["choices"][0]["message"] == message
 
 
@@ -163,3 +164,12 @@ async def test_a_stream_without_its_finish_reasons_has_failed(chunks: list[Json]
 async def test_no_character_is_lost(pieces: list[str]) -> None:
     answer = await collected(*[delta(content=piece) for piece in pieces], delta("stop"), usage())
     assert answer["choices"][0]["message"]["content"] == "".join(pieces)
+
+
+async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_collector, "LIMIT", 1000)
+    collector = LLAMA_SERVER.stream_collector(make_request())
+    for _ in range(3):
+        collector.feed(events(delta(content="a" * 100)))
+    with pytest.raises(UpstreamProtocolError, match="more than 1000 bytes"):
+        collector.feed(events(delta(content="a" * 100)))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 import pytest
 
@@ -26,7 +28,14 @@ def test_a_completion_becomes_one_event() -> None:
     assert chunk["choices"] == answer["choices"]
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}"])
+MALFORMED: list[Any] = [
+    [], {}, {**ANSWER, "choices": [None]}, {**ANSWER, "choices": 5}, {**ANSWER, "usage": 5},
+    *({**ANSWER, "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+      for message in (None, 5, {"content": 5}, {"tool_calls": 5}, {"tool_calls": [5]})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b"", *map(orjson.dumps, MALFORMED)])
 def test_a_malformed_response_raises(data: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
-        as_events(make_request(stream=True), data)
+        as_events(make_request(stream=True, stream_options={"include_usage": True}), data)

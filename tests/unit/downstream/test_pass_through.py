@@ -32,7 +32,7 @@ def chunk(text: str, finish: str | None = None, **fields: Any) -> bytes:
     return b"data: " + json.dumps({"choices": [choice], **fields}, separators=(",", ":")).encode() + b"\n\n"
 
 
-@pytest.mark.parametrize("data", [chunk("hel"), chunk("hel") + chunk("lo"), chunk('"finish_reason":"stop"\n\n')])
+@pytest.mark.parametrize("data", [chunk("hel"), chunk("hel") + chunk("lo"), chunk('"finish_reason":"stop"\n\ndata: x')])
 def test_unfinished_chunks_are_recorded_and_written(data: bytes) -> None:
     writer, recorded = FakeWriter(), list[bytes]()
     on_data = pass_through(writer, sse.EventSplitter(), recorded.append)
@@ -54,7 +54,7 @@ LEFT_TO_THE_READER = {
     "error": b'data: {"error":{"message":"m"}}\n\n',
     "usage": b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n\n',
     "half an event": chunk("hel")[:-1],
-    "a text that looks like an event": chunk("\n\ndata: x"),
+    "an error that is no event": chunk("hel") + b'error: {"code":500}\n\n',
     "an event and a half": chunk("hel") + chunk("lo")[:20],
 }
 

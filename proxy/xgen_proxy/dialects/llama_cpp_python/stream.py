@@ -49,7 +49,8 @@ class LlamaCppPythonEditor:
     def _repair_delta(self, delta: Json) -> Json:
         for call in delta.get("tool_calls") or ():
             if call["index"] in self._named:
-                del call["id"], call["function"]["name"]
+                call.pop("id", None)
+                call["function"].pop("name", None)
             self._named.add(call["index"])
         if "tool_calls" in delta and "tools" in self._request.body:
             delta.pop("function_call", None)

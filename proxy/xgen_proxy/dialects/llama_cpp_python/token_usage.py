@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.llama_cpp_python.request_rewrites import TOOL_FIELDS
@@ -13,7 +14,7 @@ from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
 WORD = " word"  # whatever comes before, tokenizers begin anew at a space and a letter
-REPORTED = re.compile(r"\((\d+) in the messages")
+REPORTED = re.compile(r"\((\d{1,9}) in the messages")
 
 
 class TokenCounter:
@@ -80,7 +81,7 @@ class TokenCounter:
         status, answer = await post(self.request.path, ask)
         if status != 200:
             raise UpstreamProtocolError(f"counting the prompt's tokens: {status}")
-        return int(answer["usage"]["prompt_tokens"])
+        return _number(answer, "usage", "prompt_tokens")
 
     async def _completion_tokens(self, post: Post) -> int:
         if "logprobs" in self.request.features.needs:  # then it sends each token alone
@@ -103,4 +104,13 @@ async def count_tokens(text: str, post: Post) -> int:
     status, answer = await post("/extras/tokenize/count", {"input": text})
     if status != 200:
         raise UpstreamProtocolError(f"/extras/tokenize/count says {status}")
-    return int(answer["count"])
+    return _number(answer, "count")
+
+
+def _number(answer: Any, *path: str) -> int:
+    """Raises UpstreamProtocolError if there is none."""
+    for name in path:
+        answer = answer.get(name) if isinstance(answer, dict) else None
+    if type(answer) is not int:
+        raise UpstreamProtocolError(f"an answer without {'.'.join(path)}")
+    return answer
