@@ -5,8 +5,9 @@
 Shows that no request is lost. A seeded mix (chat and completions, streams and non-streaming, short and long prompts,
 8 to 60 tokens, 12 at once) runs all the time. At seeded moments, while it has requests, vLLM's engine is killed, its
 API server is killed, its engine is stopped so that it hangs, and it gets a SIGTERM. Each time it is restarted while
-requests continue. bench/judge.py checks every answer. Afterwards no slot, queued request or socket may be left. Exits
-with 1 unless every request completed and nothing is left.
+requests continue. One request in five is hostile (bench/hostile.py). bench/judge.py checks every answer to the others.
+Afterwards every replica must be up, and no slot, queued request or socket may be left. Exits with 1 unless every
+request that is not hostile completed and nothing is left.
 
 The seed determines the requests, and the order and moments of the events, counted in requests; the engines' own timing
 varies.
@@ -34,7 +35,7 @@ from typing import Any
 import httpx
 import psutil
 
-from bench import children, processes
+from bench import children, hostile, processes
 from bench.judge import judge_stream, judge_whole
 from tests.support import real_servers as servers
 from tests.support.real_servers import MODEL, Server
@@ -56,6 +57,7 @@ EVENTS = tuple(RUIN_S)
 PREY, PREY_S = 2, 30.0  # an event waits this long for this many streams to cut, then strikes anyway
 ARRIVAL_S = 0.5  # mean time between requests, while fewer than CONCURRENCY run: 12 prompts at once overload a CPU
 RESTART_S = 45.0  # restart time of vLLM, measured 35 to 60; it only sets the pace
+HOSTILE = 0.25  # hostile requests for each good one, so one in five of all
 HUNG_S = 300.0  # a request that takes longer is lost: the queue, all timeouts and the generation take less
 # Short, so that a hang is found within the storm; the CPU build takes up to a second from chunk to chunk of 12 streams.
 TIMEOUTS = {
@@ -123,6 +125,7 @@ class Storm:
     seed: int
     answers: list[Answer] = field(default_factory=list)
     strikes: list[Strike] = field(default_factory=list)
+    hostile: Counter[str] = field(default_factory=Counter)  # hostile requests by kind
     left: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -154,7 +157,8 @@ class Storm:
         lines += [f"LEFT BEHIND: {each}" for each in self.left]
         lines += [f"MISSED: {strike.name} at {strike.at:.1f} s hit no request" for strike in self.missed]
         complete = len(self.answers) - len(self.lost)
-        lines += ["", f"{complete} of {len(self.answers)} complete, {len(self.left)} things left behind"]
+        lines += ["", f"{self.hostile.total()} hostile requests of {len(self.hostile)} kinds"]
+        lines += [f"{complete} of {len(self.answers)} complete, {len(self.left)} things left behind"]
         return "\n".join(lines)
 
     def _table(self) -> str:
@@ -260,6 +264,10 @@ class Client:
             )
         )  # fmt: skip
 
+    async def attack(self, kind: str, steps: list[hostile.Step]) -> None:
+        self.storm.hostile[kind] += 1
+        await hostile.attack(self.http.base_url.port or 80, steps)
+
     async def _exchange(self, request: Request) -> tuple[str, httpx.Headers]:
         headers = {"x-request-id": request_id(request)}
         async with self.http.stream("POST", request.path, json=request.body, headers=headers) as answer:
@@ -315,6 +323,7 @@ class Director:
         self.events = events
         self.random = random.Random(storm.seed)
         self.requests = [make_request(number, self.random) for number in range(requests)]
+        self.attacks = hostile.requests(random.Random(storm.seed))
         self.busy = asyncio.Semaphore(CONCURRENCY)
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -343,6 +352,8 @@ class Director:
             task = asyncio.create_task(self.client.send(request))
             self.tasks.add(task)
             task.add_done_callback(lambda _: self.busy.release())
+            if self.random.random() < HOSTILE:
+                self.tasks.add(asyncio.create_task(self.client.attack(*next(self.attacks))))
             await asyncio.sleep(gap * self.random.uniform(0.5, 1.5))
 
     async def _strike(self, event: str, delay: float) -> Strike:
@@ -409,6 +420,12 @@ def held_slots(url: str) -> list[str]:
     return [f"{name} is {value:g}" for name, value in gauges(url).items() if value]
 
 
+def down_replicas(url: str) -> list[str]:
+    status = httpx.get(url + "/models/status", timeout=10).json()
+    replicas = [replica for backend in status["backends"] for replica in backend["replicas"]]
+    return [f"{each['name']} is {each['state']}: {each['reason']}" for each in replicas if not each["up"]]
+
+
 def held_sockets(pid: int, ports: set[int]) -> list[str]:
     """Sockets of ended backends and clients. SYN_SENT is a health check of a dead backend."""
     return [
@@ -442,6 +459,7 @@ def run(
         asyncio.run(blow(storm, proxy.url, requests, events, vllm))
         mark_continued(storm, log)
         storm.left += leftovers(lambda: held_slots(proxy.url), 5)
+        storm.left += leftovers(lambda: down_replicas(proxy.url), 5)
         ports = {proxy.port}
         if after:
             after()

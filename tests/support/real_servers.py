@@ -162,19 +162,21 @@ def llama_cpp_python(log: Path, model: str, *args: str) -> Server:
     return Server("llama-cpp-python", [*command, "--host", "127.0.0.1"], log, "/openapi.json")
 
 
-def llama_server(log: Path, model: str, *args: str, slots: int = 4) -> Server:
+def llama_server(log: Path, model: str, *args: str, slots: int = 4, metrics: bool = True) -> Server:
     """llama.cpp's own server, started by this project's launcher."""
     command = [sys.executable, "-m", "backends.llama_cpp.llama_server", "-m", model, "-a", MODEL]
     command += ["-c", str(CONTEXT * slots), "-np", str(slots), "-t", "1", "-tb", "1", "-b", "64", "-ub", "64"]
-    command += ["--metrics", "--slots", "--no-ui", "--offline", *args]
+    command += [*(["--metrics"] if metrics else []), "--slots", "--no-ui", "--offline", *args]
     return Server("llama-server", command, log)
 
 
-def vllm(log: Path, executable: str, model: str) -> Server:
+def vllm(log: Path, executable: str, model: str, *, tools: bool = True) -> Server:
     """The CPU build of vLLM. It takes 30-100 s to start and 5 GB of memory."""
     command = [executable, "serve", model, "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager"]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(VLLM_SLOTS)]
-    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--scheduling-policy", "priority"]
+    command += ["--scheduling-policy", "priority"]
+    if tools:
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     env = {
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
