@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,6 +26,7 @@ from xgen_proxy.config.settings import BackendSettings, Routing, Settings
 from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.reload import Reloader
+from xgen_proxy.supervision import restarts
 
 LONG_CHAT = {**CHAT, "messages": [{"role": "user", "content": "word " * 50}]}
 
@@ -375,3 +378,27 @@ async def test_settings_are_taken_whole_or_not_at_all(gateway: Gateway, monkeypa
     assert [backend.settings.slots for backend in gateway.fleet.backends] == [None, None]
     assert gateway.fleet.backends == (first, second)
     assert gateway.admission.limit == old.limits.queue
+
+
+async def test_the_watcher_is_started_again_when_it_fails(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what no one has thought of: the files cannot even be looked at."""
+    monkeypatch.setattr("xgen_proxy.reload.WATCH_INTERVAL_S", 0.0)
+    monkeypatch.setattr("xgen_proxy.supervision.RESTART_PAUSE_S", 0.0)
+    reloading = reloader(gateway, gateway.settings)
+    before = restarts.get(("settings",), 0.0)
+    looks = chain([RuntimeError("a bug")], repeat([Path(__file__)]))
+    monkeypatch.setattr(reloading, "_sources", Mock(load=lambda: gateway.settings, files=Mock(side_effect=looks)))
+    reloading.start()
+    await asyncio.to_thread(wait_until, lambda: gateway.metrics.reloads.values[("taken",)])
+    await reloading.stop()
+    assert restarts[("settings",)] == before + 1
+    assert "RuntimeError: a bug" in caplog.text
+    assert f'xgen_background_restarts_total{{task="settings"}} {before + 1}'.encode() in gateway.metrics.render()
+
+
+def test_a_process_supervises_its_tasks(keyed: Keyed) -> None:
+    page = get(f"{keyed.process.url}/metrics").text
+    for task in ("settings", "discovery", "watchdog"):
+        assert f'xgen_background_restarts_total{{task="{task}"}} 0.0' in page
