@@ -35,9 +35,8 @@ async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -
             log.error("the background task %s ended; it starts again", name)
         except Exception:
             log.exception("the background task %s failed; it starts again", name)
-        except (
-            asyncio.CancelledError
-        ):  # also raised by what `run` awaited, without anybody having asked this task to end
+        except asyncio.CancelledError:
+            # Perhaps raised by what `run` awaited, while this task was not asked to end.
             if task is None or task.cancelling():
                 raise
             log.exception("the background task %s was cancelled from within; it starts again", name)

@@ -59,8 +59,10 @@ def read_key_hashes(value: Any) -> Any:
     if isinstance(value, str) and value.strip().lower() == NO_KEYS:
         return NO_KEYS
     hashes = split_commas(value)
-    if not isinstance(hashes, list | tuple):
-        return hashes
+    if hashes is None:
+        return None
+    if not isinstance(hashes, list):
+        raise ValueError("write hashes, comma-separated or as a list, or the word none")
     if not hashes:
         raise ValueError("it is empty; write the hash that `xgen-proxy key` prints, or the word none")
     for each in hashes:
@@ -73,7 +75,7 @@ def read_backend_key(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     key = value.strip()
-    if not key.isascii() or not key.isprintable() or set(key) & set(" ") or not key:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError("it is empty or has characters that no header may have; write the word none for no key")
     return None if key.lower() == NO_KEYS else key
 

@@ -237,6 +237,13 @@ def test_a_damaged_key_file_is_an_error_also_on_loopback(
     assert words in problem()
 
 
+@pytest.mark.parametrize("value", ["5", "true", "{a = 1}", "[]", '""', '["none"]', "1979-05-27"])
+def test_keys_of_another_type_are_one_problem(directory: Path, value: str) -> None:
+    (directory / "xgen-proxy.toml").write_text(f"api_keys = {value}\n")
+    [line] = problem().splitlines()
+    assert line.startswith("api_keys: ")
+
+
 @pytest.mark.parametrize("name", ["xgen-proxy.toml", ".env"])
 def test_a_folder_in_place_of_a_file_is_an_error(directory: Path, name: str) -> None:
     (directory / name).mkdir()
