@@ -23,8 +23,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.fleet.backend import Fleet, Replica
+from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.policy import decide
 

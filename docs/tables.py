@@ -109,12 +109,15 @@ def dialects() -> Iterator[Row]:
         "slots by default": "slots",
         "sent beyond its slots": "overcommit",
         "health check: GET": "health_path",
-        "asked when it comes up": "info_paths",
+        "while requests run there": "health_path_in_use",
+        "asked what it serves": "info_paths",
     }.items():
         yield title, *(shown(getattr(dialect, attribute)) for dialect in DIALECTS.values())
 
 
 def shown(value: Any) -> str:
+    if value is None:
+        return ""
     return ", ".join(f"`{each}`" for each in value) if isinstance(value, tuple) else f"`{value}`"
 
 

@@ -47,7 +47,8 @@ class Gateway:
 
     @property
     def ready(self) -> bool:
-        return not self.draining and any(replica.up for replica in self.fleet.replicas)
+        """Suspect replicas are tried while none is up (routing rule 10)."""
+        return not self.draining and any(replica.state in ("up", "suspect") for replica in self.fleet.replicas)
 
     def configure(self, settings: Settings) -> None:
         """Takes new settings, all or none. Requests in flight finish under the old ones."""

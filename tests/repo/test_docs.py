@@ -304,7 +304,7 @@ def test_answer_headers() -> None:
     documented = {header.lower() for row in table_rows(API, "answer header") for header in ticked(row[0])}
     files = (
         "forwarding/progress.py",
-        "fleet/backend.py",
+        "fleet/replica.py",
         "downstream/response_writer.py",
         "errors.py",
         "downstream/request_body.py",

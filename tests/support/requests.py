@@ -25,5 +25,5 @@ def make_call(endpoint: Endpoint = "chat", **fields: Any) -> Call:
 
 def make_target(reason: str = "default: because", url: str = "http://gpu:8000") -> Target:
     """On a backend called vllm."""
-    [replica] = Fleet(Settings(backends={"vllm": {"urls": url}})).replicas
-    return Target(replica.backend, replica, reason, 0)
+    [backend] = Fleet(Settings(backends={"vllm": {"urls": url}})).backends
+    return Target(backend, backend.replicas[0], reason, 0)

@@ -15,8 +15,9 @@ from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
-from xgen_proxy.fleet.backend import Backend, Replica
+from xgen_proxy.fleet.backend import Backend
 from xgen_proxy.fleet.process_memory import Memory, memory_of
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json

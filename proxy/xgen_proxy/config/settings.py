@@ -136,7 +136,9 @@ class BackendSettings(BaseModel, extra="forbid"):
         description="Public model name → the name this backend serves it under. Empty: the names it lists itself.",
     )
     slots: int | None = Field(
-        None, ge=1, description="Requests one replica runs at once. Unset: what it reports, else the dialect's default."
+        None,
+        ge=1,
+        description="Requests one replica runs at once. Unset: what it reports or shows, else the dialect's default.",
     )
     context: int | None = Field(
         None,

@@ -20,6 +20,14 @@ from xgen_proxy.dialects.stream_editors import ModelName, StreamEditor, rename_m
 from xgen_proxy.errors import ProxyError, UpstreamError, UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Features, Json
 
+MAX_MODELS = 1_000  # of one replica
+MAX_MODEL_NAME = 512  # characters
+
+
+def count(value: object) -> int | None:
+    """A number of slots or tokens that a replica reports, if it is one."""
+    return value if isinstance(value, int) and 0 < value < 2**31 else None
+
 
 class Dialect:
     """The attributes are facts about the engine; the methods are what it takes to talk to it."""
@@ -30,9 +38,11 @@ class Dialect:
     why_no_embeddings: ClassVar[str] = ""  # if not empty, embeddings cannot be turned on for it
     slots: ClassVar[int] = 64  # requests that a replica runs at once, unless something says otherwise
     overcommit: ClassVar[int] = 0  # requests sent beyond the slots, so that a free slot never waits for the network
-    health_path: ClassVar[str] = "/v1/models"  # takes no lock and waits for no slot; below 500 is alive
-    has_metrics: ClassVar[bool] = False  # `health_path` is a page of Prometheus metrics
-    info_paths: ClassVar[tuple[str, ...]] = ("/v1/models",)  # asked once when a replica comes up
+    health_path: ClassVar[str] = "/v1/models"  # takes no lock and waits for no slot
+    health_path_in_use: ClassVar[str | None] = None  # asked instead while requests of ours run there
+    metrics_path: ClassVar[str | None] = None  # the one of these two that is a page of Prometheus metrics
+    info_paths: ClassVar[tuple[str, ...]] = ("/v1/models",)  # asked when a replica comes up, and again if they change
+    models_change: ClassVar[bool] = True  # its models may change while it runs: LoRA, llama-swap, Ollama
     uses_canary: ClassVar[bool] = False  # asked for one token when in doubt; not where tokens may cost money
     hides_hangs: ClassVar[bool] = False  # a process of its own answers health checks for the engine
     sends_request_id: ClassVar[bool] = True
@@ -42,14 +52,17 @@ class Dialect:
     # what a replica reports
 
     def parse_info(self, answers: Mapping[str, Any]) -> ReplicaInfo:
-        """`answers` by path, None where there was none. Raises KeyError or TypeError if one is malformed."""
-        cards = answers["/v1/models"]["data"]
-        return ReplicaInfo(tuple(str(card["id"]) for card in cards), context=self.context_length(cards))
+        """`answers` by path, None where there was none. Raises any Exception if one is malformed."""
+        cards = answers["/v1/models"]["data"][:MAX_MODELS]
+        names = tuple(str(card["id"]) for card in cards)
+        return ReplicaInfo(
+            tuple(name for name in names if len(name) <= MAX_MODEL_NAME), context=self.context_length(cards)
+        )
 
     def context_length(self, cards: list[Json]) -> int | None:
         """In tokens, from the cards of /v1/models: `max_model_len` in vLLM's, `meta.n_ctx` in llama-server's."""
         lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
-        return min((int(length) for length in lengths if length), default=None)
+        return min(filter(None, map(count, lengths)), default=None)
 
     # the request
 

@@ -9,7 +9,7 @@ from typing import Any
 from xgen_proxy import sse
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
-from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.dialect import Dialect, count
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.dialects.stream_editors import StreamEditor, joined_usage, legacy_logprobs, rename_model
@@ -83,8 +83,8 @@ class LlamaServer(Dialect):
     capabilities = NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"}
     slots = 4
     overcommit = 0  # it queues without bound
-    health_path = "/metrics"
-    has_metrics = True
+    health_path = "/health"
+    health_path_in_use = metrics_path = "/metrics"  # needs --metrics, and wakes a server that sleeps
     info_paths = ("/v1/models", "/props")
     uses_canary = True
     reuse_after_stream = False  # it closes the connection after a stream, although it advertises keep-alive
@@ -117,7 +117,7 @@ class LlamaServer(Dialect):
             capabilities |= {"tools", "forced_tool"}
         if (props.get("modalities") or {}).get("vision"):
             capabilities |= {"images"}
-        return ReplicaInfo(info.models, info.context, props.get("total_slots"), capabilities)
+        return ReplicaInfo(info.models, info.context, count(props.get("total_slots")), capabilities)
 
     def asks_for_stream(self, request: BackendRequest) -> bool:
         """Always, since it cancels only streams."""

@@ -33,7 +33,7 @@ class VLLM(Dialect):
     slots = 256  # vLLM's own default of --max-num-seqs
     overcommit = 16
     health_path = "/metrics"
-    has_metrics = True
+    metrics_path = "/metrics"
     uses_canary = True
     hides_hangs = True
     rules = (

@@ -5,6 +5,9 @@ A request that finds no free slot is queued in order of arrival shifted by urgen
 30 s later. All requests age at the same pace, so none starves. A free slot goes to the first queued request that can
 use it. A request leaves the queue when it gets a slot, its client disconnects, its time is up (429), or every replica
 it could use is down (then its plan continues with the next tier).
+
+A request that is several (choices times prompts) takes as many slots as soon as one is free: waiting for all of them it
+would starve behind small ones. Those after it wait until there is room again.
 """
 
 from __future__ import annotations
@@ -18,18 +21,27 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from xgen_proxy.errors import QueueFullError, QueueTimeoutError, UpstreamConnectError
-from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Urgency
 
 HEAD_START_S: dict[Urgency, float] = {"high": 30.0, "normal": 0.0, "low": -30.0}
 
 
-class HasReplica(Protocol):
+class Usable(Protocol):
+    """`usable`: the replica may be sent requests now. It is up, or nothing is and it answers at least. `slots`: those
+    that the request takes there."""
+
     @property
     def replica(self) -> Replica: ...
 
+    @property
+    def usable(self) -> bool: ...
 
-T = TypeVar("T", bound=HasReplica)
+    @property
+    def slots(self) -> int: ...
+
+
+T = TypeVar("T", bound=Usable)
 
 
 @dataclass(order=True, slots=True)
@@ -54,7 +66,7 @@ class Admission:
     def try_acquire(self, targets: Sequence[T]) -> T | None:
         """Acquire a slot without waiting. A slot that is free now is one that no queued request could use."""
         for target in targets:
-            if target.replica.up and target.replica.has_capacity:
+            if target.usable and target.replica.has_capacity:
                 return self._grant(target)
         return None
 
@@ -68,12 +80,12 @@ class Admission:
             self.release(replica)
 
     def _grant(self, target: T) -> T:
-        target.replica.acquire()
+        target.replica.acquire(target.slots)
         return target
 
     def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
         """Raises QueueFullError, and UpstreamConnectError if every target is down."""
-        if not any(target.replica.up for target in targets):
+        if not any(target.usable for target in targets):
             raise UpstreamConnectError("down")
         if len(self.queue) >= self.limit:
             raise QueueFullError(
@@ -110,20 +122,21 @@ class Admission:
     def _return_slot(self, waiter: Waiter[T]) -> None:
         """Release a slot that was granted in the same moment in which the wait ended."""
         if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
-            self.release(waiter.future.result().replica)
+            target = waiter.future.result()
+            self.release(target.replica, target.slots)
 
-    def release(self, replica: Replica) -> None:
-        replica.release()
+    def release(self, replica: Replica, slots: int = 1) -> None:
+        replica.release(slots)
         self.dispatch(replica)
 
     def dispatch(self, replica: Replica) -> None:
         """Give the replica's free slots to queued requests. Called when a slot is released or the replica comes up."""
-        if not self.queue or not replica.up:
+        if not self.queue:
             return
         for waiter in list(self.queue):
             if not replica.has_capacity:
                 return
-            target = next((each for each in waiter.targets if each.replica is replica), None)
+            target = next((each for each in waiter.targets if each.replica is replica and each.usable), None)
             if target is not None and not waiter.future.done():
                 self.queue.remove(waiter)
                 waiter.future.set_result(self._grant(target))
@@ -131,6 +144,6 @@ class Admission:
     def on_replica_down(self) -> None:
         """Fail waiters that have no live target left, so that they move to their next tier."""
         for waiter in list(self.queue):
-            if not waiter.future.done() and not any(each.replica.up for each in waiter.targets):
+            if not waiter.future.done() and not any(each.usable for each in waiter.targets):
                 self.queue.remove(waiter)
                 waiter.future.set_exception(UpstreamConnectError("went down while the request was queued"))

@@ -1,202 +1,17 @@
-"""The live fleet: backends, their replicas, what is configured and known about them, and what they are doing now.
-
-Replica and Backend refer to each other, so they share a module.
-"""
+"""The live fleet: the backends, their replicas, and what is configured and known about them."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
-from urllib.parse import urlsplit
-
-import orjson
 
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
 from xgen_proxy.dialects.registry import DIALECTS
-from xgen_proxy.errors import UpstreamProtocolError
-from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
-from xgen_proxy.fleet.load import LoadParts, Scrape
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
-from xgen_proxy.upstream import Pool
-
-State = Literal["starting", "up", "suspect", "down", "draining"]
-
-
-class Replica:
-    """One server process of a backend.
-
-    `state`: starting (not checked yet), up, suspect (answers health checks but its circuit breaker is not closed), down
-    (does not answer), draining (no longer listed: finishes its requests). `in_flight`: our requests that hold one of
-    its slots. `joined_later`: the backend had other replicas already. Only the methods change these.
-    `response_headers` name it to clients.
-    """
-
-    def __init__(self, backend: Backend, url: str, *, joined_later: bool = False) -> None:
-        parts = urlsplit(url)
-        self.backend = backend
-        self.url = url
-        self.name = f"{backend.name}@{parts.netloc}"
-        self.response_headers = (b"x-backend", backend.name.encode()), (b"x-replica", self.name.encode())
-        self.joined_later = joined_later
-        self.pool = Pool(parts.hostname or "", parts.port or 80, connect_timeout_s=backend.settings.connect_timeout_s)
-        self.state: State = "starting"
-        self.reason = "not checked yet"
-        self.since = time.monotonic()
-        self.in_flight = 0
-        self.drained = asyncio.Event()
-        self.scraped: Scrape | None = None
-        self.info: ReplicaInfo | None = None
-        self.breaker = CircuitBreaker()
-        self.record_activity()
-        self.configure()
-
-    def configure(self) -> None:
-        """Apply the backend's current settings."""
-        self.pool.connect_timeout_s = self.backend.settings.connect_timeout_s
-        self.head = self._head()
-        self._set_slots()
-
-    def _head(self) -> bytes:
-        """The request headers that every request has. Hop-by-hop and client headers are never copied."""
-        key = self.backend.settings.api_key
-        lines = [
-            f"host: {urlsplit(self.url).netloc}",
-            "content-type: application/json",
-            "accept: application/json, text/event-stream",
-        ]
-        if key is not None:
-            lines.append(f"authorization: Bearer {key.get_secret_value()}")
-        return ("\r\n".join(lines) + "\r\n").encode()
-
-    def _set_slots(self) -> None:
-        reported = self.info.slots if self.info else None
-        self.slots = self.backend.settings.slots or reported or self.backend.dialect.slots
-        self.backend.replica_changed(self)
-
-    def record_info(self, info: ReplicaInfo) -> None:
-        self.info = info
-        self._set_slots()
-
-    def record_scrape(self, scrape: Scrape | None) -> None:
-        self.scraped = scrape
-        self.backend.replica_changed(self)
-
-    def record_activity(self) -> None:
-        """Remember that it sent something just now."""
-        self.pool.last_activity = time.monotonic()
-
-    # slots and load
-
-    def acquire(self) -> None:
-        self.in_flight += 1
-        self.backend.in_flight += 1
-        self.backend.replica_changed(self)
-
-    def release(self) -> None:
-        self.in_flight -= 1
-        self.backend.in_flight -= 1
-        self.backend.replica_changed(self)
-        if not self.in_flight:
-            self.drained.set()
-
-    def snapshot(self) -> ReplicaSnapshot:
-        return ReplicaSnapshot(
-            self.name,
-            self.state == "up",
-            self.in_flight,
-            self.slots,
-            self.backend.dialect.overcommit,
-            self.breaker.slow_start_at,
-            self.scraped,
-        )
-
-    @property
-    def open_slots(self) -> int:
-        return self.snapshot().open_slots(time.monotonic())
-
-    @property
-    def capacity(self) -> int:
-        return self.snapshot().capacity(time.monotonic())
-
-    @property
-    def has_capacity(self) -> bool:
-        if self.breaker.slow_start_at is None:  # the common case, without making a snapshot
-            return self.in_flight < self.slots + self.backend.dialect.overcommit
-        return self.snapshot().has_capacity(time.monotonic())
-
-    @property
-    def load_parts(self) -> LoadParts:
-        return self.snapshot().load_parts(time.monotonic(), self.backend.routing)
-
-    @property
-    def load(self) -> float:
-        return self.load_parts.total
-
-    # state
-
-    @property
-    def up(self) -> bool:
-        return self.state == "up"
-
-    def set_state(self, state: State, reason: str) -> bool:
-        """Returns whether the state changed. A draining replica keeps draining until undrain()."""
-        return self.state != "draining" and self._change_state(state, reason)
-
-    def _change_state(self, state: State, reason: str) -> bool:
-        changed = state != self.state
-        if changed:
-            self.since = time.monotonic()
-        self.state, self.reason = state, reason
-        self.backend.replica_changed(self)
-        return changed
-
-    def drain(self) -> None:
-        self._change_state("draining", "no longer listed")
-        self.drained.clear()
-
-    def undrain(self) -> None:
-        """It is listed again before it finished draining."""
-        self._change_state("starting", "listed again")
-
-    def mark_up(self, reason: str) -> None:
-        """It works. It starts slowly if it was down or suspect, or joined later."""
-        if self.joined_later or self.state != "starting":
-            self.breaker.close(time.monotonic())
-        self.record_activity()
-        self.set_state("up", reason)
-
-    def mark_suspect(self, reason: str) -> None:
-        """It answers health checks, but gets no requests until it has answered a canary, which is due at once."""
-        self.set_state("suspect", reason)
-        self.breaker.open_until_canary()
-
-    def succeeded(self) -> None:
-        """Record a successful request."""
-        self.breaker.succeeded()
-
-    def failed(self, reason: str) -> None:
-        """Record a request that failed after a connection was made."""
-        if self.breaker.failed(time.monotonic()) and self.state != "down":
-            self.set_state("suspect", f"{self.breaker.failures} requests failed in a row, the last one: {reason}")
-
-    async def post_json(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Send a small request while holding a slot. Returns the status and the parsed JSON. Raises UpstreamError."""
-        limit = self.backend.settings.first_byte_timeout_s
-        payload = orjson.dumps(body)
-        head = b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n" % (path.encode(), self.head, len(payload))
-        connection = await self.pool.exchange(head + payload, limit)
-        try:
-            return connection.status, orjson.loads(await connection.read_all(limit))
-        except orjson.JSONDecodeError:
-            raise UpstreamProtocolError(f"{path} did not answer with JSON") from None
-        finally:
-            self.pool.release(connection)
 
 
 class Backend:
@@ -231,7 +46,7 @@ class Backend:
         self.models = frozenset(settings.models)
         self.capabilities = self._with_overrides(self.dialect.capabilities)
         for replica in self.replicas:
-            replica.configure()
+            replica.configure(settings, routing)
         self._merge_infos()
 
     def reconcile(self, urls: Iterable[str], *, joined_later: bool = False) -> list[Replica]:
@@ -243,8 +58,7 @@ class Backend:
         if current.keys() == wanted:
             return []
         added = [
-            self._undrain(url) or Replica(self, url, joined_later=joined_later)
-            for url in sorted(wanted - current.keys())
+            self._undrain(url) or self._new(url, joined_later=joined_later) for url in sorted(wanted - current.keys())
         ]
         removed = [current[url] for url in sorted(current.keys() - wanted)]
         for replica in removed:
@@ -256,8 +70,13 @@ class Backend:
         self._indexes = {replica: index for index, replica in enumerate(self.replicas)}
         self._replica_snapshots = [replica.snapshot() for replica in self.replicas]
         self._ring = ring_of(tuple(self.replicas_by_name))
-        self._snapshot = None
+        self._merge_infos()  # what only a removed one served is gone
         return removed
+
+    def _new(self, url: str, *, joined_later: bool) -> Replica:
+        return Replica(
+            self.name, url, self.dialect, self.settings, self.routing, self._replica_changed, joined_later=joined_later
+        )
 
     def _undrain(self, url: str) -> Replica | None:
         replica = self.draining.pop(url, None)
@@ -301,8 +120,9 @@ class Backend:
 
     # snapshots
 
-    def replica_changed(self, replica: Replica) -> None:
-        """Called at every change of a replica that its snapshot shows."""
+    def _replica_changed(self, replica: Replica, in_flight: int) -> None:
+        """`in_flight`: the change of its requests in flight."""
+        self.in_flight += in_flight
         self._changed.add(replica)
 
     def snapshot(self) -> BackendSnapshot:
@@ -381,4 +201,4 @@ class Fleet:
     def close(self) -> None:
         for backend in self.backends:
             for replica in (*backend.replicas, *backend.draining.values()):
-                replica.pool.close()
+                replica.close()

@@ -4,17 +4,19 @@
     dns://HOST:PORT    one per address of the name: compose's --scale, a headless Service of Kubernetes
     srv://NAME         one per target and port of its SRV records (RFC 2782), as _http._tcp.vllm.prod.example
 
-A name that does not exist has no replicas. While no name server answers, the known replicas are kept.
+A name that does not exist has no replicas. While no name server answers, the known replicas are kept. Names are looked
+up without threads: getaddrinfo() in a thread cannot be cancelled, so that one name that hangs would take them all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
-import socket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import dns.asyncresolver
@@ -29,56 +31,56 @@ from xgen_proxy.supervision import supervise
 log = logging.getLogger("xgen_proxy.discovery")
 
 LOOKUP_INTERVAL_S = 2.0  # a new replica should be found, checked and used within 5 s
-LOOKUP_TIMEOUT_S = 5.0  # a name server that does not answer must not delay the start or other backends
-NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+LOOKUP_TIMEOUT_S = 5.0  # for all lookups of a backend together: they must delay neither the start nor other backends
+MAX_ADDRESSES = 512  # of one name; a hash ring of that many takes 25 ms at each change, and each gets a check a second
+HOSTS_FILE = Path("/etc/hosts")  # which Docker's extra_hosts and Kubernetes' hostAliases write
 
 
-# A name server may drop one question. Asking again soon spares the replicas another interval without news.
-ask_again = retry(
-    retry=retry_if_exception_type((socket.gaierror, dns.exception.DNSException)),
+@retry(  # a name server may fail once, and asking again soon spares the replicas another interval without news
+    retry=retry_if_exception_type(dns.exception.DNSException),
     stop=stop_after_attempt(3),
     wait=wait_random_exponential(multiplier=0.1, max=0.5),
     reraise=True,
 )
+async def records(name: str, kind: str) -> list[str]:
+    """Raises DNSException if no name server answers. A name that does not exist has no records."""
+    try:
+        answer = await dns.asyncresolver.resolve(name, kind, search=True, lifetime=LOOKUP_TIMEOUT_S)
+    except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+        return []
+    return [record.to_text() for record in answer]
 
 
-async def resolve(urls: Iterable[str]) -> list[str]:
-    """The http:// URLs of all replicas. Raises OSError and DNSException if a lookup fails."""
-    found = await asyncio.gather(*(_resolve(url) for url in urls))
-    return [url for each in found for url in each]
-
-
-async def _resolve(url: str) -> list[str]:
+async def resolve(url: str) -> list[str]:
+    """The http:// URLs of the replicas behind one URL of the settings. Raises DNSException."""
     parts = urlsplit(url)
     if parts.scheme == "dns":
-        return await _addresses(parts.hostname or "", parts.port or 80)
-    if parts.scheme == "srv":
-        return await _services(parts.netloc)
+        return [f"http://{address}:{parts.port or 80}" for address in await addresses(parts.hostname or "")]
+    if parts.scheme == "srv":  # priority and weight are ignored: the load of each replica decides
+        found = [record.split() for record in await records(parts.netloc, "SRV")]
+        return [f"http://{target.rstrip('.')}:{port}" for _, _, port, target in found]
     return [url]
 
 
-@ask_again
-async def _addresses(host: str, port: int) -> list[str]:
-    """IPv4 if there is any: a pod with an address of each family is one replica, not two."""
-    try:
-        found = await asyncio.to_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if error.errno in NO_SUCH_NAME:
-            return []
-        raise
-    ipv4 = [f"http://{address[0]}:{port}" for family, _, _, _, address in found if family == socket.AF_INET]
-    ipv6 = [f"http://[{address[0]}]:{port}" for family, _, _, _, address in found if family == socket.AF_INET6]
-    return ipv4 or ipv6
+async def addresses(host: str) -> list[str]:
+    """IPv4 if there is any: a pod with an address of each family is one replica, not two. IPv6 in brackets."""
+    found = [host] if is_address(host) else in_hosts_file(host)
+    if not found:
+        found = await records(host, "A") or await records(host, "AAAA")
+    return [each for each in found if ":" not in each] or [f"[{each}]" for each in found]
 
 
-@ask_again
-async def _services(name: str) -> list[str]:
-    """Ignores priority and weight: the load of each replica decides."""
-    try:
-        answer = await dns.asyncresolver.resolve(name, "SRV", lifetime=LOOKUP_INTERVAL_S)
-    except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
-        return []
-    return [f"http://{record.target.to_text(omit_final_dot=True)}:{record.port}" for record in answer]
+def is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def in_hosts_file(host: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        lines = [line.partition("#")[0].split() for line in HOSTS_FILE.read_text(errors="replace").splitlines()]
+        return [line[0] for line in lines if host.lower() in map(str.lower, line[1:]) and is_address(line[0])]
+    return []
 
 
 class Discovery:
@@ -89,6 +91,7 @@ class Discovery:
         self.monitor = monitor
         self._resolved: set[Backend] = set()  # replicas that they gain from now on joined later
         self._failing: set[Backend] = set()  # their last lookup failed, which was logged
+        self._cut: set[str] = set()  # URLs with too many addresses, which was logged
         self._lookups: dict[Backend, asyncio.Task[None]] = {}
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -115,7 +118,10 @@ class Discovery:
                 async with asyncio.timeout(LOOKUP_INTERVAL_S):
                     await self._due.wait()
             self._due.clear()
-            self._lookup_all()
+            try:
+                self._lookup_all()
+            except Exception:
+                log.exception("lookups")
 
     def _lookup_all(self) -> None:
         """One task per backend, so that a slow lookup delays no other backend."""
@@ -137,7 +143,7 @@ class Discovery:
     async def _reconcile(self, backend: Backend) -> None:
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-                urls = await resolve(backend.settings.urls)
+                urls = await self._resolve_all(backend.settings.urls)
         except (OSError, dns.exception.DNSException) as error:
             if backend not in self._failing:
                 log.warning("%s: its names cannot be looked up, so its replicas stay: %r", backend.name, error)
@@ -148,3 +154,16 @@ class Discovery:
             return  # new settings removed it meanwhile
         self.monitor.reconcile(backend, urls, joined_later=backend in self._resolved)
         self._resolved.add(backend)
+
+    async def _resolve_all(self, urls: Sequence[str]) -> list[str]:
+        found = await asyncio.gather(*map(resolve, urls))
+        return [each for url, replicas in zip(urls, found, strict=True) for each in self._limited(url, replicas)]
+
+    def _limited(self, url: str, replicas: list[str]) -> list[str]:
+        """The same ones at each lookup, in whatever order the name server lists them."""
+        if len(replicas) <= MAX_ADDRESSES:
+            return replicas
+        if url not in self._cut:
+            self._cut.add(url)
+            log.warning("%s has %d addresses; only %d of them are used", url, len(replicas), MAX_ADDRESSES)
+        return sorted(replicas)[:MAX_ADDRESSES]

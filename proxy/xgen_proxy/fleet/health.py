@@ -1,37 +1,54 @@
 """Health checks, discovery of what each replica serves, and load scraping, once a second for every replica.
 
-A health check is one GET that takes no lock and waits for no slot. Where the engine has /metrics, that page is both the
-sign of life and the load; llama-cpp-python has no load to scrape. Replica info (models, context, slots, capabilities)
-is read when a replica comes up, while holding a slot, since llama-cpp-python's /v1/models waits for its lock.
+A health check asks only whether the replica answers. It is one GET that takes no lock and waits for no slot. Any
+complete answer below 500 is a sign of life, and so is 501, which llama-server gives for /metrics if it was started
+without --metrics. Where the answer is a page of metrics, it is the load too.
+
+What the replica serves (models, context, slots, capabilities) is read when it comes up, while holding a slot, since
+llama-cpp-python's /v1/models waits for its lock, and then every few checks.
 
 vLLM's API process answers health checks for an engine that hangs, with gauges that stand still. So a vLLM that has been
-silent for a while gets a canary, a request for one token. A silent llama.cpp does not: it hangs as a whole, and the
-canary would evict a paused chat from its cache. Any engine must answer a canary after its circuit breaker opened.
+silent for a while gets a canary. A silent llama.cpp does not: it hangs as a whole, and the canary would evict a paused
+chat from its cache. Any engine must answer a canary after its circuit breaker opened.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-import httpx
+import orjson
 
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError
+from xgen_proxy.dialects.backend_request import ReplicaInfo
+from xgen_proxy.errors import (
+    BadRequestError,
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamOverloadedError,
+    UpstreamProtocolError,
+)
 from xgen_proxy.fleet.admission import Admission
-from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.backend import Backend, Fleet
+from xgen_proxy.fleet.canary import ask_canary
 from xgen_proxy.fleet.load import Scrape, parse_metrics
+from xgen_proxy.fleet.replica import Replica
+from xgen_proxy.request.json_body import check_structure
 
 log = logging.getLogger("xgen_proxy.health")
 
-CANARY = {"prompt": "1", "max_tokens": 1}
 INITIAL_CHECKS_S = 3.0  # a little more than a health check may take
 MISSES_BEFORE_DOWN = 3  # a busy server may miss a health check; a refused connection counts at once
+CHECKS_PER_INFO = 5  # health checks from one reading of replica info to the next
+MODELS_LOGGED = 20
+UNKNOWN_MODEL_INTERVAL_S = 2.0  # between two readings because of requests for a model that is unknown
+UNKNOWN_MODEL_WAIT_S = 1.0  # that such a request waits for the reading
 
 
 class HealthMonitor:
@@ -41,10 +58,12 @@ class HealthMonitor:
         self.fleet = fleet
         self.admission = admission
         self._forget = forget
-        self._client = httpx.AsyncClient(trust_env=False)
         self._watching: dict[Replica, asyncio.Task[None]] = {}
         self._canaries: dict[Replica, asyncio.Task[None]] = {}
         self._draining: dict[Replica, asyncio.Task[None]] = {}
+        self._without_load: set[Replica] = set()  # their engine would report one, but was started without it
+        self._rereading: asyncio.Task[bool] | None = None
+        self._reread_at = -UNKNOWN_MODEL_INTERVAL_S
 
     @property
     def settings(self) -> Settings:
@@ -58,15 +77,16 @@ class HealthMonitor:
         """Wait until each replica was checked, so that a new proxy does not reject what its neighbour can serve."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(INITIAL_CHECKS_S):
-                while any(replica.state == "starting" for replica in self.fleet.replicas):  # noqa: ASYNC110  once
+                while any(each.state == "starting" and not each.answers for each in self.fleet.replicas):  # noqa: ASYNC110  once
                     await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        tasks = [*self._watching.values(), *self._canaries.values(), *self._draining.values()]
+        tasks: list[asyncio.Task[Any]] = [*self._watching.values(), *self._canaries.values(), *self._draining.values()]
+        if self._rereading is not None:
+            tasks.append(self._rereading)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.aclose()
 
     def _start(
         self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
@@ -84,7 +104,7 @@ class HealthMonitor:
             log.info("%s is no longer listed: draining %d requests", replica.name, replica.in_flight)
             if watching := self._watching.pop(replica, None):
                 watching.cancel()
-            self._start(self._draining, replica, self._drain(replica))
+            self._start(self._draining, replica, self._drain(backend, replica))
         if removed:
             self.admission.on_replica_down()
 
@@ -94,49 +114,81 @@ class HealthMonitor:
                 if replica in self._draining:
                     self._draining[replica].cancel()
                 log.info("%s is listed", replica.name)
-                self._start(self._watching, replica, self._watch(replica))
+                self._start(self._watching, replica, self._watch(backend, replica))
 
-    async def _drain(self, replica: Replica) -> None:
+    async def _drain(self, backend: Backend, replica: Replica) -> None:
         if replica.in_flight:
             await replica.drained.wait()
-        del replica.backend.draining[replica.url]
-        replica.pool.close()
+        del backend.draining[replica.url]
+        self._without_load.discard(replica)
+        replica.close()
         self._forget(replica.name)
 
     # health checks
 
-    async def _watch(self, replica: Replica) -> None:
+    async def _watch(self, backend: Backend, replica: Replica) -> None:
         misses = 0
-        while True:
+        for number in itertools.count():
             try:
-                await self.check(replica)
-                misses = 0
-            except httpx.ConnectError as error:
-                self.mark_down(replica, str(error) or "no connection")
-            except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-                misses += 1
-                if misses >= MISSES_BEFORE_DOWN or replica.state == "starting":
-                    self.mark_down(replica, f"{misses} health checks in a row failed: {error or type(error).__name__}")
+                misses = await self._check_or_miss(backend, replica, number, misses)
             except Exception:
                 log.exception("health check of %s", replica.name)
             await asyncio.sleep(self.settings.scrape_interval_s * random.uniform(0.9, 1.1))
 
-    async def check(self, replica: Replica) -> None:
-        """Raises httpx.HTTPError, and ValueError, LookupError, TypeError or AttributeError for a malformed answer."""
-        before = replica.in_flight
-        dialect = replica.backend.dialect
-        page = await self._get(replica, dialect.health_path)
-        if page.status_code >= 500:
-            raise ValueError(f"{page.url.path} returned {page.status_code}")
-        if dialect.has_metrics and page.status_code == 200:
-            now = time.monotonic()
-            ours = max(before, replica.in_flight)  # requests that started or ended during the scrape are ours too
-            stale_at = now + self.settings.stale_after_s
-            replica.record_scrape(Scrape(**parse_metrics(page.text), at=now, stale_at=stale_at, ours=ours))
+    async def _check_or_miss(self, backend: Backend, replica: Replica, number: int, misses: int) -> int:
+        """Returns the number of checks in a row that were not answered."""
+        try:
+            await self.check(backend, replica, reread=number % CHECKS_PER_INFO == CHECKS_PER_INFO - 1)
+        except UpstreamConnectError as error:
+            self.mark_down(replica, str(error) or "no connection")
+        except UpstreamError as error:
+            misses += 1
+            if misses >= MISSES_BEFORE_DOWN or not replica.answers:
+                self.mark_down(replica, f"{misses} health checks in a row failed: {error}")
+            return misses
+        return 0
+
+    async def check(self, backend: Backend, replica: Replica, *, reread: bool = False) -> None:
+        """`reread`: read what it serves, although it is up. Raises UpstreamError if the replica does not answer."""
+        before, dialect = replica.in_flight, replica.dialect
+        path = dialect.health_path_in_use if before and dialect.health_path_in_use else dialect.health_path
+        status, page = await self._get(replica, path)
+        if status >= 500 and status != 501:
+            raise UpstreamProtocolError(f"{path} returned {status}")
+        if path == dialect.metrics_path:
+            self._record_load(replica, status, page, before)
+        else:
+            replica.record_scrape(None)  # of the time when requests ran there
         if replica.state in ("starting", "down"):
-            await self._read_info(replica)
+            await self._come_up(backend, replica)
+        elif reread and dialect.models_change:
+            await self._reread(backend, replica)
+        replica.record_answer()
         self.admission.dispatch(replica)
         self._start_canary_if_due(replica)
+
+    async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
+        return await replica.ask(path, timeout_s=self.settings.scrape_timeout_s)
+
+    def _record_load(self, replica: Replica, status: int, page: bytes, before: int) -> None:
+        """`before`: our requests there when the page was asked for."""
+        gauges = parse_metrics(page) if status == 200 else {}
+        if all(value is None for value in gauges.values()):
+            replica.record_scrape(None)
+            if replica not in self._without_load:
+                self._without_load.add(replica)
+                path = replica.dialect.metrics_path
+                log.warning(
+                    "%s reports no load (%s: %d), so only our own requests count; llama-server needs --metrics",
+                    replica.name,
+                    path,
+                    status,
+                )
+            return
+        self._without_load.discard(replica)
+        now = time.monotonic()
+        ours = max(before, replica.in_flight)  # requests that started or ended during the scrape are ours too
+        replica.record_scrape(Scrape(**gauges, at=now, stale_at=now + self.settings.stale_after_s, ours=ours))
 
     def mark_down(self, replica: Replica, reason: str) -> None:
         if replica.set_state("down", reason):
@@ -144,24 +196,94 @@ class HealthMonitor:
             log.warning("%s is down: %s", replica.name, reason)
             self.admission.on_replica_down()
 
-    async def _read_info(self, replica: Replica) -> None:
-        dialect = replica.backend.dialect
-        with self.admission.slot_for_check(replica):
-            answers = {path: await self._get_json(replica, path) for path in dialect.info_paths}
-        info = dialect.parse_info(answers)
-        replica.backend.record_info(replica, info)
-        if replica.joined_later and replica.state == "starting" and dialect.uses_canary:
+    # what a replica serves
+
+    async def _come_up(self, backend: Backend, replica: Replica) -> None:
+        """It answers. Whether it is up depends on what it says about itself."""
+        try:
+            with self.admission.slot_for_check(replica):
+                info = await self._read_info(replica) or ReplicaInfo(())
+        except UpstreamConnectError:
+            raise
+        except UpstreamError as error:
+            if replica.set_state("starting", f"it answers health checks, but {error}"):
+                log.warning("%s is not up: %s", replica.name, replica.reason)
+            return
+        backend.record_info(replica, info)
+        if replica.joined_later and replica.state == "starting" and replica.dialect.uses_canary:
             replica.mark_suspect("new: must answer a canary first")
         else:
             replica.mark_up("healthy")
-        state, context = replica.state, replica.backend.context
-        log.info("%s is %s: models %s, context %s", replica.name, state, sorted(info.models), context)
+        log.info(
+            "%s is %s: models %s, context %s",
+            replica.name,
+            replica.state,
+            sorted(info.models)[:MODELS_LOGGED],
+            backend.context,
+        )
+
+    async def _reread(self, backend: Backend, replica: Replica) -> bool:
+        """Returns whether anything is new. What was known is kept where it cannot be read now."""
+        try:
+            info = await self._read_info(replica)
+        except UpstreamError:
+            return False
+        if info is None or info == replica.info or replica.state in ("down", "draining"):
+            return False
+        backend.record_info(replica, info)
+        log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
+        return True
+
+    async def _read_info(self, replica: Replica) -> ReplicaInfo | None:
+        """None if it does not say, or not in the shape that its engine would. Raises UpstreamError."""
+        answers = {path: await self._get_json(replica, path) for path in replica.dialect.info_paths}
+        try:
+            return replica.dialect.parse_info(answers)
+        except Exception:  # any shape may come from a server that is not what the settings say
+            return None
+
+    async def _get_json(self, replica: Replica, path: str) -> Any:
+        """None for an answer that is no JSON or has no 200."""
+        status, answer = await self._get(replica, path)
+        if status in (401, 403):
+            raise UpstreamProtocolError(f"{path} returned {status}: set the backend's api_key")
+        if status == 503:
+            raise UpstreamOverloadedError(f"{path} returned 503: it is still loading")
+        if status >= 500 and status != 501:
+            raise UpstreamProtocolError(f"{path} returned {status}")
+        with contextlib.suppress(BadRequestError, orjson.JSONDecodeError):
+            check_structure(answer, self.settings.limits)
+            return orjson.loads(answer) if status == 200 else None
+        return None
+
+    async def look_for_new_models(self) -> bool:
+        """Read what all replicas serve again, since a request names a model that none does. Returns whether anything is
+        new. Reads at most once in UNKNOWN_MODEL_INTERVAL_S, and waits UNKNOWN_MODEL_WAIT_S for it."""
+        now = time.monotonic()
+        if self._rereading is None or self._rereading.done():
+            if now - self._reread_at < UNKNOWN_MODEL_INTERVAL_S:
+                return False
+            self._reread_at = now
+            self._rereading = asyncio.create_task(self._reread_all())
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self._rereading), UNKNOWN_MODEL_WAIT_S)
+        return False
+
+    async def _reread_all(self) -> bool:
+        rereads = [
+            self._reread(backend, replica)
+            for backend in self.fleet.backends
+            if backend.dialect.models_change
+            for replica in backend.replicas
+            if replica.answers and replica.info is not None
+        ]
+        return any(await asyncio.gather(*rereads))
 
     # canaries
 
     def _start_canary_if_due(self, replica: Replica) -> None:
         now = time.monotonic()
-        dialect = replica.backend.dialect
+        dialect = replica.dialect
         if not dialect.uses_canary:
             if replica.breaker.try_half_open(now):  # tokens may cost money here: the next request is the trial
                 replica.mark_up("its circuit breaker was open long enough")
@@ -171,7 +293,7 @@ class HealthMonitor:
     def _is_silent(self, replica: Replica, now: float) -> bool:
         interval = self.settings.canary_interval_s
         return bool(
-            replica.backend.dialect.hides_hangs
+            replica.dialect.hides_hangs
             and interval
             and replica.up
             and now - replica.pool.last_activity >= interval
@@ -179,13 +301,13 @@ class HealthMonitor:
         )
 
     async def _canary(self, replica: Replica) -> None:
-        """Request one token. Any answer but a 5xx shows that the engine runs; 503 means that it is busy."""
-        model = replica.backend.served(min(replica.backend.models, default=""))
+        backend = self.fleet.backends_by_name.get(replica.backend_name)
+        if backend is None:
+            return  # new settings removed it meanwhile
+        model = backend.served(min(backend.models, default=""))
         with self.admission.slot_for_check(replica):
             try:
-                status, _ = await replica.post_json("/v1/completions", {**CANARY, "model": model})
-                if status >= 500 and status != 503:
-                    raise UpstreamProtocolError(f"returned {status}")
+                answered = await ask_canary(replica, model)
             except UpstreamError as error:
                 self._canary_failed(replica, error)
             except Exception as error:  # a bug of ours; the breaker must not stay half-open
@@ -195,7 +317,7 @@ class HealthMonitor:
                 replica.record_activity()
                 if replica.state == "suspect":
                     log.info("%s is up again", replica.name)
-                    replica.mark_up("answered a canary")
+                    replica.mark_up("answered a canary" if answered else "healthy; it serves no route for a canary")
 
     def _canary_failed(self, replica: Replica, error: UpstreamError) -> None:
         """One failure is enough, since the canary had as much time as a request."""
@@ -206,22 +328,3 @@ class HealthMonitor:
         if replica.state != "down" and replica.set_state("suspect", f"canary failed: {error.reason}"):
             log.warning("%s is suspect: %s", replica.name, replica.reason)
         self.admission.on_replica_down()
-
-    # HTTP
-
-    async def _get(self, replica: Replica, path: str) -> httpx.Response:
-        key = replica.backend.settings.api_key
-        headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-        answer = await self._client.get(replica.url + path, headers=headers, timeout=self.settings.scrape_timeout_s)
-        if answer.status_code in (401, 403):
-            raise ValueError(f"{path} returned {answer.status_code}: set the backend's api_key")
-        return answer
-
-    async def _get_json(self, replica: Replica, path: str) -> Any:
-        """None for an answer that is no JSON or has no 200."""
-        answer = await self._get(replica, path)
-        if answer.status_code == 503:
-            raise ValueError(f"{path} returned 503: it is still loading")
-        with contextlib.suppress(ValueError):
-            return answer.json() if answer.status_code == 200 else None
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,11 @@ GAUGES = {
     "llamacpp:requests_deferred": "waiting",
 }
 Gauges = dict[str, float | None]
+MAX_ENGINES = 1024  # samples of one gauge; vLLM has one for each engine of a server
+MAX_SAMPLE_BYTES = 4096  # of a line: its labels and value
+STILL = 3  # scrapes; while a wave of prompts enters the batch, the number in it changes from one to the next
+KV_FULL = 0.9
+MOST_SLOTS = 65_536
 
 
 @frozen
@@ -37,26 +43,70 @@ class Scrape:
     ours: int = 0
 
 
-def parse_metrics(page: str) -> Gauges:
+def parse_metrics(page: bytes) -> Gauges:
     """Sum `running` and `waiting` over a server's engines, and average `kv`, since it is a ratio.
 
-    Scans for six names only: a page of vLLM has 70 KB, and parsing all of it takes 50 times as long. Raises ValueError
-    or IndexError for a malformed page.
+    Whatever else the page is, a gauge that is missing, malformed or no number from 0 up is None. Searches for six names
+    only: a page of vLLM has 70 KB, and parsing all of it takes 50 times as long.
     """
     found: dict[str, list[float]] = {"running": [], "waiting": [], "kv": []}
-    for line in page.splitlines():
-        if line.startswith(("vllm:", "llamacpp:")):
-            name, _, _ = line.partition("{") if "{" in line else line.partition(" ")
-            field = GAUGES.get(name)
-            if field:
-                value = line.removeprefix(name).rpartition("}")[2].split()[0]  # a timestamp may follow
-                found[field].append(float(value))
-    kv = found["kv"]
+    for name, field in GAUGES.items():
+        found[field] += _samples(page, name.encode())
+    values = {field: samples if all(map(_is_count, samples)) else [] for field, samples in found.items()}
+    kv = values["kv"]
     return {
-        "running": sum(found["running"]) if found["running"] else None,
-        "waiting": sum(found["waiting"]) if found["waiting"] else None,
+        "running": sum(values["running"]) if values["running"] else None,
+        "waiting": sum(values["waiting"]) if values["waiting"] else None,
         "kv": sum(kv) / len(kv) if kv else None,
     }
+
+
+def _samples(page: bytes, name: bytes) -> list[float]:
+    """NaN for a sample that is malformed. At most MAX_ENGINES of them."""
+    samples: list[float] = []
+    at = page.find(name)
+    for _ in range(2 * MAX_ENGINES):  # the name stands in two comments as well
+        if at < 0:
+            break
+        after = at + len(name)
+        if page[max(0, at - 1) : at] in (b"", b"\n") and page[after : after + 1] in (b"{", b" "):
+            end = page.find(b"\n", after, after + MAX_SAMPLE_BYTES)
+            line = page[after : end if end >= 0 else after + MAX_SAMPLE_BYTES]
+            value = line.rpartition(b"}")[2].split()[:1]  # a timestamp may follow
+            try:
+                samples.append(float(value[0]) if value else math.nan)
+            except ValueError:
+                samples.append(math.nan)
+        at = page.find(name, after)
+    return samples[:MAX_ENGINES]
+
+
+def _is_count(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+class LearntSlots:
+    """The slots of an engine that does not report them, learnt from its gauges: vLLM's --max-num-seqs.
+
+    While requests wait and their number in the batch stands still, over STILL scrapes, the batch is full. It is not
+    taken for full while the KV cache is: then memory is what they wait for. Requests are still sent beyond the slots
+    (`Dialect.overcommit`), so a number that was too small is corrected as soon as more are seen running.
+    """
+
+    def __init__(self) -> None:
+        self.slots: int | None = None
+        self._running = 0.0
+        self._still = 0  # scrapes in a row that showed the same number running and some waiting
+
+    def observe(self, scrape: Scrape) -> bool:
+        """Returns whether `slots` changed."""
+        running, before = scrape.running or 0.0, self.slots
+        full = running >= 1 and (scrape.waiting or 0) >= 1 and (scrape.kv or 0) < KV_FULL
+        self._still = (self._still + 1 if running == self._running else 1) if full else 0
+        self._running = running
+        if self._still >= STILL or (self.slots is not None and running > self.slots):
+            self.slots = min(int(running), MOST_SLOTS)
+        return self.slots != before
 
 
 @frozen

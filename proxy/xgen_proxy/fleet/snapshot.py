@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @frozen
 class ReplicaSnapshot:
     """`slots`: requests it runs at once. `overcommit`: requests it may hold beyond its slots. `slow_start_at`: when its
-    slow start began, if it had one. `scraped`: its last scrape, if its engine has metrics."""
+    slow start began, if it had one. `scraped`: its last scrape, if its engine has metrics. `answers`: it answers health
+    checks, whether it is up or not."""
 
     name: str
     up: bool
@@ -30,6 +31,7 @@ class ReplicaSnapshot:
     overcommit: int
     slow_start_at: float | None = None
     scraped: Scrape | None = None
+    answers: bool = False
 
     def open_slots(self, now: float) -> int:
         """The slots that may be used now: fewer than `slots` during a slow start."""

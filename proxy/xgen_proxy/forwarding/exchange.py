@@ -15,7 +15,7 @@ from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import UpstreamProtocolError
-from xgen_proxy.fleet.backend import Replica
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
 from xgen_proxy.upstream import Connection
 
@@ -46,20 +46,20 @@ class Exchange:
     def __init__(self, replica: Replica, request: BackendRequest, request_id: str, trace: bytes) -> None:
         """`trace`: header lines. Raises BadRequestError if the backend cannot serve the request."""
         self.replica = replica
-        self.dialect = replica.backend.dialect
+        self.dialect = replica.dialect
         self.request = request
         self.streams = self.dialect.asks_for_stream(request)
         self.splitter = sse.EventSplitter()
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
-        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.backend.settings.total_timeout_s
+        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.settings.total_timeout_s
         self._connection: Connection | None = None
         self._expects_close = False
 
     def _first_byte_timeout_s(self) -> float:
         """Longer for longer prompts: a CPU prefills some 100 tokens a second."""
-        settings, words = self.replica.backend.settings, self.request.features.prompt_words
+        settings, words = self.replica.settings, self.request.features.prompt_words
         return settings.first_byte_timeout_s + settings.first_byte_per_1k_words_s * (words / 1000)
 
     def __enter__(self) -> Exchange:
@@ -78,7 +78,7 @@ class Exchange:
         Raises UpstreamError, and RequestRejectedError if the backend rejects the request.
         """
         self._deadline = time.perf_counter() + self._timeout_s
-        total_s = self.replica.backend.settings.total_timeout_s
+        total_s = self.replica.settings.total_timeout_s
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
@@ -97,7 +97,7 @@ class Exchange:
 
     async def whole(self) -> bytes:
         """The whole body. Raises UpstreamError."""
-        data = await self.connection.read_all(self.replica.backend.settings.total_timeout_s)
+        data = await self.connection.read_all(self.replica.settings.total_timeout_s)
         self.replica.record_activity()
         if sse.is_abort(data):
             raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
@@ -127,7 +127,7 @@ class Exchange:
 
         `pass_through` is offered all data first, and returns whether it has sent it to the client.
         """
-        timeout_s = self.replica.backend.settings.idle_timeout_s
+        timeout_s = self.replica.settings.idle_timeout_s
         while data := await self.connection.read(timeout_s, on_data=pass_through):
             if block := self.splitter.feed(data):
                 self.replica.record_activity()

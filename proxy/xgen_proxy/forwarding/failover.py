@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from xgen_proxy.errors import (
     StreamInterruptedError,
@@ -105,7 +106,7 @@ class Failover:
             error = other
             raise
         finally:
-            self.admission.release(target.replica)
+            self.admission.release(target.replica, target.slots)
             self.observer.attempt_finished(self.call, target, error, progress.tail)
             error = None  # its traceback holds this frame: a circle, which would wait for the garbage collector
 
@@ -120,7 +121,8 @@ class Failover:
     async def _acquire_slot(self) -> Target:
         """A slot on the first free target of the next tier, which is then no longer remaining.
 
-        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it.
+        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it. The targets of the
+        last tier that still answer health checks stay: they are tried rather than the request refused.
         """
         tier = self.remaining[0].tier
         targets = [target for target in self.remaining if target.tier == tier]
@@ -128,7 +130,9 @@ class Failover:
             target = self.admission.try_acquire(targets) or await self._queue(targets)
         except UpstreamConnectError as error:
             self.progress.failures += [Failure(target, error) for target in targets]
-            self.remaining = [target for target in self.remaining if target.tier != tier]
+            self.remaining = [target for target in self.remaining if target.tier != tier] or [
+                replace(target, panic=True) for target in targets if target.replica.answers and not target.panic
+            ]
             raise
         self.remaining.remove(target)
         return target

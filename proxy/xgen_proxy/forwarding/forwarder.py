@@ -16,7 +16,13 @@ from starlette.types import Receive
 
 from xgen_proxy.downstream.disconnect import DisconnectMonitor
 from xgen_proxy.downstream.response_writer import ResponseWriter
-from xgen_proxy.errors import ClientDisconnectedError, InternalServerError, ProxyError, StreamInterruptedError
+from xgen_proxy.errors import (
+    ClientDisconnectedError,
+    InternalServerError,
+    ModelNotFoundError,
+    ProxyError,
+    StreamInterruptedError,
+)
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.forwarding.delivery import Delivery
@@ -26,7 +32,9 @@ from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.resumption import Resumption
 from xgen_proxy.forwarding.retry_budget import RetryBudget
 from xgen_proxy.request.call import Call
-from xgen_proxy.routing.router import Router, Target
+from xgen_proxy.request.features import Features
+from xgen_proxy.routing.plan import Plan
+from xgen_proxy.routing.router import Router, Target, sequences
 
 log = logging.getLogger("xgen_proxy")
 
@@ -57,7 +65,7 @@ class Forwarder:
         progress = Progress(call)
         error: ProxyError | None = None
         try:
-            targets = self.router.targets(self.router.plan(call.features))
+            targets = self.router.targets(await self._plan(call.features), sequences(call))
             progress.first_choice = targets[0]
             with self.disconnects.watch(receive):
                 await self._forward(call, targets, writer, progress)
@@ -72,6 +80,15 @@ class Forwarder:
             return progress.outcome(writer.status, writer)
         await writer.fail(error, progress.response_headers())
         return progress.outcome(error.status, writer, error)
+
+    async def _plan(self, features: Features) -> Plan:
+        """A model that no backend serves may have been loaded a moment ago. Raises ProxyError."""
+        try:
+            return self.router.plan(features)
+        except ModelNotFoundError:
+            if not await self.health.look_for_new_models():
+                raise
+        return self.router.plan(features)
 
     async def _forward(self, call: Call, targets: Sequence[Target], writer: ResponseWriter, progress: Progress) -> None:
         delivery = Delivery(call, writer, progress)

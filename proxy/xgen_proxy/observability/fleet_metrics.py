@@ -11,8 +11,9 @@ from prometheus_client.registry import Collector
 
 from xgen_proxy import __version__
 from xgen_proxy.fleet.admission import Admission
-from xgen_proxy.fleet.backend import Fleet, Replica
+from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.circuit_breaker import State
+from xgen_proxy.fleet.replica import Replica
 
 REPLICA = ("backend", "replica")
 BREAKER_STATES: tuple[str, ...] = get_args(State)
@@ -62,7 +63,7 @@ def _of_each(
     for replica in replicas:
         sample = value(replica)
         if sample is not None:
-            family.add_metric((replica.backend.name, replica.name), sample)
+            family.add_metric((replica.backend_name, replica.name), sample)
     return family
 
 
@@ -78,5 +79,5 @@ def _breakers(replicas: list[Replica]) -> GaugeMetricFamily:
     )
     for replica in replicas:
         for state in BREAKER_STATES:
-            family.add_metric((replica.backend.name, replica.name, state), replica.breaker.state == state)
+            family.add_metric((replica.backend_name, replica.name, state), replica.breaker.state == state)
     return family

@@ -33,13 +33,15 @@ class Rejection:
 
 @frozen
 class Plan:
-    """`error`: why there is no candidate. `now`, `routing`: the time and the settings it was decided with."""
+    """`error`: why there is no candidate. `now`, `routing`: the time and the settings it was decided with. `panic`:
+    none of the candidates is up; they only answer health checks."""
 
     candidates: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
     now: float
     routing: Routing
     error: ProxyError | None = None
+    panic: bool = False
 
 
 def explain(plan: Plan, features: Features) -> dict[str, Any]:

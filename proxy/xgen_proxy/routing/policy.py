@@ -10,6 +10,8 @@
 8. Within a backend: the home replica of the session or of the prompt's prefix, which has it in its cache, unless that
    replica has more than its share of requests; else the less loaded of the two with the fewest of our requests.
 9. The others follow in order as fallbacks. The CPU is last and always included, unless `fallback: none`.
+10. Panic: if none of them is up, all that answer health checks count as up. A refusal would be certain failure.
+    https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 
@@ -53,19 +56,23 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         error = _unable_error(features, rejections)
     if error is not None:
         return Plan((), tuple(rejections), now, routing, error)
-    live: list[Option] = []
-    for backend in able:
-        option = _option(features, backend, routing, rng, now)
-        if option.replicas:
-            live.append(option)
-        else:
-            rejections.append(Rejection(backend.name, "no replica is up"))
+    live = _options(features, able, routing, rng, now)
     ranked = _rank(features, live, routing, now)
-    if not features.fallback:
-        ranked = ranked[:1]
+    panic = not ranked
+    if panic:
+        live = _options(features, [_in_panic(backend) for backend in able], routing, rng, now)
+        ranked = [
+            (option, f"panic: none is up, this one answers; {reason}", tier)
+            for option, reason, tier in _rank(features, live, routing, now)
+        ]
+    if len(live) < len(able):
+        names = [option.backend.name for option in live]
+        rejections += [Rejection(backend.name, "no replica is up") for backend in able if backend.name not in names]
     if not ranked:
         return Plan((), tuple(rejections), now, routing, _down_error(rejections))
-    return Plan(_candidates(ranked, routing.max_attempts), tuple(rejections), now, routing)
+    if not features.fallback:
+        ranked = ranked[:1]
+    return Plan(_candidates(ranked, routing.max_attempts), tuple(rejections), now, routing, panic=panic)
 
 
 # rule 7: which backends can serve the request
@@ -150,6 +157,19 @@ class Option:
     backend: BackendSnapshot
     replicas: list[ReplicaSnapshot]
     reason: str = ""
+
+
+def _options(
+    features: Features, able: Sequence[BackendSnapshot], routing: Routing, rng: random.Random, now: float
+) -> list[Option]:
+    options = [_option(features, backend, routing, rng, now) for backend in able]
+    return [option for option in options if option.replicas]
+
+
+def _in_panic(backend: BackendSnapshot) -> BackendSnapshot:
+    """The backend as if each replica were up that answers health checks (rule 10)."""
+    replicas = [replace(replica, up=True) if replica.answers else replica for replica in backend.replicas]
+    return replace(backend, replicas=tuple(replicas))
 
 
 def _option(features: Features, backend: BackendSnapshot, routing: Routing, rng: random.Random, now: float) -> Option:

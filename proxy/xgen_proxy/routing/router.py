@@ -6,7 +6,9 @@ import random
 import time
 
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
-from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.backend import Backend, Fleet
+from xgen_proxy.fleet.replica import Replica
+from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Features
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.policy import decide
@@ -15,12 +17,29 @@ from xgen_proxy.values import frozen
 
 @frozen
 class Target:
-    """A candidate resolved to its live replica and the backend that it belongs to."""
+    """A candidate resolved to its live replica and the backend that it belongs to. `panic`: of a plan whose candidates
+    are not up; it is enough that they answer health checks. `slots`: those that the request takes there."""
 
     backend: Backend
     replica: Replica
     reason: str
     tier: int
+    panic: bool = False
+    slots: int = 1
+
+    @property
+    def usable(self) -> bool:
+        return self.replica.state == "up" or (self.panic and self.replica.answers)
+
+
+def sequences(call: Call) -> int:
+    """How many sequences an engine runs for the request at once: its choices times its prompts."""
+    body = call.body
+    prompts = body.get("input" if call.features.endpoint == "embeddings" else "prompt")
+    count = 1
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):  # else it is one, as token ids
+        count = len(prompts)
+    return count * max(body.get("n") or 1, body.get("best_of") or 1)
 
 
 class Router:
@@ -43,12 +62,12 @@ class Router:
         return decide(features, self.fleet.snapshot(), self.fleet.settings.routing, self._rng, time.monotonic())
 
     def _check_model(self, model: str | None) -> None:
-        """404 only once every backend has reported its models; until then 503."""
+        """404 only once every backend has been reached; until then 503."""
         backends = self.fleet.backends
         for backend in backends:
             if model in backend.models:
                 return
-        unknown = [backend.name for backend in backends if not backend.models]
+        unknown = [each.name for each in backends if not each.models and not any(r.info for r in each.replicas)]
         if unknown:
             raise ServiceUnavailableError(
                 f"no running backend serves {model!r}, and {', '.join(unknown)} has not been reached yet", retry_after=5
@@ -56,14 +75,17 @@ class Router:
         known = ", ".join(self.fleet.models[:20])
         raise ModelNotFoundError(f"the model {model!r} does not exist; known models: {known}", param="model")
 
-    def targets(self, plan: Plan) -> list[Target]:
+    def targets(self, plan: Plan, sequences: int = 1) -> list[Target]:
         """The live replicas of the plan, without those that are no longer listed. Raises the plan's error if it has
-        one."""
+        one.
+
+        `sequences`: what the request counts as. It takes all slots of a replica at most.
+        """
         if plan.error is not None:
             raise plan.error
         backends = self.fleet.backends_by_name
         return [
-            Target(backend, replica, candidate.reason, candidate.tier)
+            Target(backend, replica, candidate.reason, candidate.tier, plan.panic, min(sequences, replica.slots))
             for candidate in plan.candidates
             if (backend := backends.get(candidate.backend.name))
             and (replica := backend.replicas_by_name.get(candidate.replica.name))

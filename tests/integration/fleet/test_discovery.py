@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import dns.asyncresolver
+import dns.exception
 import dns.message
+import dns.rcode
+import dns.rdatatype
 import dns.rrset
 import pytest
 
@@ -18,46 +22,71 @@ from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
 from tests.support.waiting import wait_until
 from xgen_proxy.fleet import circuit_breaker, discovery
-from xgen_proxy.fleet.backend import Backend, Replica
+from xgen_proxy.fleet.backend import Backend
+from xgen_proxy.fleet.replica import Replica
 
 Start = Callable[..., RunningProxy]
-Found = list[tuple[Any, ...]]
 
 
-class Names:
-    """A host name with the addresses that the test sets, or with an error that getaddrinfo() raises."""
+class NameServer(asyncio.DatagramProtocol):
+    """A name server on a real socket, in a thread. `records`: by name and type, as text; other names do not exist.
+
+    A name in `failing` gets SERVFAIL, one in `hanging` no answer.
+    """
 
     def __init__(self) -> None:
-        self.addresses: list[str] = []
-        self.error: OSError | None = None
-        self.lookups = 0
+        self.records: dict[tuple[str, str], list[str]] = {}
+        self.failing: set[str] = set()
+        self.hanging: set[str] = set()
+        self.lookups: list[str] = []
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        work = self.loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", 0))
+        transport, _ = asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+        self.port = transport.get_extra_info("sockname")[1]
 
-    def getaddrinfo(self, host: str, port: int, *_: Any, **__: Any) -> Found:
-        assert host == "engine.test"
-        self.lookups += 1
-        if self.error:
-            raise self.error
-        if not self.addresses:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return [
-            (socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
-            for each in self.addresses
-        ]
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        question = dns.message.from_wire(data)
+        name, kind = question.question[0].name, dns.rdatatype.to_text(question.question[0].rdtype)
+        host = name.to_text(omit_final_dot=True)
+        self.lookups.append(host)
+        if host in self.hanging:
+            return
+        answer = dns.message.make_response(question)
+        found = self.records.get((host, kind))
+        if host in self.failing:
+            answer.set_rcode(dns.rcode.SERVFAIL)
+        elif found:
+            answer.answer.append(dns.rrset.from_text(name, 5, "IN", kind, *found))
+        elif not any(each == host for each, _ in self.records):
+            answer.set_rcode(dns.rcode.NXDOMAIN)
+        self.transport.sendto(answer.to_wire(max_size=65535), address)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of engine.test."""
+        return self.records.setdefault(("engine.test", "A"), [])
+
+    @addresses.setter
+    def addresses(self, found: list[str]) -> None:
+        self.records["engine.test", "A"] = found
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    found = Names()
-    real = socket.getaddrinfo
-
-    def getaddrinfo(host: Any, port: Any, *rest: Any, **named: Any) -> Any:
-        if host == "engine.test":
-            return found.getaddrinfo(host, port)
-        return real(host, port, *rest, **named)
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
+    server = NameServer()
+    resolver = dns.asyncresolver.Resolver(configure=False)
+    resolver.nameservers, resolver.port = ["127.0.0.1"], server.port
+    monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
     monkeypatch.setattr(discovery, "LOOKUP_INTERVAL_S", 0.05)
-    return found
+    yield server
+    server.close()
 
 
 @pytest.fixture
@@ -81,7 +110,7 @@ def at(proxy: RunningProxy, address: str) -> Replica | None:
 
 
 def test_each_address_of_a_name_is_a_replica(
-    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream
+    start: Start, names: NameServer, gpu: FakeUpstream, second: FakeUpstream
 ) -> None:
     names.addresses = ["127.0.0.1", "127.0.0.2"]
     proxy = start(backends={"vllm": named(gpu)}, up=2)
@@ -91,7 +120,7 @@ def test_each_address_of_a_name_is_a_replica(
 
 
 def test_new_replica_answers_a_canary_then_starts_slowly(
-    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream
+    start: Start, names: NameServer, gpu: FakeUpstream, second: FakeUpstream
 ) -> None:
     names.addresses = ["127.0.0.1"]
     proxy = start(backends={"vllm": named(gpu, slots=20)}, up=1)
@@ -116,7 +145,7 @@ def test_new_replica_answers_a_canary_then_starts_slowly(
 
 
 def test_new_replica_that_fails_its_canary_gets_no_requests(
-    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+    start: Start, names: NameServer, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.05)
     names.addresses = ["127.0.0.1"]
@@ -129,7 +158,7 @@ def test_new_replica_that_fails_its_canary_gets_no_requests(
 
 
 def test_removed_replica_finishes_its_stream_and_is_forgotten(
-    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream
+    start: Start, names: NameServer, gpu: FakeUpstream, second: FakeUpstream
 ) -> None:
     names.addresses = ["127.0.0.2"]
     proxy = start(backends={"vllm": named(gpu)}, up=1)
@@ -153,7 +182,7 @@ def test_removed_replica_finishes_its_stream_and_is_forgotten(
     wait_until(lambda: not removed.pool.live)
 
 
-def test_draining_replica_that_is_listed_again_is_kept(start: Start, names: Names, gpu: FakeUpstream) -> None:
+def test_draining_replica_that_is_listed_again_is_kept(start: Start, names: NameServer, gpu: FakeUpstream) -> None:
     names.addresses = ["127.0.0.1"]
     proxy = start(backends={"vllm": named(gpu)}, up=1)
     before = at(proxy, "127.0.0.1")
@@ -174,7 +203,7 @@ def test_draining_replica_that_is_listed_again_is_kept(start: Start, names: Name
     assert before.up
 
 
-def test_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUpstream) -> None:
+def test_name_that_does_not_exist_yet(start: Start, names: NameServer, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": named(gpu, models={"m": "m"})}, up=0)
     assert get(f"{proxy.url}/ready").status_code == 503
     answer = chat(proxy)
@@ -184,93 +213,103 @@ def test_name_that_does_not_exist_yet(start: Start, names: Names, gpu: FakeUpstr
     assert chat(proxy).status_code == 200
 
 
-def test_a_lookup_that_fails_once_is_asked_again(
-    start: Start, gpu: FakeUpstream, names: Names, caplog: pytest.LogCaptureFixture
-) -> None:
-    names.addresses = ["127.0.0.1"]
-    failures = [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")]
-    lookup = names.getaddrinfo
-
-    def fails_once(host: str, port: int) -> Found:
-        if failures:
-            raise failures.pop()
-        return lookup(host, port)
-
-    names.getaddrinfo = fails_once  # type: ignore[method-assign]
-    start(backends={"vllm": named(gpu)}, up=1)
-    assert "cannot be looked up" not in caplog.text
-
-
 def test_replicas_are_kept_while_no_name_server_answers(
-    start: Start, names: Names, gpu: FakeUpstream, caplog: pytest.LogCaptureFixture
+    start: Start, names: NameServer, gpu: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     names.addresses = ["127.0.0.1"]
     proxy = start(backends={"vllm": named(gpu)}, up=1)
-    names.error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    before = names.lookups
-    wait_until(lambda: names.lookups > before + 3)
+    names.failing.add("engine.test")
+    wait_until(lambda: "cannot be looked up" in caplog.text)
+    before = len(names.lookups)
+    wait_until(lambda: len(names.lookups) > before + 6)
     assert chat(proxy).status_code == 200
     assert caplog.text.count("cannot be looked up") == 1, "logged once, not every two seconds"
+    names.failing.clear()
+    names.addresses = []
+    wait_until(lambda: not fleet(proxy).replicas)
 
 
-def test_slow_lookup_delays_no_other_backend(
-    start: Start, names: Names, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lookup_that_fails_once_is_asked_again(names: NameServer) -> None:
     names.addresses = ["127.0.0.1"]
-    slow = {"urls": ["dns://slow.test:8000"], "dialect": "vllm", "models": {"m": "m"}}
-    asked, proceed, found = threading.Event(), threading.Event(), socket.getaddrinfo
-
-    def getaddrinfo(host: Any, *rest: Any, **named: Any) -> Any:
-        if host == "slow.test":
-            if names.lookups > 2:
-                asked.set()
-                proceed.wait(20)
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return found(host, *rest, **named)
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    proxy = start(backends={"slow": slow, "vllm": named(gpu)}, up=1)
-    assert asked.wait(10)
-    names.addresses.append("127.0.0.2")
-    wait_until(lambda: len(proxy.gateway.fleet.backends[1].replicas) == 2, 3)
-    proceed.set()
+    names.failing.add("engine.test")
+    lookup = asyncio.create_task(discovery.resolve("dns://engine.test:1"))
+    while not names.lookups:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    names.failing.clear()
+    assert await lookup == ["http://127.0.0.1:1"]
 
 
-async def test_pod_with_addresses_of_both_families_is_one_replica(names: Names) -> None:
-    names.addresses = ["10.0.0.1", "fd00::1"]
-    assert await discovery.resolve(["dns://engine.test:8000"]) == ["http://10.0.0.1:8000"]
-    names.addresses = ["fd00::1"]
-    assert await discovery.resolve(["dns://engine.test:8000"]) == ["http://[fd00::1]:8000"]
+def test_names_that_hang_delay_no_other_backend_and_no_exit(
+    start: Start, names: NameServer, gpu: FakeUpstream, second: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a thread for each lookup, a few of them would use up all threads and hold up the end of the process."""
+    monkeypatch.setattr(discovery, "LOOKUP_TIMEOUT_S", 1.0)
+    names.addresses = ["127.0.0.1"]
+    hosts = [f"slow{number}.test" for number in range(20)]
+    names.hanging.update(hosts)
+    slow = {
+        host.partition(".")[0]: {"urls": [f"dns://{host}:8000"], "dialect": "vllm", "models": {"m": "m"}}
+        for host in hosts
+    }
+    threads = threading.active_count()
+    proxy = start(backends={**slow, "vllm": named(gpu)}, up=1)
+    assert threading.active_count() <= threads + 2, "the proxy's own and one of its server"
+    names.addresses = ["127.0.0.1", "127.0.0.2"]
+    wait_until(lambda: len(proxy.gateway.fleet.backends_by_name["vllm"].replicas) == 2, 3)
+    before = time.monotonic()
+    proxy.stop()
+    assert time.monotonic() - before < 3
 
 
-class NameServer(asyncio.DatagramProtocol):
-    """Answers SRV queries on a real socket with `records` ("priority weight port target"), or NXDOMAIN without any."""
-
-    def __init__(self) -> None:
-        self.records: list[str] = []
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-
-    def datagram_received(self, data: bytes, address: Any) -> None:
-        question = dns.message.from_wire(data)
-        answer = dns.message.make_response(question)
-        if self.records:
-            answer.answer.append(dns.rrset.from_text(question.question[0].name, 5, "IN", "SRV", *self.records))
-        else:
-            answer.set_rcode(dns.rcode.NXDOMAIN)
-        self.transport.sendto(answer.to_wire(), address)
+async def test_a_lookup_has_a_limit(names: NameServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names.hanging.add("engine.test")
+    monkeypatch.setattr(discovery, "LOOKUP_TIMEOUT_S", 0.3)
+    with pytest.raises(dns.exception.DNSException):
+        await asyncio.wait_for(discovery.resolve("dns://engine.test:1"), 5)
 
 
-async def test_each_srv_record_is_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = asyncio.get_running_loop()
-    transport, server = await loop.create_datagram_endpoint(NameServer, local_addr=("127.0.0.1", 0))
-    resolver = dns.asyncresolver.Resolver(configure=False)
-    resolver.nameservers, resolver.port = ["127.0.0.1"], transport.get_extra_info("sockname")[1]
-    monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
-    assert await discovery.resolve(["srv://_http._tcp.vllm.test"]) == []
-    server.records = ["0 0 8000 vllm-0.vllm.test.", "0 0 8001 vllm-1.vllm.test."]
-    assert sorted(await discovery.resolve(["srv://_http._tcp.vllm.test", "http://a:1"])) == [
-        "http://a:1", "http://vllm-0.vllm.test:8000", "http://vllm-1.vllm.test:8001",
-    ]  # fmt: skip
-    transport.close()
+def test_addresses_of_a_name_have_a_limit(
+    start: Start,
+    names: NameServer,
+    gpu: FakeUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(discovery, "MAX_ADDRESSES", 2)
+    names.addresses = ["127.0.0.4", "127.0.0.1", "127.0.0.3", "127.0.0.2"]
+    proxy = start(backends={"vllm": named(gpu)}, up=1)
+    before = len(names.lookups)
+    wait_until(lambda: len(names.lookups) > before + 3)
+    assert [each.pool.host for each in fleet(proxy).replicas] == ["127.0.0.1", "127.0.0.2"]
+    assert caplog.text.count("has 4 addresses; only 2 of them are used") == 1
+
+
+async def test_addresses_and_the_hosts_file_need_no_name_server(
+    names: NameServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_bytes(b"# 10.0.0.9 engine.test\n10.0.0.1 other Engine.test # a comment\n::1 engine.test\n\xff\n")
+    monkeypatch.setattr(discovery, "HOSTS_FILE", hosts)
+    assert await discovery.resolve("dns://engine.test:1") == ["http://10.0.0.1:1"]
+    assert await discovery.resolve("dns://10.0.0.2:1") == ["http://10.0.0.2:1"]
+    assert await discovery.resolve("dns://[fd00::1]:1") == ["http://[fd00::1]:1"]
+    monkeypatch.setattr(discovery, "HOSTS_FILE", tmp_path / "none")
+    assert await discovery.resolve("dns://engine.test:1") == []
+
+
+async def test_pod_with_addresses_of_both_families_is_one_replica(names: NameServer) -> None:
+    names.addresses = ["10.0.0.1"]
+    names.records["engine.test", "AAAA"] = ["fd00::1"]
+    assert await discovery.resolve("dns://engine.test:8000") == ["http://10.0.0.1:8000"]
+    names.addresses = []
+    assert await discovery.resolve("dns://engine.test:8000") == ["http://[fd00::1]:8000"]
+
+
+async def test_each_srv_record_is_a_replica(names: NameServer) -> None:
+    assert await discovery.resolve("srv://_http._tcp.vllm.test") == []
+    names.records["_http._tcp.vllm.test", "SRV"] = ["0 0 8000 vllm-0.vllm.test.", "0 0 8001 vllm-1.vllm.test."]
+    assert sorted(await discovery.resolve("srv://_http._tcp.vllm.test")) == [
+        "http://vllm-0.vllm.test:8000",
+        "http://vllm-1.vllm.test:8001",
+    ]
+    assert await discovery.resolve("http://a:1") == ["http://a:1"]

@@ -21,7 +21,7 @@ def test_a_reused_connection_that_died_costs_no_attempt(proxy: RunningProxy, gpu
 def test_connections_are_reused(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     for _ in range(5):
         assert text_of(chat(proxy, stream=True)) == "hello"
-    [replica] = [each for each in proxy.gateway.fleet.replicas if each.backend.name == "vllm"]
+    [replica] = [each for each in proxy.gateway.fleet.replicas if each.backend_name == "vllm"]
     assert replica.pool.opened == 1
 
 

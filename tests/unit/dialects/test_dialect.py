@@ -4,8 +4,11 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.chunks import ANSWER, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
+from xgen_proxy.dialects.dialect import MAX_MODEL_NAME, MAX_MODELS
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Json
@@ -62,3 +65,37 @@ async def test_an_empty_stream_without_a_reason() -> None:
 
     for dialect in (LLAMA_CPP_PYTHON, LLAMA_SERVER, VLLM):
         assert isinstance(await dialect.explain_empty_stream(make_request(stream=True), fine), UpstreamProtocolError)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+cards = st.fixed_dictionaries(
+    {"id": anything},
+    optional={"max_model_len": anything, "meta": anything | st.fixed_dictionaries({"n_ctx": anything})},
+)
+props = st.fixed_dictionaries(
+    {}, optional={"total_slots": anything, "modalities": anything, "chat_template_caps": anything}
+)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
+@given(
+    models=anything | st.fixed_dictionaries({"data": st.lists(cards, max_size=3) | anything}), props=anything | props
+)
+def test_replica_info_is_in_bounds_or_malformed(dialect: Any, models: Any, props: Any) -> None:
+    """A replica with no slots, or a negative context, would break each decision."""
+    try:
+        info = dialect.parse_info({"/v1/models": models, "/props": props})
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return
+    assert info.slots is None or 0 < info.slots < 2**31
+    assert info.context is None or 0 < info.context < 2**31
+    assert all(isinstance(name, str) and len(name) <= MAX_MODEL_NAME for name in info.models)
+
+
+def test_models_of_a_replica_have_a_limit() -> None:
+    listed = {"data": [{"id": str(number)} for number in range(2_000)]}
+    assert len(OPENAI.parse_info({"/v1/models": listed}).models) == MAX_MODELS

@@ -7,8 +7,9 @@ from pydantic import SecretStr
 
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
-from xgen_proxy.fleet.backend import Backend, Fleet, Replica
+from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.replica import Replica
 
 URLS = [f"http://127.0.0.1:{port}" for port in (1, 2)]
 
@@ -28,6 +29,7 @@ CHANGES: dict[str, Callable[[Replica], object]] = {
     "state": lambda replica: replica.set_state("up", "test"),
     "mark_up": lambda replica: replica.mark_up("test"),
     "mark_suspect": lambda replica: replica.mark_suspect("test"),
+    "answer": lambda replica: replica.record_answer(),
     "scrape": lambda replica: replica.record_scrape(Scrape(1.0, 0.0, 0.1, at=0.0, stale_at=9.0)),
     "slots": lambda replica: replica.record_info(ReplicaInfo(("m",), slots=7)),
 }
@@ -98,46 +100,6 @@ def test_draining_replica_that_is_listed_again_is_kept() -> None:
     assert made.replicas_by_name[replica.name] is replica
 
 
-def test_drained_is_set_when_the_last_request_ends() -> None:
-    made = backend()
-    replica = made.replicas[1]
-    replica.acquire()
-    made.reconcile([])
-    assert not replica.drained.is_set()
-    replica.release()
-    assert replica.drained.is_set()
-
-
-@pytest.mark.parametrize(("joined_later", "state", "slow"), [
-    (False, "starting", False), (False, "down", True), (False, "suspect", True), (True, "starting", True),
-])  # fmt: skip
-def test_slow_start_of_replicas_that_come_back_or_joined_later(joined_later: bool, state: str, slow: bool) -> None:
-    made = backend()
-    made.reconcile([*URLS, "http://127.0.0.1:3"], joined_later=joined_later)
-    replica = made.replicas[2]
-    replica.set_state(state, "test")  # type: ignore[arg-type]
-    replica.mark_up("test")
-    assert (replica.open_slots < replica.slots) is slow
-
-
-def test_live_replica_and_its_snapshot_agree() -> None:
-    made = backend()
-    replica = made.replicas[0]
-    replica.acquire()
-    assert (replica.capacity, replica.open_slots, replica.has_capacity) == (36, 20, True)
-    assert replica.load == replica.snapshot().load(0, made.routing) == 1 / 20
-
-
-def test_slots_come_from_settings_then_replica_then_dialect() -> None:
-    replica = backend(slots=None).replicas[0]
-    assert replica.slots == replica.backend.dialect.slots == 256
-    replica.record_info(ReplicaInfo(("m",), slots=7))
-    assert replica.slots == 7
-    configured = backend(slots=20).replicas[0]
-    configured.record_info(ReplicaInfo(("m",), slots=7))
-    assert configured.slots == 20
-
-
 def test_backend_has_the_capabilities_of_all_its_replicas() -> None:
     made = backend(embeddings=True, tools=False)
     first, second = made.replicas
@@ -145,6 +107,14 @@ def test_backend_has_the_capabilities_of_all_its_replicas() -> None:
     made.record_info(second, ReplicaInfo(("b", "c"), 2048, capabilities=frozenset({"tools", "n"})))
     assert made.capabilities == {"n", "embeddings"}
     assert (made.models, made.context) == (frozenset({"a", "b", "c"}), 2048)
+
+
+def test_what_only_a_removed_replica_served_is_forgotten() -> None:
+    made = backend()
+    made.record_info(made.replicas[0], ReplicaInfo(("m",), 4096))
+    made.record_info(made.replicas[1], ReplicaInfo(("m", "lora"), 2048))
+    made.reconcile(URLS[:1])
+    assert (made.models, made.context) == (frozenset({"m"}), 4096)
 
 
 def test_infos_are_kept_while_all_replicas_are_gone() -> None:
@@ -165,12 +135,3 @@ def test_fleet_configure_keeps_backends_of_the_same_dialect() -> None:
     assert a.settings.api_key == SecretStr("hush")
     assert all(b"authorization: Bearer hush\r\n" in replica.head for replica in a.replicas)
     assert fleet.backends[1].dialect.name == "openai"
-
-
-def test_failures_make_a_replica_suspect() -> None:
-    replica = backend().replicas[0]
-    replica.mark_up("test")
-    for _ in range(3):
-        replica.failed("says 500")
-    assert (replica.state, replica.breaker.state) == ("suspect", "open")
-    assert replica.reason == "3 requests failed in a row, the last one: says 500"

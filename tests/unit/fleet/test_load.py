@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.fleet.load import Scrape, load_of, parse_metrics
+from xgen_proxy.fleet.load import LearntSlots, Scrape, load_of, parse_metrics
+from xgen_proxy.fleet.replica import ANSWER_BYTES
 
 PAGES = Path(__file__).resolve().parents[2] / "fixtures" / "metrics"
 
@@ -19,11 +24,11 @@ RECORDED = [
 
 @pytest.mark.parametrize(("page", "expected"), RECORDED)
 def test_recorded_pages(page: str, expected: dict[str, float | None]) -> None:
-    assert parse_metrics((PAGES / page).read_text()) == expected
+    assert parse_metrics((PAGES / page).read_bytes()) == expected
 
 
 def test_kv_gauge_of_older_vllm() -> None:
-    assert parse_metrics('vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
+    assert parse_metrics(b'vllm:gpu_cache_usage_perc{model_name="m"} 0.25\n')["kv"] == 0.25
 
 
 def test_requests_of_engines_are_summed_and_kv_is_averaged() -> None:
@@ -31,7 +36,7 @@ def test_requests_of_engines_are_summed_and_kv_is_averaged() -> None:
         f'vllm:num_requests_running{{engine="{n}"}} {n}\nvllm:kv_cache_usage_perc{{engine="{n}"}} 0.{n}\n'
         for n in (2, 4)
     )
-    parsed = parse_metrics(page)
+    parsed = parse_metrics(page.encode())
     assert parsed["running"] == 6
     assert parsed["kv"] == pytest.approx(0.3)
 
@@ -40,11 +45,80 @@ def test_timestamps_and_braces_in_labels() -> None:
     page = (
         'vllm:num_requests_running{model_name="a } b"} 3.0 1700000000000\nllamacpp:requests_deferred 2 1700000000000\n'
     )
-    assert parse_metrics(page) == {"running": 3.0, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None}
 
 
 def test_missing_gauges_are_none() -> None:
-    assert parse_metrics("# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+    assert parse_metrics(b"# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+
+
+@given(page=st.binary(max_size=300))
+def test_any_page_is_parsed(page: bytes) -> None:
+    parsed = parse_metrics(b"vllm:num_requests_running" + page + b"\nllamacpp:requests_deferred 2\n")
+    assert all(value is None or 0 <= value < math.inf for value in parsed.values())
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "-1", "x", "", "}"])
+def test_gauge_that_is_no_count_is_unknown(value: str) -> None:
+    page = f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 2\n"
+    assert parse_metrics(page.encode()) == {"running": None, "waiting": 2.0, "kv": None}
+
+
+HOSTILE = {
+    "one gauge on end": b"vllm:num_requests_running",
+    "gauges": b'vllm:num_requests_running{engine="0"} 1\n',
+    "gauges without values": b"llamacpp:requests_deferred{\n",
+    "nearly gauges": b"vllm:num_requests_runnin",
+    "braces": b"vllm:num_requests_running{}}}}}}}} }",
+    "line ends": b"\n",
+    "spaces": b"vllm:kv_cache_usage_perc      ",
+}
+
+
+@pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE.keys())
+def test_the_largest_page_takes_no_longer_than_it_must(unit: bytes) -> None:
+    page = (unit * (ANSWER_BYTES // len(unit) + 1))[:ANSWER_BYTES]
+    began = time.process_time()
+    parse_metrics(page)
+    assert time.process_time() - began < 0.1
+
+
+def scrapes(*gauges: tuple[float | None, float | None, float | None]) -> list[int | None]:
+    """The slots that are learnt after each scrape of running, waiting, KV usage."""
+    learnt, found = LearntSlots(), []
+    for running, waiting, kv in gauges:
+        learnt.observe(Scrape(running, waiting, kv, at=0.0, stale_at=9.0))
+        found.append(learnt.slots)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gauges", "expected"),
+    [
+        ([(16, 3, 0.2)] * 3, 16),
+        ([(16, 3, None)] * 3, 16),
+        ([(16, 3, 0.2)] * 2, None),
+        ([(16, 0, 0.2)] * 9, None),
+        ([(0, 5, 0.2)] * 9, None),
+        ([(16, 3, 0.95)] * 9, None),
+        ([(None, 3, None)] * 9, None),
+        ([(50, 20, 0.2), (86, 20, 0.2), (120, 20, 0.2)] * 3, None),
+        ([(16, 3, 0.2), (16, 3, 0.2), (16, 0, 0.2), (16, 3, 0.2), (16, 3, 0.2)], None),
+        ([*[(16, 3, 0.2)] * 3, (32, 3, 0.2)], 32),
+        ([*[(16, 3, 0.2)] * 3, (9, 0, 0.2)], 16),
+        ([*[(16, 3, 0.2)] * 3, *[(8, 3, 0.2)] * 3], 8),
+        ([(1e9, 3, 0.2)] * 3, 65_536),
+    ],
+)
+def test_slots_are_learnt_when_the_batch_stands_still_while_requests_wait(
+    gauges: list[tuple[float | None, float | None, float | None]], expected: int | None
+) -> None:
+    assert scrapes(*gauges)[-1] == expected
+
+
+@given(st.lists(st.tuples(*[st.none() | st.floats(0, 1e12)] * 3)))
+def test_learnt_slots_are_a_count(gauges: list[tuple[float | None, float | None, float | None]]) -> None:
+    assert all(slots is None or 1 <= slots <= 65_536 for slots in scrapes(*gauges))
 
 
 def load(in_flight: int = 0, scraped: Scrape | None = None, now: float = 0.0) -> float:

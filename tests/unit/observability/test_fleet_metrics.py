@@ -40,7 +40,7 @@ def test_one_sample_per_replica() -> None:
 def test_state_is_read_on_each_scrape() -> None:
     made = gauges()
     replica = next(iter(made.fleet.replicas))
-    labels = (replica.backend.name, replica.name)
+    labels = (replica.backend_name, replica.name)
     assert samples(made, "xgen_replica_up")[labels] == 0
     replica.set_state("up", "")
     assert samples(made, "xgen_replica_up")[labels] == 1

@@ -273,6 +273,7 @@ replicas_strategy = st.builds(
     overcommit=st.integers(0, 4),
     slow_start_at=st.none() | st.floats(NOW - 20, NOW),
     scraped=st.none() | scrapes,
+    answers=st.booleans(),
 )
 
 
@@ -309,10 +310,60 @@ def test_decide_never_raises_and_candidates_are_able(asked: Any, backends: list[
     assert (made.error is None) == bool(made.candidates)
     assert len(made.candidates) <= ROUTING.max_attempts
     for candidate in made.candidates:
-        assert candidate.replica.up
+        assert candidate.replica.up or candidate.replica.answers
         assert asked.model in candidate.backend.models
         assert asked.needs <= candidate.backend.capabilities
     explain(made, asked)
+
+
+def is_able(asked: Features, backend: BackendSnapshot) -> bool:
+    fits = backend.context is None or asked.prompt_tokens / 2 <= backend.context
+    return asked.model in backend.models and asked.needs <= backend.capabilities and fits
+
+
+@given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
+def test_any_able_replica_that_answers_is_tried_and_none_that_does_not(
+    asked: Features, backends: list[BackendSnapshot], seed: int
+) -> None:
+    made = decided(asked, backends, seed=seed)
+    usable = {
+        replica.name: replica.up
+        for each in backends
+        if is_able(asked, each) and (asked.fallback or asked.backend in (None, each.name))
+        for replica in each.replicas
+        if replica.up or replica.answers
+    }
+    wrong = asked.backend and not any(each.name == asked.backend and is_able(asked, each) for each in backends)
+    assert bool(made.candidates) == (bool(usable) and not wrong)
+    assert {candidate.replica.name for candidate in made.candidates} <= usable.keys()
+    if made.candidates:
+        assert made.panic == (not any(usable.values()))
+    assert {candidate.reason.startswith("panic: ") for candidate in made.candidates} <= {made.panic}
+    if not made.panic:
+        assert all(usable[candidate.replica.name] for candidate in made.candidates)
+
+
+def suspect(snapshot: BackendSnapshot) -> BackendSnapshot:
+    return replace(snapshot, replicas=tuple(replace(each, up=False, answers=True) for each in snapshot.replicas))
+
+
+@pytest.mark.parametrize(
+    ("values", "one", "other", "names", "reason"),
+    [
+        ({}, suspect(gpu()), down(cpu()), ["vllm"], "panic: none is up, this one answers; only: "),
+        ({}, suspect(gpu()), suspect(cpu()), ["vllm", "llama_cpp"], "panic: none is up, this one answers; default: "),
+        ({}, suspect(gpu()), cpu(), ["llama_cpp"], "only: "),
+        ({"backend": "vllm"}, suspect(gpu()), cpu(), ["llama_cpp"], "fallback: "),
+        ({"backend": "vllm", "fallback": False}, suspect(gpu()), cpu(), ["vllm"], "panic: "),
+    ],
+)
+def test_panic(
+    values: dict[str, Any], one: BackendSnapshot, other: BackendSnapshot, names: list[str], reason: str
+) -> None:
+    made = plan([one, other], **values)
+    assert order(made) == names
+    assert made.candidates[0].reason.startswith(reason)
+    assert made.panic == reason.startswith("panic")
 
 
 @given(asked=features_strategy, backends=backends_strategy, seed=st.integers(0, 9))
@@ -337,7 +388,7 @@ def test_order_of_the_backends_does_not_matter(asked: Any, backends: Any, seed: 
 def test_cpu_is_last_unless_chosen(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
     made = decided(replace(asked, backend=None), backends, seed=seed)
     paths = [candidate.backend.device_class for candidate in made.candidates]
-    if made.candidates and not made.candidates[0].reason.startswith(("urgent_spill", "default_spill")):
+    if made.candidates and "_spill: " not in made.candidates[0].reason:
         assert paths == sorted(paths, reverse=True)  # every gpu before every cpu
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from tests.support.builders import features
+from tests.support.requests import make_call
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.routing.router import Router
+from xgen_proxy.routing.router import Router, sequences
 
 GPU = {"urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"], "dialect": "vllm", "models": {"m": "m"}}
 CPU = {"urls": ["http://127.0.0.1:3"], "dialect": "llama-server"}
@@ -91,3 +92,34 @@ def test_new_settings_apply_to_the_next_plan() -> None:
     routing = settings.routing.model_copy(update={"max_attempts": 1})
     fleet.configure(settings.model_copy(update={"routing": routing}))
     assert len(made.plan(features()).candidates) == 1
+
+
+@pytest.mark.parametrize(("endpoint", "fields", "expected"), [
+    ("chat", {}, 1),
+    ("chat", {"n": 3}, 3),
+    ("chat", {"n": None}, 1),
+    ("completions", {"prompt": "One"}, 1),
+    ("completions", {"prompt": ["One", "Two"]}, 2),
+    ("completions", {"prompt": ["One", "Two"], "n": 3}, 6),
+    ("completions", {"prompt": [1, 2, 3]}, 1),
+    ("completions", {"prompt": [[1, 2], [3]]}, 2),
+    ("completions", {"best_of": 4, "n": 2}, 4),
+    ("embeddings", {"input": ["One", "Two", "Three"]}, 3),
+    ("embeddings", {"input": "One"}, 1),
+])  # fmt: skip
+def test_request_counts_as_its_choices_times_its_prompts(endpoint: Any, fields: Any, expected: int) -> None:
+    assert sequences(make_call(endpoint, **fields)) == expected
+
+
+def test_request_takes_all_slots_of_a_replica_at_most() -> None:
+    made = router()
+    report(made, "m")
+    targets = made.targets(made.plan(features()), 100)
+    assert {target.backend.name: target.slots for target in targets} == {"vllm": 100, "llama_cpp": 4}
+
+
+def test_model_is_not_found_where_a_backend_was_reached_and_has_none() -> None:
+    made = router()
+    report(made)
+    with pytest.raises(ModelNotFoundError):
+        made.plan(features(model="unknown"))

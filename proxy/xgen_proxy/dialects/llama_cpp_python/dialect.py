@@ -135,6 +135,7 @@ class LlamaCppPython(Dialect):
     why_no_embeddings = "llama-cpp-python gives a vector for each token; use llama-server for embeddings"
     slots = 1  # one global lock
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
+    models_change = False  # and /v1/models waits for its lock
     uses_canary = True
     sends_request_id = False  # it answers 400 to an X-Request-Id that is not a UUID
     rules = RULES
