@@ -13,7 +13,7 @@ import os
 import statistics
 from pathlib import Path
 
-from xgen_proxy.request.features import estimate_tokens
+from xgen_proxy.request.prompt import estimate_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECE = 200  # characters

@@ -15,6 +15,7 @@ import gc
 import logging
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -79,7 +80,7 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 class Quiet(logging_setup.BatchingHandler):
-    def add_line(self, line: str) -> None:
+    def add_line(self, line: bytes) -> None:
         """It has been made, and is not written."""
 
 
@@ -185,7 +186,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     logging.basicConfig(level=logging.INFO)
-    logging_setup.json_handler = Quiet()
+    logging_setup.json_handler = Quiet(sys.stderr.fileno())
     gc.collect()
     gc.freeze()  # as the server does
     rows = await parts(repeats)

@@ -14,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api import openai, ops
 from xgen_proxy.api.generate import GenerateEndpoint
+from xgen_proxy.api.paths import canonical, similar
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.downstream.client_address import client_address
+from xgen_proxy.downstream.cors import is_preflight, preflight_headers
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, NotFoundError, ProxyError
 from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Refusal
@@ -36,8 +38,33 @@ class ProxyApp:
         self.inference_routes = openai.inference_routes(gateway)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self.inference_routes.get(scope["path"]) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if scope["method"] == "OPTIONS" and await self._answer_preflight(scope, send):
+            return
+        endpoint = self.inference_routes.get(scope["path"])
+        if endpoint is None:
+            path = canonical(scope["path"])
+            endpoint = self.inference_routes.get(path)
+            if path != scope["path"]:
+                scope = {**scope, "path": path}
         await (endpoint or self.app)(scope, receive, send)
+
+    async def _answer_preflight(self, scope: Scope, send: Send) -> bool:
+        """http_protocol.py adds the headers that other responses have too."""
+        headers = dict(scope["headers"])
+        if not self.gateway.settings.cors_origins or not is_preflight(headers):
+            return False
+        await send({"type": "http.response.start", "status": 204, "headers": preflight_headers(headers)})
+        await send({"type": "http.response.body", "body": b""})
+        return True
+
+    @property
+    def paths(self) -> list[str]:
+        """Those without parameters."""
+        routes = [route.path for route in self.app.routes if isinstance(route, Route)]
+        return [path for path in (*self.inference_routes, *routes) if "{" not in path]
 
 
 def create_app(settings: Settings, sources: ConfigSources | None = None) -> ProxyApp:
@@ -59,6 +86,7 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
 
     app = Starlette(
         routes=[
+            Route("/", ops.root),
             Route("/v1/models", openai.list_models),
             Route("/v1/models/{model:path}", openai.get_model),
             Route("/generate", GenerateEndpoint(gateway, always_streams=False), methods=["POST"]),
@@ -76,8 +104,11 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # ProxyApp serves such paths
     app.state.gateway = gateway
-    return ProxyApp(app, gateway)
+    front = ProxyApp(app, gateway)
+    app.state.paths = front.paths
+    return front
 
 
 async def respond_with_error(request: Request, error: Exception) -> Response:
@@ -96,11 +127,13 @@ async def respond_with_http_error(request: Request, error: Exception) -> Respons
     """Starlette's own 404 and 405, in OpenAI's shape."""
     if not isinstance(error, HTTPException):
         raise error
-    path, method = request.url.path, request.method
+    path, method = request.scope["path"][:200], request.method
     if error.status_code == 405:
         allowed = (error.headers or {})["Allow"]
         return await respond_with_error(request, MethodNotAllowedError(path, method, allowed))
-    return await respond_with_error(request, NotFoundError(f"there is nothing at {path}; the API is under /v1"))
+    route = similar(path, request.app.state.paths)
+    where = f"did you mean {route}?" if route else "the API is under /v1, such as /v1/chat/completions"
+    return await respond_with_error(request, NotFoundError(f"there is nothing at {path}; {where}"))
 
 
 async def ignore_disconnect(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@
     ├── QueueFullError             429  too many requests wait for a slot
     │   └── QueueTimeoutError      429  no slot came free in time
     ├── ServiceUnavailableError    503  no backend can answer now
+    │   └── TooManyConnectionsError 503 the proxy serves as many connections as it can
     ├── BadGatewayError       502, 504  every candidate was tried and failed
     └── InternalServerError        500  a bug in the proxy; the log has the traceback
     UpstreamError                       one attempt failed before the commit point: try the next candidate
@@ -31,8 +32,18 @@ Error body: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import orjson
+
+QUOTED_CHARACTERS = 60
+
+
+def quoted(value: Any) -> str:
+    """A value that the client sent, cut before it is written into a message."""
+    if isinstance(value, str):
+        return repr(value[:QUOTED_CHARACTERS] + ("…" if len(value) > QUOTED_CHARACTERS else ""))
+    return repr(value) if isinstance(value, int | float) else "that"
 
 
 class ProxyError(Exception):
@@ -140,6 +151,10 @@ class UnsupportedMediaTypeError(BadRequestError):
     status = 415
     code = "unsupported_media_type"
 
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """With the encoding that a body may have: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.16"""
+        return [*super().headers(), (b"accept-encoding", b"identity")]
+
 
 class HeadersTooLargeError(BadRequestError):
     status = 431
@@ -169,6 +184,12 @@ class ServiceUnavailableError(ProxyError):
     type = "service_unavailable_error"
     code = "no_backend_available"
     retry = False
+
+
+class TooManyConnectionsError(ServiceUnavailableError):
+    code = "too_many_connections"
+    retry = True
+    close = True
 
 
 class BadGatewayError(ProxyError):

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from xgen_proxy.config.settings import Settings
+from xgen_proxy.downstream.request_body import BodyBudget
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.discovery import Discovery
@@ -31,6 +32,7 @@ class Gateway:
         self.settings = settings
         self.fleet = Fleet(settings)
         self.admission = Admission(settings.limits.queue, settings.limits.queue_timeout_s)
+        self.bodies = BodyBudget()
         self.retry_budget = RetryBudget(settings.limits.queue_timeout_s)
         self.metrics = Metrics(self.fleet, self.admission)
         self.health = HealthMonitor(self.fleet, self.admission, self.metrics.forget)

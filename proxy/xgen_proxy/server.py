@@ -74,6 +74,9 @@ def server_for(app: ProxyApp, settings: Settings) -> Server:
     def get_body_timeout_s() -> float:
         return gateway.settings.limits.body_timeout_s
 
+    def get_cors_origins() -> tuple[str, ...]:
+        return gateway.settings.cors_origins
+
     def report_refused(request_id: str, error: ProxyError, client: str | None) -> None:
         gateway.observer.request_refused(Refusal(Origin(request_id, {}, client), "other", error))
 
@@ -83,7 +86,7 @@ def server_for(app: ProxyApp, settings: Settings) -> Server:
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=http_protocol(get_body_timeout_s, report_refused),
+        http=http_protocol(get_body_timeout_s, report_refused, get_cors_origins),
         ws="none",
         lifespan="on",
         log_config=None,

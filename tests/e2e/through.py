@@ -15,8 +15,9 @@ from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.dialects.whole_response import as_events
-from xgen_proxy.request.features import Endpoint, Json, parse_features
+from xgen_proxy.request.features import Endpoint, Json
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.parsing import parse_features
 
 T = TypeVar("T")
 PATHS: dict[Endpoint, str] = {

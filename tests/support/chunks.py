@@ -9,8 +9,9 @@ import orjson
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
-from xgen_proxy.request.features import Endpoint, Json, parse_features
+from xgen_proxy.request.features import Endpoint, Json
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.parsing import parse_features
 
 VLLM, LLAMA_SERVER, LLAMA_CPP_PYTHON, OPENAI = DIALECTS.values()
 TOOLS: dict[str, Any] = {

@@ -20,7 +20,9 @@ from tests.support.waiting import wait_until
 
 
 class Process:
-    """`xgen-proxy serve` as a child; its standard error is kept in `log`."""
+    """`xgen-proxy serve` as a child; its standard error is kept in `log`, or goes to the descriptor `stderr`."""
+
+    stderr: int | None = None
 
     def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
         self.log = directory / "log"
@@ -29,7 +31,7 @@ class Process:
             self.child = subprocess.Popen(
                 [sys.executable, "-m", "xgen_proxy.cli", "serve", "--port", "0", *arguments],
                 cwd=directory, env={**inherited, "PYTHONPATH": str(ROOT / "proxy"), **environment},
-                stdout=subprocess.PIPE, stderr=log, text=True,
+                stdout=subprocess.PIPE, stderr=log if self.stderr is None else self.stderr, text=True,
             )  # fmt: skip
         assert self.child.stdout
         line = self.child.stdout.readline()

@@ -17,6 +17,7 @@ from xgen_proxy.errors import (
     UpstreamProtocolError,
     UpstreamTimeoutError,
     all_failed,
+    quoted,
 )
 
 
@@ -54,3 +55,9 @@ def test_all_failed(errors: list[UpstreamError], status: int) -> None:
     assert all(f"r{number}: {each}" in error.message for number, each in enumerate(errors))
     assert isinstance(error, BadGatewayError) == (status != 503)
     assert (error.retry_after is not None) == (status == 503)
+
+
+def test_what_a_client_sent_is_quoted_in_brief() -> None:
+    assert quoted("a") == "'a'"
+    assert quoted("x" * 10**6) == repr("x" * 60 + "…")
+    assert (quoted(5), quoted(["a"]), quoted(None)) == ("5", "that", "that")

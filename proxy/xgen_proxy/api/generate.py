@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from xgen_proxy import sse
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.downstream.request_body import read_body
+from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import BadGatewayError, BadRequestError
 from xgen_proxy.gateway import Gateway
@@ -47,9 +47,9 @@ class GenerateEndpoint(InferenceEndpoint):
         super().__init__(gateway, "completions")
         self.always_streams = always_streams
 
-    async def read(self, origin: Origin, receive: Receive) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
         limits = self.gateway.settings.limits
-        raw = await read_body(receive, origin.headers, limits.body_bytes)
+        raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         request = parse_generate(read_json(raw, origin.headers, limits))
         body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
         return self.parse(origin, orjson.dumps(body), body)

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.direct_writer import direct_writer_for
-from xgen_proxy.downstream.request_body import read_body
+from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
 from xgen_proxy.errors import ClientDisconnectedError, MethodNotAllowedError, ProxyError
@@ -29,26 +29,27 @@ class InferenceEndpoint:
         headers = dict(scope["headers"])
         settings = self.gateway.settings
         origin = Origin(request_id(headers), headers, client_address(scope, settings.trusted_proxies))
-        try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
-            if (key := check_key(headers, settings.api_keys)) is not None:
-                origin = origin.with_key(key)
-            call = await self.read(origin, receive)
-        except ProxyError as error:
-            await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])
-            self.gateway.observer.request_refused(Refusal(origin, self.endpoint, error))
-        except ClientDisconnectedError:
-            pass
-        else:
-            self.gateway.observer.request_started(call)
-            outcome = await self.gateway.forwarder.forward(call, receive, self.writer(call, scope, send))
-            self.gateway.observer.request_finished(call, outcome)
+        with self.gateway.bodies.hold() as held:
+            try:
+                if scope["method"] != "POST":
+                    raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
+                if (key := check_key(headers, settings.api_keys)) is not None:
+                    origin = origin.with_key(key)
+                call = await self.read(origin, receive, held)
+            except ProxyError as error:
+                await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])
+                self.gateway.observer.request_refused(Refusal(origin, self.endpoint, error))
+            except ClientDisconnectedError:
+                pass
+            else:
+                self.gateway.observer.request_started(call)
+                outcome = await self.gateway.forwarder.forward(call, receive, self.writer(call, scope, send))
+                self.gateway.observer.request_finished(call, outcome)
 
-    async def read(self, origin: Origin, receive: Receive) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
         """Raises ProxyError, ClientDisconnectedError."""
         limits = self.gateway.settings.limits
-        raw = await read_body(receive, origin.headers, limits.body_bytes)
+        raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         return self.parse(origin, raw, read_json(raw, origin.headers, limits))
 
     def parse(self, origin: Origin, raw: bytes, body: Json) -> Call:

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
-from xgen_proxy.errors import ModelNotFoundError
+from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
 
 
@@ -30,7 +30,7 @@ async def get_model(request: Request) -> Response:
     name = request.path_params["model"]
     if name not in gateway.fleet.models:
         known = ", ".join(gateway.fleet.models[:20]) or "none yet"
-        raise ModelNotFoundError(f"the model {name!r} does not exist; known models: {known}", param="model")
+        raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
     return JSONResponse(model_card(gateway, name))
 
 
@@ -42,5 +42,19 @@ def authenticated(request: Request) -> Gateway:
 
 
 def model_card(gateway: Gateway, name: str) -> dict[str, object]:
-    owners = [backend.name for backend in gateway.fleet.backends if name in backend.models]
-    return {"id": name, "object": "model", "created": gateway.started, "owned_by": "xgen-proxy", "backends": owners}
+    """`max_model_len` is vLLM's name for the context in tokens, `context_length` OpenRouter's; left out if unknown.
+
+    A request fits every backend that serves the model if it fits the smallest context. One of them has each capability.
+    """
+    owners = [backend for backend in gateway.fleet.backends if name in backend.models]
+    contexts = [backend.context for backend in owners if backend.context]
+    context = {"max_model_len": min(contexts), "context_length": min(contexts)} if contexts else {}
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.started,
+        "owned_by": "xgen-proxy",
+        "backends": [backend.name for backend in owners],
+        **context,
+        "capabilities": sorted(set().union(*(backend.capabilities for backend in owners))),
+    }

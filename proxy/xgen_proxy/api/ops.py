@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from xgen_proxy import __version__
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.request_body import read_body
@@ -27,6 +28,18 @@ from xgen_proxy.routing.plan import explain
 def gateway_of(request: Request) -> Gateway:
     gateway: Gateway = request.app.state.gateway
     return gateway
+
+
+async def root(request: Request) -> Response:
+    """What this is and where to go on, for people who open the address and programs that look whether it is up."""
+    return JSONResponse(
+        {
+            "name": "xgen-proxy",
+            "version": __version__,
+            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/completions and /v1/embeddings",
+            "links": ["/v1/models", "/models/status", "/health", "/ready", "/metrics"],
+        }
+    )
 
 
 async def health(request: Request) -> Response:
@@ -104,8 +117,9 @@ async def route(request: Request) -> Response:
     headers = dict(request.scope["headers"])
     limits = gateway.settings.limits
     check_key(headers, gateway.settings.api_keys)
-    raw = await read_body(request.receive, headers, limits.body_bytes)
-    body = read_json(raw, headers, limits)
-    endpoint = InferenceEndpoint(gateway, "completions" if "prompt" in body else "chat")
-    features = endpoint.parse(Origin(request_id(headers), headers), raw, body).features
+    with gateway.bodies.hold() as held:
+        raw = await read_body(request.receive, headers, limits.body_bytes, held)
+        body = read_json(raw, headers, limits)
+        endpoint = InferenceEndpoint(gateway, "completions" if "prompt" in body else "chat")
+        features = endpoint.parse(Origin(request_id(headers), headers), raw, body).features
     return JSONResponse(explain(gateway.router.plan(features), features))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -249,6 +250,11 @@ class Settings(BaseSettings):
         default=(),
         description="IP networks, comma-separated, whose X-Forwarded-For is trusted when the log names the client.",
     )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
+        default=(),
+        description="Origins, comma-separated, whose web pages may call the API, as https://chat.example.org; `*` for"
+        " all. Empty: none may.",
+    )
     routing: Routing = Routing()
     limits: Limits = Limits()
     scrape_interval_s: float = Field(1.0, gt=0, description="Between two scrapes of a replica's load, with jitter.")
@@ -283,6 +289,14 @@ class Settings(BaseSettings):
     @classmethod
     def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(ip_network(network)) for network in networks)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write https://HOST, http://HOST:PORT or *, without a path")
+        return origins
 
     @field_validator("otlp_endpoint")
     @classmethod

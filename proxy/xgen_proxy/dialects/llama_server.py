@@ -34,6 +34,29 @@ def schema_of_completion(body: Json, request: BackendRequest) -> Json:
     return {**kept, "json_schema": holder.get("schema") or {"type": "object"}}
 
 
+def only_chosen_tools(body: Json, _: BackendRequest) -> Json:
+    """Leaves only the tools that the choice names, and says whether one must be called."""
+    choice, tools = body.get("tool_choice"), body.get("tools")
+    if not isinstance(choice, dict) or not tools:
+        return body
+    allowed = choice.get("allowed_tools") if choice.get("type") == "allowed_tools" else None
+    if isinstance(allowed, dict):
+        chosen, mode = allowed.get("tools"), allowed.get("mode", "auto")
+    else:
+        chosen, mode = [choice], "required"
+    names = {_function_name(each) for each in chosen} if isinstance(chosen, list) else set()
+    kept = [tool for tool in tools if _function_name(tool) in names]
+    if not kept or None in names or mode not in ("auto", "required"):
+        raise BadRequestError("tool_choice must name a function that is in tools", param="tool_choice")
+    return {**body, "tools": kept, "tool_choice": mode}
+
+
+def _function_name(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def limit_sizes(body: Json, _: BackendRequest) -> Json:
     for field in SIZES.keys() & body.keys():
         value = body[field]
@@ -90,6 +113,13 @@ class LlamaServer(Dialect):
     reuse_after_stream = False  # it closes the connection after a stream, although it advertises keep-alive
     rules = (
         shared.MODEL_NAME,
+        Rule(
+            "id_slot, grammar_triggers, …",
+            "drop",
+            "a client takes the slot, and so the cache, of another",
+            shared.drop(*shared.LLAMA_SERVER_INTERNALS),
+        ),
+        Rule("tool_choice that names functions", "translate", "read as auto: another is called", only_chosen_tools),
         shared.NO_FUNCTIONS,
         shared.LEGACY_MAX_COMPLETION_TOKENS,
         shared.REPETITION_PENALTY,

@@ -8,4 +8,4 @@ from xgen_proxy.dialects.dialect import Dialect
 
 class OpenAI(Dialect):
     name = "openai"
-    rules = (shared.MODEL_NAME,)
+    rules = (shared.MODEL_NAME, shared.INTERNALS)

@@ -14,7 +14,7 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
-Action = Literal["rename", "fill", "drop", "translate", "refuse"]
+Action = Literal["rename", "fill", "drop", "translate", "limit", "refuse"]
 Rewrite = Callable[[Json, BackendRequest], Json]
 
 LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
@@ -79,6 +79,15 @@ def limit_legacy_completion(body: Json, request: BackendRequest) -> Json:
     return {**body, "max_tokens": LEGACY_COMPLETION_TOKENS}
 
 
+def drop(*fields: str) -> Rewrite:
+    names = frozenset(fields)
+
+    def rewrite(body: Json, _: BackendRequest) -> Json:
+        return body if names.isdisjoint(body) else {key: value for key, value in body.items() if key not in names}
+
+    return rewrite
+
+
 def refuse_functions(body: Json, _: BackendRequest) -> Json:
     if body.get("functions") and body.get("function_call") != "none":
         raise BadRequestError("this backend ignores functions: use tools and tool_choice", param="functions")
@@ -87,6 +96,23 @@ def refuse_functions(body: Json, _: BackendRequest) -> Json:
 
 MODEL_NAME = Rule("model name", "rename", "vLLM answers 404 to a public alias", name_model)
 NO_FUNCTIONS = Rule("functions, function_call", "refuse", "ignored: the model never calls one", refuse_functions)
+# Fields that schedule a request, identify it or move its data between servers. They act on everybody's requests.
+VLLM_INTERNALS = (
+    "priority", "request_id", "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "data_parallel_rank",
+)  # fmt: skip
+LLAMA_SERVER_INTERNALS = (
+    "id_slot", "slot_id", "grammar_lazy", "grammar_triggers", "preserved_tokens", "chat_format", "chat_parser",
+    "generation_prompt", "parse_tool_calls", "sse_ping_interval",
+)  # fmt: skip
+OTHER_INTERNALS = (
+    "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
+)  # fmt: skip
+INTERNALS = Rule(
+    "every engine's scheduling, identity and transfer fields",
+    "drop",
+    "the server behind may be any engine",
+    drop(*VLLM_INTERNALS, *LLAMA_SERVER_INTERNALS, *OTHER_INTERNALS),
+)
 LEGACY_MAX_COMPLETION_TOKENS = Rule(
     "max_completion_tokens on /v1/completions",
     "rename",

@@ -39,15 +39,16 @@ class ResponseWriter:
     """Sends one response with status 200.
 
     `status` is 0 until something has been sent. `first_output`: when that was, as time.perf_counter(). Set `sent_log`
-    before a stream starts to record and count its events.
+    before a stream starts to record and count its events. Once the response has ended, nothing is sent or recorded.
     """
 
-    __slots__ = ("_body_size", "_direct", "_send", "first_output", "sent_log", "status")
+    __slots__ = ("_body_size", "_direct", "_ended", "_send", "first_output", "sent_log", "status")
 
     def __init__(self, send: Send, direct: DirectWriter | None) -> None:
         self._send = send
         self._direct = direct
         self._body_size: int | None = None
+        self._ended = False
         self.status = 0
         self.first_output = 0.0
         self.sent_log: SentLog | None = None
@@ -73,6 +74,7 @@ class ResponseWriter:
         headers = [JSON, *headers]
         if self._direct is not None and not self._direct.paused:
             self._direct.whole(headers, data)
+            self._ended = True
         else:
             headers.append((b"content-length", b"%d" % len(data)))
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -88,6 +90,8 @@ class ResponseWriter:
 
     async def send(self, events: bytes) -> None:
         """Send events of the stream, and record them."""
+        if not events or self._ended:
+            return
         if self.sent_log is not None:
             self.sent_log.add(events)
         if self._direct is not None and not self._direct.paused:
@@ -97,17 +101,21 @@ class ResponseWriter:
 
     async def comment(self, text: str) -> None:
         """Send an SSE comment. It is not part of the response, so it is not recorded."""
-        await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
+        if not self._ended:
+            await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
 
     async def fail(self, error: ProxyError, headers: Headers) -> None:
         """Send an error: as a response of its own, or as the last event if a stream has started."""
         if self.status:
-            await self._send({"type": "http.response.body", "body": error.event()})
+            await self.end(error.event())
         else:
             await send_error(self._send, error, headers)
+            self._ended = True
 
     async def end(self, data: bytes = b"") -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        if not self._ended:
+            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+            self._ended = True
 
     def pass_through(self, splitter: sse.EventSplitter) -> Callable[[bytes], bool] | None:
         """The callback that pass_through.py describes; None without a direct writer."""

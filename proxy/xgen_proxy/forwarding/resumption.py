@@ -18,7 +18,7 @@ from xgen_proxy.forwarding.delivery import Delivery, backend_request
 from xgen_proxy.forwarding.failover import Failover
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.request.call import Call
-from xgen_proxy.request.features import estimate_tokens
+from xgen_proxy.request.prompt import estimate_tokens
 from xgen_proxy.routing.router import Router, Target
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 import traceback
@@ -18,8 +19,11 @@ from typing import Any
 
 import orjson
 
+from xgen_proxy.observability.log_output import LogOutput
+
 log = logging.getLogger("xgen_proxy.request")
 LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
+RETRY_S = 0.1
 NO_FIELDS: dict[str, Any] = {}
 RECORD_TEMPLATE = logging.makeLogRecord({"name": log.name}).__dict__
 json_handler: BatchingHandler | None = None  # receives log_event()'s lines directly
@@ -47,45 +51,72 @@ def log_event(level: int, message: str, fields: dict[str, Any]) -> None:
 
 
 class BatchingHandler(logging.Handler):
-    """Writes all lines of one turn of the event loop to stderr at once. A write costs more than the rest of a line."""
+    """Writes all lines of one turn of the event loop at once. A write costs more than the rest of a line.
 
-    def __init__(self) -> None:
+    Nothing here waits or raises, whatever happens to the log: see log_output.py.
+    """
+
+    def __init__(self, fd: int) -> None:
         super().__init__()
-        self._lines: list[str] = []
+        self._output = LogOutput(fd, self._notice)
+        self._lines: list[bytes] = []
+        self._retry: asyncio.TimerHandle | None = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Without a lock: only the event loop's thread batches its lines, other threads write theirs at once."""
-        line = self.format(record)
+        """Batch the lines of the event loop's thread, without logging's lock. Other threads write theirs at once."""
+        line = self._line(record)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            write([line])
+            self._output.write([line])
         else:
             self.add_line(line)
         return True
 
-    def add_line(self, line: str) -> None:
+    def add_line(self, line: bytes) -> None:
         """Call this from the event loop's thread only."""
         if not self._lines:
-            asyncio.get_running_loop().call_soon(self.flush)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._flush_on, loop)
         self._lines.append(line)
 
     def flush(self) -> None:
+        """Also called at the end of the process, by logging."""
         lines, self._lines = self._lines, []
-        if lines:
-            write(lines)
+        self._output.write(lines)
+
+    def _flush_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        lines, self._lines = self._lines, []
+        if not self._output.write(lines) and self._retry is None:
+            self._retry = loop.call_later(RETRY_S, self._try_again, loop)
+
+    def _try_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._retry = None
+        self._flush_on(loop)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        try:
+            return self.format(record).encode(errors="backslashreplace")
+        except Exception as error:  # a message that does not fit its arguments, a field that is no JSON
+            text = f"a line that cannot be formatted: {type(error).__name__} for {record.msg!r:.200}"
+            return self._line(log_record(logging.ERROR, text))
+
+    def _notice(self, count: int, reason: str) -> bytes:
+        return self._line(log_record(logging.WARNING, f"{count} log lines were dropped: {reason}"))
 
 
-def write(lines: list[str]) -> None:
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+def log_record(level: int, text: str) -> logging.LogRecord:
+    return logging.LogRecord("xgen_proxy.log", level, "", 0, text, (), None)
 
 
-def json_line(created: float, level: str, logger: str, message: str, fields: dict[str, Any]) -> str:
+def json_line(created: float, level: str, logger: str, message: str, fields: dict[str, Any]) -> bytes:
     """`created`: unix seconds."""
     time = datetime.fromtimestamp(created, UTC)
     line = {"time": time, "level": level, "logger": logger, "message": message, **fields}
-    return orjson.dumps(line, str, orjson.OPT_UTC_Z).decode()
+    try:
+        return orjson.dumps(line, str, orjson.OPT_UTC_Z)
+    except TypeError:  # a number beyond 64 bits, half a surrogate pair
+        return orjson.dumps({name: ascii(value)[:200] for name, value in line.items()})
 
 
 class JsonFormatter(logging.Formatter):
@@ -93,7 +124,8 @@ class JsonFormatter(logging.Formatter):
         fields = record.__dict__.get("fields", NO_FIELDS)
         if record.exc_info:
             fields = {**fields, "exception": format_traceback(record.exc_info[1])}
-        return json_line(record.created, record.levelname.lower(), record.name, record.getMessage(), fields)
+        line = json_line(record.created, record.levelname.lower(), record.name, record.getMessage(), fields)
+        return line.decode()
 
 
 class PlainFormatter(logging.Formatter):
@@ -117,10 +149,16 @@ def format_traceback(error: BaseException | None) -> str:
     return "\nand then\n".join(reversed(parts))
 
 
+def stderr_fd() -> int:
+    """/dev/null if the process was started without a stderr: descriptor 2 may then be any file or socket."""
+    return os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else sys.stderr.fileno()
+
+
 def set_up_logging(log_format: str) -> None:
     """Log to stderr; stdout is for the output of commands. `log_format`: auto, json or plain."""
-    plain = log_format == "plain" or (log_format == "auto" and sys.stderr.isatty())
-    handler = BatchingHandler()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    plain = log_format == "plain" or (log_format == "auto" and is_terminal)
+    handler = BatchingHandler(stderr_fd())
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     global json_handler
     json_handler = None if plain else handler

@@ -16,6 +16,7 @@ from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Observer, Outcome, Refusal
 from xgen_proxy.observability.fleet_metrics import FleetMetrics
+from xgen_proxy.observability.log_output import DROPPED
 from xgen_proxy.observability.metric_types import Counter, Histogram
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
@@ -88,6 +89,7 @@ class Metrics(Collector, Observer):
             "xgen_background_restarts", "Background tasks that ended or failed, and were started again.", ["task"]
         )
         self.restarts.values = restarts
+        self.dropped_log_lines = DROPPED
 
     def _define_histograms(self) -> None:
         self.duration = Histogram(

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from xgen_proxy.request.features import Endpoint, Features, parse_features, strip_hints
+from xgen_proxy.request.corrections import corrected
+from xgen_proxy.request.features import Endpoint, Features
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.parsing import parse_features, strip_hints
 from xgen_proxy.request.presets import apply_preset
 from xgen_proxy.values import frozen
 
@@ -34,9 +36,9 @@ class Origin:
 class Call:
     """A request that can be routed.
 
-    `body` is without our hints and with presets filled in. `raw` is the client's own bytes while they still say the
-    same as `body`, else None. `model` is the public model name. `trace` is the client's trace context as header lines.
-    `started` is `time.perf_counter()`.
+    `body` is corrected, without our hints and with presets filled in. `raw` is the client's own bytes while they still
+    say the same as `body`, else None. `model` is the public model name. `trace` is the client's trace context as header
+    lines. `started` is `time.perf_counter()`.
     """
 
     origin: Origin
@@ -67,15 +69,16 @@ def parse_call(
     `continuation` is the setting; a client can only turn it off. `default_model` is asked if the client names none.
     Raises BadRequestError, and whatever `default_model` raises.
     """
+    sent, body = body, corrected(body)
     features = parse_features(body, origin.headers, endpoint, limits)
     model = features.model or default_model()
     if not features.model:
         features = replace(features, model=model)
     if not continuation:
         features = replace(features, continuation=False)
-    changed = apply_preset(strip_hints(body), features)
+    changed = apply_preset(strip_hints(body, endpoint), features)
     trace = trace_lines(origin.headers) if b"traceparent" in origin.headers else b""
-    return Call(origin, features, changed, raw if changed is body else None, model, trace, time.perf_counter())
+    return Call(origin, features, changed, raw if changed is sent else None, model, trace, time.perf_counter())
 
 
 def trace_lines(headers: Mapping[bytes, bytes]) -> bytes:

@@ -16,6 +16,8 @@ from xgen_proxy.request.limits import Limits
 STRUCTURE = b'[]{},"'
 AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
 SHORT = 16_384  # bytes; in a body of this size counting characters one by one is faster
+MAX_FIELDS = 256  # at the top; each is compared with many names
+MAX_ESCAPES = 2_000_000  # 5 million in 10 MB would take four times as long as letters; 10 MB of Korean have 1.7 million
 REST = bytes(set(range(256)) - set(STRUCTURE))
 
 
@@ -33,6 +35,8 @@ def read_json(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> dic
         raise BadRequestError(f"the request body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequestError(f"the request body must be a JSON object, not {type(body).__name__}")
+    if len(body) > MAX_FIELDS:
+        raise BadRequestError(f"the request has {len(body)} fields; the limit is {MAX_FIELDS}")
     return body
 
 
@@ -45,6 +49,8 @@ def check_structure(raw: bytes, limits: Limits) -> None:
         opened = raw.count(b"[") + raw.count(b"{")
         if opened <= limits.json_depth and opened + raw.count(b",") < limits.json_nodes:
             return  # even if all of these were structure and none of them text
+    if len(raw) > MAX_ESCAPES and len(raw) - len(raw.translate(None, b"\\")) > MAX_ESCAPES:
+        raise BadRequestError(f"the request has more than {MAX_ESCAPES} escapes (\\) in its texts")
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
     structure = unescaped.translate(AS_BRACKETS, REST)
     quotes = len(structure) - len(structure.translate(None, b'"'))

@@ -7,11 +7,13 @@ llama-server for minutes, 50,000 keys cost it 20 s, and a schema that refers to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.features import Json
 
 
 class Limits(BaseModel, extra="forbid"):
@@ -19,10 +21,10 @@ class Limits(BaseModel, extra="forbid"):
 
     body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
     body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
-    messages: int = Field(10_000, ge=1, description="100,000 messages kept llama-server busy for a minute.")
+    messages: int = Field(10_000, ge=1, description="Messages, and parts; 100,000 kept llama-server busy for a minute.")
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
-    json_nodes: int = Field(200_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
-    schema_nodes: int = Field(2_000, ge=10, description="Values in a JSON schema; 20,000 block for minutes.")
+    json_nodes: int = Field(150_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
+    schema_nodes: int = Field(2_000, ge=10, description="Values in a request's JSON schemas; 20,000 block for minutes.")
     queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
 
@@ -32,6 +34,9 @@ SCHEMA_FIELDS = (
     "structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar",  # vLLM's
     "json_schema", "grammar",  # llama-server's
 )  # fmt: skip
+SHORT_TEXT = 100  # characters: a name or a value rather than a grammar
+HOLDERS = ("schema", "parameters", "json")  # of a schema, in response_format, tools and structured_outputs
+COMBINATIONS = ("allOf", "anyOf", "oneOf")
 SCHEMA_NAMES = frozenset(SCHEMA_FIELDS)
 
 
@@ -53,19 +58,25 @@ def measure(value: Any, max_depth: int, max_nodes: int) -> tuple[int, int]:
     return nodes, depth
 
 
-def check_schemas(body: dict[str, Any], limits: Limits) -> None:
+def check_schemas(body: Json, limits: Limits) -> None:
     """Raises BadRequestError."""
+    left = limits.schema_nodes
     for name, schema in schemas(body):
-        nodes, _ = measure(schema, limits.json_depth, limits.schema_nodes)
-        if nodes + _written(schema) > limits.schema_nodes:
-            raise BadRequestError(f"the schema in {name} has more than {limits.schema_nodes} values", param=name)
+        nodes, _ = measure(schema, limits.json_depth, left)
+        left -= nodes if nodes > left else nodes + _written(schema)
+        if left < 0:
+            raise BadRequestError(
+                f"the schema in {name}, with those before it, has more than {limits.schema_nodes} values (a long text"
+                " counts as one for each 8 characters)",
+                param=name,
+            )
         if refers_to_itself(schema):
             raise BadRequestError(
                 f"the schema in {name} refers to itself without end; break the $ref circle", param=name
             )
 
 
-def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
+def schemas(body: Json) -> list[tuple[str, Any]]:
     """(field, schema) of everything that an engine would turn into a grammar."""
     if SCHEMA_NAMES.isdisjoint(body):  # as in most requests; this runs for all
         return []
@@ -73,52 +84,74 @@ def schemas(body: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _written(schema: Any) -> int:
-    """Values in a grammar or schema given as text; eight characters are about one alternative of a grammar."""
-    texts = schema.values() if isinstance(schema, dict) else [schema]
-    return sum(len(text) // 8 for text in texts if isinstance(text, str))
+    """Values that the texts of a schema amount to, beyond the first of each: eight characters are about one alternative
+    of a grammar, one step of a pattern. Descriptions are not compiled."""
+    count = 0
+    level = [schema]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            count += max(0, len(each) - SHORT_TEXT) // 8
+        elif isinstance(each, dict):
+            level.extend(each)
+            level.extend(value for key, value in each.items() if key != "description" or not isinstance(value, str))
+        elif isinstance(each, list):
+            level.extend(each)
+    return count
 
 
 def refers_to_itself(schema: Any) -> bool:
-    """Whether a `$ref` leads back to itself through nothing but `$ref`s. A recursive tree type is fine."""
+    """Whether a `$ref` leads back to itself through nothing but `$ref`s and combinations. A recursive tree is fine."""
     return any(_circles(root) for root in _roots(schema))
 
 
-def _roots(value: Any) -> list[dict[str, Any]]:
-    """The objects that `#/…` can refer to. Schemas lie under `schema`, `parameters` or directly in the field."""
-    roots: list[dict[str, Any]] = []
+def _roots(value: Any) -> list[Json]:
+    """The objects that `#/…` can refer to: those with definitions, and those where a request has a schema."""
+    roots: list[Json] = [value] if isinstance(value, dict) else []
     level = [value]
     while level:
         each = level.pop()
         if isinstance(each, dict):
-            if "$ref" in each or "$defs" in each or "definitions" in each:
+            if "$defs" in each or "definitions" in each:
                 roots.append(each)
+            roots.extend(_as_dict(each[holder]) for holder in HOLDERS if holder in each)
             level.extend(each.values())
         elif isinstance(each, list):
             level.extend(each)
     return roots
 
 
-def _circles(root: dict[str, Any]) -> bool:
-    definitions = {**_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
-    if root.get("$ref") == "#":
-        return True
-    ends: set[str] = set()  # names whose chain ends, so that each is followed once
+def _circles(root: Json) -> bool:
+    """Walks from each definition along its references; no definition twice."""
+    definitions = {"#": root, **_as_dict(root.get("definitions")), **_as_dict(root.get("$defs"))}
+    done: set[str] = set()
     for start in definitions:
-        chain: set[str] = set()
-        name: str | None = start
-        while name is not None and name not in ends:
-            if name in chain:
+        path = {start: _targets(definitions[start])} if start not in done else {}
+        while path:
+            name = next(reversed(path))
+            target = next((each for each in path[name] if each in definitions and each not in done), None)
+            if target is None:
+                done.add(name)
+                del path[name]
+            elif target in path:
                 return True
-            chain.add(name)
-            name = _target(definitions.get(name))
-        ends |= chain
+            else:
+                path[target] = _targets(definitions[target])
     return False
 
 
-def _target(schema: Any) -> str | None:
-    reference = schema.get("$ref") if isinstance(schema, dict) else None
-    return reference.rpartition("/")[2] if isinstance(reference, str) else None
+def _targets(schema: Any) -> Iterator[str]:
+    """The last names of the references that must be followed before anything else of a value is known."""
+    level = [schema]
+    while level:
+        each = _as_dict(level.pop())
+        reference = each.get("$ref")
+        if isinstance(reference, str):
+            yield reference.rpartition("/")[2]
+        for keyword in COMBINATIONS:
+            parts = each.get(keyword)
+            level.extend(parts if isinstance(parts, list) else ())
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}

@@ -24,9 +24,9 @@ from itertools import islice
 from operator import attrgetter
 
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError
+from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
-from xgen_proxy.request.features import PROMPT_FIELD, Features, quoted
+from xgen_proxy.request.features import PROMPT_FIELD, Features
 from xgen_proxy.routing.plan import Candidate, Plan, Rejection
 from xgen_proxy.values import frozen
 
@@ -96,7 +96,7 @@ def _gpu_first(backend: BackendSnapshot) -> tuple[bool, str]:
 
 def _inability(features: Features, backend: BackendSnapshot) -> Rejection | None:
     if features.model not in backend.models:
-        return Rejection(backend.name, f"does not serve {features.model!r}")
+        return Rejection(backend.name, f"does not serve {quoted(features.model)}")
     missing = features.needs - backend.capabilities
     if missing:
         return Rejection(backend.name, f"cannot do {', '.join(sorted(missing))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 
-from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError
+from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.call import Call
@@ -70,10 +70,11 @@ class Router:
         unknown = [each.name for each in backends if not each.models and not any(r.info for r in each.replicas)]
         if unknown:
             raise ServiceUnavailableError(
-                f"no running backend serves {model!r}, and {', '.join(unknown)} has not been reached yet", retry_after=5
+                f"no running backend serves {quoted(model)}, and {', '.join(unknown)} has not been reached yet",
+                retry_after=5,
             )
         known = ", ".join(self.fleet.models[:20])
-        raise ModelNotFoundError(f"the model {model!r} does not exist; known models: {known}", param="model")
+        raise ModelNotFoundError(f"the model {quoted(model)} does not exist; known models: {known}", param="model")
 
     def targets(self, plan: Plan, sequences: int = 1) -> list[Target]:
         """The live replicas of the plan, without those that are no longer listed. Raises the plan's error if it has

@@ -23,7 +23,7 @@ def fake() -> Iterator[FakeUpstream]:
 def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
     backends = {
         "vllm": backend(fake, models={"org/big": "m", "shared": "m"}),
-        "llama_cpp": backend(fake, device_class="cpu", models={"shared": "m"}, embeddings=True),
+        "llama_cpp": backend(fake, device_class="cpu", models={"shared": "m"}, embeddings=True, context=512),
     }
     with running_proxy(backends=backends) as running:
         yield running
@@ -31,17 +31,25 @@ def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
 
 def test_models_are_listed(proxy: RunningProxy) -> None:
     listed = get(f"{proxy.url}/v1/models").json()
-    created = proxy.gateway.started
+    both = {"object": "model", "created": proxy.gateway.started, "owned_by": "xgen-proxy"}
+    capabilities = [card.pop("capabilities") for card in listed["data"]]
     assert listed == {
         "object": "list",
         "data": [
-            {"id": "org/big", "object": "model", "created": created, "owned_by": "xgen-proxy", "backends": ["vllm"]},
-            {
-                "id": "shared", "object": "model", "created": created, "owned_by": "xgen-proxy",
-                "backends": ["llama_cpp", "vllm"],
-            },
+            {"id": "org/big", **both, "backends": ["vllm"], "max_model_len": 2048, "context_length": 2048},
+            {"id": "shared", **both, "backends": ["llama_cpp", "vllm"], "max_model_len": 512, "context_length": 512},
         ],
-    }  # fmt: skip
+    }
+    vllm, llama_cpp = (backend.capabilities for backend in reversed(proxy.gateway.fleet.backends))
+    assert capabilities == [sorted(vllm), sorted(vllm | llama_cpp)]
+
+
+def test_an_unknown_context_is_left_out(proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in proxy.gateway.fleet.backends:
+        monkeypatch.setattr(each, "context", None)
+    card = get(f"{proxy.url}/v1/models/shared").json()
+    assert card["id"] == "shared"
+    assert card.keys().isdisjoint({"max_model_len", "context_length"})
 
 
 @pytest.mark.parametrize("name", ["org/big", "shared"])

@@ -230,6 +230,47 @@ def test_client_that_never_reads_loses_its_slot(
     wait_until(lambda: cancellation_counted(proxy))
 
 
+def test_client_that_reads_steadily_gets_all(start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes several times STALL_TIMEOUT_S, but never reads nothing for so long."""
+    monkeypatch.setattr(http_protocol, "STALL_TIMEOUT_S", 0.4)
+    size = 40_000_000  # more than the kernel's buffers, which the proxy fills at once
+
+    async def huge(talk: Talk) -> None:
+        await talk.answer(200, whole("x" * size))
+
+    gpu.scripts.append(huge)
+    proxy = start(backends={"vllm": backend(gpu)})
+    began = time.monotonic()
+    with ask(proxy, stream=False) as client:
+        read = 0
+        while read < size:
+            part = client.recv(1_000_000)
+            assert part, f"cut after {read} bytes"
+            read += len(part)
+            time.sleep(len(part) / 20_000_000)
+    assert time.monotonic() - began > 3 * http_protocol.STALL_TIMEOUT_S
+
+
+def test_client_that_reads_steadily_but_for_ever_is_cut(
+    start: Start, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(http_protocol, "MAX_STALLS", 3)
+    size = 40_000_000
+
+    async def huge(talk: Talk) -> None:
+        await talk.answer(200, whole("x" * size))
+
+    gpu.scripts.append(huge)
+    proxy = start(backends={"vllm": backend(gpu)})
+    read = 0
+    with ask(proxy, stream=False) as client, contextlib.suppress(ConnectionResetError):
+        while part := client.recv(100_000):
+            read += len(part)
+            time.sleep(0.01)
+    assert read < size
+
+
 def test_huge_whole_response(start: Start, gpu: FakeUpstream) -> None:
     size = 20_000_000
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from tests.support.fake_upstream import FakeUpstream, Talk, delta
 from tests.support.running_proxy import (
     CHAT,
     RunningProxy,
+    ask,
     backend,
     chat,
     running_proxy,
@@ -103,6 +106,228 @@ def test_heads_of_one_connection_are_limited_separately(client: socket.socket) -
         client.sendall(GET[:-2] + b"x: " + b"a" * (http_protocol.MAX_HEAD_BYTES // 2))
         client.sendall(b"\r\n\r\n")
         assert status_of(client) == 200
+
+
+# trailers and chunk extensions
+
+CHUNKED = POST + b"transfer-encoding: chunked\r\n"
+CHUNK = b"%x\r\n%b\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_trailers_are_dropped(proxy: RunningProxy, client: socket.socket, fake: FakeUpstream, apart: bool) -> None:
+    fake.talks.clear()
+    trailers = (
+        b"x-request-id: from-a-trailer\r\ntraceparent: 00-1-2-01\r\nx-backend: none\r\nauthorization: Bearer x\r\n"
+    )
+    for _ in range(2):
+        if apart:
+            client.sendall(CHUNKED + b"\r\n" + CHUNK)
+            wait_until(lambda: proxy.server.server_state.tasks)
+            client.sendall(b"0\r\n" + trailers + b"\r\n")
+        else:
+            client.sendall(CHUNKED + b"\r\n" + CHUNK + b"0\r\n" + trailers + b"\r\n")
+        response = HTTPResponse(client)
+        response.begin()
+        response.read()
+        assert response.status == 200
+        assert response.headers["x-request-id"] != "from-a-trailer"
+    assert [talk.json for talk in fake.talks] == [CHAT] * 2
+    assert all("traceparent" not in talk.headers for talk in fake.talks)
+
+
+FLOODS = {
+    "many trailers": b"0\r\n" + b"a:\r\n" * 100_000,
+    "one trailer": b"0\r\na: " + b"b" * 500_000,
+    "an extension": b"1;" + b"a" * 500_000,
+    "an extension after a chunk": CHUNK + b"1;a=" + b"a" * 500_000,
+    "many extensions": (b"1;" + b"a" * 300 + b"\r\n \r\n") * 2000,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
+def test_trailers_and_extensions_are_limited(client: socket.socket, flood: bytes) -> None:
+    client.sendall(CHUNKED + b"\r\n")
+    with contextlib.suppress(OSError):
+        client.sendall(flood)
+    status, error = error_of(read_all(client))
+    assert (status, error["code"]) == (431, "headers_too_large")
+
+
+def test_small_chunks_are_no_flood(client: socket.socket) -> None:
+    body = BODY.ljust(100_000)
+    client.sendall(CHUNKED + b"\r\n")
+    client.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+    assert status_of(client) == 200
+
+
+# HTTP/1.0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate/stream"])
+def test_http_1_0_gets_no_chunks(client: socket.socket, fake: FakeUpstream, path: str) -> None:
+    body = json.dumps({**CHAT, "stream": True} if "chat" in path else {"prompt": "hi"}).encode()
+    if "generate" in path:
+
+        async def completes(talk: Talk) -> None:
+            await talk.start_stream()
+            await talk.event({"choices": [{"index": 0, "text": "hi", "finish_reason": None}]})
+            await talk.event({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
+            await talk.end()
+
+        fake.scripts.append(completes)
+    client.sendall(f"POST {path} HTTP/1.0\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    head, _, answer = read_all(client).partition(b"\r\n\r\n")
+    assert b" 200 OK\r\n" in head
+    assert b"transfer-encoding" not in head
+    assert b"\r\nconnection: close" in head
+    assert answer.startswith(b"data: {")
+    assert answer.endswith(b"data: [DONE]\n\n" if "chat" in path else b'data: {"done": true}\n\n')
+
+
+def test_http_1_0_whole_response(client: socket.socket) -> None:
+    client.sendall(b"POST /v1/chat/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n%b" % (len(BODY), BODY))
+    head, _, answer = read_all(client).partition(b"\r\n\r\n")
+    assert b"\r\ncontent-length: %d\r\n" % len(answer) in head
+
+
+# no chunk ends a response early
+
+
+def test_held_back_piece_before_an_error_does_not_end_the_stream(fake: FakeUpstream) -> None:
+    """`ST` may begin the stop string, so the event that has it is empty on its way to the client."""
+
+    release = threading.Event()
+
+    async def breaks(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("Hello "))
+        await asyncio.to_thread(release.wait, 60)
+        held_back, error = json.dumps(delta("ST")), json.dumps({"error": {"message": "lost", "type": "t", "code": 500}})
+        await talk.chunk(f"data: {held_back}\n\ndata: {error}\n\n".encode())
+        await talk.end()
+
+    with running_proxy(backends={"only": backend(fake, dialect="llama-cpp-python")}) as proxy:
+        fake.scripts.append(breaks)
+        with ask(proxy, stop=["STOP"]) as client:
+            assert b"Hello" in client.recv(65536)
+            release.set()
+            assert b"stream_broken" in read_until(client, b"0\r\n\r\n")
+            client.sendall(GET)
+            assert status_of(client) == 200
+
+
+# one response for each request, and none after it
+
+
+def test_no_error_follows_a_response_that_came_before_the_body(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused request's body may go on for a while. When its time is up, the connection closes silently."""
+    monkeypatch.setattr(proxy.gateway.settings.limits, "body_timeout_s", 0.2)
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+        client.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert read_all(client).count(b"HTTP/1.1 ") == 1
+
+
+def test_no_error_lands_in_the_response_before(proxy: RunningProxy, fake: FakeUpstream) -> None:
+    """A second request's body is malformed while the first one's stream goes on."""
+
+    async def streams(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        await talk.until_client_leaves()
+
+    fake.scripts.append(streams)
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+        client.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert b"hel" in client.recv(65536)
+        client.sendall(CHUNKED + b"\r\n")
+        client.sendall(b"no chunk\r\n")
+        assert b"HTTP/1.1" not in read_all(client)
+
+
+# the number of connections
+
+
+def open_connections(proxy: RunningProxy) -> int:
+    return len(proxy.server.server_state.connections)
+
+
+@pytest.fixture
+def limited(proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch) -> int:
+    wait_until(lambda: open_connections(proxy) == 0)
+    protocol = proxy.server.config.http
+    assert isinstance(protocol, type)
+    monkeypatch.setattr(protocol, "max_connections", 8)
+    return 8
+
+
+IDLE = {
+    "silent": b"",
+    "in a head": GET[:20],
+    "in a body": POST + b"content-length: 9\r\n\r\n{",
+    "kept alive": GET,
+    "refused": b"garbage\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("begin", IDLE.values(), ids=IDLE.keys())
+def test_idle_connections_make_room(proxy: RunningProxy, limited: int, begin: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        idle = []
+        for _ in range(3 * limited):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=20))
+            client.sendall(begin)
+            if begin == GET:
+                assert status_of(client) == 200
+            idle.append(client)
+        wait_until(lambda: open_connections(proxy) <= limited)
+        assert b" 200 " not in read_all(idle[0]), "the oldest is closed"
+        assert chat(proxy).status_code == 200
+
+
+def test_busy_connections_are_left_alone(proxy: RunningProxy, limited: int, fake: FakeUpstream) -> None:
+    """When all are busy, a new connection is refused, with a reason."""
+    release = threading.Event()
+
+    async def streams(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(delta("hel"))
+        await asyncio.to_thread(release.wait, 60)
+        await talk.event(delta(finish="stop"))
+        await talk.end()
+
+    fake.scripts += [streams] * limited
+    before = dict(proxy.gateway.metrics.refusals.values)
+    clients = [ask(proxy) for _ in range(limited)]
+    for client in clients:
+        assert b"hel" in client.recv(65536)
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+        status, error = error_of(read_all(client))
+    assert (status, error["code"]) == (503, "too_many_connections")
+    refused = ("other", "too_many_connections")
+    assert proxy.gateway.metrics.refusals.values[refused] == before.get(refused, 0) + 1
+    release.set()
+    for client in clients:
+        assert read_until(client, b"0\r\n\r\n").endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        client.close()
+
+
+def read_until(client: socket.socket, ending: bytes) -> bytes:
+    data = b""
+    while not data.endswith(ending):
+        part = client.recv(65536)
+        assert part
+        data += part
+    return data
+
+
+@pytest.mark.parametrize(("files", "limit"), [(64, 16), (1024, 496), (1_000_000, 16_384), (10, 1)])
+def test_the_limit_follows_from_the_descriptors(monkeypatch: pytest.MonkeyPatch, files: int, limit: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert http_protocol.connection_limit() == limit
 
 
 # the time of a head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import socket
@@ -106,6 +107,29 @@ def test_ordinary_client_can_read_the_413(proxy: RunningProxy) -> None:
     content = b'{"messages": "' + b"x" * 5_000_000 + b'"}'
     response = post(f"{proxy.url}/v1/chat/completions", content=content)
     assert response.status_code == 413
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_compressed_body_is_415(proxy: RunningProxy, route: str) -> None:
+    content = gzip.compress(json.dumps(CHAT).encode())
+    response = post(proxy.url + route, content=content, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    error = response.json()["error"]
+    assert (error["code"], "Content-Encoding: gzip" in error["message"]) == ("unsupported_media_type", True)
+    assert response.headers["accept-encoding"] == "identity"
+
+
+def test_body_that_does_not_fit_beside_others(proxy: RunningProxy, upstream: FakeUpstream) -> None:
+    budget = proxy.gateway.bodies
+    with budget.hold() as held:
+        held.grow_to(budget.limit)
+        response = chat(proxy)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert response.headers["retry-after"] == "1"
+    assert budget.used == 0
+    assert chat(proxy).status_code == 200
+    assert budget.used == 0
+    upstream.talks.clear()
 
 
 def test_body_of_exactly_the_limit(proxy: RunningProxy, upstream: FakeUpstream) -> None:
@@ -218,7 +242,7 @@ def test_wrong_method(proxy: RunningProxy, route: str) -> None:
     assert "POST" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/chat/completions", "/v1/chat/completions/", "/generate/x"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/chat/completions", "/v1/responses", "/generate/x"])
 def test_unknown_path(proxy: RunningProxy, path: str) -> None:
     for response in (get(proxy.url + path), post(proxy.url + path, json=CHAT)):
         assert response.status_code == 404

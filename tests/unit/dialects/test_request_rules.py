@@ -12,9 +12,10 @@ from tests.support.chunks import make_request
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import BadRequestError
 
-V, S, P = "vllm", "llama-server", "llama-cpp-python"
+V, S, P, A = "vllm", "llama-server", "llama-cpp-python", "openai"
 F: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": F}]
+G, H = ({"type": "function", "function": {"name": name}} for name in "gh")
 USE_F = {"type": "function", "function": {"name": "f"}}
 INTEGER = {"type": "integer"}
 AS_INTEGER = {"type": "json_schema", "json_schema": {"name": "n", "schema": INTEGER}}
@@ -25,6 +26,28 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | str]] = [
      {"guided_choice": None, "structured_outputs": {"choice": ["a"]}}),
     ("guided_json, guided_choice, …", V, "chat", {"guided_json": INTEGER, "structured_outputs": {"whitespace": 1}},
      {"guided_json": None, "structured_outputs": {"whitespace": 1, "json": INTEGER}}),
+    ("priority, request_id, kv_transfer_params, …", V, "chat",
+     {"priority": -(2**31), "request_id": "a", "kv_transfer_params": {}, "vllm_xargs": {}, "cache_salt": "a"},
+     {"priority": None, "request_id": None, "kv_transfer_params": None, "vllm_xargs": None}),
+    ("priority, request_id, kv_transfer_params, …", V, "embeddings", {"priority": 1}, {"priority": None}),
+    ("id_slot, grammar_triggers, …", S, "chat", {"id_slot": 0, "grammar_triggers": [], "cache_prompt": False},
+     {"id_slot": None, "grammar_triggers": None}),
+    ("every engine's scheduling, identity and transfer fields", A, "chat",
+     {"priority": 1, "rid": "a", "id_slot": 0, "bootstrap_host": "b", "service_tier": "auto"},
+     {"priority": None, "rid": None, "id_slot": None, "bootstrap_host": None}),
+    ("response_format json_object with a schema", V, "chat",
+     {"response_format": {"type": "json_object", "schema": INTEGER}},
+     {"response_format": {"type": "json_schema", "json_schema": {"name": "schema", "schema": INTEGER}}}),
+    ("response_format json_object with a schema", V, "chat", {"response_format": {"type": "json_object"}}, {}),
+    ("max_tokens beyond the context", V, "chat", {"max_tokens": 32_000}, {}),
+    ("tool_choice that names functions", S, "chat", {"tools": [*TOOLS, G], "tool_choice": USE_F},
+     {"tools": TOOLS, "tool_choice": "required"}),
+    ("tool_choice that names functions", S, "chat", {"tools": [*TOOLS, G, H], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [USE_F, H]}}},
+     {"tools": [*TOOLS, H], "tool_choice": "auto"}),
+    ("tool_choice that names functions", S, "chat", {"tools": [G], "tool_choice": USE_F}, "refused"),
+    ("tool_choice that names functions", S, "chat", {"tools": [{}], "tool_choice": {}}, "refused"),
+    ("tool_choice that names functions", S, "chat", {"tools": TOOLS, "tool_choice": "required"}, {}),
     ("functions, function_call", V, "chat", {"functions": [F]}, "refused"),
     ("functions, function_call", S, "chat", {"functions": [F], "function_call": {"name": "f"}}, "refused"),
     ("functions, function_call", S, "chat", {"functions": [F], "function_call": "none"}, {}),
@@ -112,6 +135,7 @@ ALWAYS: dict[str, dict[str, Any]] = {
     V: {},
     S: {"stream": True, "stream_options": {"include_usage": True}},
     P: {"stream": True, "repeat_penalty": 1.0},
+    A: {},
 }
 LENGTH = {"max_tokens": 16}
 

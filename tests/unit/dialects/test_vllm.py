@@ -19,6 +19,24 @@ def test_malformed_info_raises(answer: dict[str, Any]) -> None:
         VLLM.parse_info(answer)
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_limit_beyond_the_context_becomes_what_the_prompt_leaves(field: str) -> None:
+    """vLLM 0.32 refuses a max_tokens beyond its context, 0.26 a prompt and max_tokens beyond it."""
+
+    def sent(limit: int, words: int = 1, context: int | None = 8192) -> int:
+        messages = [{"role": "user", "content": "word " * words}]
+        fields: dict[str, Any] = {field: limit}
+        body = VLLM.prepared(make_request(messages=messages, context=context, **fields))
+        value: int = body[field]
+        return value
+
+    assert 8000 < sent(32_000) < 8192
+    assert 3000 < sent(32_000, words=2500) < 8192 - 2500
+    assert sent(32_000, words=8000) == 8192, "by the estimate nothing is left, which may be wrong"
+    assert sent(8192) == 8192
+    assert sent(32_000, context=None) == 32_000
+
+
 def test_a_chat_is_resumed_as_the_assistants_message() -> None:
     resumed = VLLM.resume_chat(make_request(), "Once", None)
     assert resumed.body["messages"] == [*HI, {"role": "assistant", "content": "Once"}]

@@ -3,75 +3,13 @@ RequestResponseCycle, once with ASGI's send() and once with the direct writer, a
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-from uvicorn.server import ServerState
 
+from tests.support.memory_connection import Connection
 from xgen_proxy.downstream.direct_writer import DirectWriter, direct_writer_for
-from xgen_proxy.downstream.http_protocol import http_protocol
 
 HEADERS = [(b"content-type", b"application/json"), (b"x-request-id", b"req-1")]
-
-
-class MemoryTransport(asyncio.Transport):
-    """Keeps what is written to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-        self.closed = False
-
-    def write(self, data: Any) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
-class Connection:
-    """A client's connection to `app` in uvicorn, without sockets."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.state = ServerState()
-        self.state.default_headers = [(b"date", b"now")]
-        config = Config(app, ws="none", log_config=None)
-        self.protocol = http_protocol(lambda: 30.0, lambda *_: None)(config, self.state, {})
-        self.transport = MemoryTransport()
-        self.protocol.connection_made(self.transport)
-
-    @property
-    def cycle(self) -> RequestResponseCycle:
-        return self.protocol.cycle
-
-    async def finish(self) -> None:
-        async with asyncio.timeout(10):
-            while tasks := list(self.state.tasks):  # a pipelined request starts a task of its own
-                await asyncio.wait(tasks)
-
-    def outcome(self) -> dict[str, Any]:
-        """The bytes sent, and every plain value of the cycle's state."""
-        cycle = {name: value for name, value in vars(self.cycle).items() if isinstance(value, int | None)}
-        return {
-            **cycle,
-            "message_event": self.cycle.message_event.is_set(),
-            "written": self.transport.written,
-            "closed": self.transport.closed,
-            "total_requests": self.state.total_requests,
-        }
 
 
 def writer(scope: Scope) -> DirectWriter:
@@ -122,7 +60,6 @@ async def stream_by_both(scope: Scope, receive: Receive, send: Send) -> None:
 REQUESTS = {
     "keep-alive": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
     "close": b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}",
-    "HTTP/1.0": b"POST / HTTP/1.0\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
     "expects 100": b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n",
     "pipelined": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}" * 3,
 }
@@ -198,12 +135,12 @@ async def test_paused_is_when_send_would_wait() -> None:
     connection.protocol.connection_lost(None)
 
 
-@pytest.mark.parametrize("header", [(b"x-a", b"1\r\nx-evil: 2"), (b"x-a\n", b"1")])
-async def test_line_break_in_a_header_is_refused(header: tuple[bytes, bytes]) -> None:
+@pytest.mark.parametrize("header", [(b"x-a", b"1\r\nx-evil: 2"), (b"x-a\n", b"1"), (b"x-a", b"1\r"), (b"x-a", b"\0")])
+async def test_control_character_in_a_header_is_refused(header: tuple[bytes, bytes]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        with pytest.raises(ValueError, match="line break"):
+        with pytest.raises(ValueError, match="control character"):
             writer(scope).whole([header], b"")
-        with pytest.raises(ValueError, match="line break"):
+        with pytest.raises(ValueError, match="control character"):
             writer(scope).start([header])
         assert connection.transport.written == b""
         assert not connection.cycle.response_started
@@ -219,3 +156,56 @@ async def test_line_break_in_a_header_is_refused(header: tuple[bytes, bytes]) ->
 def test_other_servers_offer_no_direct_writer() -> None:
     assert direct_writer_for({"type": "http"}) is None
     assert direct_writer_for({"type": "http", "extensions": {"http.response.trailers": {}}}) is None
+
+
+async def test_empty_chunk_does_not_end_the_response() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        direct = writer(scope)
+        direct.start(HEADERS)
+        before = connection.transport.written
+        direct.chunk(b"")
+        assert connection.transport.written == before
+        await send(body(b"data: [DONE]\n\n", more=False))
+
+    connection = Connection(app)
+    connection.protocol.data_received(REQUESTS["keep-alive"])
+    await connection.finish()
+    assert connection.transport.written.endswith(b"\r\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+    connection.protocol.connection_lost(None)
+
+
+async def test_calls_out_of_order_write_nothing() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        direct = writer(scope)
+        with pytest.raises(RuntimeError, match="outside a stream"):
+            direct.chunk(b"x")
+        assert connection.transport.written == b""
+        await whole_directly(scope, receive, send)
+        before = connection.transport.written
+        with pytest.raises(RuntimeError, match="outside a stream"):
+            direct.chunk(b"x")
+        with pytest.raises(RuntimeError, match="second head"):
+            direct.start(HEADERS)
+        with pytest.raises(RuntimeError, match="second head"):
+            direct.whole(HEADERS, b"{}")
+        assert connection.transport.written == before
+
+    connection = Connection(app)
+    connection.protocol.data_received(REQUESTS["keep-alive"])
+    await connection.finish()
+    connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("start", ["GET / HTTP/1.1", "HEAD / HTTP/1.1", "POST / HTTP/1.0", "PUT / HTTP/1.1"])
+async def test_only_a_post_over_http_1_1_is_offered_one(start: str) -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(direct_writer_for(scope))
+        await whole_by_send(scope, receive, send)
+
+    connection = Connection(app)
+    connection.protocol.data_received(f"{start}\r\nhost: x\r\n\r\n".encode())
+    await connection.finish()
+    assert seen == [None]
+    connection.protocol.connection_lost(None)

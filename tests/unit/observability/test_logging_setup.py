@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from datetime import datetime
@@ -68,27 +70,68 @@ def test_plain_line() -> None:
     assert formatted(PlainFormatter(), error=True).endswith("\nZeroDivisionError\n")
 
 
-class Writes(io.StringIO):
-    """Records the text of each write()."""
+class Log:
+    """A pipe, and a handler that writes to it."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.each: list[str] = []
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        self.handler = BatchingHandler(self.writer)
 
-    def write(self, text: str) -> int:
-        self.each.append(text)
-        return len(text)
+    def read(self) -> str:
+        """What has been written since the last call."""
+        try:
+            return os.read(self.reader, 65536).decode()
+        except BlockingIOError:
+            return ""
 
 
-async def test_lines_of_one_turn_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    handler = BatchingHandler()
+@pytest.fixture
+def written() -> Iterator[Log]:
+    log = Log()
+    yield log
+    os.close(log.reader)
+    os.close(log.writer)
+
+
+async def test_lines_of_one_turn_are_written_together(written: Log) -> None:
     for number in range(3):
-        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-    assert writes.each == []
+        written.handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    assert written.read() == ""
     await asyncio.sleep(0)
-    assert writes.each == ["line 0\nline 1\nline 2\n"]
+    assert written.read() == "line 0\nline 1\nline 2\n"
+
+
+async def test_pending_lines_are_written_once_there_is_room(written: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging_setup, "RETRY_S", 0.001)
+    os.set_blocking(written.writer, False)
+    fill = b"x" * 65536
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(written.writer, fill)
+    os.set_blocking(written.writer, True)
+    written.handler.handle(logging.makeLogRecord({"msg": "late"}))
+    await asyncio.sleep(0.01)
+    text = ""
+    async with asyncio.timeout(10):
+        while not text.endswith("late\n"):
+            text += written.read()
+            await asyncio.sleep(0)
+    assert text.strip("x") == "late\n"
+
+
+@pytest.mark.parametrize("message", ["%d", "%s %s"])
+async def test_a_message_that_does_not_fit_its_arguments_is_told(written: Log, message: str) -> None:
+    written.handler.handle(logging.makeLogRecord({"msg": message, "args": ("a",), "levelname": "INFO"}))
+    await asyncio.sleep(0)
+    assert "cannot be formatted: TypeError" in written.read()
+
+
+@pytest.mark.parametrize("value", [2**70, "\ud800"])
+def test_a_field_that_is_no_json_is_still_logged(value: object) -> None:
+    line = json.loads(formatted(JsonFormatter(), fields={"a": value}))
+    assert line["a"] == ascii(value)
+    assert "message" in line["message"]
 
 
 class Records(logging.Handler):
@@ -127,42 +170,36 @@ def test_event_for_other_handlers_is_an_ordinary_record(records: list[logging.Lo
 
 
 async def test_event_goes_straight_to_the_json_handler(
-    monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
+    monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord], written: Log
 ) -> None:
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
     log_event(logging.INFO, "request", {"a": 1})
-    monkeypatch.setattr(logging_setup, "json_handler", BatchingHandler())
+    monkeypatch.setattr(logging_setup, "json_handler", written.handler)
     log_event(logging.INFO, "request", {"a": 1})
     await asyncio.sleep(0)
-    [straight], [record] = [json.loads(text) for text in writes.each], records
+    straight, [record] = json.loads(written.read()), records
     around = json.loads(JsonFormatter().format(record))
     assert straight.pop("time") >= around.pop("time")
     assert straight == around
 
 
-async def test_disabled_event_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    monkeypatch.setattr(logging_setup, "json_handler", BatchingHandler())
+async def test_disabled_event_is_not_written(monkeypatch: pytest.MonkeyPatch, written: Log) -> None:
+    monkeypatch.setattr(logging_setup, "json_handler", written.handler)
     monkeypatch.setattr(logging_setup.log, "isEnabledFor", lambda level: False)
     log_event(logging.INFO, "request", {"a": 2})
     await asyncio.sleep(0)
-    assert writes.each == []
+    assert written.read() == ""
 
 
-async def test_another_thread_writes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_thread_writes_at_once(written: Log) -> None:
     """As the thread that exports traces does."""
-    writes = Writes()
-    monkeypatch.setattr("sys.stderr", writes)
-    handler = BatchingHandler()
-    handler.handle(logging.makeLogRecord({"msg": "from the loop"}))
-    thread = threading.Thread(target=handler.handle, args=[logging.makeLogRecord({"msg": "from a thread"})])
+    written.handler.handle(logging.makeLogRecord({"msg": "from the loop"}))
+    record = logging.makeLogRecord({"msg": "from a thread"})
+    thread = threading.Thread(target=written.handler.handle, args=[record])
     thread.start()
     thread.join()
-    assert writes.each == ["from a thread\n"]
+    assert written.read() == "from a thread\n"
     await asyncio.sleep(0)
-    assert writes.each == ["from a thread\n", "from the loop\n"]
+    assert written.read() == "from the loop\n"
 
 
 @pytest.fixture
@@ -179,14 +216,22 @@ def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("logging_restored")
 @pytest.mark.parametrize(("log_format", "json_lines"), [("json", True), ("plain", False), ("auto", True)])
-def test_set_up_logging(monkeypatch: pytest.MonkeyPatch, log_format: str, json_lines: bool) -> None:
-    writes = Writes()  # not a terminal, so that auto means JSON
-    monkeypatch.setattr("sys.stderr", writes)
+def test_set_up_logging(monkeypatch: pytest.MonkeyPatch, written: Log, log_format: str, json_lines: bool) -> None:
+    monkeypatch.setattr("sys.stderr", os.fdopen(written.writer, "w", closefd=False))  # not a terminal: auto means JSON
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     logging_setup.set_up_logging(log_format)
     [handler] = root.handlers
     assert (logging_setup.json_handler is handler) is json_lines
     logging.getLogger("xgen_proxy.test").info("hello")
-    [text] = writes.each
+    text = written.read()
     assert ("hello" in text, text.startswith("{")) == (True, json_lines)
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_without_a_stderr_lines_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptor 2 may be the listening socket then."""
+    monkeypatch.setattr("sys.stderr", None)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logging_setup.set_up_logging("json")
+    logging.getLogger("xgen_proxy.test").info("hello")

@@ -77,3 +77,16 @@ def test_with_key() -> None:
 def test_a_wrong_body_raises() -> None:
     with pytest.raises(BadRequestError, match="messages is missing"):
         parse({"model": "m"})
+
+
+def test_a_corrected_body_is_not_the_clients_bytes() -> None:
+    call = parse({**CHAT, "tools": [], "max_tokens": 5.0})
+    assert (call.raw, call.body) == (None, {**CHAT, "max_tokens": 5})
+    assert call.features.max_tokens == 5
+    assert parse({**CHAT, "n_predict": 2000}).features.max_tokens == 2000
+    assert parse({**CHAT, "max_tokens": -1}).features.max_tokens is None
+
+
+def test_embeddings_keep_fields_that_are_hints_elsewhere() -> None:
+    call = parse({"model": "m", "input": "a", "task_type": "x", "backend": "b"}, endpoint="embeddings")
+    assert call.body == {"model": "m", "input": "a", "task_type": "x"}

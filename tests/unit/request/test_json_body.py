@@ -93,3 +93,15 @@ def test_a_request_that_is_too_deep_or_too_large_is_refused() -> None:
 def test_brackets_and_commas_in_text_do_not_count() -> None:
     text = '[{,\\",' * 10_000
     assert read_json(orjson.dumps({"a": text}), JSON, Limits(json_nodes=100)) == {"a": text}
+
+
+def test_the_number_of_fields_is_limited() -> None:
+    with pytest.raises(BadRequestError, match="300 fields; the limit is 256"):
+        read_json(orjson.dumps({f"f{n}": 1 for n in range(300)}), JSON, Limits())
+
+
+def test_the_number_of_escapes_is_limited() -> None:
+    """They take the parser four times as long as letters."""
+    read_json(orjson.dumps({"a": "\n" * 1_900_000}), JSON, Limits())
+    with pytest.raises(BadRequestError, match="more than 2000000 escapes"):
+        read_json(orjson.dumps({"a": "\n" * 2_100_000}), JSON, Limits())

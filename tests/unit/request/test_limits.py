@@ -51,6 +51,24 @@ def test_a_long_grammar_counts_as_values() -> None:
         check_schemas({"grammar": "a" * 900}, Limits(schema_nodes=100))
 
 
+def test_a_long_text_in_a_schema_counts_as_values() -> None:
+    long = "x" * 900
+    schemas_of_it: list[Any] = [{"pattern": long}, {"enum": [long]}, {"properties": {long: {}}}, {"$ref": long}]
+    for schema in schemas_of_it:
+        with pytest.raises(BadRequestError, match="more than 100 values"):
+            check_schemas({"json_schema": schema}, Limits(schema_nodes=100))
+    check_schemas({"tools": [{"description": long}]}, Limits(schema_nodes=100))
+    with pytest.raises(BadRequestError, match="more than 100 values"):
+        check_schemas({"json_schema": {"description": {"pattern": long}}}, Limits(schema_nodes=100))
+
+
+def test_the_schemas_of_a_request_count_together() -> None:
+    half = {"enum": ["a"] * 60}
+    check_schemas({"json_schema": half}, Limits(schema_nodes=100))
+    with pytest.raises(BadRequestError, match="more than 100 values"):
+        check_schemas({"json_schema": half, "tools": [half]}, Limits(schema_nodes=100))
+
+
 def test_schemas_finds_every_field_that_becomes_a_grammar() -> None:
     body = {"tools": [1], "json_schema": {"a": 1}, "grammar": "", "messages": []}
     assert schemas(body) == [("tools", [1]), ("json_schema", {"a": 1})]
@@ -64,6 +82,12 @@ def test_schemas_finds_every_field_that_becomes_a_grammar() -> None:
         {"$defs": {"a": {"$ref": "#/$defs/a"}}},
         {"definitions": {"a": {"$ref": "#/definitions/b"}, "b": {"$ref": "#/definitions/a"}}},
         {"properties": {"x": {"$defs": {"a": {"$ref": "#/$defs/a"}}}}},
+        {"allOf": [{"$ref": "#"}]},
+        {"schema": {"$ref": "#"}},
+        {
+            "$defs": {"a": {"anyOf": [{"type": "null"}, {"oneOf": [{"$ref": "#/$defs/b"}]}]}, "b": {"$ref": "#"}},
+            "$ref": "#/$defs/a",
+        },
     ],
 )
 def test_a_circle_of_references_is_refused(schema: dict[str, Any]) -> None:
@@ -75,6 +99,11 @@ def test_a_circle_of_references_is_refused(schema: dict[str, Any]) -> None:
 def test_a_recursive_type_is_accepted() -> None:
     tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}
     assert not refers_to_itself({"$defs": {"tree": tree}, "$ref": "#/$defs/tree"})
+    assert not refers_to_itself({"$defs": {"tree": {"anyOf": [{"type": "null"}, tree]}}, "anyOf": [tree, tree]})
+    assert not refers_to_itself({"type": "object", "properties": {"next": {"$ref": "#"}}})
+    assert not refers_to_itself({"schema": {"properties": {"next": {"items": {"$ref": "#"}}}}})
+    both = {"anyOf": [{"$ref": "#/$defs/leaf"}, {"$ref": "#/$defs/leaf"}]}
+    assert not refers_to_itself({"$defs": {"leaf": {"type": "null"}, "a": both, "b": both}, **both})
 
 
 def test_a_long_chain_of_references_is_followed_once() -> None:

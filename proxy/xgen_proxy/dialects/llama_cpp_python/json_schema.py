@@ -8,17 +8,18 @@ the schema is rebuilt here from the keywords that it is known to enforce.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Set
 from typing import Any
 
-from xgen_proxy.errors import BadRequestError
+from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 ANYTHING: Json = {"type": ["object", "array", "string", "number", "boolean", "null"]}
 MAX_LENGTH = 1000  # items or characters; 2,000 kill it
-MAX_NODES = 4000  # after references have been put in place
+MAX_NODES = 8000  # after references have been put in place; eight characters count as one
+MAX_DEPTH = 80  # the same; each level takes up to five frames of Python's stack
 
 # Keywords that do not change which values are valid; by default `format` is not a constraint.
 ANNOTATIONS = frozenset({
@@ -30,6 +31,7 @@ TYPED = frozenset({
     "additionalProperties", "items", "maxItems", "maxLength", "minItems", "minLength", "prefixItems", "properties",
     "required",
 })  # fmt: skip
+PLAIN = re.compile(r"[ !#-\[\]-~\x80-\uffff]*")
 FORMATS = ("date", "time", "date-time", "uuid")  # that it enforces
 
 
@@ -46,19 +48,33 @@ class _Rebuilder:
         self.root = root
         self.where = where
         self.nodes = 0
+        self.depth = 0
 
     def refused(self, why: str) -> BadRequestError:
         return BadRequestError(f"this backend cannot enforce the JSON schema: {why}", param=self.where)
 
     def rebuild(self, schema: Any, path: tuple[str, ...]) -> Json:
         """`path`: the references being followed, to detect a circle."""
-        self.nodes += 1
+        self._count(1)
+        if self.depth == MAX_DEPTH:
+            raise self.refused(f"it is deeper than {MAX_DEPTH} levels, references included")
+        self.depth += 1
+        built = self._rebuilt(schema, path)
+        self.depth -= 1
+        return built
+
+    def _count(self, nodes: int) -> None:
+        """Also what is only copied or compared: a reference to a large object costs as much as the object."""
+        self.nodes += nodes
         if self.nodes > MAX_NODES:
-            raise self.refused(f"it has more than {MAX_NODES} values")
+            raise self.refused(f"it has more than {MAX_NODES} values, references included")
+
+    def _rebuilt(self, schema: Any, path: tuple[str, ...]) -> Json:
         if schema is True or schema == {}:
             return ANYTHING
         if not isinstance(schema, dict):
-            raise self.refused(f"{json.dumps(schema)[:40]} is not a schema")
+            raise self.refused(f"{quoted(schema)} is not a schema")
+        self._count(len(schema))
         for keyword, build in (("$ref", self._reference), ("allOf", self._all_of)):
             if keyword in schema:
                 return build(schema, path)
@@ -73,12 +89,12 @@ class _Rebuilder:
         if not isinstance(reference, str) or not reference.startswith("#/"):
             raise self.refused("only references within the schema ($ref: #/…) can be followed")
         if reference in path:
-            raise self.refused(f"{reference} refers to itself")
+            raise self.refused(f"{quoted(reference)} refers to itself")
         target: Any = self.root
         for name in reference[2:].split("/"):
             name = name.replace("~1", "/").replace("~0", "~")
             if not isinstance(target, dict) or name not in target:
-                raise self.refused(f"{reference} does not exist")
+                raise self.refused(f"{quoted(reference)} does not exist")
             target = target[name]
         beside = {key: value for key, value in schema.items() if key != "$ref"}
         return self.rebuild({**target, **beside} if isinstance(target, dict) else target, (*path, reference))
@@ -98,6 +114,7 @@ class _Rebuilder:
         if not isinstance(options, list) or not options:
             raise self.refused(f"{keyword} must be a list of at least one")
         if keyword == "enum":
+            self._count(len(options))
             return {"enum": [self._literal(option) for option in options]}
         return {"anyOf": [self.rebuild(option, path) for option in options]}
 
@@ -106,7 +123,7 @@ class _Rebuilder:
         if isinstance(kind, list) and kind:
             return {"anyOf": [self.rebuild({**schema, "type": each}, path) for each in kind]}
         if kind not in TYPES:
-            raise self.refused(f"type {json.dumps(kind)[:40]} does not exist")
+            raise self.refused(f"type {quoted(kind)} does not exist")
         builders: dict[str, Callable[[Json, tuple[str, ...]], Json]] = {
             "object": self._object, "array": self._array, "string": self._string,
         }  # fmt: skip
@@ -123,11 +140,12 @@ class _Rebuilder:
             raise self.refused("properties must be an object and required a list")
         for name in required:
             if not isinstance(name, str) or name not in properties:
-                raise self.refused(f"required names {json.dumps(name)[:40]}, which is not in properties")
+                raise self.refused(f"required names {quoted(name)}, which is not in properties")
         built: Json = {"type": "object"}
         if properties:
             built["properties"] = {self._name(name): self.rebuild(each, path) for name, each in properties.items()}
             built["required"] = required
+            self._count(len(required))
         more = schema.get("additionalProperties")
         if more is False:
             built["additionalProperties"] = False
@@ -168,11 +186,13 @@ class _Rebuilder:
 
     def _literal(self, value: Any) -> Any:
         for text in _strings(value):
+            self._count(len(text) // 8)
             if not _plain(text):
                 raise self.refused("const and enum texts with quotes, backslashes, control characters or emoji")
         return value
 
     def _name(self, name: str) -> str:
+        self._count(len(name) // 8)
         if not name or not _plain(name):
             raise self.refused("property names that are empty or have quotes, backslashes, control characters or emoji")
         return name
@@ -180,7 +200,7 @@ class _Rebuilder:
     def _only(self, schema: Json, known: Set[str]) -> None:
         for keyword in schema:
             if keyword != "type" and keyword not in known and keyword not in ANNOTATIONS:
-                raise self.refused(f"the keyword {keyword[:40]!r}")
+                raise self.refused(f"the keyword {quoted(keyword)}")
 
 
 def _implied_type(schema: Json) -> Any:
@@ -201,4 +221,4 @@ def _strings(value: Any) -> list[str]:
 
 def _plain(text: str) -> bool:
     """Whether its converter escapes the text rightly: it writes JSON's escapes into the grammar, where they differ."""
-    return all(" " <= char <= "\uffff" and char not in '"\\\x7f' for char in text)
+    return PLAIN.fullmatch(text) is not None

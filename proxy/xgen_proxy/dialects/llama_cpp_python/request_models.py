@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
 
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 
 TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,7}$")]
+MAX_MESSAGES = 2000  # more never fit into its context, and 8,000 take 0.1 s to check
+MAX_KEY = 60  # characters of a key that the client chose, in a message
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -41,7 +43,7 @@ class Message(Strict):
     content: str
     name: str = ""
     tool_call_id: str = ""
-    tool_calls: list[ToolCall] = []
+    tool_calls: Annotated[list[ToolCall], FailFast()] = []
     function_call: FunctionCall | None = None
 
     @model_validator(mode="after")
@@ -97,10 +99,10 @@ class Sampling(Strict):
 
 
 class Chat(Sampling):
-    messages: list[Message]
-    tools: list[Tool] = []
+    messages: Annotated[list[Message], FailFast(), Field(max_length=MAX_MESSAGES)]
+    tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: ToolChoice | Literal["none", "auto", "required"] = "none"
-    functions: list[Function] = []
+    functions: Annotated[list[Function], FailFast()] = []
     function_call: FunctionName | Literal["none", "auto"] = "none"
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -127,6 +129,6 @@ def checked_fields(endpoint: str, body: Json) -> Json:
         known = MODELS[endpoint].model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part)[:MAX_KEY] for part in first["loc"])
         raise BadRequestError(f"{where}: {first['msg'].removeprefix('Value error, ')}", param=where or None) from None
     return known.model_dump(exclude_unset=True, by_alias=True)

@@ -18,11 +18,16 @@ def stop_strings(body: Json) -> tuple[str, ...]:
 
 
 class StopStringCutter:
-    """Takes the chunks of one choice. `done`: a stop string was found, and everything after it is dropped."""
+    """Takes the chunks of one choice. `done`: a stop string was found, and everything after it is dropped.
+
+    The number and the length of the strings are limited (request/fields.py).
+    """
 
     def __init__(self, strings: tuple[str, ...]) -> None:
         self.done = False
         self._strings = strings
+        self._beginnings = {string[:length] for string in strings for length in range(1, len(string))}
+        self._longest = max(map(len, strings), default=1) - 1
         self._held = ""  # the end of the text so far, where a stop string may begin
         self._last: Json = {}
 
@@ -57,11 +62,8 @@ class StopStringCutter:
 
     def _partial_match(self, text: str) -> int:
         """Number of characters at the end of `text` that may begin a stop string."""
-        longest = max(len(string) for string in self._strings) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self._strings):
-                return length
-        return 0
+        lengths = range(min(self._longest, len(text)), 0, -1)
+        return next((length for length in lengths if text[-length:] in self._beginnings), 0)
 
 
 def text_of(choice: Json) -> str | None:

@@ -200,6 +200,31 @@ def composites(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {**{f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(900)}, "d900": {}}, "$ref": "#/$defs/d0"},
+        {"$defs": {"a": {"enum": ["x"] * 900}}, "anyOf": [{"$ref": "#/$defs/a"}] * 900},
+        {"$defs": {"a": {"enum": ["x" * 8000]}}, "anyOf": [{"$ref": "#/$defs/a"}] * 900},
+        {"$defs": {"a": {"properties": {"p": {}}, "required": ["p"] * 900}}, "anyOf": [{"$ref": "#/$defs/a"}] * 900},
+        {"$defs": {"a": {"title": "t", **{f"$comment{n}": n for n in range(900)}}},
+         "anyOf": [{"$ref": "#/$defs/a"}] * 900},
+    ],
+)  # fmt: skip
+def test_references_do_not_multiply_a_schema(schema: Any) -> None:
+    with pytest.raises(BadRequestError, match="cannot enforce the JSON schema"):
+        enforceable(schema, "tools")
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#/" + "x" * 9000}, {"type": "x" * 9000}, {"required": ["x" * 9000]}, {"x" * 9000: 1}]
+)
+def test_messages_quote_the_schema_in_brief(schema: Any) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        enforceable(schema, "tools")
+    assert len(caught.value.message) < 200
+
+
 SUBSET = st.recursive(LEAVES, composites, max_leaves=8)
 INSTANCES = st.recursive(
     st.none() | st.booleans() | st.integers() | NAMES,

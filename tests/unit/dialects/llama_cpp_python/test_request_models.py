@@ -38,6 +38,18 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
     assert caught.value.message.startswith(param)
 
 
+def test_a_long_key_is_not_repeated() -> None:
+    with pytest.raises(BadRequestError) as caught:
+        checked_fields("chat", {**CHAT, "logit_bias": {"x" * 100_000: 1.0}})
+    assert len(caught.value.message) < 200
+    assert len(caught.value.param or "") < 200
+
+
+def test_the_number_of_messages_is_limited() -> None:
+    with pytest.raises(BadRequestError, match="at most 2000 items"):
+        checked_fields("chat", {**CHAT, "messages": CHAT["messages"] * 2001})
+
+
 def test_each_endpoint_has_its_fields() -> None:
     assert checked_fields("completions", {"model": "m", "prompt": "a", "echo": True})["echo"] is True
     assert checked_fields("embeddings", {"model": "m", "input": ["a"], "user": "x"}) == {"model": "m", "input": ["a"]}

@@ -50,6 +50,12 @@ def test_a_stop_string_in_the_arguments_of_a_call() -> None:
     assert out[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_as_many_and_as_long_strings_as_a_request_may_have() -> None:
+    strings = tuple("a" * 255 + chr(ord("b") + n) for n in range(16))
+    assert stopped(["x", "a" * 200, "a" * 100, "q", "z"], strings) == ("x" + "a" * 45, "stop")
+    assert stopped(["x", "a" * 300, "z"], strings) == ("x" + "a" * 300 + "z", "length")
+
+
 def test_text_held_back_comes_at_the_end() -> None:
     stops = StopStringCutter(("ab",))
     chat = [delta(role="assistant"), delta(content="xa"), delta("length")]
