@@ -20,6 +20,7 @@ from xgen_proxy.fleet.process_memory import listener
 from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.garbage_collection import freeze_loaded_objects
 from xgen_proxy.observability.logging_setup import set_up_logging
+from xgen_proxy.own_limits import raise_descriptor_limit
 from xgen_proxy.request.call import Origin
 
 log = logging.getLogger("xgen_proxy.server")
@@ -109,6 +110,7 @@ def serve(sources: ConfigSources, announce: Callable[[str], None]) -> None:
     """
     settings = sources.load()
     set_up_logging(settings.log_format)
+    raise_descriptor_limit()
     sock = listen(settings.host, settings.port)
     app = create_app(settings, sources)
     host, port = sock.getsockname()[:2]
