@@ -20,11 +20,12 @@ BREAKER_STATES: tuple[str, ...] = get_args(State)
 
 
 class FleetMetrics(Collector):
-    """prometheus_client calls collect() for each scrape."""
+    """prometheus_client calls collect() for each scrape. `settings_current`: the last reload was not refused."""
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.fleet = fleet
         self.admission = admission
+        self.settings_current = True
 
     def collect(self) -> Iterator[Metric]:
         replicas = list(self.fleet.replicas)
@@ -44,9 +45,15 @@ class FleetMetrics(Collector):
         )
         for backend in self.fleet.backends:
             device_classes.add_metric((backend.name, backend.device_class), 1)
+        current = GaugeMetricFamily(
+            "xgen_config_current",
+            "0: the last reload was refused, so that older settings run than their files say; the log has the reason.",
+            labels=(),
+        )
+        current.add_metric((), self.settings_current)
         build = GaugeMetricFamily("xgen_build_info", "1: the version that runs.", labels=("version",))
         build.add_metric((__version__,), 1)
-        yield from (queued, device_classes, build)
+        yield from (queued, device_classes, current, build)
 
 
 def _of_each(
