@@ -13,9 +13,9 @@ import httpx
 import orjson
 
 from xgen_proxy import __version__
+from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.dialects.registry import DIALECTS
-from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.server import PortInUseError, serve
 
 EXAMPLES = """\

@@ -17,9 +17,9 @@ import pytest
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import CHAT, RunningProxy, backend, running_proxy
 from xgen_proxy import __version__, cli
+from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.downstream.api_keys import hash_key
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -21,9 +21,9 @@ from tests.support.fake_upstream import FakeUpstream
 from tests.support.running_proxy import CHAT, get, post
 from tests.support.server_process import Process, Streaming
 from tests.support.waiting import wait_until
+from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources, UnreadableError
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings
-from xgen_proxy.downstream.api_keys import new_key
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.reload import Reloader
 from xgen_proxy.supervision import restarts

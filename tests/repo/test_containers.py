@@ -16,9 +16,9 @@ from backends import healthcheck
 from backends.local import ENGINES
 from tests.support.compose_stack import COMPOSE, ROOT, variables
 from xgen_proxy import __version__
+from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.downstream.api_keys import hash_key
 
 EXAMPLE = ROOT / ".env.example"
 DOCKERFILES = [ROOT / "proxy" / "Dockerfile", ROOT / "backends" / "llama_cpp" / "Dockerfile"]

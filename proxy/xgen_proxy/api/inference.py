@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import Receive, Scope, Send
 
-from xgen_proxy.downstream.api_keys import check_key
+from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.direct_writer import direct_writer_for
 from xgen_proxy.downstream.request_body import HeldBytes, read_body

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy import __version__
+from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.downstream.api_keys import check_key
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend

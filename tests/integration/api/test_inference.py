@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.running_proxy import CHAT, RunningProxy, backend, get, post
-from xgen_proxy.downstream.api_keys import new_key
+from xgen_proxy.api.api_keys import new_key
 
 Start = Callable[..., RunningProxy]
 

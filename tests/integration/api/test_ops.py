@@ -23,7 +23,7 @@ from tests.support.running_proxy import (
     running_proxy,
     wait_until,
 )
-from xgen_proxy.downstream.api_keys import hash_key
+from xgen_proxy.api.api_keys import hash_key
 
 
 @pytest.fixture(scope="module")

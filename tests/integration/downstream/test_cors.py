@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.running_proxy import CHAT, RunningProxy, backend, get, post, running_proxy
+from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.settings import Settings
-from xgen_proxy.downstream.api_keys import hash_key
 from xgen_proxy.downstream.cors import cors_headers
 
 PAGE = "https://chat.example.org"

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status, whole
 from tests.support.running_proxy import CHAT, RunningProxy, ask, backend, chat, get, post
 from tests.support.waiting import wait_until
-from xgen_proxy.downstream.api_keys import hash_key
+from xgen_proxy.api.api_keys import hash_key
 
 Start = Callable[..., RunningProxy]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}

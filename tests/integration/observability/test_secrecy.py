@@ -14,7 +14,7 @@ import pytest
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, status, whole
 from tests.support.running_proxy import RunningProxy, backend, post, running_proxy
 from tests.support.waiting import wait_until
-from xgen_proxy.downstream.api_keys import hash_key
+from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.observability.logging_setup import JsonFormatter, PlainFormatter
 

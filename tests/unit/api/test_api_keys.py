@@ -5,7 +5,7 @@ import hmac
 
 import pytest
 
-from xgen_proxy.downstream.api_keys import check_key, hash_key, new_key
+from xgen_proxy.api.api_keys import check_key, hash_key, new_key
 from xgen_proxy.errors import AuthenticationError
 
 
@@ -74,7 +74,7 @@ def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch
         compared.append(known)
         return real(given, known)
 
-    monkeypatch.setattr("xgen_proxy.downstream.api_keys.hmac.compare_digest", recording)
+    monkeypatch.setattr("xgen_proxy.api.api_keys.hmac.compare_digest", recording)
     hashes = [hash_key("sk-mine"), hash_key("second"), hash_key("third")]
     check_key(bearer("sk-mine"), hashes)
     assert compared == hashes
