@@ -266,7 +266,7 @@ def ready_url(proxy: Child) -> str | None:
 
 
 def welcome(url: str, name: str, logs: Path) -> None:
-    key = ' -H "Authorization: Bearer $KEY"' if os.environ.get("XGEN_API_KEYS") else ""
+    key = ' -H "Authorization: Bearer $KEY"' if os.environ.get("XGEN_API_KEYS") not in (None, "none") else ""
     say(f"""
 xgen-proxy listens on {url}   (Ctrl-C ends it; logs: {logs})
 

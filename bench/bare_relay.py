@@ -4,7 +4,7 @@ import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from xgen_proxy.upstream import Pool
+from xgen_proxy.upstream.pool import Pool
 
 target = urlsplit(os.environ["UPSTREAM"])
 pool = Pool(str(target.hostname), int(target.port or 80))

@@ -26,7 +26,7 @@ def texts() -> dict[str, str]:
         "Korean": (ROOT / "bench/texts/korean.txt").read_text(),
         "code": "".join(
             (ROOT / "proxy" / "xgen_proxy" / name).read_text()
-            for name in ("upstream.py", "fleet/admission.py", "fleet/health.py")
+            for name in ("upstream/connection.py", "fleet/admission.py", "fleet/health.py")
         ),
     }
 

@@ -39,7 +39,8 @@ from xgen_proxy.observability import logging_setup
 from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.routing.policy import decide
-from xgen_proxy.upstream import Connection, Pool
+from xgen_proxy.upstream.connection import Connection
+from xgen_proxy.upstream.pool import Pool
 
 RAW = b'{"model":"m","messages":[{"role":"user","content":"Hello, how are you today?"}],"max_tokens":64}'
 HEADERS = {b"host": b"x", b"content-type": b"application/json", b"content-length": b"96"}

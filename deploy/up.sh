@@ -11,8 +11,14 @@ docker compose version >/dev/null 2>&1 || die "docker has no compose plugin. On 
 docker info >/dev/null 2>&1 || die "The Docker engine does not answer. Is it running (systemctl start docker)? May you use it (group docker)?
 $(docker info 2>&1 | tail -n 1)"
 if ! [ -e .env ]; then
-    cp .env.example .env
-    echo "make: made .env out of .env.example, all defaults"
+    key=sk-$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=')
+    { cat .env.example && printf '\n# Made by make up.\nXGEN_API_KEYS=%s\n' "$(printf %s "$key" | sha256sum | cut -d ' ' -f 1)"; } >.env
+    printf 'make: made .env out of .env.example, and a key for clients, which is shown only now:\n\n  %s\n\n' "$key"
+fi
+if [ -z "${XGEN_API_KEYS-}$(value XGEN_API_KEYS)${API_KEYS_FILE-}$(value API_KEYS_FILE)" ]; then
+    die "The proxy does not start without keys, or the word none. Add to .env:
+XGEN_API_KEYS=none, if everybody who can connect may use the models;
+or the hash of a key: docker compose run --rm --no-deps proxy key"
 fi
 
 engine=${ENGINE:-$(value ENGINE)}
@@ -41,10 +47,13 @@ show_state() {
 docker compose up -d --build --remove-orphans --wait || { show_state >&2; die "Not everything came up, see above. Correct it and run make up again"; }
 
 address=$(docker compose port nginx 443)
+keys=${XGEN_API_KEYS:-$(value XGEN_API_KEYS)}
+header=" -H 'Authorization: Bearer ${key:-KEY}'"
+[ "$keys" != none ] || header=
 echo "
 make: it is up. Try it (-k, since the first certificate is self-signed):
 
-  curl -k https://${address/0.0.0.0/localhost}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl -k https://${address/0.0.0.0/localhost}/v1/chat/completions -H 'Content-Type: application/json'$header \\
     -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France? Answer in one word.\"}], \"temperature\": 0}'
 
 To see what it does: make logs. To end it: make down."

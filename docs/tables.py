@@ -41,6 +41,7 @@ ORDER = (
     "fleet",
     "forwarding",
     "dialects",
+    "upstream",
     "observability",
     "config",
 )
@@ -79,8 +80,10 @@ def metrics() -> Iterator[Row]:
     yield "metric", "type", "labels", "meaning"
     fleet = Fleet(Settings(backends={"llama_cpp": {"urls": ["http://127.0.0.1:1"], "dialect": "llama-server"}}))
     admission = Admission(0, 0)
-    for gauge in FleetMetrics(fleet, admission).collect():
-        yield f"`{gauge.name}`", gauge.type, ", ".join(gauge._labelnames), gauge.documentation
+    for family in FleetMetrics(fleet, admission).collect():
+        labels: tuple[str, ...] = family._labelnames  # type: ignore[attr-defined]  # both kinds of family have it
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        yield f"`{name}`", family.type, ", ".join(labels), family.documentation
     for series in Metrics(fleet, admission).all():
         family = series.to_metric_family()
         name = f"{family.name}_total" if family.type == "counter" else family.name

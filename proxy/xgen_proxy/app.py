@@ -25,6 +25,7 @@ from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Refusal
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.reload import Reloader
 from xgen_proxy.request.call import Origin
+from xgen_proxy.supervision import exit_when_hung, stop, supervise
 
 
 class ProxyApp:
@@ -76,10 +77,12 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
         await gateway.start()
         if reloader:
             reloader.start()
+        watchdog = supervise("watchdog", exit_when_hung) if reloader else None
         yield
         if reloader:
             await reloader.stop()
         await gateway.stop()
+        await stop(watchdog)
 
     app = Starlette(
         routes=[

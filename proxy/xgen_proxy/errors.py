@@ -15,14 +15,20 @@
     │   └── QueueTimeoutError      429  no slot came free in time
     ├── ServiceUnavailableError    503  no backend can answer now
     │   └── TooManyConnectionsError 503 the proxy serves as many connections as it can
+    │   └── OutOfResourcesError    503  the proxy has no descriptors, ports or memory left
     ├── BadGatewayError       502, 504  every candidate was tried and failed
+    │   └── ResponseTooLargeError  502  the answer is larger than the proxy takes
     └── InternalServerError        500  a bug in the proxy; the log has the traceback
     UpstreamError                       one attempt failed before the commit point: try the next candidate
     ├── UpstreamConnectError            no connection
-    ├── UpstreamOverloadedError         429 or 503: healthy but full; never counted by the circuit breaker
-    ├── UnsupportedByBackendError       this backend cannot serve the request; nobody's fault
+    ├── UpstreamLocalError              no connection, because of a limit of this process
+    ├── UpstreamOverloadedError         429 or 503: healthy but full
+    ├── UnsupportedByBackendError       this backend cannot serve the request
+    │   └── MissingCapabilityError      its engine says that it was started without something
     ├── UpstreamTimeoutError            no first byte, or silence, for longer than the limit
-    └── UpstreamProtocolError           reset, invalid HTTP, 5xx, error event, stream without finish_reason
+    ├── UpstreamOversizedError          a response larger than our limit: no candidate is tried after it
+    └── UpstreamProtocolError           reset, invalid HTTP, error event, stream without finish_reason
+        └── UpstreamServerError         a well-formed answer that says that the engine failed: a 5xx
     StreamInterruptedError              a stream broke after the commit point: resume it elsewhere
     ClientDisconnectedError             the client closed its connection: stop all work for it
 
@@ -32,10 +38,19 @@ Error body: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
+# Whose fault a failed attempt is. Only "replica" counts on a circuit breaker.
+#   replica  it hung up, was silent, or spoke no HTTP
+#   unclear  its engine answered that it failed: the replica may be ill, or the request may make any replica fail
+#   request  any replica would fail alike
+#   engine   it runs without something that the request needs: start-up flags, a model, our key
+#   busy     it is healthy and full
+#   proxy    we ran out of something
+Blame = Literal["replica", "unclear", "request", "engine", "busy", "proxy"]
+MAX_NAMED = 8  # failed attempts that an error message lists
 QUOTED_CHARACTERS = 60
 
 
@@ -192,10 +207,18 @@ class TooManyConnectionsError(ServiceUnavailableError):
     close = True
 
 
+class OutOfResourcesError(ServiceUnavailableError):
+    code = "proxy_out_of_resources"
+
+
 class BadGatewayError(ProxyError):
     status = 502
     code = "all_backends_failed"
     retry = False
+
+
+class ResponseTooLargeError(BadGatewayError):
+    code = "response_too_large"
 
 
 class InternalServerError(ProxyError):
@@ -210,6 +233,7 @@ class UpstreamError(Exception):
     """
 
     outcome = "failed"
+    blame: Blame = "replica"
 
     def __init__(self, reason: str, backend_message: str = "") -> None:
         super().__init__(f"{reason}: {backend_message}" if backend_message else reason)
@@ -220,20 +244,45 @@ class UpstreamConnectError(UpstreamError):
     outcome = "connect_failed"
 
 
+class UpstreamLocalError(UpstreamError):
+    outcome = "out_of_resources"
+    blame = "proxy"
+
+
 class UpstreamOverloadedError(UpstreamError):
     outcome = "busy"
+    blame = "busy"
 
 
 class UnsupportedByBackendError(UpstreamError):
     outcome = "unable"
+    blame = "engine"
+
+
+class MissingCapabilityError(UnsupportedByBackendError):
+    """`capability`: what the engine lacks, if a request can need it by name. `remedy`: what an operator should do."""
+
+    def __init__(self, capability: str | None, remedy: str) -> None:
+        super().__init__(f"runs without {capability or 'what this request needs'}: {remedy}")
+        self.capability = capability
+        self.remedy = remedy
 
 
 class UpstreamTimeoutError(UpstreamError):
     outcome = "timed_out"
 
 
+class UpstreamOversizedError(UpstreamError):
+    outcome = "too_large"
+    blame = "request"
+
+
 class UpstreamProtocolError(UpstreamError):
     outcome = "broken"
+
+
+class UpstreamServerError(UpstreamProtocolError):
+    blame = "unclear"
 
 
 class StreamInterruptedError(Exception):
@@ -251,12 +300,27 @@ class ClientDisconnectedError(Exception):
 def all_failed(failures: Iterable[tuple[str, UpstreamError]]) -> ProxyError:
     """The error for a request whose every candidate failed, given (replica name, error) in order.
 
-    503 if all were overloaded, down or unsuitable, 504 if the last one timed out, else 502.
+    By blame: the request's or the proxy's own fault says so; 400 if no engine has what the request needs; 503 if all
+    were overloaded, down or unsuitable; 504 if the last one timed out; else 502.
     """
     failures = list(failures)
-    tried = "; ".join(f"{name}: {error}" for name, error in failures)
+    errors = [error for _, error in failures]
+    tried = "; ".join(f"{name}: {error}" for name, error in failures[:MAX_NAMED])
+    if len(failures) > MAX_NAMED:
+        tried += f"; and {len(failures) - MAX_NAMED} more"
+    last = errors[-1]
+    if last.blame == "request":
+        return ResponseTooLargeError(f"the answer is too large ({last}); ask for less in one request")
+    if all(error.blame == "proxy" for error in errors):
+        return OutOfResourcesError(f"the proxy itself ran out of resources ({tried}); try again later", retry_after=2)
+    if all(isinstance(error, MissingCapabilityError) for error in errors):
+        return BadRequestError(f"no backend can do this request ({tried})")
     message = f"every backend that could answer was tried and failed ({tried})"
-    temporary = UpstreamOverloadedError | UpstreamConnectError | UnsupportedByBackendError
-    if all(isinstance(error, temporary) for _, error in failures):
-        return ServiceUnavailableError(message, code="all_backends_failed", retry_after=2)
-    return BadGatewayError(message, status=504 if isinstance(failures[-1][1], UpstreamTimeoutError) else 502)
+    blames = {error.blame for error in errors}
+    if all(error.blame in ("busy", "engine", "proxy") or isinstance(error, UpstreamConnectError) for error in errors):
+        return ServiceUnavailableError(
+            message, code="all_backends_failed", retry_after=None if blames == {"engine"} else 2
+        )
+    if blames == {"unclear"}:
+        message += "; it may be this request that makes them fail: change it before you send it again"
+    return BadGatewayError(message, status=504 if isinstance(last, UpstreamTimeoutError) else 502)

@@ -6,7 +6,7 @@ https://docs.python.org/3/library/gc.html#gc.freeze
 
 The contract: a finished request leaves no reference cycles, so that reference counting frees its memory at once. Where
 one would arise it is broken by hand: in http_protocol.py (a weak reference to uvicorn's cycle), disconnect.py (two
-tasks), upstream.py (the parser; failures kept without tracebacks) and forwarding/ (tracebacks of failed attempts).
+tasks), connection.py (the parser; failures kept without tracebacks) and forwarding/ (tracebacks of failed attempts).
 tests/integration/test_garbage_collection.py checks it for each kind of request.
 """
 

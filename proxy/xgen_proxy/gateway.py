@@ -55,13 +55,19 @@ class Gateway:
         return not self.draining and any(replica.state in ("up", "suspect") for replica in self.fleet.replicas)
 
     def configure(self, settings: Settings) -> None:
-        """Takes new settings. Requests in flight finish under the old ones."""
+        """Takes new settings, all or none. Requests in flight finish under the old ones."""
+        old = self.settings
+        try:
+            removed = self.fleet.configure(settings)
+        except Exception:
+            self.fleet.configure(old)  # the backends that had taken the new ones
+            raise
         self.settings = settings
         self.admission.limit = settings.limits.queue
         self.forwarder.sse_keepalive_s = settings.sse_keepalive_s
         self.admission.timeout_s = self.retry_budget.queue_timeout_s = settings.limits.queue_timeout_s
-        for removed in self.fleet.configure(settings):
-            self.health.reconcile(removed, [], joined_later=True)
+        for backend in removed:
+            self.health.reconcile(backend, [], joined_later=True)
         self.discovery.lookup_soon()
 
     async def start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import socket
 from collections.abc import Callable
@@ -12,14 +13,17 @@ import uvicorn
 
 from xgen_proxy.app import ProxyApp, create_app
 from xgen_proxy.config.loading import ConfigSources
-from xgen_proxy.config.settings import Settings
+from xgen_proxy.config.settings import NO_KEYS, Settings
 from xgen_proxy.downstream.http_protocol import http_protocol
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.fleet.process_memory import listener
 from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.garbage_collection import freeze_loaded_objects
 from xgen_proxy.observability.logging_setup import set_up_logging
+from xgen_proxy.own_limits import raise_descriptor_limit
 from xgen_proxy.request.call import Origin
+
+log = logging.getLogger("xgen_proxy.server")
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than nginx keeps its connections to the proxy (60 s), so that nginx is the one to close them
@@ -106,10 +110,13 @@ def serve(sources: ConfigSources, announce: Callable[[str], None]) -> None:
     """
     settings = sources.load()
     set_up_logging(settings.log_format)
+    raise_descriptor_limit()
     sock = listen(settings.host, settings.port)
     app = create_app(settings, sources)
     host, port = sock.getsockname()[:2]
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    if settings.api_keys in (None, NO_KEYS):
+        log.warning("no API key is asked for: who can connect to %s:%d can use the models", host, port)
     server = server_for(app, settings)
     freeze_loaded_objects()
     server.run(sockets=[sock])

@@ -8,7 +8,7 @@ import random
 
 from tests.support.fuzzing import cut, examples, mutated, reported
 from xgen_proxy.errors import UpstreamError
-from xgen_proxy.upstream import Pool
+from xgen_proxy.upstream.pool import Pool
 
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
 RESPONSES = [

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dotenv import dotenv_values
 
 from backends import healthcheck
 from backends.local import ENGINES
 from tests.support.compose_stack import COMPOSE, ROOT, variables
 from xgen_proxy import __version__
+from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.config.settings import Settings
+from xgen_proxy.downstream.api_keys import hash_key
 
 EXAMPLE = ROOT / ".env.example"
 DOCKERFILES = [ROOT / "proxy" / "Dockerfile", ROOT / "backends" / "llama_cpp" / "Dockerfile"]
@@ -33,7 +38,7 @@ def test_the_example_lists_every_setting() -> None:
 
 
 def test_the_example_shows_the_defaults() -> None:
-    unset = {"CUDA_VISIBLE_DEVICES"}  # has no default and must not be empty
+    unset = {"CUDA_VISIBLE_DEVICES", "XGEN_API_KEYS"}  # have no default and must not be empty
     shown = {name: value for name, value in examples().items() if name not in unset | READ_BY_COMPOSE}
     assert shown == {name: value for name, value in variables().items() if name not in unset}
 
@@ -54,10 +59,13 @@ def test_the_proxys_settings_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path
     """As passed by compose, except the template, which exists only in a running stack."""
     proxy = compose()["services"]["proxy"]
     for name, value in proxy["environment"].items():
-        if not name.endswith("__CHAT_TEMPLATE"):
+        if not name.endswith(("__CHAT_TEMPLATE", "_API_KEYS")):
             monkeypatch.setenv(name, re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)))
     monkeypatch.chdir(tmp_path)
-    settings = Settings()
+    with pytest.raises(ConfigError, match="api_keys: none are set"):
+        ConfigSources().load()
+    monkeypatch.setenv("XGEN_API_KEYS", "none")
+    settings = ConfigSources().load()
     assert {name: each.dialect for name, each in settings.backends.items()} == {
         "vllm": "vllm",
         "llama_cpp": "llama-cpp-python",
@@ -86,3 +94,54 @@ def test_images(dockerfile: Path) -> None:
     for install in re.findall(r"pip (?:install|wheel) [^\n\\]*-r \S+", text):
         assert "--require-hashes" in install, install
     assert "--mount" not in text, "the classic builder, used without buildx, has no --mount"
+
+
+# make up
+
+NO_DOCKER = """#!/bin/sh
+case "$*" in *port*) echo 127.0.0.1:443 ;; esac
+"""
+
+
+def make_up(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run deploy/up.sh in a copy of what it needs, with a docker that does nothing."""
+    for file in ("deploy/up.sh", ".env.example", "bin/docker"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(NO_DOCKER if file == "bin/docker" else (ROOT / file).read_text())
+    (folder / "bin" / "docker").chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", str(folder / "deploy" / "up.sh")]
+    return subprocess.run(command, env={"PATH": path, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_make_up_makes_a_key_for_a_new_env_file(tmp_path: Path) -> None:
+    done = make_up(tmp_path)
+    assert done.returncode == 0, done.stderr
+    [key, shown_again] = re.findall(r"sk-[\w-]{43}", done.stdout)
+    assert key == shown_again, "in the command to try"
+    written = dotenv_values(tmp_path / ".env")
+    assert written == {"XGEN_API_KEYS": hash_key(key)}
+    assert key not in (tmp_path / ".env").read_text()
+    again = make_up(tmp_path)
+    assert again.returncode == 0
+    assert "sk-" not in again.stdout
+    assert "-H 'Authorization: Bearer KEY'" in again.stdout
+    assert dotenv_values(tmp_path / ".env") == written
+
+
+@pytest.mark.parametrize("text", ["", "XGEN_API_KEYS=\n", "#XGEN_API_KEYS=none\nBIND=0.0.0.0\n"])
+def test_make_up_refuses_an_env_file_that_does_not_speak_of_keys(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".env").write_text(text)
+    done = make_up(tmp_path)
+    assert done.returncode == 1
+    assert "XGEN_API_KEYS=none" in done.stderr
+    assert make_up(tmp_path, XGEN_API_KEYS="none").returncode == 0
+    (tmp_path / ".env").write_text(text + "API_KEYS_FILE=./keys\n")
+    assert make_up(tmp_path).returncode == 0
+
+
+def test_make_up_asks_for_no_key_where_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("XGEN_API_KEYS=none\n")
+    done = make_up(tmp_path)
+    assert done.returncode == 0
+    assert "Authorization" not in done.stdout

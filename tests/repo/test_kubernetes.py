@@ -21,7 +21,7 @@ import yaml
 
 from tests.repo.test_docs import METRICS, served_routes
 from tests.support.documents import ROOT
-from xgen_proxy.config.loading import ConfigSources
+from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.fleet.discovery import LOOKUP_INTERVAL_S
 
 DEPLOYED = ROOT / "deploy" / "kubernetes"
@@ -215,10 +215,21 @@ def test_the_proxys_settings_are_settings(overlay: str, monkeypatch: pytest.Monk
     """ConfigSources.load() refuses names that it does not know."""
     for name, value in settings_of(overlay).items():
         monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="api_keys: none are set"):
+        ConfigSources().load()
+    monkeypatch.setenv("XGEN_API_KEYS", "none")
     settings = ConfigSources().load()
     assert settings.host == "0.0.0.0"
     assert settings.backends["llama_cpp"].dialect == "llama-server"
     assert ("vllm" in settings.backends) == (overlay != "cpu")
+
+
+def test_no_pod_of_the_proxy_starts_without_its_keys(overlay: str) -> None:
+    [proxy] = [each for each in kinds(overlay, "Deployment") if each["metadata"]["name"] == "proxy"]
+    [secrets] = [each for each in proxy["spec"]["template"]["spec"]["volumes"] if each["name"] == "secrets"]
+    assert secrets["secret"] == {"secretName": "proxy-secrets"}, (
+        "an optional Secret that is deleted takes its files along"
+    )
 
 
 def test_the_proxy_resolves_headless_services(overlay: str) -> None:

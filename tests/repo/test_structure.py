@@ -32,7 +32,7 @@ LEVELS = [
     {"dialects"},
     {"request", "downstream"},
     {"upstream", "sse"},
-    {"errors", "garbage_collection", "values"},
+    {"errors", "garbage_collection", "own_limits", "supervision", "values"},
     {"__init__"},  # the version
 ]
 LEVEL = {name: -number for number, names in enumerate(LEVELS) for name in names}

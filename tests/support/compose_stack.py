@@ -50,6 +50,7 @@ class Stack:
         self.project = f"xgen-test-{uuid.uuid4().hex[:8]}"
         self.https, self.http, self.prometheus, self.grafana = (free_port() for _ in range(4))
         self.settings = {
+            "XGEN_API_KEYS": "none",
             "HTTP_PORT": str(self.http),
             "HTTPS_PORT": str(self.https),
             "PROMETHEUS_PORT": str(self.prometheus),
@@ -158,5 +159,5 @@ def variables() -> dict[str, str]:
     found = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
     assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-[^}]*\}", text)), "a variable has no default"
     passed = [name for names in re.findall(r"x-pip: &pip \[(.*)\]", text) for name in names.split(", ")]
-    passed += re.findall(r"(?m)^ +- ([A-Z_]+)$", text)
+    passed += re.findall(r"(?m)^ +(?:- )?([A-Z_]+):? *$", text)
     return {**found, **dict.fromkeys(passed, "")}

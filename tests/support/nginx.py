@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -151,6 +152,14 @@ class Nginx:
             return httpx.get(f"http://127.0.0.1:{self.plain}/", timeout=5, verify=False).status_code == 308
         except httpx.TransportError:
             return False
+
+    def reload(self) -> None:
+        """As `nginx -s reload`."""
+        assert self.process is not None
+        if self.runner == "docker":
+            subprocess.run(["docker", "kill", "--signal", "HUP", self.container], check=True, capture_output=True)
+        else:
+            self.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         if self.process is None:

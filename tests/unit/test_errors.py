@@ -7,14 +7,18 @@ from xgen_proxy.errors import (
     BadGatewayError,
     BadRequestError,
     MethodNotAllowedError,
+    MissingCapabilityError,
     ProxyError,
     RequestTimeoutError,
     ServiceUnavailableError,
     UnsupportedByBackendError,
     UpstreamConnectError,
     UpstreamError,
+    UpstreamLocalError,
     UpstreamOverloadedError,
+    UpstreamOversizedError,
     UpstreamProtocolError,
+    UpstreamServerError,
     UpstreamTimeoutError,
     all_failed,
     quoted,
@@ -61,3 +65,30 @@ def test_what_a_client_sent_is_quoted_in_brief() -> None:
     assert quoted("a") == "'a'"
     assert quoted("x" * 10**6) == repr("x" * 60 + "…")
     assert (quoted(5), quoted(["a"]), quoted(None)) == ("5", "that", "that")
+
+
+@pytest.mark.parametrize(
+    ("errors", "status", "code"),
+    [
+        ([UpstreamOversizedError("more than 64 MiB")], 502, "response_too_large"),
+        ([UpstreamTimeoutError("silent"), UpstreamOversizedError("more than 64 MiB")], 502, "response_too_large"),
+        ([UpstreamLocalError("Too many open files")], 503, "proxy_out_of_resources"),
+        ([UpstreamLocalError("Too many open files"), UpstreamConnectError("down")], 503, "all_backends_failed"),
+        ([MissingCapabilityError("tools", "start it with")], 400, None),
+        ([MissingCapabilityError("tools", "start it with"), UpstreamConnectError("down")], 503, "all_backends_failed"),
+        ([UnsupportedByBackendError("says 404")], 503, "all_backends_failed"),
+        ([UpstreamServerError("says 500")] * 2, 502, "all_backends_failed"),
+    ],
+)
+def test_a_failure_of_everything_says_whose_fault_it_is(
+    errors: list[UpstreamError], status: int, code: str | None
+) -> None:
+    error = all_failed((f"r{number}", each) for number, each in enumerate(errors))
+    assert (error.status, error.code, error.retry) == (status, code, False)
+    assert ("change it before you send it again" in error.message) == isinstance(errors[0], UpstreamServerError)
+
+
+def test_a_thousand_failures_are_named_in_a_short_message() -> None:
+    error = all_failed((f"r{number}", UpstreamProtocolError("reset")) for number in range(1000))
+    assert len(error.message) < 1000
+    assert "and 992 more" in error.message

@@ -33,8 +33,8 @@ class InferenceEndpoint:
             try:
                 if scope["method"] != "POST":
                     raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
-                if settings.api_keys:
-                    origin = origin.with_key(check_key(headers, settings.api_keys))
+                if (key := check_key(headers, settings.api_keys)) is not None:
+                    origin = origin.with_key(key)
                 call = await self.read(origin, receive, held)
             except ProxyError as error:
                 await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])

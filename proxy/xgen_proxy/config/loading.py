@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
@@ -17,7 +18,15 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
-from xgen_proxy.config.settings import URL_FORMS, Settings, config_file, secrets_dir, secrets_source, settings_with_file
+from xgen_proxy.config.settings import (
+    NO_KEYS,
+    URL_FORMS,
+    Settings,
+    config_file,
+    secrets_dir,
+    secrets_source,
+    settings_with_file,
+)
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.values import frozen
 
@@ -26,6 +35,10 @@ NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_TEST_")  # two sources'
 
 class ConfigError(Exception):
     """The message names each setting that is wrong and how to correct it, one problem per line."""
+
+
+class UnreadableError(ConfigError):
+    """A file is there and cannot be read now."""
 
 
 @frozen
@@ -42,13 +55,26 @@ class ConfigSources:
 
     def files(self) -> list[Path]:
         """The files that settings may come from, whether they exist or not."""
-        return [self.config_file, Path(".env"), *sorted(secrets_dir().glob("xgen_*"))]
+        try:
+            secrets = _secret_files()
+        except OSError:  # load() reports it
+            secrets = []
+        return [self.config_file, Path(".env"), *secrets]
 
     def load(self) -> Settings:
         """Read all sources again. Raises ConfigError."""
+        try:
+            return self._load()
+        except OSError as error:
+            what = error.filename or "a file with settings"
+            raise UnreadableError(f"{what} cannot be read: {error.strerror or error}") from None
+
+    def _load(self) -> Settings:
         path = self.config_file
         if (self.config or "XGEN_CONFIG" in os.environ) and not path.is_file():
             raise ConfigError(f"the configuration file {path} does not exist; correct --config or XGEN_CONFIG")
+        for file in (path, Path(".env"), *_secret_files()):
+            _check_file(file)
         _check_names(os.environ, "the environment variable")
         settings = self._read(path)
         if not settings.backends:
@@ -56,7 +82,21 @@ class ConfigSources:
                 "no backend is configured: pass --vllm URL or --llama-cpp URL, or set XGEN_BACKENDS__VLLM__URLS"
                 " or XGEN_BACKENDS__LLAMA_CPP__URLS"
             )
+        self._check_keys(settings)
         return settings
+
+    def _check_keys(self, settings: Settings) -> None:
+        """Running without keys is never an accident: it takes a loopback address, or the word none and no key."""
+        if settings.api_keys is None and not settings.is_local:
+            raise ConfigError(
+                f"api_keys: none are set, and other machines can connect to {settings.host or 'all addresses'}."
+                " `xgen-proxy key` makes a key; set its hash as XGEN_API_KEYS or in the secrets file xgen_api_keys."
+                " If no key is to be asked for, set XGEN_API_KEYS=none"
+            )
+        if settings.api_keys == NO_KEYS:
+            for origin, values in self._origins():
+                if values.get("api_keys") not in (None, "", [], NO_KEYS):
+                    raise ConfigError(f"api_keys: one source says none, but {origin} has keys; remove one of them")
 
     def _read(self, path: Path) -> Settings:
         try:
@@ -88,6 +128,41 @@ class ConfigSources:
             (str(secrets_dir()), secrets_source(Settings)()),
             (str(path), tomllib.loads(path.read_text()) if path.is_file() else {}),
         ]
+
+
+def _secret_files() -> list[Path]:
+    """Raises OSError if the directory is there and cannot be listed: its keys would seem to be gone."""
+    try:
+        return sorted(path for path in secrets_dir().iterdir() if path.name.lower().startswith("xgen_"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _check_file(path: Path) -> None:
+    """The libraries that read the sources skip what is no file, so that the settings in it would seem to be gone.
+
+    Raises OSError. A device such as /dev/null has no settings: Compose mounts it in place of a secret that is not set.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link to a file that does not exist") from None
+        return
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"{path} is a folder; it must be a file")
+    if path.name.lower().startswith("xgen_") and not path.resolve().is_relative_to(path.parent.resolve()):
+        raise ConfigError(f"{path} is a link that leads out of its folder, where secrets are not read from")
+
+
+def missing_secrets(old: Settings, new: Settings) -> list[str]:
+    """The keys that `old` has and `new` no longer mentions. To take one away, the settings must say `none`."""
+    missing = ["api_keys"] if old.api_keys is not None and new.api_keys is None else []
+    for name, backend in new.backends.items():
+        had_key = name in old.backends and old.backends[name].api_key is not None
+        if had_key and "api_key" not in backend.model_fields_set:
+            missing.append(f"backends.{name}.api_key")
+    return missing
 
 
 def _check_names(names: Iterable[str], where: str) -> None:

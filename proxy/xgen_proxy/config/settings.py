@@ -17,7 +17,7 @@ import json
 import os
 import re
 from importlib.util import find_spec
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -50,6 +50,35 @@ def split_commas(value: Any) -> Any:
     if value.lstrip().startswith("["):
         return json.loads(value)
     return [item.strip() for item in value.split(",") if item.strip()]
+
+
+NO_KEYS: Literal["none"] = "none"
+
+
+def read_key_hashes(value: Any) -> Any:
+    """An empty value is refused: it is what a truncated file, a deleted secret or an unset variable leaves behind."""
+    if isinstance(value, str) and value.strip().lower() == NO_KEYS:
+        return NO_KEYS
+    hashes = split_commas(value)
+    if hashes is None:
+        return None
+    if not isinstance(hashes, list):
+        raise ValueError("write hashes, comma-separated or as a list, or the word none")
+    if not hashes:
+        raise ValueError("it is empty; write the hash that `xgen-proxy key` prints, or the word none")
+    for each in hashes:
+        if not isinstance(each, str) or len(each) != 64 or not set(each.lower()) <= set("0123456789abcdef"):
+            raise ValueError("each entry is the SHA-256 of a key in hex, never the key; `xgen-proxy key` makes one")
+    return [each.lower() for each in hashes]
+
+
+def read_backend_key(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    key = value.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("it is empty or has characters that no header may have; write the word none for no key")
+    return None if key.lower() == NO_KEYS else key
 
 
 def check_url(url: str) -> str:
@@ -118,7 +147,9 @@ class BackendSettings(BaseModel, extra="forbid"):
         description="Context length in tokens. Unset: what the replica reports. llama-cpp-python reports none: set this"
         " to its --n_ctx, and counting a chat's tokens leaves its cache alone.",
     )
-    api_key: SecretStr | None = Field(None, description="Sent to the backend as a bearer token.")
+    api_key: Annotated[SecretStr | None, BeforeValidator(read_backend_key)] = Field(
+        None, description="Sent to the backend as a bearer token. `none` takes away one that was set."
+    )
     chat_template: Path | None = Field(
         None,
         description="llama-cpp-python only: a tokenizer_config.json with the model's chat_template, with which this"
@@ -207,16 +238,20 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 needs api_keys or a protected network.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. All but loopback addresses need `api_keys`, or its word `none`.",
+    )
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     backends: dict[str, BackendSettings] = Field(
         default_factory=dict,
         description="The backends by name. `vllm` and `llama_cpp` need only urls: their dialect is known.",
     )
     default_model: str | None = Field(None, description="For requests that name no model. Unset: the first known.")
-    api_keys: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
-        default_factory=list,
-        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. Empty: no key is needed.",
+    api_keys: Annotated[list[str] | Literal["none"] | None, NoDecode, BeforeValidator(read_key_hashes)] = Field(
+        None,
+        description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. `none`: no key is asked"
+        " for. Unset: the same, but only on a loopback address.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
         default=(),
@@ -263,14 +298,6 @@ class Settings(BaseSettings):
                     backend.setdefault("dialect", known[name])
         return values
 
-    @field_validator("api_keys")
-    @classmethod
-    def _hashes(cls, keys: list[str]) -> list[str]:
-        for key in keys:
-            if len(key) != 64 or not set(key.lower()) <= set("0123456789abcdef"):
-                raise ValueError("each entry is the SHA-256 of a key in hex, never the key; `xgen-proxy key` makes one")
-        return [key.lower() for key in keys]
-
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
@@ -294,6 +321,14 @@ class Settings(BaseSettings):
         if find_spec("opentelemetry.exporter") is None:
             raise ValueError('traces need the extra: pip install "xgen-proxy[otel]"')
         return url
+
+    @property
+    def is_local(self) -> bool:
+        """It listens where only this machine can connect. Of names, only `localhost` is known to be such."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @classmethod
     def settings_customise_sources(

@@ -1,6 +1,7 @@
 """Maps a backend's error to ours: the request is wrong, or this attempt failed and another backend may succeed.
 
-Messages lose the server's file paths and echoes of the prompt.
+Messages lose the server's file paths and echoes of the prompt. They may repeat what a client sent, of any length, so
+they are cut before anything searches them, and no pattern scans further than a constant from where it starts.
 """
 
 from __future__ import annotations
@@ -12,28 +13,121 @@ import orjson
 
 from xgen_proxy import sse
 from xgen_proxy.errors import (
+    MissingCapabilityError,
     ProxyError,
     RequestRejectedError,
+    UnsupportedByBackendError,
     UpstreamError,
     UpstreamOverloadedError,
     UpstreamProtocolError,
+    UpstreamServerError,
 )
+
+PARSED = 64 * 1024  # bytes of a body or an event; what is longer is not parsed, but searched as text
+SEARCHED = 4096  # characters
+MAX_MESSAGE = 600
+MAX_NAME = 100  # of a field, or of a code
 
 TOO_LONG = re.compile(
     r"maximum context length|exceeds? (?:the )?(?:available )?context|longer than the maximum model length"
 )
-PATHS = re.compile(r"(?:/[\w.@+-]+){2,}(?::\d+)?")
+# vLLM's and llama-cpp-python's ways to say that the prompt fits and max_tokens does not; a code of
+# context_length_exceeded would make agents drop their history: https://github.com/vllm-project/vllm/issues/42474
+OUTPUT_TOO_LONG = re.compile(
+    r"max_(?:completion_)?tokens'?(?:=\d{1,12})? (?:is too large|cannot be greater|must be less)"
+)
+REQUESTED = re.compile(
+    r"maximum context length is (\d{1,9}) tokens.{1,40}requested \d{1,12} (?:output )?tokens"
+    r"(?: \(| and your prompt contains (?:at least )?)(\d{1,9}) (?:in the|input)"
+)
+PATHS = re.compile(r"(?<!\w)(?:/[\w.@+-]{1,255}){2,64}(?::\d{1,9})?")
 # pydantic's errors as text, with everything that was sent; this finds where and what of the first
-INVALID = re.compile(r"""'loc': ([(\[].*?[)\]]|'.*?'), 'msg': (".*?"|'.*?'),?""")
-# llama.cpp's servers answer 500 to some requests that are wrong
+INVALID = re.compile(r"""'loc': ([(\[][^)\]]{0,200}[)\]]|'[^']{0,200}'), 'msg': ("[^"]{0,600}"|'[^']{0,600}')""")
+JINJA = "Jinja Exception: "  # llama-server's mark of what a chat template says to a conversation that it refuses
+TEMPLATE = "the model's chat template refuses this conversation: "
+# llama.cpp's servers answer 500 to some requests that are wrong; llama-cpp-python to what a template refuses, unmarked
 CLIENTS_500 = re.compile(
     r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
-    r"|type must be|Unknown reasoning format"
+    r"|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported|roles are supported|"
+    + re.escape(TEMPLATE)
 )
-MAX_MESSAGE = 600
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+# What engines say that were started without something: the whole sentence, so that no message that repeats a client's
+# words can look like one. (sentence, capability if a request can need it by name, remedy)
+MISSING: tuple[tuple[re.Pattern[str], str | None, str], ...] = tuple(
+    (re.compile(sentence), capability, remedy)
+    for sentence, capability, remedy in (
+        (
+            r'"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set\.?',
+            "tools",
+            "start vLLM with --enable-auto-tool-choice and --tool-call-parser, or set the backend's tools = false",
+        ),
+        (
+            r'`?tool_choice ?= ?["\']?\w{1,20}["\']?`? requires --tool-call-parser to be set\.?',
+            "tools",
+            "start vLLM with --tool-call-parser",
+        ),
+        (
+            r"tools param requires --jinja flag",
+            "tools",
+            "start llama-server with --jinja, or set the backend's tools = false",
+        ),
+        (
+            r"[\w./:@+…-]{1,200} is not a multimodal model(?: None)?\.?",
+            "images",
+            "its model takes no images: set the backend's images = false",
+        ),
+        (
+            r"At most 0 image\(s\) may be provided in one (?:prompt|request)\.?.{0,200}",
+            "images",
+            "start vLLM with another --limit-mm-per-prompt, or set the backend's images = false",
+        ),
+        (
+            r"image input is not supported\b.{0,200}",
+            "images",
+            "start llama-server with --mmproj, or set the backend's images = false",
+        ),
+        (
+            r"This server does not support embeddings\. Start it with `?--embeddings?`?\.?",
+            "embeddings",
+            "start llama-server with --embeddings, or set the backend's embeddings = false",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?[Ee]mbeddings API\.?",
+            "embeddings",
+            "its model makes no embeddings: set the backend's embeddings = false",
+        ),
+        (
+            r"Llama model must be created with embedding=True to call this method",
+            "embeddings",
+            "start llama-cpp-python with --embedding true, or set the backend's embeddings = false",
+        ),
+        (
+            r"Pooling type 'none' is not OAI compatible\. .{0,200}",
+            "embeddings",
+            "start llama-server with another --pooling, or set the backend's embeddings = false",
+        ),
+        (
+            r"logprobs is not supported for models created with logits_all=False",
+            "logprobs",
+            "start llama-cpp-python with --logits_all true",
+        ),
+        (
+            r"This server does not support completions\. Start it without `?--embeddings?`?\.?",
+            None,
+            "it was started with --embeddings and answers nothing else: give it a model name of its own",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?(?:Chat )?Completions API\.?",
+            None,
+            "its model generates no text: give it a model name of its own",
+        ),
+    )
+)
 
 
 def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
@@ -41,57 +135,98 @@ def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
     message, code, param = _fields(body)
     if status in (429, 503):
         return UpstreamOverloadedError(f"says {status}", message)
+    if status < 400:
+        return UpstreamProtocolError(f"says {status}, which is no answer")
+    if missing := _missing(message):
+        return missing
     if status in (401, 403):
-        return UpstreamProtocolError(f"says {status}: the backend's api_key setting is wrong")
-    if status in (404, 405):
-        return UpstreamProtocolError(f"says {status}: it has no such model or route", message)
+        return UnsupportedByBackendError(f"says {status}: the backend's api_key setting is wrong")
+    if status in (404, 405, 501):
+        return UnsupportedByBackendError(f"says {status}: it has no such model or route", message)
     if status >= 500 and not CLIENTS_500.search(message):
-        return UpstreamProtocolError(f"says {status}", message)
+        return UpstreamServerError(f"says {status}", message)
     return _refused(status, message, code, param)
 
 
 def stream_error(event: bytes) -> ProxyError | UpstreamError:
     """The error for an error event in a stream."""
+    event = event[:PARSED]
     data = next(sse.payloads(event), b"") or event.partition(b":")[2].strip()
     message, code, param = _fields(data)
     status = code if isinstance(code, int) else 500
     if status in (429, 503):
         return UpstreamOverloadedError("says in the stream that it is busy", message)
+    if missing := _missing(message):
+        return missing
     if status >= 500 and not CLIENTS_500.search(message):
-        return UpstreamProtocolError("says in the stream that it failed", message)
+        return UpstreamServerError("says in the stream that it failed", message)
     return _refused(status, message, None, param)
 
 
+def _missing(message: str) -> MissingCapabilityError | None:
+    for sentence, capability, remedy in MISSING:
+        if sentence.fullmatch(message):
+            return MissingCapabilityError(capability, remedy)
+    return None
+
+
 def _refused(status: int, message: str, code: Any, param: str | None) -> RequestRejectedError:
-    if TOO_LONG.search(message):
-        return RequestRejectedError(message, param=param if param in PROMPTS else None, code="context_length_exceeded")
     status = status if 400 <= status < 500 else 400
-    return RequestRejectedError(
-        message,
-        status=status,
-        type=TYPES.get(status),
-        param=param,
-        code=code if isinstance(code, str) else None,
-    )
+    code = code[:MAX_NAME] if isinstance(code, str) else None
+    if param in OUTPUT_LIMITS or _is_about_output(message):
+        param, code = param if param in OUTPUT_LIMITS else "max_tokens", None
+    elif TOO_LONG.search(message):
+        status, code = 400, "context_length_exceeded"
+        param = param if param in PROMPTS else None
+    return RequestRejectedError(message, status=status, type=TYPES.get(status), param=param, code=code)
+
+
+def _is_about_output(message: str) -> bool:
+    """Whether max_tokens is too large for the context, while the prompt fits."""
+    if OUTPUT_TOO_LONG.search(message):
+        return True
+    numbers = REQUESTED.search(message)
+    return numbers is not None and int(numbers[2]) < int(numbers[1])
 
 
 def _fields(body: bytes) -> tuple[str, Any, str | None]:
     """(message, code, param) from any shape that engines use: {error: {…}}, {error: "…"}, {detail: …}, plain text."""
     try:
-        data = orjson.loads(body)
+        data = orjson.loads(body) if len(body) <= PARSED else None
     except orjson.JSONDecodeError:
-        return _clean(body[:MAX_MESSAGE].decode("utf-8", "replace")), None, None
+        data = None
+    if data is None:
+        return _clean(body[:SEARCHED].decode("utf-8", "replace")), None, None
     error = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(error, dict):
-        return _clean(str(error)), None, None
+        return _clean(_as_text(error)), None, None
     message = error.get("message") or error.get("detail") or "no reason given"
     param = error.get("param")
-    return _clean(str(message)), error.get("code"), param.removeprefix("body.") if isinstance(param, str) else None
+    param = param[:MAX_NAME].removeprefix("body.") if isinstance(param, str) else None
+    return _clean(_as_text(message)), error.get("code"), param
+
+
+def _as_text(value: Any) -> str:
+    """FastAPI's `detail` is a list of what is wrong; other shapes are as good as JSON."""
+    if isinstance(value, str):
+        return value
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, dict) and isinstance(first.get("loc"), list) and isinstance(first.get("msg"), str):
+        where = ".".join(str(part) for part in first["loc"] if isinstance(part, str | int)).removeprefix("body.")
+        return f"validation error: {where[:MAX_NAME]}: {first['msg']}"
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:  # nested too deeply
+        return ""
 
 
 def _clean(message: str) -> str:
+    message = message[:SEARCHED]
+    _, refused, sentence = message.partition(JINJA)
     invalid = INVALID.search(message)
-    if invalid:
+    if refused:
+        message = TEMPLATE + sentence.partition("\n")[0]
+    elif invalid:
         where = ".".join(re.findall(r"[\w-]+", invalid[1])).removeprefix("body.")
         message = f"validation error: {where}: {invalid[2][1:-1]}"
     message = PATHS.sub("…", message).strip() or "no reason given"

@@ -20,12 +20,13 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def check_key(headers: Mapping[bytes, bytes], hashes: Sequence[str]) -> str | None:
+def check_key(headers: Mapping[bytes, bytes], hashes: Sequence[str] | None) -> str | None:
     """Return the first 8 digits of the key's hash, which is how logs name the key.
 
-    Returns None if no keys are configured: then every request is accepted. Raises AuthenticationError.
+    `hashes`: those of the valid keys, or the setting's word `none`, or None where it is unset; then every request is
+    accepted, and None returned. An empty sequence has no valid key. Raises AuthenticationError.
     """
-    if not hashes:
+    if hashes is None or hashes == "none":
         return None
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     given = hashlib.sha256(key.strip()).hexdigest()

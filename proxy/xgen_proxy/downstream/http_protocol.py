@@ -283,6 +283,8 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Close the connection, with an error response unless one would land inside or after another one."""
+        if self._lingers_since is not None or self.transport.is_closing():
+            return  # one read may hold two reasons to refuse
         if self._can_refuse:
             self._report_and_write(error)
             self._linger()

@@ -94,6 +94,14 @@ class Backend:
         replica.record_info(info)
         self._merge_infos()
 
+    def lost_capability(self, replica: Replica, name: str | None) -> bool:
+        """Its engine says that it was started without it; believed until it goes down. Returns whether that is news."""
+        if name in replica.missing:
+            return False
+        replica.missing |= {name}
+        self._merge_infos()
+        return True
+
     def _merge_infos(self) -> None:
         """Capabilities and context are those that all replicas have; the last known ones are kept until a replica
         reports again."""
@@ -111,12 +119,12 @@ class Backend:
         )
 
     def _with_overrides(self, capabilities: frozenset[str]) -> frozenset[str]:
-        """The settings `tools`, `images` and `embeddings` add or remove a capability."""
+        """The settings `tools`, `images` and `embeddings` add or remove a capability; engines deny some."""
         for name in ("tools", "images", "embeddings"):
             setting = getattr(self.settings, name)
             if setting is not None:
                 capabilities = capabilities | {name} if setting else capabilities - {name}
-        return capabilities
+        return capabilities.difference(*(replica.missing for replica in self.replicas))
 
     # snapshots
 

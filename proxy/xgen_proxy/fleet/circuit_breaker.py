@@ -6,7 +6,9 @@
     slow start after closing, and after the replica came back: its caches are cold, so its slots open one by one
 
 https://martinfowler.com/bliki/CircuitBreaker.html
-A 4xx says nothing about the replica's health, and 429 or 503 only that it is busy: neither counts as a failure.
+A 4xx says nothing about the replica's health, and 429 or 503 only that it is busy: neither counts as a failure. A 5xx
+may be the request's fault, so that a client could close a replica to all others by repeating one such request. It
+raises doubt instead: three in a row ask for a canary, and only that can open the breaker.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ State = Literal["closed", "open", "half-open"]
 
 FAILURES = 3  # in a row
 OPEN_S = 5.0
+DOUBT_S = 5.0  # between two canaries that doubts ask for; one may evict a chat from an engine's cache
 LONGEST_OPEN_S = 60.0
 SLOW_START_S = 10.0
 FIRST_FRACTION = 0.1  # of the slots, at the beginning of a slow start
 
 
 class CircuitBreaker:
-    """`now`: seconds of time.monotonic(). `failures`: in a row. `slow_start_at`: when it last closed, if ever."""
+    """`now`: seconds of time.monotonic(). `failures`, `doubts`: in a row. `slow_start_at`: when it last closed, if
+    ever."""
 
-    __slots__ = ("_open_until", "_openings", "failures", "slow_start_at", "state")
+    __slots__ = ("_doubted_at", "_open_until", "_openings", "doubts", "failures", "slow_start_at", "state")
 
     def __init__(self) -> None:
         self.state: State = "closed"
-        self.failures = 0
+        self.failures = self.doubts = 0
         self.slow_start_at: float | None = None
+        self._doubted_at = -math.inf
         self._openings = 0  # since the last successful request
         self._open_until = 0.0
 
@@ -43,9 +48,18 @@ class CircuitBreaker:
         self.open(now)
         return True
 
+    def doubted(self, now: float) -> bool:
+        """Record a request that the engine answered with 5xx. Returns whether a canary should decide now."""
+        self.doubts += 1
+        if self.state != "closed" or self.doubts < FAILURES or now < self._doubted_at + DOUBT_S:
+            return False
+        self.doubts = 0
+        self._doubted_at = now
+        return True
+
     def succeeded(self) -> None:
         """Record a successful request. One that was sent before the breaker opened does not close it."""
-        self.failures = 0
+        self.failures = self.doubts = 0
         if self.state == "closed":
             self._openings = 0
 
@@ -68,7 +82,7 @@ class CircuitBreaker:
     def close(self, now: float) -> None:
         """Close it and begin a slow start."""
         self.state = "closed"
-        self.failures = 0
+        self.failures = self.doubts = 0
         self.slow_start_at = now
 
 

@@ -26,6 +26,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.health import HealthMonitor
+from xgen_proxy.supervision import supervise
 
 log = logging.getLogger("xgen_proxy.discovery")
 
@@ -103,7 +104,7 @@ class Discovery:
         """Returns when each name was looked up once."""
         self._lookup_all()
         await asyncio.gather(*self._lookups.values())
-        self._task = asyncio.create_task(self._run())
+        self._task = supervise("discovery", self._run)
 
     async def stop(self) -> None:
         tasks = [*self._lookups.values(), *([self._task] if self._task else [])]

@@ -31,6 +31,7 @@ from xgen_proxy.errors import (
     BadRequestError,
     UpstreamConnectError,
     UpstreamError,
+    UpstreamLocalError,
     UpstreamOverloadedError,
     UpstreamProtocolError,
 )
@@ -141,6 +142,9 @@ class HealthMonitor:
             await self.check(backend, replica, reread=number % CHECKS_PER_INFO == CHECKS_PER_INFO - 1)
         except UpstreamConnectError as error:
             self.mark_down(replica, str(error) or "no connection")
+        except UpstreamLocalError as error:
+            log.error("no health check of %s, since the proxy is out of resources: %s", replica.name, error)
+            return misses
         except UpstreamError as error:
             misses += 1
             if misses >= MISSES_BEFORE_DOWN or not replica.answers:
@@ -166,6 +170,16 @@ class HealthMonitor:
         replica.record_answer()
         self.admission.dispatch(replica)
         self._start_canary_if_due(replica)
+
+    def doubt(self, replica: Replica) -> None:
+        """Its engine answered a request with 5xx. If that is the last of several, a canary decides whether it is ill.
+
+        The replica serves on until the canary fails. Where tokens may cost money, health checks have to do.
+        """
+        asks = replica.dialect.uses_canary and replica not in self._canaries
+        if replica.breaker.doubted(time.monotonic()) and asks:
+            log.info("%s answered several requests in a row with 5xx: asking for a canary", replica.name)
+            self._start(self._canaries, replica, self._canary(replica))
 
     async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
         return await replica.ask(path, timeout_s=self.settings.scrape_timeout_s)
@@ -323,6 +337,10 @@ class HealthMonitor:
         """One failure is enough, since the canary had as much time as a request."""
         if isinstance(error, UpstreamConnectError):
             self.mark_down(replica, str(error))
+            return
+        if error.blame == "proxy":  # nothing was learnt: ask again
+            if replica.state == "suspect":
+                replica.breaker.open_until_canary()
             return
         replica.breaker.open(time.monotonic())
         if replica.state != "down" and replica.set_state("suspect", f"canary failed: {error.reason}"):

@@ -18,7 +18,7 @@ from xgen_proxy.errors import UpstreamProtocolError, UpstreamTimeoutError
 from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.load import LearntSlots, LoadParts, Scrape
 from xgen_proxy.fleet.snapshot import ReplicaSnapshot
-from xgen_proxy.upstream import Pool
+from xgen_proxy.upstream.pool import Pool
 
 ANSWER_BYTES = 4 * 1024 * 1024  # of a health check, replica info or a canary: a page of vLLM has 70 KB
 
@@ -34,7 +34,8 @@ class Replica:
     `state`: starting (not checked yet, or it answers health checks but not what it serves), up, suspect (answers health
     checks but its circuit breaker is not closed), down (does not answer), draining (no longer listed: finishes its
     requests). `answers`: its last health check was answered. `in_flight`: the slots that our requests hold.
-    `joined_later`: the backend had other replicas already. Only the methods change these. `response_headers` name it
+    `joined_later`: the backend had other replicas already. `missing`: capabilities that its engine denied having, which
+    the backend sets. Only the methods change the others. `response_headers` name it
     to clients.
     """
 
@@ -69,6 +70,7 @@ class Replica:
         self.drained = asyncio.Event()
         self.scraped: Scrape | None = None
         self.info: ReplicaInfo | None = None
+        self.missing: frozenset[str | None] = frozenset()
         self._learnt_slots = LearntSlots()
         self.breaker = CircuitBreaker()
         self.record_activity()
@@ -87,6 +89,7 @@ class Replica:
             f"host: {urlsplit(self.url).netloc}",
             "content-type: application/json",
             "accept: application/json, text/event-stream",
+            "accept-encoding: identity",
         ]
         if self.settings.api_key is not None:
             lines.append(f"authorization: Bearer {self.settings.api_key.get_secret_value()}")
@@ -183,6 +186,7 @@ class Replica:
         if state == "down":
             self.answers = False
             self._learnt_slots = LearntSlots()  # it may be started again with other flags
+            self.missing = frozenset()
         self._on_change(self, 0)
         return changed
 
@@ -225,7 +229,7 @@ class Replica:
         """
         payload = b"" if body is None else orjson.dumps(body)
         parts = b"GET" if body is None else b"POST", path.encode(), self.head, len(payload), payload
-        message = b"%b %b HTTP/1.1\r\n%baccept-encoding: identity\r\ncontent-length: %d\r\n\r\n%b" % parts
+        message = b"%b %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n%b" % parts
         try:
             async with asyncio.timeout(timeout_s):
                 connection = await self._question_pool.exchange(message, math.inf)

@@ -52,7 +52,7 @@ class Delivery:
         """Raises BadRequestError; on a later attempt UnsupportedByBackendError, since an earlier target could have
         served the request."""
         try:
-            return Exchange(target.replica, request, self.call.id, trace)
+            return Exchange(target.replica, request, self.progress.backend_request_id, trace)
         except BadRequestError as error:
             if not self.progress.failures:
                 raise

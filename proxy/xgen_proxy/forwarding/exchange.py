@@ -17,9 +17,10 @@ from xgen_proxy.dialects.error_mapping import read_error, stream_error
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
-from xgen_proxy.upstream import Connection
+from xgen_proxy.upstream.connection import Connection
 
-ERROR_BODY_LIMIT = 1024 * 1024  # bytes
+ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of a whole response; the largest batch of embeddings has 45 MB in base64
+ERROR_LIMIT = 128 * 1024  # bytes; engines repeat the whole request in some errors
 MAX_HELD = 256 * 1024  # bytes of comments and roles before the first output
 TOKENS_PER_WORD = 1.3  # of English
 # Parsers hold a tool's argument back until it is complete: 32 s of silence for one file on eight B300s, 130 s on one
@@ -50,7 +51,10 @@ class Exchange:
     )
 
     def __init__(self, replica: Replica, request: BackendRequest, request_id: str, trace: bytes) -> None:
-        """`trace`: header lines. Raises BadRequestError if the backend cannot serve the request."""
+        """`request_id`: one that no other exchange has. `trace`: header lines.
+
+        Raises BadRequestError if the backend cannot serve the request.
+        """
         self.replica = replica
         self.dialect = replica.dialect
         self.request = request
@@ -95,7 +99,19 @@ class Exchange:
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
-            raise read_error(connection.status, await connection.read_all(self._time_left, ERROR_BODY_LIMIT))
+            raise read_error(connection.status, await self._error_body(connection))
+        head = connection.headers
+        if head.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UpstreamProtocolError("a compressed answer, although none was asked for")
+        if b"html" in head.get(b"content-type", b"").lower():
+            raise UpstreamProtocolError("a web page instead of an answer")
+
+    async def _error_body(self, connection: Connection) -> bytes:
+        """The beginning of it. A connection with more to come is not reused."""
+        body = b""
+        while len(body) < ERROR_LIMIT and (data := await connection.read(self._time_left, self._timeout_s)):
+            body += data
+        return body
 
     def _head(self) -> bytes:
         lines = self._trace
@@ -110,8 +126,12 @@ class Exchange:
 
     async def whole(self) -> bytes:
         """The whole body. Raises UpstreamError."""
-        data = await self.connection.read_all(self.replica.settings.total_timeout_s)
+        if not self.connection.framed:
+            raise UpstreamProtocolError("an answer without a length, which may be cut short")
+        data = await self.connection.read_all(self.replica.settings.total_timeout_s, ANSWER_LIMIT)
         self.replica.record_activity()
+        if not data[:100].lstrip().startswith(b"{"):
+            raise UpstreamProtocolError("an answer that is no JSON object")
         if sse.is_abort(data):
             raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
         return data

@@ -1,22 +1,25 @@
 """Tries the targets of a request until one succeeds.
 
 An attempt holds one slot of its target from start to end and reports the result to the circuit breaker, the health
-monitor and the observer. The first attempt is free; all further ones before the commit point share the retry budget.
+monitor and the observer, by whose fault it is (`UpstreamError.blame`). One request counts as one failure at most: if
+it fails on several replicas, that is evidence against the request. The first attempt is free; all further ones before
+the commit point share the retry budget.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from xgen_proxy.errors import (
+    Blame,
+    MissingCapabilityError,
     StreamInterruptedError,
-    UnsupportedByBackendError,
     UpstreamConnectError,
     UpstreamError,
-    UpstreamOverloadedError,
     all_failed,
 )
 from xgen_proxy.fleet.admission import Admission
@@ -26,6 +29,8 @@ from xgen_proxy.forwarding.progress import Progress, Stopwatch
 from xgen_proxy.forwarding.retry_budget import TIMEOUT_FACTOR, RetryBudget
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
+
+log = logging.getLogger("xgen_proxy")
 
 # Asks one target, given the trace context for it as header lines. Raises UpstreamError to try the next target.
 Work = Callable[[Target, bytes], Awaitable[None]]
@@ -52,21 +57,18 @@ class Failover:
         self.retry_budget = retry_budget
         self.observer = observer
         self.resuming = False
+        self.counted: set[Blame] = set()  # kinds of failures that this request has counted as
 
     async def run(self, work: Work) -> None:
         """Raises ProxyError if every target fails, and StreamInterruptedError if a stream breaks after the commit."""
         try:
             await self._attempt(work)
         except UpstreamError:
-            with self.progress.waiting:
-                await self.retry_budget.acquire()
             try:
-                await self._until_success(work)
+                await self._retry(work)
             except UpstreamError:
                 failures = self.progress.failures
                 raise all_failed((failure.target.replica.name, failure.error) for failure in failures) from None
-            finally:
-                self.retry_budget.release()
 
     async def resume(self, targets: Sequence[Target], work: Work) -> None:
         """Runs `work` on new targets, after the commit point. Raises UpstreamError, the last one, if all fail.
@@ -77,6 +79,16 @@ class Failover:
         self.remaining = list(targets)
         self.resuming = True
         await self._until_success(work)
+
+    async def _retry(self, work: Work) -> None:
+        if not self.remaining:
+            raise self.progress.failures[-1].error
+        with self.progress.waiting:
+            await self.retry_budget.acquire()
+        try:
+            await self._until_success(work)
+        finally:
+            self.retry_budget.release()
 
     async def _until_success(self, work: Work) -> None:
         while self.remaining:
@@ -112,11 +124,26 @@ class Failover:
 
     def _record_failure(self, target: Target, error: UpstreamError) -> None:
         self.progress.failures.append(Failure(target, error))
+        replica = target.replica
         if isinstance(error, UpstreamConnectError):
-            self.health.mark_down(target.replica, str(error))
-        elif not isinstance(error, UpstreamOverloadedError | UnsupportedByBackendError):
-            target.replica.failed(error.reason)
-            self.admission.on_replica_down()  # the circuit breaker may have opened
+            self.health.mark_down(replica, str(error))
+        elif isinstance(error, MissingCapabilityError):
+            self._learn(target, error)
+        elif error.blame == "request":
+            self.remaining.clear()
+        elif error.blame in ("replica", "unclear") and error.blame not in self.counted:
+            self.counted.add(error.blame)
+            if error.blame == "unclear":
+                self.health.doubt(replica)
+            else:
+                replica.failed(error.reason)
+                self.admission.on_replica_down()  # the circuit breaker may have opened
+
+    def _learn(self, target: Target, error: MissingCapabilityError) -> None:
+        """Remember what the engine lacks, unless this request has no need of it: then it misunderstood something."""
+        needed = error.capability is None or error.capability in self.call.features.needs
+        if needed and target.backend.lost_capability(target.replica, error.capability):
+            log.warning("%s %s", target.replica.name, error.reason)
 
     async def _acquire_slot(self) -> Target:
         """A slot on the first free target of the next tier, which is then no longer remaining.

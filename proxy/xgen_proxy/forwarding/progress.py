@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from types import TracebackType
 
@@ -70,6 +71,15 @@ class Progress:
             return self.target.reason if self.target is not None else ""
         last = self.failures[-1]
         return f"fallback: {last.target.replica.name} {last.error.outcome}"
+
+    @property
+    def backend_request_id(self) -> str:
+        """The id of the present attempt: the client's, with the attempt's number and a random suffix.
+
+        Two requests at once with the same id broke or leaked requests in vLLM, and a client may use one twice.
+        https://github.com/vllm-project/vllm/pull/27987
+        """
+        return f"{self.call.id}-{self.attempts}-{random.getrandbits(32):08x}"
 
     def response_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that explain a response."""

@@ -1,4 +1,4 @@
-"""Gauges of the fleet, computed on scrape, so that they always match it and disappear with a removed replica."""
+"""Metrics of the fleet, computed on scrape, so that they always match it and disappear with a removed replica."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import get_args
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from xgen_proxy import __version__
@@ -20,13 +20,14 @@ BREAKER_STATES: tuple[str, ...] = get_args(State)
 
 
 class FleetMetrics(Collector):
-    """prometheus_client calls collect() for each scrape."""
+    """prometheus_client calls collect() for each scrape. `settings_current`: the last reload was not refused."""
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.fleet = fleet
         self.admission = admission
+        self.settings_current = True
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         replicas = list(self.fleet.replicas)
         yield _of_each(replicas, "up", "1: the replica accepts requests.", lambda replica: replica.up)
         yield _of_each(replicas, "load", "0 idle, 1 full; see routing rule 5.", lambda replica: replica.load)
@@ -34,6 +35,7 @@ class FleetMetrics(Collector):
         yield _of_each(replicas, "slots", "Requests it runs at once.", lambda replica: replica.slots)
         yield _of_each(replicas, "scrape_age_seconds", "Since its load was last read, if its engine reports one.", _age)
         yield _breakers(replicas)
+        yield _resent(replicas)
         queued = GaugeMetricFamily("xgen_queue_requests", "Requests that wait for a slot.", labels=())
         queued.add_metric((), len(self.admission.queue))
         device_classes = GaugeMetricFamily(
@@ -43,9 +45,15 @@ class FleetMetrics(Collector):
         )
         for backend in self.fleet.backends:
             device_classes.add_metric((backend.name, backend.device_class), 1)
+        current = GaugeMetricFamily(
+            "xgen_config_current",
+            "0: the last reload was refused, so that older settings run than their files say; the log has the reason.",
+            labels=(),
+        )
+        current.add_metric((), self.settings_current)
         build = GaugeMetricFamily("xgen_build_info", "1: the version that runs.", labels=("version",))
         build.add_metric((__version__,), 1)
-        yield from (queued, device_classes, build)
+        yield from (queued, device_classes, current, build)
 
 
 def _of_each(
@@ -73,4 +81,15 @@ def _breakers(replicas: list[Replica]) -> GaugeMetricFamily:
     for replica in replicas:
         for state in BREAKER_STATES:
             family.add_metric((replica.backend_name, replica.name, state), replica.breaker.state == state)
+    return family
+
+
+def _resent(replicas: list[Replica]) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "xgen_resent_requests",
+        "Requests sent twice, since the reused connection closed without a byte.",
+        labels=REPLICA,
+    )
+    for replica in replicas:
+        family.add_metric((replica.backend_name, replica.name), replica.pool.resent)
     return family

@@ -20,6 +20,7 @@ from xgen_proxy.observability.log_output import DROPPED
 from xgen_proxy.observability.metric_types import Counter, Histogram
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
+from xgen_proxy.supervision import restarts
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -33,7 +34,8 @@ class Metrics(Collector, Observer):
         self._define_counters()
         self._define_histograms()
         self._registry = CollectorRegistry()
-        self._registry.register(FleetMetrics(fleet, admission))
+        self.of_fleet = FleetMetrics(fleet, admission)
+        self._registry.register(self.of_fleet)
         self._registry.register(self)
 
     def _define_counters(self) -> None:
@@ -83,6 +85,10 @@ class Metrics(Collector, Observer):
             ["result"],
             initial_labels=["taken", "refused"],
         )
+        self.restarts = Counter(
+            "xgen_background_restarts", "Background tasks that ended or failed, and were started again.", ["task"]
+        )
+        self.restarts.values = restarts
         self.dropped_log_lines = DROPPED
 
     def _define_histograms(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.nginx import certificate
+from tests.support.nginx import Nginx, certificate
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,16 @@ def test_invalid_names_make_no_certificate(tmp_path: Path, name: str) -> None:
     done = certificate(tmp_path / "tls", name)
     assert done.returncode == (0 if name == "" else 1)  # unset and empty are the same to compose
     assert (tmp_path / "tls" / "fullchain.pem").exists() == (name == "")
+
+
+def test_a_damaged_certificate_changes_nothing_on_a_reload(bare: Nginx) -> None:
+    good = bare.certificate.with_name("good.pem")
+    bare.certificate.rename(good)
+    bare.certificate.write_text(good.read_text()[:300])  # a new file: nginx caches one whose time and inode stay
+    try:
+        bare.reload()
+        wait_until(lambda: "cannot load certificate" in bare.log.read_text(), 20, "nginx to refuse the certificate")
+    finally:
+        good.replace(bare.certificate)
+    with bare.client() as client:
+        assert client.get("/health").status_code == 200

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def is_tried(address: str, port: int) -> bool:
 def test_a_request_survives_two_unreachable_proxies(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
     """nginx chooses the first proxy and then the second; each leaves DNS while nginx is connecting to it."""
     first, second, port = "127.0.0.2", "127.0.0.3", recorder.port
-    faster = {"valid=2s": "valid=1s", "proxy_connect_timeout 2s": "proxy_connect_timeout 4s"}
+    faster = {"valid=2s": "valid=1s", "proxy_connect_timeout 300ms": "proxy_connect_timeout 4s"}
     with unreachable(first, port), unreachable(second, port), ThreadPoolExecutor(1) as pool:
         nginx = start_nginx(port, first, changed=faster)
         alone = f"http://127.0.0.1:{nginx.plain}/health"  # port 80 does not retry
@@ -162,6 +162,50 @@ def test_a_request_survives_two_unreachable_proxies(start_nginx: StartNginx, rec
                 nginx.names.addresses = [next_one]
             assert answer.result(30).status_code == 200
     assert [talk.path for talk in recorder.talks] == [CHAT]
+
+
+def test_a_proxy_that_is_gone_costs_a_request_half_a_second(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
+    """Its address hangs: no connection is refused, and none is made. Half of all requests choose it first."""
+    gone, port = "127.0.0.2", recorder.port
+    with unreachable(gone, port):
+        nginx = wait_for_addresses(start_nginx(port, "127.0.0.1", gone))
+        with nginx.client() as client:
+            assert {post(client).status_code for _ in range(20)} == {200}
+        tried = [line for line in nginx.lines() if line["proxy"].startswith(f"{gone}:")]
+    assert tried
+    assert min(line["duration_s"] for line in tried) < 0.5, "the fastest, since a busy machine delays others"
+    assert len(recorder.talks) == 20
+
+
+class Dying:
+    """In place of proxies, on every address of this machine: reads each request and closes without an answer."""
+
+    def __init__(self) -> None:
+        self.server = socket.create_server(("", 0))
+        self.port: int = self.server.getsockname()[1]
+        self.requests: list[bytes] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self.server.accept()
+                with connection:
+                    head = connection.recv(65536)
+                    if CHAT.encode() in head:
+                        self.requests.append(head)
+
+
+def test_a_post_is_executed_three_times_at_worst(start_nginx: StartNginx) -> None:
+    """Eight proxies, each of which dies of the request: nginx must not send it to all of them, thrice."""
+    dying = Dying()
+    with dying.server:
+        nginx = start_nginx(dying.port, *(f"127.0.0.{number}" for number in range(1, 9)))
+        with nginx.client() as client:
+            wait_until(lambda: post(client).status_code == 502 and dying.requests, 20, "nginx to find the proxies")
+            dying.requests.clear()
+            assert post(client).status_code == 502
+    assert len(dying.requests) == 3
 
 
 def test_requests_survive_the_loss_of_most_proxies(start_nginx: StartNginx, recorder: FakeUpstream) -> None:

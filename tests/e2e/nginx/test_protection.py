@@ -317,6 +317,21 @@ def test_connections_of_one_client_are_limited(
         wait_until(lambda: post(client).status_code == 200, 5, "the held requests to end")
 
 
+def test_idle_connections_of_one_client_keep_no_one_out(start_nginx: StartNginx, recorder: FakeUpstream) -> None:
+    """limit_conn counts requests only. Where connections are short, nginx closes those that have idled the longest."""
+    few = {"worker_connections 8192": "worker_connections 64"}
+    nginx = wait_for_addresses(start_nginx(recorder.port, changed=few))
+    with ExitStack() as crowd:
+        for number in range(300):
+            connection = crowd.enter_context(nginx.connect(*(["h2"] if number % 3 == 0 else [])))
+            if number % 3 == 1:
+                with suppress(OSError):
+                    connection.sendall(GET)
+                    connection.recv(65536)
+        with nginx.client() as client:
+            assert post(client).status_code == 200
+
+
 SPOOFED = {
     "X-Forwarded-For": "6.6.6.6",
     "X-Forwarded-Proto": "http",

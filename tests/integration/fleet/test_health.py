@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import itertools
 import threading
@@ -18,11 +19,13 @@ from tests.support.fake_upstream import METRICS, FakeUpstream, Script, Talk, goo
 from tests.support.running_proxy import RunningProxy, backend, chat, get
 from tests.support.server_process import Streaming
 from tests.support.waiting import wait_until
+from xgen_proxy.errors import UpstreamLocalError
 from xgen_proxy.fleet import circuit_breaker, health
 from xgen_proxy.fleet import replica as replica_module
 from xgen_proxy.fleet.canary import ask_canary
 from xgen_proxy.fleet.load import parse_metrics
 from xgen_proxy.fleet.replica import Replica, State
+from xgen_proxy.upstream import pool
 
 Start = Callable[..., RunningProxy]
 
@@ -60,6 +63,10 @@ def wait_for_checks(fake: Upstream, count: int) -> None:
 
 async def hang(talk: Talk) -> None:
     await talk.until_client_leaves()
+
+
+async def breaks(talk: Talk) -> None:
+    talk.reset()
 
 
 def test_replica_that_starts_after_the_proxy_comes_up(start: Start, gpu: Upstream) -> None:
@@ -436,10 +443,10 @@ def test_breaker_opens_after_three_failures_and_a_canary_closes_it(
 ) -> None:
     monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.3)
     proxy = start(backends={"vllm": backend(gpu)})
-    gpu.scripts += [status(500)] * 3
+    gpu.scripts += [breaks] * 3
     assert [chat(proxy).status_code for _ in range(3)] == [502] * 3
     assert (only(proxy).state, only(proxy).up, only(proxy).breaker.state) == ("suspect", False, "open")
-    assert only(proxy).reason.startswith("3 requests failed in a row, the last one: says 500")
+    assert only(proxy).reason.startswith("3 requests failed in a row, the last one: closed without an answer")
     wait_for_checks(gpu, 2)
     assert only(proxy).state == "suspect", "a health check does not close the breaker"
     gpu.scripts.append(answers_canary)
@@ -447,6 +454,44 @@ def test_breaker_opens_after_three_failures_and_a_canary_closes_it(
     assert [talk.path for talk in gpu.talks][3:] == ["/v1/completions"]
     assert chat(proxy).status_code == 200
     assert (only(proxy).state, only(proxy).breaker.failures, only(proxy).breaker.state) == ("up", 0, "closed")
+
+
+def test_5xx_in_a_row_open_the_breaker_only_if_a_canary_fails(start: Start, gpu: Upstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.scripts += [status(500)] * 3 + [answers_canary]
+    assert [chat(proxy).status_code for _ in range(3)] == [502] * 3
+    wait_until(lambda: len(gpu.talks) == 4)
+    assert gpu.talks[3].path == "/v1/completions"
+    assert chat(proxy).status_code == 200
+    assert (only(proxy).state, only(proxy).breaker.state) == ("up", "closed")
+
+
+def test_5xx_from_a_dead_engine_take_it_out_of_rotation(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.2)
+    proxy = start(backends={"vllm": backend(gpu)})
+    gpu.default = status(500)
+    assert [chat(proxy).status_code for _ in range(3)] == [502] * 3
+    wait_until(lambda: only(proxy).state == "suspect")
+    assert only(proxy).reason == "canary failed: /v1/completions returned 500"
+    gpu.default = good
+    proxy.until_up(1)
+
+
+@pytest.mark.parametrize("dialect", ["openai", "vllm"])
+def test_5xx_alone_never_take_a_replica_out_of_rotation(start: Start, gpu: Upstream, dialect: str) -> None:
+    gpu.default = answers_canary
+    proxy = start(backends={"other": backend(gpu, dialect=dialect)})
+
+    async def fails_unless_canary(talk: Talk) -> None:
+        await (answers_canary if talk.path == "/v1/completions" else status(500))(talk)
+
+    gpu.default = fails_unless_canary
+    assert [chat(proxy).status_code for _ in range(10)] == [502] * 10
+    assert only(proxy).up
+    canaries = [talk for talk in gpu.talks if talk.path == "/v1/completions"]
+    assert len(canaries) <= (dialect == "vllm"), "one each 5 s at most"
 
 
 def test_failed_canary_opens_the_breaker_again(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +529,7 @@ def test_bug_in_a_canary_is_logged_and_the_canary_repeated(
 def test_openai_backend_gets_no_canaries(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.2)
     proxy = start(backends={"other": backend(gpu, dialect="openai")}, canary_interval_s=0.05)
-    gpu.scripts += [status(500)] * 3
+    gpu.scripts += [breaks] * 3
     for _ in range(3):
         chat(proxy)
     assert not only(proxy).up
@@ -571,7 +616,7 @@ def test_requests_queued_for_a_suspect_replica_move_to_their_next_tier(
 
     async def fails_later(talk: Talk) -> None:
         await asyncio.to_thread(fail.wait, 10)
-        await talk.answer(500, {})
+        talk.reset()
 
     gpu.default = fails_later
     backends = {"big": backend(gpu, dialect="openai", slots=1), "small": backend(cpu, device_class="cpu")}
@@ -656,3 +701,38 @@ def test_metrics_of_the_fake_upstream_are_parsed() -> None:
         "waiting": 2,
         "kv": 0.5,
     }
+
+
+def test_a_health_check_without_descriptors_says_nothing_about_the_replica(
+    start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = start(backends={"vllm": backend(gpu)})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "Connection", fail)
+        patch.setattr(pool, "MAX_IDLE_S", -1.0)
+        wait_until(lambda: caplog.text.count("the proxy is out of resources") >= 3)
+        assert only(proxy).up
+    assert chat(proxy).status_code == 200
+
+
+def test_a_canary_without_descriptors_is_repeated(start: Start, gpu: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.05)
+    proxy = start(backends={"vllm": backend(gpu)})
+    tried: list[str] = []
+
+    async def fail(*_: object, **__: object) -> None:
+        tried.append("")
+        raise UpstreamLocalError("Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xgen_proxy.fleet.health.ask_canary", fail)
+        gpu.scripts += [breaks] * 3
+        for _ in range(3):
+            chat(proxy)
+        wait_until(lambda: len(tried) >= 3)
+        assert only(proxy).state == "suspect"
+    proxy.until_up(1)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, good, status, whole
-from tests.support.running_proxy import RunningProxy, backend, chat, text_of
+from tests.support.running_proxy import RunningProxy, backend, chat, get, text_of
 from tests.support.waiting import wait_until
+from xgen_proxy.own_limits import EXHAUSTED
+from xgen_proxy.upstream import pool
 
 Start = Callable[..., RunningProxy]
 ERROR_500 = {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}
@@ -206,3 +211,190 @@ def test_a_full_queue_is_429(start: Start, gpu: FakeUpstream) -> None:
     assert answer.status_code == 429
     assert "retry-after" in answer.headers
     thread.join()
+
+
+# blame
+
+
+POISON: dict[str, Any] = {"messages": [{"role": "user", "content": "poison"}]}
+
+
+def poisoned(otherwise: Script) -> Script:
+    """An engine that fails a poisonous body in one way and answers all else, canaries too."""
+
+    async def script(talk: Talk) -> None:
+        await (otherwise if b"poison" in talk.body else good)(talk)
+
+    return script
+
+
+async def too_large(talk: Talk) -> None:
+    await talk.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 70000000\r\n\r\n{")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(70):
+            await talk.send(b" " * 1_000_000)
+
+
+async def error_in_the_stream(talk: Talk) -> None:
+    if talk.json.get("stream"):
+        await headers_then_error(talk)
+    else:
+        await talk.answer(500, ERROR_500)
+
+
+MISFORTUNES: dict[str, tuple[Script, int]] = {
+    "500": (status(500, ERROR_500), 502),
+    "500 without a body": (status(500, b" "), 502),
+    "501": (status(501), 503),
+    "404": (status(404), 503),
+    "401": (status(401), 503),
+    "a 500 event": (error_in_the_stream, 502),
+    "a template that refuses": (status(500, {"error": {"message": "\nError: Jinja Exception: roles"}}), 400),
+    "400": (status(400), 400),
+    "429": (status(429), 503),
+}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("script", "expected"), MISFORTUNES.values(), ids=MISFORTUNES.keys())
+def test_one_poisonous_request_takes_no_replica_from_the_others(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, script: Script, expected: int, replicas: int
+) -> None:
+    """20 poisonous requests, streamed and not, among good ones."""
+    fakes = [gpu, cpu][:replicas]
+    for fake in fakes:
+        fake.default = poisoned(script)
+    proxy = start(backends={"vllm": backend(*fakes)})
+    for number in range(20):
+        bad = chat(proxy, **POISON, stream=number % 2 == 0)
+        assert (bad.status_code, bad.headers["x-should-retry"]) == (expected, "false")
+        assert chat(proxy).status_code == 200
+    for _ in range(20):
+        assert chat(proxy, **POISON).status_code == expected
+        assert all(replica.up for replica in proxy.gateway.fleet.replicas)
+    assert chat(proxy).status_code == 200
+
+
+def test_a_poisonous_request_tells_its_client_to_change_it(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.scripts.append(status(500, ERROR_500))
+    answer = chat(proxy, headers={"x-fallback": "none"})
+    assert answer.status_code == 502
+    assert "change it before you send it again" in answer.json()["error"]["message"]
+    assert "retry-after" not in answer.headers
+
+
+def test_one_request_that_fails_everywhere_counts_once(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu, cpu)})
+    for fail in (close_at_once, status(500)):
+        gpu.scripts.append(fail)
+        cpu.scripts.append(fail)
+        assert chat(proxy).status_code == 502
+    breakers = [replica.breaker for replica in proxy.gateway.fleet.replicas]
+    assert sum(breaker.failures for breaker in breakers) == 1
+    assert sum(breaker.doubts for breaker in breakers) == 1
+
+
+def test_a_response_over_our_limit_is_not_asked_for_again(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    gpu.default = cpu.default = poisoned(too_large)
+    proxy = start(backends={"vllm": backend(gpu, cpu)})
+    for _ in range(3):
+        answer = chat(proxy, **POISON)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "response_too_large")
+        assert answer.headers["x-should-retry"] == "false"
+        assert answer.headers["x-attempts"] == "1"
+    assert len(gpu.talks) + len(cpu.talks) == 3
+    assert all(replica.up for replica in proxy.gateway.fleet.replicas)
+    assert chat(proxy).status_code == 200
+
+
+@pytest.mark.parametrize("number", sorted(EXHAUSTED))
+def test_a_limit_of_our_own_is_held_against_no_replica(
+    proxy: RunningProxy, gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "Connection", fail)  # as the kernel would, in the same call
+        answer = chat(proxy)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "proxy_out_of_resources"
+    assert "retry-after" in answer.headers
+    assert all(replica.up for replica in proxy.gateway.fleet.replicas)
+    assert chat(proxy).headers["x-backend"] == "vllm"
+    assert 'outcome="out_of_resources"' in get(f"{proxy.url}/metrics").text
+
+
+# what an engine was started without
+
+NO_TOOLS = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+TOOLS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+
+
+def no_tools(message: str = NO_TOOLS) -> Script:
+    async def script(talk: Talk) -> None:
+        if "tools" in talk.json:
+            await talk.answer(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
+        else:
+            await good(talk)
+
+    return script
+
+
+def test_an_engine_without_a_capability_is_asked_once(
+    proxy: RunningProxy, gpu: FakeUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.default = no_tools()
+    with caplog.at_level("WARNING", "xgen_proxy"):
+        for attempts in ("2", "1", "1"):
+            answer = chat(proxy, **TOOLS)
+            assert (answer.status_code, answer.headers["x-backend"]) == (200, "llama_cpp")
+            assert answer.headers["x-attempts"] == attempts
+    assert len(gpu.talks) == 1
+    [said] = [record.getMessage() for record in caplog.records if "runs without tools" in record.getMessage()]
+    assert "--enable-auto-tool-choice" in said
+    assert chat(proxy).headers["x-backend"] == "vllm"
+
+
+def test_an_engine_that_restarts_may_have_what_it_lacked(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.default = no_tools()
+    assert chat(proxy, **TOOLS).headers["x-backend"] == "llama_cpp"
+    gpu.default = good
+    gpu.kill()
+    wait_until(lambda: sum(replica.up for replica in proxy.gateway.fleet.replicas) == 1)
+    gpu.start()
+    proxy.until_up(2)
+    assert chat(proxy, **TOOLS).headers["x-backend"] == "vllm"
+
+
+def test_without_any_engine_that_can_the_client_is_told(start: Start, gpu: FakeUpstream) -> None:
+    gpu.default = no_tools()
+    proxy = start(backends={"vllm": backend(gpu)})
+    for _ in range(2):  # by the engine, then by the plan
+        answer = chat(proxy, **TOOLS)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "tools" in answer.json()["error"]["message"]
+    assert len(gpu.talks) == 1
+
+
+def test_a_confession_that_a_client_wrote_is_not_believed(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    gpu.scripts.append(status(400, {"error": {"message": f"Unknown reasoning format: {NO_TOOLS}"}}))
+    assert chat(proxy).status_code == 400
+    gpu.scripts.append(status(400, {"error": {"message": NO_TOOLS}}))  # to a request without tools
+    assert chat(proxy).headers["x-backend"] == "llama_cpp"
+    assert chat(proxy, **TOOLS).headers["x-backend"] == "vllm"
+
+
+@pytest.mark.parametrize("word", ["roles must alternate", "Conversation roles must alternate user/assistant/..."])
+def test_a_template_that_refuses_the_roles_is_the_clients(
+    proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream, word: str
+) -> None:
+    message = f"\n------------\nWhile executing CallExpression at line 47 …\nError: Jinja Exception: {word}"
+    gpu.default = poisoned(status(500, {"error": {"code": 500, "message": message, "type": "server_error"}}))
+    for _ in range(4):
+        answer = chat(proxy, **POISON)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert word in answer.json()["error"]["message"]
+    assert cpu.talks == []
+    assert chat(proxy).headers["x-backend"] == "vllm"

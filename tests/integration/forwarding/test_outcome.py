@@ -133,7 +133,7 @@ CASES = [
         [
             "started",
             "attempt 1 on vllm",
-            "UpstreamProtocolError",
+            "UpstreamServerError",
             "attempt 2 on llama_cpp",
             "succeeded",
             "finished 200",

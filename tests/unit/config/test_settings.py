@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
 
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings, check_url, split_commas
 from xgen_proxy.request.limits import Limits
@@ -164,6 +167,16 @@ def test_other_variables_in_env_files_are_ignored(empty_directory: Path) -> None
         ("XGEN_ROUTING__TYPO", "1"),
         ("XGEN_API_KEYS", "sk-the-key-itself"),
         ("XGEN_API_KEYS", "z" * 64),
+        ("XGEN_API_KEYS", ""),
+        ("XGEN_API_KEYS", " , "),
+        ("XGEN_API_KEYS", "[]"),
+        ("XGEN_API_KEYS", "[1]"),
+        ("XGEN_API_KEYS", '["none"]'),
+        ("XGEN_API_KEYS", f"none,{'a' * 64}"),
+        ("XGEN_API_KEYS", "null"),
+        ("XGEN_BACKENDS__VLLM__API_KEY", ""),
+        ("XGEN_BACKENDS__VLLM__API_KEY", "two words"),
+        ("XGEN_BACKENDS__VLLM__API_KEY", "sk-1\r\nx: y"),
     ],
 )
 def test_invalid_values_are_rejected(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
@@ -175,6 +188,60 @@ def test_invalid_values_are_rejected(monkeypatch: pytest.MonkeyPatch, setting: s
 def test_hashes_of_keys_are_lowercased(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = from_environment(monkeypatch, XGEN_API_KEYS=f"{'A' * 64},{'b' * 64}")
     assert settings.api_keys == ["a" * 64, "b" * 64]
+
+
+@pytest.mark.parametrize("keys", [None, "none", "NONE", " none\n"])
+def test_no_keys_is_said_in_a_word(keys: str | None) -> None:
+    values: dict[str, Any] = {} if keys is None else {"api_keys": keys}
+    assert Settings(**values).api_keys == (keys and "none")
+
+
+HEX = "0123456789abcdefABCDEF"
+
+
+@given(st.text(alphabet=HEX + ",;[]\"' nonegz\n\0", max_size=200) | st.text(max_size=80))
+@settings(max_examples=150)
+@example("")
+@example(f"{'a' * 64},")
+@example(f"{'a' * 64},{'b' * 30}")
+def test_a_text_gives_hashes_or_the_word_or_an_error(text: str) -> None:
+    """No text, half-written or not, means "no key" but the word itself."""
+    try:
+        read = Settings(api_keys=text).api_keys
+    except ValidationError:
+        return
+    if read == "none":
+        assert text.strip().lower() == "none"
+    else:
+        assert read
+        assert all(re.fullmatch("[0-9a-f]{64}", each) for each in read)
+
+
+def test_the_key_of_a_backend() -> None:
+    def read(key: str) -> SecretStr | None:
+        return Settings(backends={"vllm": {"urls": "http://a:1", "api_key": key}}).backends["vllm"].api_key
+
+    assert read(" sk-engine\n") == SecretStr("sk-engine")
+    assert read("none") is None
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        ("10.0.0.1", False),
+        ("127.1", False),
+        ("localhost.example", False),
+    ],
+)
+def test_only_a_loopback_address_is_local(host: str, local: bool) -> None:
+    assert Settings(host=host).is_local == local
 
 
 def test_every_setting_has_a_description() -> None:

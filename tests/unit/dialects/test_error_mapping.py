@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from xgen_proxy.dialects import error_mapping
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
-from xgen_proxy.errors import RequestRejectedError, UpstreamOverloadedError, UpstreamProtocolError
+from xgen_proxy.errors import (
+    Blame,
+    MissingCapabilityError,
+    RequestRejectedError,
+    UpstreamError,
+    UpstreamOverloadedError,
+    UpstreamServerError,
+)
 from xgen_proxy.request.features import Json
 
 
@@ -24,6 +35,10 @@ LCP_INVALID = (
     "1 validation error:\n  {'type': 'less_than_equal', 'loc': ('body', 'top_p'), 'msg': 'Input should be less than or"
     " equal to 1', 'input': 2, 'ctx': {'le': 1.0}}\n\n  File \"/opt/venv/lib/python3.11/site-packages/llama_cpp/server/"
     'app.py", line 376, in create_chat_completion\n    POST /v1/chat/completions'
+)
+JINJA = (
+    "\n------------\nWhile executing CallExpression at line 47, column 32 in source:\nError: Jinja Exception: After"
+    " the optional system message, conversation roles must alternate user and assistant roles"
 )
 VLLM_MISSING = (
     "1 validation error:\n  {'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required', 'input':"
@@ -42,7 +57,13 @@ CLIENTS: list[tuple[str, int, Any, str | None, str]] = [
      type="invalid_request_error"), None, "temperature"),
     ("llama-server, broken JSON", 500, error("[json.exception.type_error.302] type must be array", code=500), None,
      "type"),
-    ("llama-server, image", 500, error("image input is not supported - hint: mmproj", code=500), None, "image"),
+    ("llama-server, audio", 500, error("audio input is not supported - hint: mmproj", code=500), None, "audio"),
+    ("llama-server, template", 500, error(JINJA, code=500, type="server_error"), None, "roles must alternate"),
+    ("llama-cpp-python, template", 500, error("Conversation roles must alternate user/assistant/user/..."), None,
+     "roles must alternate"),
+    ("llama-cpp-python, Gemma's template", 500, error("System role not supported"), None, "System role"),
+    ("llama-server, tool call", 500, error("Failed to parse tool call arguments as JSON: [json.exception]", code=500),
+     None, "tool call"),
     ("llama-server, tools", 500, error("Failed to parse tools: Missing tool type: 5", code=500), None, "tool"),
     ("llama-server, grammar", 400, error("Failed to initialize samplers: failed to parse grammar", code=400), None,
      "grammar"),
@@ -74,30 +95,96 @@ def test_a_wrong_request_is_rejected(status: int, body: Any, code: str | None, s
     assert verdict.param in (None, "messages")
 
 
-# (what sent it, status, body)
-FAILURES: list[tuple[str, int, bytes]] = [
-    ("engine died", 500, orjson.dumps(error("EngineCore encountered an issue.", type="InternalServerError", code=500))),
-    ("shutting down", 500, orjson.dumps(error("cannot schedule new futures after shutdown", code=500))),
-    ("plain text", 500, b"Internal Server Error"),
-    ("not JSON", 502, b"<html>Bad Gateway</html>"),
-    ("nothing", 500, b""),
-    ("a number", 500, b"5"),
-    ("our key is wrong, vLLM", 401, b'{"error":"Unauthorized"}'),
-    ("our key is wrong, llama-server", 401, orjson.dumps(error("Invalid API Key", code=401))),
-    ("our key is wrong, llama-cpp-python", 401, b'{"detail":"Invalid API key"}'),
-    ("forbidden", 403, b""),
-    ("no such model", 404, orjson.dumps(error("The model `a` does not exist.", type="NotFoundError", code=404))),
-    ("no such route", 404, b'{"detail":"Not Found"}'),
-    ("no such method", 405, b'{"detail":"Method Not Allowed"}'),
-    ("no embeddings", 501, orjson.dumps(error("This server does not support embeddings.", code=501))),
+# (what sent it, status, body, whose fault it is)
+FAILURES: list[tuple[str, int, bytes, Blame]] = [
+    ("engine died", 500, orjson.dumps(error("EngineCore encountered an issue.", type="InternalServerError", code=500)),
+     "unclear"),
+    ("shutting down", 500, orjson.dumps(error("cannot schedule new futures after shutdown", code=500)), "unclear"),
+    ("plain text", 500, b"Internal Server Error", "unclear"),
+    ("not JSON", 502, b"<html>Bad Gateway</html>", "unclear"),
+    ("nothing", 500, b"", "unclear"),
+    ("a number", 500, b"5", "unclear"),
+    ("a redirect", 302, b"", "replica"),
+    ("no content", 204, b"", "replica"),
+    ("our key is wrong, vLLM", 401, b'{"error":"Unauthorized"}', "engine"),
+    ("our key is wrong, llama-server", 401, orjson.dumps(error("Invalid API Key", code=401)), "engine"),
+    ("our key is wrong, llama-cpp-python", 401, b'{"detail":"Invalid API key"}', "engine"),
+    ("forbidden", 403, b"", "engine"),
+    ("no such model", 404, orjson.dumps(error("The model `a` does not exist.", type="NotFoundError", code=404)),
+     "engine"),
+    ("no such route", 404, b'{"detail":"Not Found"}', "engine"),
+    ("no such method", 405, b'{"detail":"Method Not Allowed"}', "engine"),
+    ("not implemented", 501, orjson.dumps(error("This server does not support that.", code=501)), "engine"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("status", "body"), [case[1:] for case in FAILURES], ids=[case[0] for case in FAILURES])
-def test_failures_that_another_backend_may_avoid(status: int, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("status", "body", "blame"), [case[1:] for case in FAILURES], ids=[each[0] for each in FAILURES]
+)
+def test_failures_that_another_backend_may_avoid(status: int, body: bytes, blame: Blame) -> None:
     verdict = read_error(status, body)
-    assert isinstance(verdict, UpstreamProtocolError)
+    assert isinstance(verdict, UpstreamError)
     assert str(status) in str(verdict)
+    assert verdict.blame == blame
+
+
+AUTO_TOOLS = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+
+# (status, message, the capability that the engine was started without)
+CONFESSIONS: list[tuple[int, str, str | None]] = [
+    (400, AUTO_TOOLS, "tools"),
+    (400, 'tool_choice="required" requires --tool-call-parser to be set', "tools"),
+    (500, "tools param requires --jinja flag", "tools"),
+    (400, "smollm2 is not a multimodal model", "images"),
+    (400, "org/smollm2 is not a multimodal model None", "images"),
+    (400, "/models/org/smollm2 is not a multimodal model", "images"),
+    (400, "At most 0 image(s) may be provided in one prompt.", "images"),
+    (500, "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj", "images"),
+    (501, "This server does not support embeddings. Start it with `--embeddings`", "embeddings"),
+    (400, "The model does not support Embeddings API", "embeddings"),
+    (500, "Llama model must be created with embedding=True to call this method", "embeddings"),
+    (400, "Pooling type 'none' is not OAI compatible. Please use a different pooling type", "embeddings"),
+    (500, "logprobs is not supported for models created with logits_all=False", "logprobs"),
+    (501, "This server does not support completions. Start it without `--embeddings`", None),
+    (400, "The model does not support Chat Completions API", None),
+]
+
+
+@pytest.mark.parametrize(("status", "message", "capability"), CONFESSIONS, ids=[each[1][:40] for each in CONFESSIONS])
+def test_an_engine_confesses_what_it_was_started_without(status: int, message: str, capability: str | None) -> None:
+    for verdict in (
+        read_error(status, orjson.dumps(error(message, code=status))),
+        stream_error(b"data: " + orjson.dumps(error(message, code=status)) + b"\n\n"),
+    ):
+        assert isinstance(verdict, MissingCapabilityError)
+        assert (verdict.capability, verdict.blame) == (capability, "engine")
+
+
+@pytest.mark.parametrize("message", [each[1] for each in CONFESSIONS])
+def test_a_client_cannot_make_an_engine_confess(message: str) -> None:
+    """Engines repeat what a client sent; one repeated sentence must not take a capability from everybody."""
+    for status, echo in ((500, f"Unknown reasoning format: {message}"), (400, f"'{message}' is not valid"),
+                         (400, f"x\n{message}"), (400, f"{message}\nx")):  # fmt: skip
+        assert not isinstance(read_error(status, orjson.dumps(error(echo))), MissingCapabilityError)
+
+
+# (message, param that the engine names)
+OUTPUT_TOO_LONG = [
+    ("'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 8192 tokens"
+     " and your request has 12 input tokens (32000 > 8192 - 12).", None),
+    ("max_tokens=32000 cannot be greater than max_model_len=8192. Please request fewer output tokens.", "max_tokens"),
+    ("This model's maximum context length is 2048 tokens. However, you requested 2048 output tokens and your prompt"
+     " contains at least 1 input tokens, for a total of at least 2049 tokens.", "input_tokens"),
+    ("This model's maximum context length is 8192 tokens. However, you requested 32012 tokens (12 in the messages,"
+     " 32000 in the completion). Please reduce the length of the messages or completion.", "messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "param"), OUTPUT_TOO_LONG)
+def test_max_tokens_beyond_the_context_is_no_long_prompt(message: str, param: str | None) -> None:
+    verdict = read_error(400, orjson.dumps(error(message, param=param, code="context_length_exceeded")))
+    assert isinstance(verdict, RequestRejectedError)
+    assert (verdict.status, verdict.param, verdict.code) == (400, "max_tokens", None)
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -134,17 +221,106 @@ def test_a_string_code_is_kept() -> None:
 
 # (event, what it means)
 EVENTS: list[tuple[bytes, type[Exception]]] = [
-    (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', UpstreamProtocolError),
+    (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', UpstreamServerError),
     (b'data: {"error": {"message": "The engine is currently busy", "code": 503}}\n\n', UpstreamOverloadedError),
     (b'data: {"error": {"message": "Grammar error: Invalid type: banana", "code": 400}}\n\n', RequestRejectedError),
     (b'data: {"error": {"message": "Failed to parse tools", "code": 500}}\n\n', RequestRejectedError),
-    (b'data: {"error": {"message": "no code"}}\n\n', UpstreamProtocolError),
+    (b'data: {"error": {"message": "no code"}}\n\n', UpstreamServerError),
     (b'data: {"object":"error","message":"old shape","code":400}\n\n', RequestRejectedError),
-    (b'error: {"code":500,"message":"llama-server of old"}\n\n', UpstreamProtocolError),
-    (b"data: {broken\n\n", UpstreamProtocolError),
+    (b'error: {"code":500,"message":"llama-server of old"}\n\n', UpstreamServerError),
+    (b"data: {broken\n\n", UpstreamServerError),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("event", "meaning"), EVENTS)
 def test_error_events(event: bytes, meaning: type[Exception]) -> None:
     assert type(stream_error(event)) is meaning
+
+
+# Work on what another side sent: engines repeat what a client sent, at any length.
+
+SEEDS = [
+    "'loc': [", "'loc': ('a', ", "'loc': 'x', 'msg': \"", "'msg': '", "/a", "/", "a/", "./", "x", "\\", '"', "{", "[",
+    "1 validation error: ", "maximum context length is 1 tokens", "requested 1 tokens ", "Jinja Exception: ", "é", "\n",
+    "max_tokens=1", "11111", "tool_choice ", "is not a multimodal model", "(1 in the", " ", "\x00",
+]  # fmt: skip
+PREFIXES = ["", "1 validation error: {'loc': ['x'], 'msg': 'y", "At most 0 image(s) may be provided in one prompt"]
+FUNCTIONS = sorted(
+    name for name, each in vars(error_mapping).items() if callable(each) and each.__module__ == error_mapping.__name__
+)
+
+
+def call(name: str, text: str) -> None:
+    """Calls one function of error_mapping with `text` wherever another side's words can be."""
+    raw = text.encode("utf-8", "replace")
+    body = orjson.dumps(error(text, param=text, code=text))
+    match name:
+        case "read_error":
+            for status in (302, 400, 404, 422, 500, 503):
+                for data in (body, raw, orjson.dumps({"detail": [{"loc": [text], "msg": text}]})):
+                    read_error(status, data)
+        case "stream_error":
+            for event in (b"data: " + body + b"\n\n", b"error: " + raw + b"\n\n", b"data: " + raw):
+                stream_error(event)
+        case "_fields":
+            for data in (raw, body):
+                error_mapping._fields(data)
+        case "_clean":
+            error_mapping._clean(text)
+        case "_as_text":
+            error_mapping._as_text([{"loc": [text], "msg": text}])
+        case "_missing" | "_is_about_output":  # these get what _clean() returns
+            getattr(error_mapping, name)(error_mapping._clean(text))
+        case "_refused":
+            error_mapping._refused(400, error_mapping._clean(text), text, text)
+        case _:
+            raise AssertionError(f"{name} needs a case here")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_work_on_hostile_messages_is_bounded(name: str) -> None:
+    """60 times the message takes no more than 60 times as long, down to where a clock is too coarse to tell."""
+    for seed in SEEDS:
+        for prefix in PREFIXES:
+            short, long = [seconds(name, prefix + seed * (size // len(seed))) for size in (1000, 60_000)]
+            assert long < 0.1, (seed, prefix)
+            assert long < max(60 * short, 0.02), (seed, prefix)
+
+
+def seconds(name: str, text: str) -> float:
+    """Of CPU, since other processes may take the time; the second try counts if the first one was slow."""
+    taken = 0.0
+    for _ in range(2):
+        began = time.thread_time()
+        call(name, text)
+        taken = time.thread_time() - began
+        if taken < 0.02:
+            break
+    return taken
+
+
+def test_work_does_not_grow_with_what_is_cut() -> None:
+    """8 MiB is the largest event. The time that is left is that of orjson and of memcpy."""
+    for seed in ("'loc': [", "/a", "x", '"', "["):
+        event = b"data: " + (seed * (8 * 2**20 // len(seed))).encode() + b"\n\n"
+        began = time.thread_time()
+        stream_error(event)
+        read_error(500, event)
+        assert time.thread_time() - began < 0.1
+
+
+@given(st.text(), st.text(), st.integers(100, 599))
+def test_whatever_a_backend_says_there_is_a_verdict(message: str, param: str, status: int) -> None:
+    for body in (
+        orjson.dumps(error(message, param=param)), message.encode(), orjson.dumps({"detail": [message, param]}),
+        orjson.dumps({"error": {"message": [[message]], "code": [param]}}),
+    ):  # fmt: skip
+        for verdict in (read_error(status, body), stream_error(b"data: " + body + b"\n\n")):
+            assert isinstance(verdict, UpstreamError | RequestRejectedError)
+            assert len(str(verdict)) < 1000
+
+
+def test_deep_nesting_is_no_crash() -> None:
+    for depth in (200, 900, 1020, 5000):
+        for body in (b"[" * depth + b"]" * depth, b'{"error":' + b"[" * depth + b"]" * depth + b"}"):
+            assert isinstance(read_error(500, body), UpstreamError)

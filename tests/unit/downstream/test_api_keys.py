@@ -21,9 +21,16 @@ def test_new_key_and_its_hash() -> None:
     assert new_key()[0] != key
 
 
-def test_any_request_is_accepted_without_configured_keys() -> None:
-    assert check_key({}, []) is None
-    assert check_key(bearer("anything"), []) is None
+@pytest.mark.parametrize("said", [None, "none"])
+def test_any_request_is_accepted_where_keys_are_unset_or_none(said: str | None) -> None:
+    assert check_key({}, said) is None
+    assert check_key(bearer("anything"), said) is None
+
+
+@pytest.mark.parametrize("headers", [{}, bearer(""), bearer("anything")])
+def test_an_empty_list_has_no_valid_key(headers: dict[bytes, bytes]) -> None:
+    with pytest.raises(AuthenticationError):
+        check_key(headers, [])
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])

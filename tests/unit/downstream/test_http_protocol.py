@@ -74,6 +74,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 @example(["stream", "no chunk"], [60])
 @example(["too large", "get"], [70])
 @example(["unread", "garbage"], [50])
+@example(["trailers", "long head"], [62])
 def test_any_input_gets_well_formed_responses(sent: list[str], cuts: list[int]) -> None:
     written, closed, unhandled = asyncio.run(exchange(sent, cuts))
     assert unhandled == []

@@ -135,3 +135,19 @@ def test_fleet_configure_keeps_backends_of_the_same_dialect() -> None:
     assert a.settings.api_key == SecretStr("hush")
     assert all(b"authorization: Bearer hush\r\n" in replica.head for replica in a.replicas)
     assert fleet.backends[1].dialect.name == "openai"
+
+
+def test_a_capability_that_an_engine_denies_is_gone_until_it_goes_down() -> None:
+    vllm = backend(tools=True)
+    first, second = vllm.replicas
+    info = ReplicaInfo(("m",))
+    for replica in (first, second):
+        vllm.record_info(replica, info)
+    assert vllm.lost_capability(first, "tools")
+    assert not vllm.lost_capability(first, "tools")
+    assert "tools" not in vllm.snapshot().capabilities
+    vllm.record_info(second, info)
+    assert "tools" not in vllm.capabilities
+    first.set_state("down", "gone")
+    vllm.record_info(first, info)
+    assert "tools" in vllm.snapshot().capabilities

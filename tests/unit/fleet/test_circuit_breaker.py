@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xgen_proxy.fleet.circuit_breaker import (
+    DOUBT_S,
     FAILURES,
     FIRST_FRACTION,
     LONGEST_OPEN_S,
@@ -29,6 +30,17 @@ def test_failures_in_a_row_open_the_breaker() -> None:
         breaker.succeeded()
     assert breaker.state == "closed"
     assert opened().state == "open"
+
+
+def test_doubts_in_a_row_ask_for_a_canary_now_and_then_and_open_nothing() -> None:
+    breaker = CircuitBreaker()
+    assert [breaker.doubted(0) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+    assert not any(breaker.doubted(DOUBT_S - 0.1) for _ in range(10))
+    assert breaker.doubted(DOUBT_S)
+    assert (breaker.state, breaker.failures) == ("closed", 0)
+    breaker.doubted(99)
+    breaker.succeeded()
+    assert breaker.doubts == 0
 
 
 def test_failures_while_open_do_not_prolong_it() -> None:

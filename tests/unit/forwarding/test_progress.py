@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -84,3 +85,11 @@ def test_the_outcome_has_what_happened() -> None:
 def test_without_a_tail_the_response_is_not_complete() -> None:
     outcome = Progress(make_call()).outcome(499, ResponseWriter(send, None))
     assert (outcome.usage, outcome.completed, outcome.first_choice) == (None, False, None)
+
+
+def test_each_attempt_has_an_id_for_its_backend() -> None:
+    progress = Progress(make_call())
+    progress.attempts = 2
+    ids = {progress.backend_request_id for _ in range(100)}
+    assert len(ids) == 100
+    assert all(re.fullmatch(r"id-1-2-[0-9a-f]{8}", each) for each in ids)

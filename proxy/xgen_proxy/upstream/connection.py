@@ -1,34 +1,38 @@
-"""The HTTP/1.1 connection to one backend server, and the pool of them: the hot path.
+"""The HTTP/1.1 connection to one backend server.
 
 Hand-written because the relay is what this project exists for. On httptools' response parser (uvicorn uses its request
 parser) a relayed request costs 42 µs of CPU; on httpx it costs 71 times that (docs/measurements.md). Bytes are passed
 on as they arrive; a body is never split or copied.
 
-    Pool.exchange ── idle connection, else a new one ── request written ── status and headers read ──▶ Connection
+    Connection.begin ── request written    Connection.read_headers ── status and headers
     Connection.read ── body bytes as they arrive, b"" at the end
-    Pool.release ── response complete: kept for the next exchange; else closed, which cancels the request upstream
-
-Backends close idle connections after 5 s (uvicorn, llama-server), so the pool closes its own earlier. A reused
-connection that breaks before the first byte is replaced once: https://github.com/vllm-project/vllm/pull/18472
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import httptools
 
-from xgen_proxy.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError, UpstreamTimeoutError
+from xgen_proxy.errors import UpstreamError, UpstreamOversizedError, UpstreamProtocolError, UpstreamTimeoutError
 
-MAX_IDLE_S = 3.0  # backends close idle connections after 5 s
 MAX_EXCHANGES = 90  # llama-server closes a connection after 100
+MAX_BODILESS = 64 * 1024  # bytes in a row without any of a body: heads, trailers, chunk extensions
 HIGH_WATER = 256 * 1024  # bytes; reading from a backend pauses while this much waits for a slow client
 TIMER_PRECISION_S = 0.001  # uvloop's timers count in milliseconds
-LAST_CHUNK_WAIT_S = 1.0  # for the empty last chunk of a stream whose `[DONE]` has arrived
+
+
+class Owner(Protocol):
+    """What a connection reports to: its pool."""
+
+    last_activity: float
+
+    def completed(self, connection: Connection) -> None: ...
+
+    def forget(self, connection: Connection) -> None: ...
 
 
 class Connection(asyncio.Protocol):
@@ -38,7 +42,7 @@ class Connection(asyncio.Protocol):
     `buffered`, the bytes that have arrived and were not read, exceeded HIGH_WATER.
     """
 
-    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: Owner, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -53,6 +57,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._keep_alive = False
+        self._bodiless = 0  # bytes since the last one of a body
         self._total = self._deadline = math.inf  # seconds that the exchange may take, and loop time when they are over
         self.buffered = 0
         self.paused = False
@@ -74,10 +79,15 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         self.touched = True
+        buffered = self.buffered
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(UpstreamProtocolError, f"not HTTP: {error}")
+            self.close()
+        self._bodiless = 0 if self.buffered != buffered else self._bodiless + len(data)
+        if self._bodiless > MAX_BODILESS and not self.complete:
+            self._fail(UpstreamProtocolError, f"more than {MAX_BODILESS} bytes of headers")
             self.close()
         if self._on_data is None or not self._chunks or not self._on_data(self._join_chunks()):
             self._wake()
@@ -125,9 +135,11 @@ class Connection(asyncio.Protocol):
             raise UpstreamProtocolError("a second answer to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status:
+            return  # a trailer
         name = name.lower()
         self.headers[name] = value
-        if name in (b"content-length", b"transfer-encoding"):
+        if name == b"content-length" or (name == b"transfer-encoding" and value.lower() == b"chunked"):
             self.framed = True
 
     def on_headers_complete(self) -> None:
@@ -179,17 +191,19 @@ class Connection(asyncio.Protocol):
         self.framed = self.touched = self.complete = False
         self.exchanges += 1
         self._chunks.clear()
-        self.buffered = 0
+        self.buffered = self._bodiless = 0
         if self._transport is None:
             self._fail(UpstreamProtocolError, "closed without an answer")
         else:
             self._transport.write(request)
 
-    async def read_headers(self, timeout: float) -> None:
-        """Wait for status and headers. Raises UpstreamTimeoutError, UpstreamProtocolError."""
-        deadline = self._loop.time() + timeout  # for all of them: a server that drips bytes times out too
+    async def read_headers(self, deadline: float, limit: float) -> None:
+        """Wait for status and headers until `deadline`, in loop time: a server that drips bytes times out too.
+
+        `limit`: the seconds that an error message names. Raises UpstreamTimeoutError, UpstreamProtocolError.
+        """
         while not self.status:
-            await self._wait_for_data(deadline - self._loop.time(), timeout)
+            await self._wait_for_data(deadline - self._loop.time(), limit)
 
     async def read(
         self, timeout: float, limit: float | None = None, on_data: Callable[[bytes], bool] | None = None
@@ -215,7 +229,7 @@ class Connection(asyncio.Protocol):
     async def read_all(self, timeout: float, limit: int = 64 * 1024 * 1024) -> bytes:
         """Return the rest of the body, at most `limit` bytes, within `timeout` seconds.
 
-        Raises UpstreamTimeoutError, UpstreamProtocolError.
+        Raises UpstreamOversizedError, UpstreamTimeoutError, UpstreamProtocolError.
         """
         parts: list[bytes] = []
         size = 0
@@ -223,7 +237,7 @@ class Connection(asyncio.Protocol):
         while data := await self.read(deadline - self._loop.time(), timeout):
             size += len(data)
             if size > limit:
-                raise UpstreamProtocolError(f"an answer of more than {limit} bytes")
+                raise UpstreamOversizedError(f"an answer of more than {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
@@ -282,106 +296,3 @@ class Connection(asyncio.Protocol):
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-class Pool:
-    """The connections to one server.
-
-    `opened` counts all that were ever opened; `live` are open now, including `idle` ones, oldest first.
-    `last_activity`: when data was last received and passed on, as loop time, which is that of time.monotonic().
-    `awaiting_last_chunk`: connections that were released with only the last chunk missing, and their timers.
-    """
-
-    def __init__(self, host: str, port: int, *, connect_timeout_s: float = 2.0) -> None:
-        self.host = host
-        self.port = port
-        self.connect_timeout_s = connect_timeout_s
-        self.opened = 0
-        self.last_activity = 0.0
-        self.live: set[Connection] = set()
-        self.idle: deque[Connection] = deque()
-        self.awaiting_last_chunk: dict[Connection, asyncio.TimerHandle] = {}
-
-    async def exchange(self, request: bytes, timeout: float, total: float = math.inf) -> Connection:
-        """Send `request` (head and body) and wait up to `timeout` seconds for status and headers.
-
-        No read of the response waits longer than `total` seconds after the request was sent. The caller must release()
-        the connection. Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamProtocolError.
-        """
-        while True:
-            connection = self._pop_idle() or await self._connect()
-            try:
-                connection.begin(request, total)
-                await connection.read_headers(timeout)
-            except UpstreamProtocolError:
-                connection.close()
-                if connection.exchanges > 1 and not connection.touched:
-                    continue  # it broke while idle, so the request never reached the server
-                raise
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-
-    def release(self, connection: Connection, *, expect_last_chunk: bool = False, reuse: bool = True) -> None:
-        """Keep the connection for reuse if its response is complete; else close it.
-
-        `expect_last_chunk`: the response is complete except for its empty last chunk, so wait for that instead.
-        """
-        if not reuse or connection.failed:
-            connection.close()
-        elif connection.complete:
-            self._keep(connection)
-        elif expect_last_chunk:
-            timer = asyncio.get_running_loop().call_later(LAST_CHUNK_WAIT_S, connection.close)
-            self.awaiting_last_chunk[connection] = timer
-        else:
-            connection.close()
-
-    def completed(self, connection: Connection) -> None:
-        """Called by the connection when its response is complete."""
-        timer = self.awaiting_last_chunk.pop(connection, None)
-        if timer is not None:
-            timer.cancel()
-            self._keep(connection)
-
-    def forget(self, connection: Connection) -> None:
-        """Called by the connection when it has been closed."""
-        self.live.discard(connection)
-        timer = self.awaiting_last_chunk.pop(connection, None)
-        if timer is not None:
-            timer.cancel()
-        if connection in self.idle:
-            self.idle.remove(connection)
-
-    def close(self) -> None:
-        for connection in list(self.live):
-            connection.close()
-
-    def _keep(self, connection: Connection) -> None:
-        if connection.reusable:
-            connection.idle_since = asyncio.get_running_loop().time()
-            self.idle.append(connection)
-        else:
-            connection.close()
-
-    def _pop_idle(self) -> Connection | None:
-        """The most recently used connection, so that the others age and get closed."""
-        oldest = asyncio.get_running_loop().time() - MAX_IDLE_S
-        while self.idle and self.idle[0].idle_since < oldest:
-            self.idle.popleft().close()
-        return self.idle.pop() if self.idle else None
-
-    async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self.connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Connection(self, loop), self.host, self.port)
-        except TimeoutError:
-            raise UpstreamConnectError(f"no connection within {self.connect_timeout_s:g} s") from None
-        except OSError as error:
-            raise UpstreamConnectError(error.strerror or str(error)) from None
-        self.opened += 1
-        if connection.open:  # not in connection_made(): uvloop calls no connection_lost() after a cancelled connect
-            self.live.add(connection)
-        return connection
