@@ -9,7 +9,7 @@ import orjson
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.stream_editors import joined_usage, legacy_logprobs
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamOversizedError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
 COPIED = ("id", "created", "system_fingerprint", "timings")  # from the first chunk that has them
@@ -36,10 +36,10 @@ class StreamCollector:
         return False
 
     def feed(self, block: bytes) -> None:
-        """Raises UpstreamProtocolError."""
+        """Raises UpstreamProtocolError, and UpstreamOversizedError if the answer is longer than LIMIT."""
         self.size += len(block)
         if self.size > LIMIT:
-            raise UpstreamProtocolError(f"an answer of more than {LIMIT} bytes")
+            raise UpstreamOversizedError(f"an answer of more than {LIMIT} bytes")
         for chunk in sse.parse_chunks(sse.one_reasoning_name(block)):
             for name in COPIED:
                 if chunk.get(name) is not None:

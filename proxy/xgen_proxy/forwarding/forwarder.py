@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from starlette.types import Receive
 
 from xgen_proxy.downstream.disconnect import DisconnectMonitor
-from xgen_proxy.downstream.keepalive import KeepAlive
-from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.downstream.response_writer import KeepAlive, ResponseWriter
 from xgen_proxy.errors import (
     ClientDisconnectedError,
     InternalServerError,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, TOOLS, Replica, call, delta, events, make_request, text
 from xgen_proxy.dialects import stream_collector
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamOversizedError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
 USAGE = {"prompt_tokens": 37, "completion_tokens": 3, "total_tokens": 40}
@@ -171,5 +171,5 @@ async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     collector = LLAMA_SERVER.stream_collector(make_request())
     for _ in range(3):
         collector.feed(events(delta(content="a" * 100)))
-    with pytest.raises(UpstreamProtocolError, match="more than 1000 bytes"):
+    with pytest.raises(UpstreamOversizedError, match="more than 1000 bytes"):
         collector.feed(events(delta(content="a" * 100)))
