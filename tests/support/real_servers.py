@@ -174,7 +174,6 @@ def vllm(log: Path, executable: str, model: str, *, tools: bool = True) -> Serve
     """The CPU build of vLLM. It takes 30-100 s to start and 5 GB of memory."""
     command = [executable, "serve", model, "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager"]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(VLLM_SLOTS)]
-    command += ["--scheduling-policy", "priority"]
     if tools:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     env = {

@@ -18,6 +18,8 @@ from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin
 from xgen_proxy.request.json_body import read_json
 
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # what reading a malformed answer raises
+
 
 class GenerateRequest(BaseModel):
     prompt: str = Field(min_length=1)
@@ -81,7 +83,7 @@ class WholeText:
     def _convert(self, body: bytes) -> bytes:
         try:
             return orjson.dumps(self._answer(orjson.loads(body)))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except MALFORMED:
             error = BadGatewayError("the backend's answer is no completion", code="bad_answer")
             self._start["status"] = error.status
             return error.body()
@@ -115,8 +117,11 @@ class TokenStream:
     def _event(self, data: bytes) -> bytes:
         if data == b"[DONE]":
             return b'data: {"done": true}\n\n'
-        chunk = orjson.loads(data)
-        if "error" in chunk:
-            return b"data: " + data + b"\n\n"
-        tokens = [choice["text"] for choice in chunk["choices"] if choice["text"]]
+        try:
+            chunk = orjson.loads(data)
+            if "error" in chunk:
+                return b"data: " + data + b"\n\n"
+            tokens = [choice["text"] for choice in chunk["choices"] if choice["text"]]
+        except MALFORMED:
+            return BadGatewayError("the backend's answer is no completion", code="bad_answer").event()
         return b"".join(b"data: " + orjson.dumps({"token": token}) + b"\n\n" for token in tokens)

@@ -120,10 +120,14 @@ class Backend:
 
     def _with_overrides(self, capabilities: frozenset[str]) -> frozenset[str]:
         """The settings `tools`, `images` and `embeddings` add or remove a capability; engines deny some."""
-        for name in ("tools", "images", "embeddings"):
-            setting = getattr(self.settings, name)
+        settings = self.settings
+        for setting, names in (
+            (settings.tools, {"tools", "forced_tool"}),
+            (settings.images, {"images"}),
+            (settings.embeddings, {"embeddings"}),
+        ):
             if setting is not None:
-                capabilities = capabilities | {name} if setting else capabilities - {name}
+                capabilities = capabilities | names if setting else capabilities - names
         return capabilities.difference(*(replica.missing for replica in self.replicas))
 
     # snapshots

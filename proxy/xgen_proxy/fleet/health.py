@@ -92,8 +92,14 @@ class HealthMonitor:
     def _start(
         self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
     ) -> None:
-        task = tasks[replica] = asyncio.create_task(work)
-        task.add_done_callback(lambda _: tasks.pop(replica) if tasks.get(replica) is task else None)
+        def done(task: asyncio.Task[None]) -> None:
+            if tasks.get(replica) is task:
+                del tasks[replica]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a background task of %s failed", replica.name, exc_info=error)
+
+        tasks[replica] = asyncio.create_task(work)
+        tasks[replica].add_done_callback(done)
 
     # replicas that come and go
 

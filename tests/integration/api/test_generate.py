@@ -57,7 +57,7 @@ def fresh(fakes: tuple[FakeUpstream, FakeUpstream], proxy: RunningProxy) -> None
         fake.talks.clear()
         fake.scripts.clear()
     for replica in proxy.gateway.fleet.replicas:
-        replica.breaker.failures = 0
+        replica.succeeded()
 
 
 def generate(proxy: RunningProxy, path: str = "/generate", **fields: Any) -> httpx.Response:
@@ -186,7 +186,15 @@ def test_without_usage_the_speed_is_null(proxy: RunningProxy, fakes: tuple[FakeU
     assert generate(proxy).json()["tokens_per_second"] is None
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", {"choices": []}, {"choices": None}, {}])
+@pytest.mark.parametrize("body", [b"<html>", b"[]"])
+def test_what_is_no_answer_at_all_leads_to_the_next_candidate(
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: bytes
+) -> None:
+    fakes[0].scripts.append(answering(body))
+    assert generate(proxy).json()["backend_used"] == "llama_cpp"
+
+
+@pytest.mark.parametrize("body", [{"choices": []}, {"choices": None}, {}])
 def test_a_malformed_answer_is_502(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +203,24 @@ def test_a_malformed_answer_is_502(
     assert answer.status_code == 502
     assert answer.json()["error"]["code"] == "bad_answer"
     assert int(answer.headers["content-length"]) == len(answer.content)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("chunk", [{"choices": [None]}, {"choices": [{}]}, {"choices": 5}, {}, []])
+def test_a_malformed_chunk_is_an_error_event(
+    proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], chunk: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(piece("hel"))
+        await talk.event(chunk)
+        await talk.event(piece("lo", "stop"))
+        await talk.end()
+
+    for fake in fakes:
+        fake.scripts += [script, script]
+    answer = generate(proxy, "/generate/stream", fallback="none")
+    assert '"error"' in answer.text
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 

@@ -165,9 +165,7 @@ def test_a_fallback_that_cannot_serve_the_request_is_not_blamed(
     proxy = start(backends=backends)
     small = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend_name == "small")
     body = {"model": "m", "prompt": "x", "max_tokens": 5, "n": 1, "response_format": {"type": "json_object"}}
-    for _ in range(4):
-        big = next(replica for replica in proxy.gateway.fleet.replicas if replica.backend_name == "big")
-        big.breaker.failures = 0
+    for _ in range(2):
         answer = post(f"{proxy.url}/v1/completions", json=body)
         assert answer.status_code == 502
         assert "cannot take over" in answer.json()["error"]["message"]

@@ -518,7 +518,7 @@ def test_bug_in_a_canary_is_logged_and_the_canary_repeated(
 
     monkeypatch.setattr(health, "ask_canary", buggy)
     proxy = start(backends={"vllm": backend(gpu)})
-    gpu.scripts += [status(500)] * 3
+    gpu.scripts += [breaks] * 3
     for _ in range(3):
         chat(proxy)
     wait_until(lambda: only(proxy).up)

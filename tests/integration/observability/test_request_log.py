@@ -113,7 +113,7 @@ def test_a_served_request(
     [line] = lines(log)
     expected: dict[str, Any] = {
         "level": "info", "logger": "xgen_proxy.request", "message": "request", "request_id": "good-1",
-        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "stream": stream, "prompt_words": 1,
+        "endpoint": "chat", "model": "m", "status": 200, "attempts": 1, "stream": stream, "prompt_words": 4,
         "backend": "vllm", "replica": replica, "client": "127.0.0.1",
     }  # fmt: skip
     if stream:
