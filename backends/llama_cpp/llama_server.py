@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 LOG_S = 0.5  # time for llama.cpp's log thread to write why it did not start
@@ -35,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--no-ui", "--no-webui", action="store_true")
     flags.add_argument("--offline", action="store_true")
     flags.add_argument("--embeddings", action="store_true")
+    flags.add_argument("--sleep-idle-seconds", type=int, default=-1, help="unload the model when idle (-1: never)")
+    flags.add_argument("--chat-template-file", metavar="FILE", help="a Jinja template in place of the model's own")
     flags.add_argument("--pooling", choices=["none", "mean", "cls", "last", "rank"])
     return flags
 
@@ -56,6 +59,9 @@ def params(flags: argparse.Namespace) -> Any:
     # Only the proxy is a client. The default would allow web pages of any origin.
     made.cors_origins, made.cors_origins_explicit, made.cors_credentials = "", True, False
     made.ui, made.offline, made.embedding = not flags.no_ui, flags.offline, flags.embeddings
+    made.sleep_idle_seconds = flags.sleep_idle_seconds
+    if flags.chat_template_file:
+        made.chat_template = Path(flags.chat_template_file).read_text()
     if flags.pooling:
         made.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{flags.pooling.upper()}")
     return made
