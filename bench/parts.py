@@ -137,7 +137,9 @@ async def chunk(repeats: int) -> list[float]:
     connection.connection_made(Nowhere())
     connection.begin(b"", 60)
     connection.data_received(STREAM)
-    cycle = SimpleNamespace(transport=Nowhere(), flow=SimpleNamespace(write_paused=False), disconnected=False)
+    flow = SimpleNamespace(write_paused=False)
+    state = {"disconnected": False, "response_complete": False, "chunked_encoding": True}
+    cycle = SimpleNamespace(transport=Nowhere(), flow=flow, **state)
     reply = ResponseWriter(send, DirectWriter(cycle))  # type: ignore[arg-type]  # all of uvicorn's cycle that is looked at
     reply.sent_log = ReplayBuffer()
     on_data = reply.pass_through(sse.EventSplitter())
