@@ -81,7 +81,7 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 class Quiet(logging_setup.BatchingHandler):
-    def add_line(self, line: bytes) -> None:
+    def add_line(self, line: bytes, level: int) -> None:
         """It has been made, and is not written."""
 
 

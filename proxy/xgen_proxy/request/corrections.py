@@ -20,7 +20,8 @@ EXACT = 2**53  # a larger float is no exact number
 
 def corrected(body: Json) -> Json:
     """Returns the same object if there is nothing to correct. Takes any JSON object, which is checked only later."""
-    body = _whole_numbers(body)
+    if float in map(type, body.values()):
+        body = _whole_numbers(body)
     if not OWN_NAMES.keys().isdisjoint(body):
         body = _with_openais_names(body)
     if body.get("max_tokens") == -1:  # llama.cpp's word for no limit

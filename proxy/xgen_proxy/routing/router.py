@@ -32,10 +32,15 @@ class Target:
         return self.replica.state == "up" or (self.panic and self.replica.answers)
 
 
+SEVERAL = frozenset({"n", "prompt_list"})  # what a request of several sequences needs
+
+
 def sequences(call: Call) -> int:
     """How many sequences an engine runs for the request at once: its choices times its prompts."""
-    body = call.body
-    prompts = body.get("input" if call.features.endpoint == "embeddings" else "prompt")
+    body, features = call.body, call.features
+    if features.endpoint != "embeddings" and features.needs.isdisjoint(SEVERAL):
+        return 1
+    prompts = body.get("input" if features.endpoint == "embeddings" else "prompt")
     count = 1
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):  # else it is one, as token ids
         count = len(prompts)

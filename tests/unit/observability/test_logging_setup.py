@@ -94,11 +94,24 @@ def written() -> Iterator[Log]:
     os.close(log.writer)
 
 
-async def test_lines_of_one_turn_are_written_together(written: Log) -> None:
-    for number in range(3):
-        written.handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-    assert written.read() == ""
+def record_of(text: str, level: int = logging.INFO, **values: object) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": text, "levelno": level, "levelname": logging.getLevelName(level), **values})
+
+
+async def test_a_warning_is_written_at_once_with_what_waits(written: Log) -> None:
+    written.handler.handle(record_of("line"))
+    written.handler.handle(record_of("warning", logging.WARNING))
     await asyncio.sleep(0)
+    assert written.read() == "line\nwarning\n"
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
+    assert written.read() == ""
+
+
+async def test_lines_of_a_moment_are_written_together(written: Log) -> None:
+    for number in range(3):
+        written.handler.handle(record_of(f"line {number}"))
+    assert written.read() == ""
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
     assert written.read() == "line 0\nline 1\nline 2\n"
 
 
@@ -110,20 +123,20 @@ async def test_pending_lines_are_written_once_there_is_room(written: Log, monkey
         while True:
             os.write(written.writer, fill)
     os.set_blocking(written.writer, True)
-    written.handler.handle(logging.makeLogRecord({"msg": "late"}))
+    written.handler.handle(record_of("late"))
     await asyncio.sleep(0.01)
     text = ""
     async with asyncio.timeout(10):
         while not text.endswith("late\n"):
             text += written.read()
-            await asyncio.sleep(0)
+            await asyncio.sleep(2 * logging_setup.BATCH_S)
     assert text.strip("x") == "late\n"
 
 
 @pytest.mark.parametrize("message", ["%d", "%s %s"])
 async def test_a_message_that_does_not_fit_its_arguments_is_told(written: Log, message: str) -> None:
-    written.handler.handle(logging.makeLogRecord({"msg": message, "args": ("a",), "levelname": "INFO"}))
-    await asyncio.sleep(0)
+    written.handler.handle(record_of(message, args=("a",)))
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
     assert "cannot be formatted: TypeError" in written.read()
 
 
@@ -175,7 +188,7 @@ async def test_event_goes_straight_to_the_json_handler(
     log_event(logging.INFO, "request", {"a": 1})
     monkeypatch.setattr(logging_setup, "json_handler", written.handler)
     log_event(logging.INFO, "request", {"a": 1})
-    await asyncio.sleep(0)
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
     straight, [record] = json.loads(written.read()), records
     around = json.loads(JsonFormatter().format(record))
     assert straight.pop("time") >= around.pop("time")
@@ -186,19 +199,19 @@ async def test_disabled_event_is_not_written(monkeypatch: pytest.MonkeyPatch, wr
     monkeypatch.setattr(logging_setup, "json_handler", written.handler)
     monkeypatch.setattr(logging_setup.log, "isEnabledFor", lambda level: False)
     log_event(logging.INFO, "request", {"a": 2})
-    await asyncio.sleep(0)
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
     assert written.read() == ""
 
 
 async def test_another_thread_writes_at_once(written: Log) -> None:
     """As the thread that exports traces does."""
-    written.handler.handle(logging.makeLogRecord({"msg": "from the loop"}))
-    record = logging.makeLogRecord({"msg": "from a thread"})
+    written.handler.handle(record_of("from the loop"))
+    record = record_of("from a thread")
     thread = threading.Thread(target=written.handler.handle, args=[record])
     thread.start()
     thread.join()
     assert written.read() == "from a thread\n"
-    await asyncio.sleep(0)
+    await asyncio.sleep(2 * logging_setup.BATCH_S)
     assert written.read() == "from the loop\n"
 
 
