@@ -75,7 +75,6 @@ SYNTAX = [
 
 ROUTES = [
     Bad("unknown path", chat(), (404,), path="/v1/nope"),
-    Bad("root", None, (404,), path="/", method="GET"),
     Bad("vLLM's own proxied", chat(), (404,), path="/invocations"),
     Bad("wrong method", None, (405,), "method_not_allowed", method="GET"),
     Bad("DELETE", None, (405,), "method_not_allowed", path="/v1/models", method="DELETE"),
