@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.through import Through, text_of, user
 from tests.support.real_servers import CONTEXT, Server
-from xgen_proxy.errors import BadRequestError, RequestRejectedError
+from xgen_proxy.errors import BadRequestError, MissingCapabilityError, RequestRejectedError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 12}
 FRANCE = user("What is the capital of France?")
@@ -157,11 +157,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"messages": FRANCE, "response_format": {"type": "json_object", "schema": {"type": "banana"}}},
         "banana",
     ),
-    "image": (
-        "chat",
-        {"messages": user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}])},
-        "image",
-    ),
     "malformed tools": ("chat", {"messages": FRANCE, "tools": [5]}, "tool"),
     "malformed tool calls": (
         "chat",
@@ -174,6 +169,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "functions": ("chat", {"messages": FRANCE, "functions": [{"name": "f", "parameters": {}}]}, "tools"),
     "memory": ("chat", {"messages": FRANCE, "repeat_last_n": 10**9}, "repeat_last_n"),
 }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_image_is_what_the_engine_lacks(through: Through, stream: bool) -> None:
+    ask = through.stream if stream else through.ask
+    with pytest.raises(MissingCapabilityError, match="--mmproj"):
+        ask("chat", messages=user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -12,7 +12,7 @@ from tests.e2e.through import JSON, Through, text_of, user
 from tests.support.chunks import VLLM
 from tests.support.real_servers import CONTEXT, MODEL, Server
 from xgen_proxy.dialects.error_mapping import read_error
-from xgen_proxy.errors import BadRequestError, RequestRejectedError, UpstreamError
+from xgen_proxy.errors import BadRequestError, MissingCapabilityError, RequestRejectedError, UpstreamError
 
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 8}
 FRANCE = user("What is the capital of France?")
@@ -70,16 +70,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}},
         "banana",
     ),
-    "an image": (
-        {"messages": user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}])},
-        "multimodal",
-    ),
     "several greedy choices": ({"n": 2}, "n"),
     "malformed tools": ({"tools": [5]}, "tools"),
     "malformed messages": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [5]}]}, "dictionary"),
     "a stop of numbers": ({"stop": [5]}, "stop"),
     "functions": ({"functions": [{"name": "f", "parameters": {}}]}, "tools"),
 }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_image_is_what_the_engine_lacks(through: Through, stream: bool) -> None:
+    ask = through.stream if stream else through.ask
+    with pytest.raises(MissingCapabilityError, match="takes no images"):
+        ask("chat", messages=user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

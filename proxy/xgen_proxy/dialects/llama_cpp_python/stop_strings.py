@@ -13,8 +13,9 @@ from xgen_proxy.request.features import Json
 
 
 def stop_strings(body: Json) -> tuple[str, ...]:
+    """What is no text is left out: the request rules refuse it."""
     stop = body.get("stop") or ()
-    return tuple(each for each in ([stop] if isinstance(stop, str) else stop) if each)
+    return tuple(each for each in ([stop] if isinstance(stop, str) else stop) if isinstance(each, str) and each)
 
 
 class StopStringCutter:
