@@ -12,22 +12,13 @@ log = logging.getLogger("xgen_proxy")
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN}
 NAME_LOOKUP = {socket.EAI_MEMORY, socket.EAI_SYSTEM}
 FEW_DESCRIPTORS = 4096  # a stream takes two
-CAUSES = 10  # httpx wraps the kernel's error three times
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_exhausted(error: OSError) -> bool:
     """Whether a connection failed because this process, or its machine, has none of something left."""
-    cause: BaseException | None = error
-    for _ in range(CAUSES):
-        if isinstance(cause, socket.gaierror):
-            if cause.errno in NAME_LOOKUP:
-                return True
-        elif isinstance(cause, OSError) and cause.errno in EXHAUSTED:
-            return True
-        if cause is None:
-            break
-        cause = cause.__cause__ or cause.__context__
-    return not _has_descriptors()  # asyncio joins several errors to one without a number, and a name lookup hides it
+    known = NAME_LOOKUP if isinstance(error, socket.gaierror) else EXHAUSTED
+    # asyncio joins several errors to one without a number, and a name lookup hides the cause.
+    return error.errno in known or not _has_descriptors()
 
 
 def _has_descriptors() -> bool:

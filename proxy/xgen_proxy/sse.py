@@ -240,7 +240,7 @@ def events(block: bytes) -> Iterator[bytes]:
 
 
 def comment(text: str) -> bytes:
-    """A comment, for people who read the raw stream; clients ignore it."""
+    """An SSE comment. Clients ignore it; it shows in the raw stream."""
     return b": " + text.encode("ascii", "replace").replace(b"\n", b" ") + b"\n\n"
 
 

@@ -31,6 +31,14 @@ def cpu() -> Iterator[FakeUpstream]:
 
 
 @pytest.fixture(scope="module")
+def fake() -> Iterator[FakeUpstream]:
+    """For a proxy that a module's tests share."""
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture(scope="module")
 def fakes() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
     """For a proxy that a module's tests share."""
     gpu, cpu = FakeUpstream(), FakeUpstream()

@@ -31,7 +31,7 @@ def gateway_of(request: Request) -> Gateway:
 
 
 async def root(request: Request) -> Response:
-    """What this is and where to go on, for people who open the address and programs that look whether it is up."""
+    """The name, the version and links: some clients and people ask for / to see whether a server is there."""
     return JSONResponse(
         {
             "name": "xgen-proxy",

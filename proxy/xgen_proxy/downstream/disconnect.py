@@ -25,7 +25,7 @@ class DisconnectMonitor:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, receive: Receive) -> cancel_on_disconnect:
-        """`receive`: the request's, of which nobody else reads meanwhile."""
+        """`receive`: the request's own. Nothing else may call it inside the block."""
         return cancel_on_disconnect(receive, self)
 
     def start_soon(self, watcher: cancel_on_disconnect) -> None:

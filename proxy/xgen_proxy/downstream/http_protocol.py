@@ -259,7 +259,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def _limit_framing(self, size: int) -> None:
         """Limit the chunk extensions and trailers. `size`: of what arrived, without the body."""
-        if self.cycle.response_complete:  # uvicorn drops what still arrives, so it cannot be told from framing
+        if self.cycle.response_complete:  # uvicorn discards the rest of the body, so its size is unknown
             return
         self._framing_bytes += size
         if self._framing_bytes > MAX_HEAD_BYTES + CHUNK_FRAME_BYTES * self._chunks:

@@ -1,8 +1,8 @@
 """Writes log lines to a file descriptor without ever waiting for it, spinning or raising.
 
 Lines that cannot be written now are kept up to a limit; beyond it they are dropped and counted. A line says so once
-writing works again. The descriptor stays in blocking mode, because O_NONBLOCK would hold for everyone who shares it,
-such as the shell. Instead, poll() is asked first, and no more is written at once than a pipe that is ready takes.
+writing works again. The descriptor stays in blocking mode, because O_NONBLOCK would hold for every process that shares
+it, such as the shell. Instead, poll() is asked first, and no more is written at once than a pipe that is ready takes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LogOutput:
         """Write these lines after what is pending. Returns whether nothing is pending; if not, call it again soon."""
         with self._lock:
             if len(self._pending) + sum(map(len, lines)) > MAX_PENDING_BYTES:
-                self._drop(len(lines), "nobody reads them")
+                self._drop(len(lines), "their reader does not read")
             elif lines:
                 self._append(lines)
             if self._write_pending():
@@ -56,7 +56,7 @@ class LogOutput:
         try:
             while written < len(data) and self._poll.poll(0):
                 written += os.write(self._fd, data[written : written + WRITE_BYTES])
-        except OSError as error:  # such as a full disk, or a pipe that nobody has open any more
+        except OSError as error:  # such as a full disk, or a pipe whose reader has closed it
             self._drop(data.count(b"\n", written), error.strerror or "writing fails")
             self._pending = b""
         else:

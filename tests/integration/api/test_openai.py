@@ -13,13 +13,6 @@ from xgen_proxy.forwarding.delivery import Delivery
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeUpstream]:
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture(scope="module")
 def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
     backends = {
         "vllm": backend(fake, models={"org/big": "m", "shared": "m"}),

@@ -21,13 +21,6 @@ ROUTES = ["/v1/chat/completions", "/v1/embeddings", "/v1/models", "/generate", "
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeUpstream]:
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture(scope="module")
 def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
     origins = f"{PAGE},http://localhost:3000"
     with running_proxy(backends={"vllm": backend(fake)}, cors_origins=origins, api_keys=[hash_key("sk-mine")]) as made:

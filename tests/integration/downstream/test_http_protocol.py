@@ -31,13 +31,6 @@ GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeUpstream]:
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture(scope="module")
 def proxy(fake: FakeUpstream) -> Iterator[RunningProxy]:
     with running_proxy(backends={"vllm": backend(fake)}) as running:
         yield running

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.commit_point import seen, until_seen
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta
 from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, running_proxy, text_of
 from xgen_proxy.fleet import circuit_breaker
@@ -62,16 +61,9 @@ BAD: dict[str, Any] = {
 }
 
 
-seen = threading.Event()  # the client has the first event, so that what breaks breaks after the commit
-
-
 @pytest.fixture(autouse=True)
 def nothing_seen() -> None:
     seen.clear()
-
-
-async def until_seen() -> None:
-    assert await asyncio.to_thread(seen.wait, 10)
 
 
 def streamed(proxy: RunningProxy, client: httpx.Client | None = None, **fields: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.commit_point import seen, until_seen
 from tests.support.counting_upstream import (
     PROMPT_TOKENS,
     TEMPLATE,
@@ -34,16 +33,9 @@ TEXT = {"model": "m", "prompt": "count <assistant>", "max_tokens": 50}
 EACH_DIALECT = ["vllm", "llama-server", "llama-cpp-python"]
 
 
-seen = threading.Event()  # the client has the first event, so that what breaks breaks after the commit
-
-
 @pytest.fixture(autouse=True)
 def nothing_seen() -> None:
     seen.clear()
-
-
-async def until_seen() -> None:
-    assert await asyncio.to_thread(seen.wait, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def test_too_many_pending_lines_are_dropped_counted_and_told(pipe: Pipe, monkeyp
     assert dropped() == 2
     pipe.read()
     assert output.write([])
-    assert pipe.read() == b"first\n4\n2 dropped: nobody reads them\n"
+    assert pipe.read() == b"first\n4\n2 dropped: their reader does not read\n"
     assert output.write([b"next"])
     assert pipe.read() == b"next\n", "the notice comes once"
 
