@@ -107,12 +107,13 @@ both = $(compile) --universal --constraint requirements/dev.txt
 
 # dev.txt first, as a constraint for the others: all sets must fit into one .venv.
 lock: python-dev ## renew requirements/*.txt: the newest versions older than a week, with hashes
-	$(compile) --universal --extra cpu --extra native --extra otel pyproject.toml requirements/build.in requirements/dev.in -o requirements/dev.txt
+	$(compile) --universal --extra cpu --extra native --extra otel --extra models pyproject.toml requirements/build.in requirements/dev.in -o requirements/dev.txt
 	$(both) requirements/build.in -o requirements/build.txt
 	$(both) pyproject.toml -o requirements/run.txt
 	$(both) --extra otel pyproject.toml -o requirements/image.txt
 	$(both) --extra cpu pyproject.toml -o requirements/cpu.txt
 	$(both) --extra native pyproject.toml -o requirements/native.txt
+	$(both) --extra cpu --extra models pyproject.toml -o requirements/models.txt
 	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt
 	$(compile) --universal --extra gpu pyproject.toml -o requirements/gpu.txt
 	$(compile) --no-deps requirements/model.in -o requirements/model.txt

@@ -44,6 +44,8 @@ ORDER = (
     "upstream",
     "observability",
     "config",
+    "models",
+    "costs",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh SET: installs requirements/SET.txt (cpu, native, dev or bench) into .venv and checks the hashes. Does nothing
-# if that is done. Sets can be combined, since all locks have the same versions; dev contains cpu and native.
+# install.sh SET: installs requirements/SET.txt (cpu, native, models, dev or bench) into .venv and checks the hashes. Does
+# nothing if that is done. Sets can be combined, since all locks have the same versions; dev contains cpu, native, models.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 set=$1
@@ -22,7 +22,7 @@ command -v "$python" >/dev/null || die "There is no $python. Install Python 3.11
     die "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
 [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 2000000 ] ||
     die "Less than 2 GB is free on the disk of $PWD: too little to install. Free some space and run make again."
-compiles() { case $set in cpu | dev) true ;; *) false ;; esac; } # llama-cpp-python, which has no wheels
+compiles() { case $set in cpu | models | dev) true ;; *) false ;; esac; } # llama-cpp-python, which has no wheels
 if compiles; then
     command -v "${CXX:-c++}" g++ clang++ >/dev/null ||
         die "There is no C++ compiler, and llama-cpp-python is compiled on install. On Debian and Ubuntu: apt install build-essential
