@@ -45,7 +45,6 @@ ORDER = (
     "observability",
     "config",
     "models",
-    "costs",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
