@@ -1,0 +1,65 @@
+"""The conditions of a measurement: the command, the date, the machine and the versions, for result files."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def conditions(command: Sequence[str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result file says about its run. `command`: the words that a user types. `packages`: PyPI names."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions(packages)},
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus(),
+        "os": platform.platform(),
+    }
+
+
+def processor() -> str:
+    """The processor's name; Linux tells it in /proc/cpuinfo only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpus() -> list[str]:
+    """The names of the NVIDIA GPUs, or none where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,39 @@
+"""conditions(): what a result file says about its run."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from xgen_proxy.models import conditions
+from xgen_proxy.models.conditions import machine, versions
+
+
+def test_a_command_can_be_typed_again() -> None:
+    found = conditions.conditions(["xgen-proxy", "models", "compare", "a b.gguf"], ["httpx"])
+    assert found["command"] == "xgen-proxy models compare 'a b.gguf'"
+    assert datetime.datetime.fromisoformat(found["date"]).tzinfo is not None
+    assert set(found["versions"]) == {"python", "httpx"}
+
+
+def test_the_machine_is_named() -> None:
+    found = machine()
+    assert found["cpu"]
+    assert found["cores"] >= 1
+    assert found["memory_bytes"] > 1e8
+
+
+def test_what_is_not_installed_has_no_version() -> None:
+    assert versions(["no-such-package-xgen"]) == {}
+
+
+def test_gpus_are_those_that_the_driver_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert conditions.gpus() == []
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert conditions.gpus() == ["NVIDIA H100 80GB HBM3"]
