@@ -29,7 +29,7 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.fleet.process_memory import Memory
+from xgen_proxy.fleet.memory.process import Memory
 from xgen_proxy.forwarding import retry_budget
 from xgen_proxy.request.features import HINTS
 
