@@ -63,6 +63,7 @@ def until_level(proxy: RunningProxy, level: str | None) -> None:
 def test_a_full_cache_closes_the_replica_and_short_work_spills(
     start: Start, gpu: Upstream, cpu: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "xgen_proxy.memory")
     proxy = start(backends=both(gpu, cpu))
     assert chat(proxy).headers["x-backend"] == "vllm"
     gpu.kv = 0.98
