@@ -206,17 +206,28 @@ def _draw(
     window = replicas[start : start + WINDOW]
     if len(window) < WINDOW:  # wrap around
         window = (*window, *replicas[: min(start, WINDOW - len(window))])
-    live = [replica for replica in window if replica.up and (replica.pressure is None or not replica.closed)]
+    live = _open(window)
     closed: list[ReplicaSnapshot] = []
     if len(live) < most:
-        if len(window) < len(replicas):
-            live = [replica for replica in replicas if replica.up and not replica.closed]
+        closed = [replica for replica in window if replica.up and replica.closed]
+        if len(window) < len(replicas) and (not live or len(live) + len(closed) < most):
+            live = _open(replicas)
             rng.shuffle(live)
-        closed = sorted([replica for replica in replicas if replica.up and replica.closed], key=in_flight)
+            closed = closed or [replica for replica in replicas if replica.up and replica.closed]
+        closed.sort(key=in_flight)
     live.sort(key=in_flight)
     if len(live) > 1 and live[1].load(now, routing) < live[0].load(now, routing):
         live[0], live[1] = live[1], live[0]
     return [*live, *closed][:most]
+
+
+def _open(replicas: Sequence[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """Those that are up and that the memory guard has not closed (rule 11)."""
+    return [
+        replica
+        for replica in replicas
+        if replica.up and (replica.pressure is None or replica.pressure.level != "closed")
+    ]
 
 
 def _home_key(features: Features) -> tuple[str, str]:
