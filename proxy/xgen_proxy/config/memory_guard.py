@@ -12,9 +12,9 @@ class MemoryGuard(BaseModel, extra="forbid"):
 
     enabled: bool = Field(True, description="false: memory changes neither slots nor routes.")
     kv_reduce: float = Field(
-        0.9, gt=0, le=1, description="At this share of KV cache used a replica holds fewer requests."
+        0.95, gt=0, le=1, description="At this share of KV cache used a replica holds fewer requests."
     )
-    kv_close: float = Field(0.97, gt=0, le=1, description="At this share of KV cache used it gets no new work.")
+    kv_close: float = Field(0.98, gt=0, le=1, description="At this share of KV cache used it gets no new work.")
     ram_reduce: float = Field(
         0.9,
         gt=0,

@@ -11,7 +11,7 @@ from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, MemoryPressure, Pressure, Room, Signal
 
 GIB = 1024**3
-GUARD = MemoryGuard()
+GUARD = MemoryGuard(kv_reduce=0.9, kv_close=0.97)
 SLOTS = 16
 
 
