@@ -1,13 +1,14 @@
 """How short of memory a replica is: normal, reduced or closed. Does no I/O; the caller passes readings and the time.
 
     normal   takes all that its slots allow
-    reduced  holds fewer requests: three quarters of what it held when memory ran short
+    reduced  holds fewer requests: nine tenths of those that it ran when memory ran short
     closed   gets no new work while another replica can do it; otherwise one request at a time
 
 Memory is short when the share in use is at a threshold in three readings in a row. One reading of a full wave of
 requests says nothing. A preemption does: vLLM threw away a running request's KV cache and will compute it again. So the
-first one reduces at once. It gets better when three readings in a row are well below the threshold, and never within
-five seconds, so that the end of one wave and the beginning of the next do not swing it.
+first one reduces at once. A replica is closed only while it holds no more than it may: before that, its requests need
+time to end, and it gets no new ones anyway. It gets better when three readings in a row are well below the threshold,
+and never within five seconds, so that the end of one wave and the beginning of the next do not swing it.
 
 Once memory is back to normal the number of requests grows step by step, as TCP's window does after a loss. Without
 that, all waiting requests would enter at once and fill the cache again. https://www.rfc-editor.org/rfc/rfc5681
@@ -28,7 +29,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 READINGS = 3  # in a row, to get worse or better
 DWELL_S = 5.0  # that a level lasts before it gets better
 GAP = 0.1  # below its threshold, for a level to get better
-KEPT = 0.75  # of the requests that it held when memory ran short
+KEPT = 0.9  # of the requests that it held when memory ran short
 GROWTH_S = 3.0  # between two steps by which the requests that it may hold grow again, by one or a tenth
 MOST = 20 * 1024**3  # bytes of RAM that count: of a machine of 512 GiB, 95 % leave 25 GiB, which is plenty
 
@@ -73,10 +74,12 @@ class Signal:
         self._hot = self._cool = 0  # readings in a row that would make it worse, or better
         self._since = -math.inf
 
-    def observe(self, share: float, enter: tuple[float, float], now: float, *, lost: bool = False) -> None:
+    def observe(
+        self, share: float, enter: tuple[float, float], now: float, *, lost: bool = False, settled: bool = True
+    ) -> None:
         """`enter`: the shares at which `reduced` and `closed` begin. `lost`: requests lost their memory since the last
-        reading."""
-        hot = self.level < 2 and (lost or share >= enter[self.level])
+        reading. `settled`: the replica holds no more than it may. Before that, it is too early to close it."""
+        hot = self.level < 2 and (lost or share >= enter[self.level]) and (self.level == 0 or settled)
         cool = self.level > 0 and not lost and share < enter[self.level - 1] - GAP
         self._hot = self._hot + 1 if hot else 0
         self._cool = self._cool + 1 if cool else 0
@@ -118,7 +121,9 @@ class MemoryPressure:
             share = scrape.kv or 0.0
             lost = self._newly_preempted(scrape.preemptions)
             self._preempted = lost + (self._preempted if before else 0)
-            self.kv.observe(share, (settings.kv_reduce, settings.kv_close), now, lost=lost > 0)
+            self.kv.observe(
+                share, (settings.kv_reduce, settings.kv_close), now, lost=lost > 0, settled=self._settled(in_flight)
+            )
             preempted = f", {self._preempted} requests preempted" if self._preempted else ""
             self._kv_words = f"KV cache {share:.0%} used{preempted}"
         self._update(before, in_flight, _held(scrape, in_flight), slots, share < settings.kv_reduce - GAP, now)
@@ -131,9 +136,13 @@ class MemoryPressure:
             self.ram = Signal()
         else:
             share = room.share
-            self.ram.observe(share, (settings.ram_reduce, settings.ram_close), now)
+            enter = settings.ram_reduce, settings.ram_close
+            self.ram.observe(share, enter, now, settled=self._settled(in_flight))
             self._ram_words = str(room)
         self._update(before, in_flight, in_flight, slots, share < settings.ram_reduce - GAP, now)
+
+    def _settled(self, in_flight: int) -> bool:
+        return self._limit is None or in_flight <= self._limit
 
     def _newly_preempted(self, count: float | None) -> int:
         before, self._counted = self._counted, count
@@ -142,7 +151,7 @@ class MemoryPressure:
     def _update(self, before: int, in_flight: int, held: int, slots: int, calm: bool, now: float) -> None:
         """`held`: the requests of ours that had memory. A limit that was not reached yet is not lowered again: requests
         that run need time to end."""
-        if self.level > before and (self._limit is None or in_flight <= self._limit):
+        if self.level > before and self._settled(in_flight):
             self._limit = max(1, int(KEPT * min(held, self._limit or held)))
         if self.level or not calm:
             self._grown_at = now

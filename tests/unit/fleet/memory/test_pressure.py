@@ -33,6 +33,8 @@ class Story:
     ) -> Pressure | None:
         for kv in kvs:
             self.now += 1
+            if in_flight is None and self.memory.pressure and self.memory.pressure.limit:
+                running = min(running, self.memory.pressure.limit)  # it has settled
             ours = int(running + more.get("waiting", 0)) if in_flight is None else in_flight
             scraped = Scrape(running, more.get("waiting", 0.0), kv, self.now, self.now + 5, ours, preemptions)
             self.memory.observe_scrape(scraped, ours, SLOTS, GUARD, self.now)
@@ -44,7 +46,8 @@ class Story:
         for each in left:
             self.now += 1
             room = Room(int(each * GIB), int(size * GIB), "its cgroup")
-            self.memory.observe_ram(room, 4, SLOTS, GUARD, self.now)
+            held = min(4, self.memory.pressure.limit or 4) if self.memory.pressure else 4
+            self.memory.observe_ram(room, held, SLOTS, GUARD, self.now)
         return self.memory.pressure
 
 
@@ -55,7 +58,7 @@ def test_a_wave_that_fills_the_cache_for_a_moment_changes_nothing() -> None:
 def test_three_full_scrapes_in_a_row_reduce_and_three_more_close() -> None:
     story = Story()
     story.scrape(0.98, 0.98, 0.98)
-    assert story.memory.pressure == Pressure("reduced", 6, "memory: KV cache 98% used")
+    assert story.memory.pressure == Pressure("reduced", 7, "memory: KV cache 98% used")
     story.scrape(0.98, 0.98, 0.98)
     assert story.levels == ["normal", "normal", "reduced", "reduced", "reduced", "closed"]
 
@@ -70,7 +73,7 @@ def test_the_first_preemption_reduces_at_once() -> None:
     story = Story()
     story.scrape(0.6, preemptions=7)
     pressure = story.scrape(0.6, preemptions=9, running=6, waiting=2.0)
-    assert pressure == Pressure("reduced", 4, "memory: KV cache 60% used, 2 requests preempted")
+    assert pressure == Pressure("reduced", 5, "memory: KV cache 60% used, 2 requests preempted")
 
 
 def test_preemptions_that_go_on_close() -> None:
@@ -112,25 +115,23 @@ def test_it_opens_step_by_step_and_waits_while_the_cache_fills() -> None:
     for _ in range(2 * int(GROWTH_S)):
         pressure = story.scrape(0.1)
         limits.append(pressure.limit if pressure else None)
-    assert limits == [6, 7, 7, 7, 8, 8]
+    assert limits == [7, 8, 8, 8, 9, 9]
     story.scrape(*[0.85] * 20)
     assert story.memory.pressure
-    assert story.memory.pressure.limit == 8
+    assert story.memory.pressure.limit == 9
     story.scrape(*[0.1] * 60)
     assert story.memory.pressure is None, "all slots are open"
 
 
-def test_the_limit_is_lowered_again_only_if_it_was_kept_and_did_not_help() -> None:
+def test_while_requests_drain_it_is_neither_closed_nor_held_to_less() -> None:
     story = Story()
-    story.scrape(0.98, 0.98, 0.98, running=8)
-    story.scrape(0.98, 0.98, 0.98, running=8)
+    story.scrape(0.98, 0.98, 0.98)
+    story.scrape(*[0.98] * 20, in_flight=8)
     assert story.memory.pressure
-    assert (story.memory.pressure.level, story.memory.pressure.limit) == ("closed", 6), "they still drain"
-    other = Story()
-    other.scrape(0.98, 0.98, 0.98, running=8)
-    other.scrape(0.98, 0.98, 0.98, running=6)
-    assert other.memory.pressure
-    assert (other.memory.pressure.level, other.memory.pressure.limit) == ("closed", 4)
+    assert (story.memory.pressure.level, story.memory.pressure.limit) == ("reduced", 7)
+    story.scrape(0.98, 0.98, 0.98, in_flight=7, running=7)
+    assert story.memory.pressure
+    assert (story.memory.pressure.level, story.memory.pressure.limit) == ("closed", 6)
 
 
 def test_other_proxies_requests_are_not_counted_as_ours() -> None:
