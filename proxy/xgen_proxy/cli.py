@@ -221,35 +221,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     ]
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
-    for backend in status["backends"]:
-        for replica in backend["replicas"]:
-            if facts := facts_of(replica):
-                print(f"{replica['name']}: {', '.join(facts)}")
     return 0
-
-
-# Field of `engine` or `model` in the status, and how it reads.
-FACTS: dict[str, Callable[[Any], str]] = {
-    "kv_usage": lambda value: f"KV cache {value:.0%} used",
-    "kv_blocks": lambda value: f"{value:,} blocks",
-    "block_size_tokens": lambda value: f"of {value} tokens",
-    "gpu_memory_utilization": lambda value: f"set to take {value:.0%} of the memory",
-    "prefix_cache_hit_rate": lambda value: f"prefix cache hits {value:.0%}",
-    "preemptions": lambda value: f"{value:.0f} preemptions",
-    "type": str,
-    "parameters": lambda value: f"{value / 1e6:,.0f} M parameters",
-    "weight_bytes": lambda value: f"{value / 1e6:,.0f} MB of weights",
-    "layers": lambda value: f"{value} layers",
-    "width": lambda value: f"width {value}",
-    "vocabulary": lambda value: f"vocabulary {value:,}",
-    "trained_context": lambda value: f"trained for {value:,} tokens",
-}
-
-
-def facts_of(replica: dict[str, Any]) -> list[str]:
-    """What its engine tells about its memory and its model."""
-    told = {**(replica.get("model") or {}), **(replica.get("engine") or {})}  # an older proxy has neither
-    return [say(told[field]) for field, say in FACTS.items() if told.get(field) is not None]
 
 
 def reason_of(replica: dict[str, Any]) -> str:

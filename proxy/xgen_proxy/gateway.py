@@ -12,7 +12,6 @@ from xgen_proxy.downstream.request_body import BodyBudget
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.discovery import Discovery
-from xgen_proxy.fleet.engine_status import EngineStatus
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.fleet.memory.watch import MemoryWatch
 from xgen_proxy.forwarding.forwarder import Forwarder
@@ -40,7 +39,6 @@ class Gateway:
         self.memory = MemoryWatch(self.fleet, self.admission, self.metrics.relief.inc)
         self.health = HealthMonitor(self.fleet, self.admission, self.memory, self.metrics.forget)
         self.discovery = Discovery(self.fleet, self.health)
-        self.engine_status = EngineStatus()
         self.router = Router(self.fleet, random.Random())
         self.tracing = tracing_for(settings)
         observers: list[Observer] = [self.metrics, RequestLog()]

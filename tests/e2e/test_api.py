@@ -279,17 +279,6 @@ def test_models_status(proxied: ProxiedBackend) -> None:
     assert replica["in_flight"] == 0
     assert replica["slots"] >= 1
     assert replica["memory"]["process_rss_bytes"] > 100e6
-    if proxied.kind == "vllm":
-        engine = replica["engine"]
-        assert engine["kv_blocks"] * engine["block_size_tokens"] >= CONTEXT
-        assert 0 < engine["gpu_memory_utilization"] <= 1
-        assert engine["preemptions"] >= 0
-    else:
-        assert replica["engine"] is None
-    if proxied.kind == "llama_server":
-        model = replica["model"]
-        assert (model["vocabulary"], model["width"], model["parameters"]) == (49152, 576, 134515008)
-        assert (model["trained_context"], model["type"], model["weight_bytes"]) == (8192, "Q4_1", 96576768)
 
 
 def test_metrics_can_be_scraped(proxied: ProxiedBackend) -> None:

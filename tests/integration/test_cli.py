@@ -241,15 +241,12 @@ def test_route_of_a_missing_file(run: Cli, proxy: RunningProxy) -> None:
 def test_status(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream]) -> None:
     status, out, _ = run("status", "--url", proxy.url)
     assert status == 0
-    header, cpu, gpu, waiting, *engines = table(out)
+    header, cpu, gpu, waiting = table(out)
     assert header == ["replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"]
     assert gpu[:7] == [f"vllm@127.0.0.1:{fakes[0].port}", "gpu", "up", "0/256", "0.00", "m", "2048"]
     assert gpu[8:] == ["MB", "healthy"]
     assert cpu[1] == "cpu"
     assert waiting == ["waiting", "for", "a", "slot:", "0"]
-    assert engines[-1][0] == f"{gpu[0]}:"
-    assert "KV cache 0% used" in out
-    assert "0 preemptions" in out
 
 
 def test_status_and_route_tell_which_memory_is_short(

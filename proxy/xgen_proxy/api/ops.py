@@ -65,16 +65,14 @@ async def metrics(request: Request) -> Response:
 async def status(request: Request) -> Response:
     gateway = gateway_of(request)
     fleet = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
-    everyone = [replica for _, replicas in fleet for replica in replicas]
-    memory = await run_in_threadpool(memory_of_each, everyone)
-    engines = await gateway.engine_status.of_each(everyone)
+    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in fleet for replica in replicas])
     return JSONResponse(
         {
             "default_model": gateway.fleet.default_model,
             "models": gateway.fleet.models,
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
-            "backends": [backend_status(backend, replicas, memory, engines) for backend, replicas in fleet],
+            "backends": [backend_status(backend, replicas, memory) for backend, replicas in fleet],
         }
     )
 
@@ -83,12 +81,7 @@ def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
     return {each: memory_of(each.pool.host, each.pool.port) for each in replicas}
 
 
-def backend_status(
-    backend: Backend,
-    replicas: Iterable[Replica],
-    memory: dict[Replica, Memory],
-    engines: dict[Replica, dict[str, Any] | None],
-) -> dict[str, Any]:
+def backend_status(backend: Backend, replicas: Iterable[Replica], memory: dict[Replica, Memory]) -> dict[str, Any]:
     return {
         "name": backend.name,
         "device_class": backend.device_class,
@@ -96,9 +89,7 @@ def backend_status(
         "models": {name: backend.served(name) for name in sorted(backend.models)},
         "context": backend.context,
         "capabilities": sorted(backend.capabilities),
-        "replicas": [
-            {**replica_status(replica, memory[replica]), "engine": engines.get(replica)} for replica in replicas
-        ],
+        "replicas": [replica_status(replica, memory[replica]) for replica in replicas],
     }
 
 
@@ -114,7 +105,6 @@ def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
         "slots": replica.slots,
         "connections": len(replica.pool.live),
         "load": replica.load_parts.as_dict(),
-        "model": asdict(replica.info.model) if replica.info and replica.info.model else None,
         "memory": {
             **memory,
             "kv_usage": replica.scraped.kv if replica.scraped else None,

@@ -46,20 +46,6 @@ class BackendRequest:
 
 
 @frozen
-class ModelInfo:
-    """What is known about a model's shape; None where it is not. `vocabulary`: tokens. `width`: of a token's vector.
-    `trained_context`: tokens. `weight_bytes`: without the tokenizer. `type`: how the weights are quantised."""
-
-    vocabulary: int | None = None
-    width: int | None = None
-    layers: int | None = None
-    trained_context: int | None = None
-    parameters: int | None = None
-    weight_bytes: int | None = None
-    type: str | None = None
-
-
-@frozen
 class ReplicaInfo:
     """What a replica reports about itself; None where it does not say. `capabilities` replace the dialect's."""
 
@@ -67,4 +53,3 @@ class ReplicaInfo:
     context: int | None = None
     slots: int | None = None
     capabilities: frozenset[str] | None = None
-    model: ModelInfo | None = None

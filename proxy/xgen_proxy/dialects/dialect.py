@@ -25,9 +25,9 @@ MAX_MODELS = 1_000  # of one replica
 MAX_MODEL_NAME = 512  # characters
 
 
-def count(value: object, most: int = 2**31) -> int | None:
-    """A number of slots, tokens or bytes that a replica reports, if it is one."""
-    return value if isinstance(value, int) and 0 < value < most else None
+def count(value: object) -> int | None:
+    """A number of slots or tokens that a replica reports, if it is one."""
+    return value if isinstance(value, int) and 0 < value < 2**31 else None
 
 
 class Dialect:

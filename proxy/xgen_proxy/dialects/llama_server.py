@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from xgen_proxy import sse
 from xgen_proxy.dialects import request_rules as shared
-from xgen_proxy.dialects.backend_request import BackendRequest, ModelInfo, Post, ReplicaInfo
+from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
 from xgen_proxy.dialects.dialect import Dialect, count
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
@@ -139,7 +138,7 @@ class LlamaServer(Dialect):
 
     def parse_info(self, answers: Mapping[str, Any]) -> ReplicaInfo:
         """/props says what the model's template and projector can do."""
-        info = replace(super().parse_info(answers), model=model_info(answers["/v1/models"]["data"]))
+        info = super().parse_info(answers)
         props = answers.get("/props")
         if not isinstance(props, dict):
             return info
@@ -148,7 +147,7 @@ class LlamaServer(Dialect):
             capabilities |= {"tools", "forced_tool"}
         if (props.get("modalities") or {}).get("vision"):
             capabilities |= {"images"}
-        return replace(info, slots=count(props.get("total_slots")), capabilities=capabilities)
+        return ReplicaInfo(info.models, info.context, count(props.get("total_slots")), capabilities)
 
     def asks_for_stream(self, request: BackendRequest) -> bool:
         """Always, since it cancels only streams."""
@@ -224,22 +223,6 @@ class LlamaServerEditor:
         self._usages.append(usage)
         self._last = chunk
         return not chunk["choices"]
-
-
-def model_info(cards: list[Json]) -> ModelInfo | None:
-    """From the first card's `meta`, which does not tell the layers."""
-    meta = cards[0].get("meta") if cards else None
-    if not isinstance(meta, dict):
-        return None
-    type = meta.get("ftype")
-    return ModelInfo(
-        vocabulary=count(meta.get("n_vocab")),
-        width=count(meta.get("n_embd")),
-        trained_context=count(meta.get("n_ctx_train")),
-        parameters=count(meta.get("n_params"), 2**50),
-        weight_bytes=count(meta.get("size"), 2**50),
-        type=type[:64] if isinstance(type, str) else None,
-    )
 
 
 def role(index: int) -> Json:

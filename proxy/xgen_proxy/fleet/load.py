@@ -53,16 +53,16 @@ def parse_metrics(page: bytes) -> Gauges:
     """
     found: dict[str, list[float]] = {"running": [], "waiting": [], "kv": [], "preemptions": []}
     for name, field in GAUGES.items():
-        found[field] += samples(page, name.encode())
-    values = {field: samples if all(map(is_count, samples)) else [] for field, samples in found.items()}
+        found[field] += _samples(page, name.encode())
+    values = {field: samples if all(map(_is_count, samples)) else [] for field, samples in found.items()}
     sums = {field: sum(samples) if samples else None for field, samples in values.items()}
     kv = sums["kv"]
     return {**sums, "kv": None if kv is None else kv / len(values["kv"])}
 
 
-def samples(page: bytes, name: bytes) -> list[float]:
-    """The values of one metric, whatever its labels; NaN for a malformed one. At most MAX_ENGINES of them."""
-    found: list[float] = []
+def _samples(page: bytes, name: bytes) -> list[float]:
+    """NaN for a sample that is malformed. At most MAX_ENGINES of them."""
+    samples: list[float] = []
     at = page.find(name)
     for _ in range(2 * MAX_ENGINES):  # the name stands in two comments as well
         if at < 0:
@@ -73,14 +73,14 @@ def samples(page: bytes, name: bytes) -> list[float]:
             line = page[after : end if end >= 0 else after + MAX_SAMPLE_BYTES]
             value = line.rpartition(b"}")[2].split()[:1]  # a timestamp may follow
             try:
-                found.append(float(value[0]) if value else math.nan)
+                samples.append(float(value[0]) if value else math.nan)
             except ValueError:
-                found.append(math.nan)
+                samples.append(math.nan)
         at = page.find(name, after)
-    return found[:MAX_ENGINES]
+    return samples[:MAX_ENGINES]
 
 
-def is_count(value: float) -> bool:
+def _is_count(value: float) -> bool:
     return 0 <= value < math.inf
 
 
