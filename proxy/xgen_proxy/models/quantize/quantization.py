@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from xgen_proxy.models.errors import ModelError, ModelFileError
+from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
 from xgen_proxy.models.files.gguf_file import GgufFile, read_gguf
 from xgen_proxy.models.progress import Progress, say
 from xgen_proxy.models.quantize.converter import convert, find_converter
@@ -86,14 +86,14 @@ def quantize(
     Everything that can be known is checked before the first file is made.
     """
     if find_spec("llama_cpp") is None:
-        raise ModelError("llama.cpp quantises, and its binding is not installed: pip install 'xgen-proxy[models]'")
+        raise UsageError("llama.cpp quantises, and its binding is not installed: pip install 'xgen-proxy[models]'")
     if not source.exists():
-        raise ModelError(f"there is no {source}; `xgen-proxy models pull` fetches a model")
+        raise UsageError(f"there is no {source}; `xgen-proxy models pull` fetches a model")
     targets = [(type, target_of(source, type, folder or source.parent)) for type in types]
     if not force and (there := [str(target) for _, target in targets if target.exists()]):
-        raise ModelError(f"{', '.join(there)} exists; pass --force to replace it, or --out for another folder")
+        raise UsageError(f"{', '.join(there)} exists; pass --force to replace it, or --out for another folder")
     if any(target.exists() and target.samefile(source) for _, target in targets):
-        raise ModelError(f"the result would replace its source {source}; choose another folder with --out")
+        raise UsageError(f"the result would replace its source {source}; choose another folder with --out")
     if importance is not None:
         read_importance(importance)
     command = find_converter(converter) if source.is_dir() else []
@@ -192,7 +192,7 @@ def run(job: Job, made: Path, dry_run: bool) -> Log:
 @contextlib.contextmanager
 def worker(job: Job, made: Path, dry_run: bool) -> Iterator[subprocess.Popen[str]]:
     """Killed when the block is left early, as by Ctrl-C."""
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         [sys.executable, "-m", "xgen_proxy.models.quantize.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
@@ -228,4 +228,6 @@ def failure(job: Job, made: Path, log: Log, status: int) -> ModelError:
     if status < 0:
         return ModelError(f"llama.cpp was ended by signal {-status} while it made {job.type}: out of memory?")
     say("\n".join(f"  {line}" for line in log.last))
-    return ModelError(f"llama.cpp could not make {job.type}: {log.cause or 'see its last words above'}; nothing was kept")
+    return ModelError(
+        f"llama.cpp could not make {job.type}: {log.cause or 'see its last words above'}; nothing was kept"
+    )
