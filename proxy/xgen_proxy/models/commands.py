@@ -184,7 +184,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
     folder = models_folder(arguments.folder)
     found = list(entries(folder))
-    rows = [("model", "size", "architecture", "type", "bits", "context", "tools")]
+    rows: list[tuple[str, ...]] = [("model", "size", "architecture", "type", "bits", "context", "tools")]
     problems = ""
     for each in found:
         model, size = each.model, megabytes(each.size)

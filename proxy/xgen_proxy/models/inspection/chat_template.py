@@ -43,8 +43,6 @@ def _shows_tool(template: str) -> bool | None:
             add_generation_prompt=True,
             bos_token="",
             eos_token="",
-            unk_token="",
-            pad_token="",
         )
     except Exception:  # a template is a program of others: it may fail in any way
         return None

@@ -1,7 +1,7 @@
 """The memory that a model needs at a context and a number of slots; no I/O.
 
-The estimate is for llama.cpp with its defaults (batches of 512 tokens, no flash attention) and for vLLM's weights and KV
-cache. A test compares it with the memory of a real llama.cpp.
+The estimate is for llama.cpp with its defaults: batches of 512 tokens, no flash attention. A test compares it with the
+memory of a real one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def estimate(model: Description, context: int, slots: int = 1, kv_type: str = "f
 
 
 def kv_bytes_per_token(model: Description, kv_type: str = "f16") -> int:
-    """For all layers; layers with a sliding window are counted in full, as llama.cpp's library keeps them by default."""
+    """Of all layers. Those with a sliding window are counted in full, as llama.cpp's library keeps them."""
     if model.attention is None:
         return 0
     numbers = sum(model.attention.kv_heads) * (model.attention.key_length + model.attention.value_length)

@@ -50,8 +50,7 @@ def convert(command: list[str], source: Path, made: Path) -> None:
         errors="replace", env=environment, start_new_session=True,
     )  # fmt: skip
     try:
-        assert process.stdout
-        for line in process.stdout:  # universal newlines: the carriage returns of its own bar, too
+        for line in process.stdout or ():  # universal newlines: the carriage returns of its own bar, too
             if percent := WRITTEN.match(line):
                 progress.update(int(percent[1]))
             elif line.strip():

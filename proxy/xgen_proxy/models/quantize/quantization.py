@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
 from xgen_proxy.models.files.gguf_file import GgufFile, read_gguf
@@ -177,8 +177,7 @@ def run(job: Job, made: Path, dry_run: bool) -> Log:
     count = len(read_gguf(job.source).tensors)
     log, progress = Log(), Progress(f"quantising to {job.type}", count, "tensors")
     with worker(job, made, dry_run) as process:
-        assert process.stdout
-        for line in process.stdout:
+        for line in process.stdout or ():
             number = log.read(line)
             if number is not None and not dry_run:
                 progress.update(number)
@@ -198,7 +197,7 @@ def worker(job: Job, made: Path, dry_run: bool) -> Iterator[subprocess.Popen[str
     )  # fmt: skip
     try:
         with contextlib.suppress(BrokenPipeError):
-            send(process.stdin, job, made, dry_run)
+            send(cast(IO[str], process.stdin), job, made, dry_run)
         yield process
     finally:
         if process.poll() is None:
@@ -208,8 +207,7 @@ def worker(job: Job, made: Path, dry_run: bool) -> Iterator[subprocess.Popen[str
             process.stdout.close()
 
 
-def send(stdin: IO[str] | None, job: Job, made: Path, dry_run: bool) -> None:
-    assert stdin
+def send(stdin: IO[str], job: Job, made: Path, dry_run: bool) -> None:
     with stdin:
         json.dump(
             {
