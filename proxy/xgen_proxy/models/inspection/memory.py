@@ -12,6 +12,7 @@ from xgen_proxy.values import frozen
 BATCH = 512  # tokens that llama.cpp evaluates at once
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of one number
 PROCESS = 60_000_000  # bytes: Python, llama.cpp and its server before a model is loaded
+TOKEN = 500  # bytes for each entry of the vocabulary
 LEAST_CONTEXT = 512
 
 
@@ -36,7 +37,7 @@ def estimate(model: Description, context: int, slots: int = 1, kv_type: str = "f
         weights=model.weight_bytes,
         kv_cache=kv_bytes_per_token(model, kv_type) * context * slots,
         compute=compute_bytes(model, context),
-        process=PROCESS,
+        process=PROCESS + TOKEN * (model.vocabulary or 0),
     )
 
 
@@ -49,12 +50,12 @@ def kv_bytes_per_token(model: Description, kv_type: str = "f16") -> int:
 
 
 def compute_bytes(model: Description, context: int) -> int:
-    """The mask, and the larger of two: the scores of each head for each token of the context, or the logits."""
+    """The scores of each head for each token of the context, their copy as f16, and the mask.
+
+    Not the logits of a whole batch: llama.cpp reserves them, but the memory stays untouched.
+    """
     heads = model.attention.heads if model.attention else 0
-    mask, scores = 4 * BATCH * context, 4 * BATCH * context * heads
-    layer = 4 * BATCH * 3 * (model.width or 0)
-    logits = 4 * BATCH * (model.vocabulary or 0)
-    return mask + max(scores, logits) + layer
+    return BATCH * context * (4 * heads + 2 * heads + 4) + BATCH * 4 * 3 * (model.width or 0)
 
 
 def largest_context(model: Description, available: int, slots: int = 1, kv_type: str = "f16") -> int | None:
