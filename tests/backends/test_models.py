@@ -1,4 +1,4 @@
-"""The model of `make run`: the default one, or the one that the user named. tests/unit/models/pull tests the fetching."""
+"""The model of `make run`: the default one, or the one that the user named."""
 
 from __future__ import annotations
 

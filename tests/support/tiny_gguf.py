@@ -21,6 +21,7 @@ def tiny_gguf(path: Path, *, template: str | None = None, type: type = numpy.flo
     writer.add_feed_forward_length(2 * WIDTH)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_context_length(CONTEXT)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)

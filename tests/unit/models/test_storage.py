@@ -33,9 +33,13 @@ def test_a_directory_replaces_another(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), scratch_in(tmp_path) as scratch:
-        (scratch / "half").write_bytes(b"half")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with scratch_in(tmp_path) as scratch:
+            (scratch / "half").write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from xgen_proxy.models.inspection.description import describe
 from xgen_proxy.models.inspection.memory import estimate, kv_bytes_per_token, largest_context
 
 TOLERANCE = 0.15
-CONTEXT = 1024
+CONTEXT = 768
 # What `make run` starts, without its HTTP server: load the model, fill the context, tell the resident memory.
 PROGRAM = """
 import sys, psutil

@@ -79,7 +79,7 @@ def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
 
 def test_a_file_that_llama_cpp_cannot_load_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiny model lacks most tensors: llama.cpp quantises it and then refuses to load the result."""
-    with pytest.raises(ModelError, match="llama.cpp could not make q8_0: .*; nothing was kept"):
+    with pytest.raises(ModelError, match=r"llama\.cpp could not make q8_0: .*; nothing was kept"):
         made(tiny_gguf(tmp_path / "tiny.gguf"), ["q8_0"], threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
     assert capsys.readouterr().err
