@@ -1,4 +1,4 @@
-"""The commands `xgen-proxy models pull|list|inspect|quantize`."""
+"""The commands for models: pull, list, inspect, quantize."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,10 @@ CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-def fetch(hub: Hub, folder: Path, token: str | None = None, **known: object) -> Path:
+def fetch(hub: Hub, folder: Path, token: str | None = None, **known: Any) -> Path:
     target = folder / "m.bin"
     with client(token) as http:
-        download(http, Remote(f"{hub.url}/OWNER/REPO/resolve/main/m.bin", **known), target)  # type: ignore[arg-type]
+        download(http, Remote(f"{hub.url}/OWNER/REPO/resolve/main/m.bin", **known), target)
     return target
 
 
@@ -75,7 +76,7 @@ def test_a_server_without_ranges_starts_over(hub: Hub, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [{}, {"sha256": SHA256, "size": len(CONTENT)}], ids=["told by the server", "known"])
-def test_corrupt_bytes_are_deleted(hub: Hub, folder: Path, known: dict[str, object]) -> None:
+def test_corrupt_bytes_are_deleted(hub: Hub, folder: Path, known: dict[str, Any]) -> None:
     hub.corrupt = True
     with pytest.raises(ModelError, match=r"has the checksum [0-9a-f]{64}, not [0-9a-f]{64}; it was deleted"):
         fetch(hub, folder, **known)
