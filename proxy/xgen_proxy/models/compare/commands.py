@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -38,8 +39,8 @@ Everything runs on the CPU, one process a model. With nothing else running, the 
 """
 
 
-def add_compare(subparsers: Any) -> None:
-    command = subparsers.add_parser(
+def add_compare(subparsers: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
         "compare",
         help="measure quantised models against their base: size, speed, memory, divergence",
         description="Measure GGUF files of one model against each other: size, load time, memory, speed, perplexity, "
@@ -58,6 +59,7 @@ def add_compare(subparsers: Any) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures and their conditions")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw size against divergence and speed: .svg, .png")
     command.set_defaults(run=run_compare)
+    return command
 
 
 def at_least(least: int) -> Any:
@@ -75,7 +77,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     plan = planned(arguments)
     result = compare(plan)
     result = {"conditions": conditions(words(arguments), PACKAGES), "advice": advice(result), **result}
-    print(report(result))
+    sys.stdout.write(f"{report(result)}\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if arguments.plot:
@@ -86,11 +88,11 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Fail at the start, not after the measurement. Raises ModelError."""
+    """Fail at the start, not after the measurement. Raises ModelError, and ModuleNotFoundError for a missing package."""
     needed = ["llama_cpp", *(["matplotlib"] if arguments.plot else [])]
-    missing = [package for package in needed if find_spec(package) is None]
-    if missing:
-        raise ModelError(f"compare needs {' and '.join(missing)}: pip install 'xgen-proxy[models]'")
+    for package in needed:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"compare needs {package}: pip install 'xgen-proxy[models]'", name=package)
     for file in (arguments.json, arguments.plot):
         if file and not file.resolve().parent.is_dir():
             raise ModelError(f"{file}: there is no folder {file.resolve().parent}")

@@ -76,7 +76,8 @@ def main() -> None:
         os.dup2(2, 1)  # what native code prints must not break the answers
         commands = Commands()
         for line in sys.stdin:
-            print(json.dumps(reply(commands, json.loads(line))), file=answers, flush=True)
+            answers.write(json.dumps(reply(commands, json.loads(line))) + "\n")
+            answers.flush()
 
 
 def reply(commands: Commands, message: dict[str, Any]) -> dict[str, Any]:
