@@ -88,7 +88,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Fail at the start, not after the measurement. Raises ModelError, and ModuleNotFoundError for a missing package."""
+    """Fail at the start, not after the measurement. Raises ModelError; ModuleNotFoundError for a missing package."""
     needed = ["llama_cpp", *(["matplotlib"] if arguments.plot else [])]
     for package in needed:
         if find_spec(package) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def _processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(**changes: Any) -> Plan:
-    return Plan(
-        **{"models": (SMALL, BASE), "base": BASE, "threads": 1, "context": 32, "repeat": 2, "answers": 4} | changes
-    )
+    return replace(Plan((SMALL, BASE), BASE, threads=1, context=32, repeat=2, answers=4), **changes)
 
 
 def test_figures_by_model_and_text() -> None:
