@@ -1,4 +1,4 @@
-"""`xgen-proxy models compare`: its flags, and what it prints."""
+"""The command `models compare`: its flags, and what it prints."""
 
 from __future__ import annotations
 
