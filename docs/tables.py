@@ -6,6 +6,7 @@ python docs/tables.py
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
 from xgen_proxy.fleet.backend import Fleet  # noqa: E402
+from xgen_proxy.models.compare.report import cost_rows, quality_rows, summary_rows  # noqa: E402
 from xgen_proxy.observability.fleet_metrics import FleetMetrics  # noqa: E402
 from xgen_proxy.observability.metrics import Metrics  # noqa: E402
 from xgen_proxy.request.features import NEEDS  # noqa: E402
@@ -138,6 +140,23 @@ def presets() -> Iterator[Row]:
         yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
 
 
+def measured(name: str) -> dict[str, Any]:
+    """A result file, as the command that measured it wrote it."""
+    result: dict[str, Any] = json.loads((DOCS.parent / "bench" / "results" / f"{name}.json").read_text())
+    return result
+
+
+def conditions(result: dict[str, Any]) -> Iterator[Row]:
+    found = result["conditions"]
+    machine = found["machine"]
+    memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
+    yield "conditions", ""
+    yield "command", found["command"]
+    yield "date", found["date"]
+    yield "machine", f"{machine['cpu']}, {machine['cores']} cores, {memory}, {machine['os']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
 def rooms() -> str:
     """The packages in the order in which a request meets them: a heading, their sentence, their modules."""
     return "".join(
@@ -179,6 +198,10 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "abilities": abilities,
     "dialects": dialects,
     "presets": presets,
+    "compare_summary": lambda: summary_rows(measured("compare-smollm2")),
+    "compare_costs": lambda: cost_rows(measured("compare-smollm2")),
+    "compare_quality": lambda: quality_rows(measured("compare-smollm2")),
+    "compare_conditions": lambda: conditions(measured("compare-smollm2")),
 }
 
 

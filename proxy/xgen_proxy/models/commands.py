@@ -1,4 +1,4 @@
-"""The commands for models: pull, list, inspect, quantize."""
+"""The commands for models: pull, list, inspect, quantize, compare."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import orjson
 
+from xgen_proxy.models.compare.commands import add_compare, run_compare
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.progress import say
 
 DESCRIPTION = """\
-Fetch, inspect and quantise models.
+Fetch, inspect, quantise and compare models.
 
 Models are in the folder ./models, or in the one that XGEN_MODELS_DIR names.
 """
@@ -75,7 +77,7 @@ def add_to(commands: Any) -> None:
     """`commands`: argparse's subparsers."""
     models = commands.add_parser(
         "models",
-        help="Fetch, inspect and quantise models.",
+        help="Fetch, inspect, quantise and compare models.",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -84,6 +86,8 @@ def add_to(commands: Any) -> None:
     add_list(subcommands)
     add_inspect(subcommands)
     add_quantize(subcommands)
+    compare = add_compare(subcommands)
+    compare.set_defaults(run=partial(guarded, run_compare))
 
 
 def add(
