@@ -201,7 +201,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.command != "report":
         options.loads = [
             *(Level(streams) for streams in options.levels),
-            *(Level(streams, shared_prefix=options.shared_prefix) for streams in options.levels[-1:] if options.shared_prefix),
+            *([Level(options.levels[-1], shared_prefix=options.shared_prefix)] if options.shared_prefix else []),
             *(Level(share=share) for share in options.rates),
         ]  # fmt: skip
     return options
@@ -214,9 +214,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     flag("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs there")
     flag("--levels", nargs="+", type=int, default=[1, 4, 8, 32, 64], help="requests at once (%(default)s)")
     flag("--rates", nargs="*", type=float, default=[0.5, 0.8, 1.1], metavar="SHARE",
-         help="open loop: Poisson arrivals at these shares of the engine's best closed-loop rate (%(default)s)")  # fmt: skip
+         help="open loop: Poisson arrivals at these shares of the best closed-loop rate (%(default)s)")  # fmt: skip
     flag("--shared-prefix", type=int, default=0, metavar="TOKENS",
-         help="measure the last level again with prompts that begin alike, for the prefix cache")  # fmt: skip
+         help="measure the last level again with prompts that begin alike")  # fmt: skip
     flag("--where", nargs="+", choices=[DIRECT, PROXY], default=[DIRECT, PROXY], help="%(default)s")
     flag("--repeats", type=int, default=3, help="%(default)s")
     flag("--keep-running", action="store_true", help="start each engine once, not once in each repeat")

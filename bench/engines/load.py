@@ -1,4 +1,7 @@
-"""One load: `vllm bench serve`, run by a process that is kept, and what it says of a server."""
+"""One load: `vllm bench serve`, run by a process that is kept, and what it says of a server.
+
+It sends plain completions: its chats have their content in parts, which llama-cpp-python refuses.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def bench_flags(
     options: argparse.Namespace, url: str, subject: Subject, level: Level, requests: int, rate: float | None, seed: int
 ) -> list[str]:
     flags = [
-        "--backend", "openai-chat", "--base-url", url, "--endpoint", "/v1/chat/completions", "--model", NAME,
+        "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--model", NAME,
         "--tokenizer", str(options.hf), "--ignore-eos", "--temperature", "0", "--seed", str(seed),
         "--num-prompts", str(requests), "--percentile-metrics", ",".join(TIMES), "--metric-percentiles", "50,95,99",
         "--goodput", f"ttft:{options.slo_ttft:g}", f"tpot:{options.slo_tpot:g}",

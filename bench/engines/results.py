@@ -16,9 +16,9 @@ TIMES = ("ttft", "tpot", "e2el")  # as `vllm bench serve` calls them, in ms
 
 @dataclass(frozen=True)
 class Level:
-    """A load. Closed: `streams` requests at once, each followed by the next. Open: arrivals at random (Poisson), `share`
-    of the highest throughput that the engine reached in closed loop, as `rate` requests per second. `shared_prefix`:
-    tokens that prompts begin alike with, so that a prefix cache has something to find."""
+    """A load. Closed: `streams` requests at once, each followed by the next. Open: Poisson arrivals at a rate that is
+    the `share` of the highest throughput that the engine reached in closed loop. `shared_prefix`: tokens that prompts
+    begin alike with, so that a prefix cache has something to find."""
 
     streams: int | None = None
     share: float | None = None
@@ -33,7 +33,7 @@ class Level:
 @dataclass
 class Run:
     """One load of one engine. Times in ms: {"p50", "p95", "p99"}. `short`: tokens missing from successful requests.
-    `goodput`: requests per second within the objectives. `cpu_s`: CPU seconds of the engine, `proxy_cpu_s` of the proxy.
+    `goodput`: requests per second within the objectives. `cpu_s`: CPU seconds of the engine, and of the proxy.
     `rss_mb`: the engine's peak memory. `gpu_mb`, `gpu_use`: peak memory and mean use in %, of all GPUs."""
 
     subject: str
@@ -62,8 +62,8 @@ class Run:
 
 @dataclass
 class Results:
-    """`load`: what was asked for. `skipped`: loads that were left out, and why. `timelines`: requests joining and leaving
-    an engine's batch."""
+    """`load`: what was asked for. `skipped`: loads that were left out, and why. `timelines`: requests joining and
+    leaving an engine's batch."""
 
     conditions: dict[str, Any] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class Results:
         return any((run.subject, run.where, run.level, run.repeat) == key for run in self.runs)
 
     def capacity(self, subject: str) -> float | None:
-        """The highest closed-loop requests per second of the first repeat, direct: later repeats have the same rates."""
-        own = [run for run in self.runs if run.subject == subject and run.level.streams and not run.level.shared_prefix]
+        """The most requests per second of the first repeat, closed and direct: all repeats have the same rates."""
+        own = [run for run in self.runs if run.subject == subject and run.level.streams]
         first = [run.req_s for run in own if run.repeat == min(each.repeat for each in own) and run.where == DIRECT]
         return max(first or [run.req_s for run in own], default=None)
 

@@ -1,4 +1,4 @@
-"""One start of one engine: its servers, the proxy in front of them, and the loads, each direct and through the proxy."""
+"""One start of one engine: its servers, the proxy in front, and the loads, each direct and through the proxy."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def session(
         engines, urls = [], []
         for number, server in enumerate(subject.servers):
             port = free_port()
-            log = folder / f"{subject.name}-{number}.log"
+            log = fresh(folder / f"{subject.name}-{number}.log")
             command = [part.replace("{port}", str(port)) for part in server.command]
             engine = stack.enter_context(children.running(command, log, env=server.env))
             urls.append(f"http://127.0.0.1:{port}")
@@ -151,7 +151,7 @@ def session(
             engines.append(engine)
         results.starts_s.setdefault(subject.name, []).append(time.monotonic() - began)
         results.subjects[subject.name] = subject.described()
-        log = folder / f"{subject.name}-proxy.log"
+        log = fresh(folder / f"{subject.name}-proxy.log")
         env = {"XGEN_BACKENDS__ENGINE__URLS": json.dumps(urls), "XGEN_BACKENDS__ENGINE__DIALECT": subject.dialect}
         proxy = stack.enter_context(children.running(children.PROXY, log, env=env))
         port = children.listening_port(proxy, log)
@@ -182,6 +182,12 @@ def until_ready(url: str, engine: subprocess.Popen[bytes], log: Path, seconds: f
         time.sleep(0.2)
     why = "ended" if engine.poll() is not None else f"is not ready after {seconds:g} s"
     raise children.StartError(f"{log.stem} {why}; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def fresh(log: Path) -> Path:
+    """The log without what an earlier start wrote."""
+    log.unlink(missing_ok=True)
+    return log
 
 
 def free_port() -> int:

@@ -104,11 +104,11 @@ def vllm(options: argparse.Namespace) -> Subject:
 
 
 def no_end(options: argparse.Namespace) -> dict[str, Any]:
-    """llama-cpp-python knows no ignore_eos and no max_completion_tokens. Tokens that end an answer are forbidden."""
+    """llama-cpp-python knows no ignore_eos: the tokens that end an answer are forbidden."""
     config = json.loads((options.hf / "config.json").read_text())
     ends = config.get("eos_token_id", [])
     forbidden = {0, *(ends if isinstance(ends, list) else [ends])}  # 0: <|endoftext|>, which llama.cpp ends at too
-    return {"max_tokens": options.output_len, "logit_bias": {str(token): -100 for token in sorted(forbidden)}}
+    return {"logit_bias": {str(token): -100 for token in sorted(forbidden)}}
 
 
 def llama_cpp_python(options: argparse.Namespace) -> Subject:

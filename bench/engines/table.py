@@ -124,6 +124,20 @@ def claims(results: Results) -> Iterator[Row]:
     yield SOURCE_64, found if at_64 else "–"
 
 
+def conditions(results: Results) -> Iterator[Row]:
+    """Where the figures come from."""
+    of, load = results.conditions, results.load
+    yield "conditions", ""
+    yield "command", f"`{of['command']}`"
+    yield "date", str(of["date"])
+    machine = of["machine"]
+    gpus = "".join(f", {gpu}" for gpu in machine["gpus"])
+    yield "machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB{gpus}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    yield "load", f"{load['input_len']} tokens in, {load['output_len']} out, repeats: {load['repeats']}"
+    yield "goodput", f"first token within {load['slo_ttft']:g} ms, each further one within {load['slo_tpot']:g} ms"
+
+
 def warnings(results: Results) -> list[str]:
     """Reasons to doubt the comparison."""
     found = []

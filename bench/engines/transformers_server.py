@@ -3,8 +3,8 @@
     python transformers_server.py MODEL_DIR --port 8001                 one request at a time: model.generate()
     python transformers_server.py MODEL_DIR --port 8001 --continuous    Transformers' own continuous batching
 
-It streams every token as an event and answers `ignore_eos` and `max_completion_tokens`, which the load generator sends
-and `transformers serve` 5.19 refuses. GET /metrics has the requests that run and wait, as vLLM's gauges.
+It serves /v1/completions only, streams every token as an event and knows `ignore_eos` and `stream_options`, which the
+load generator sends and `transformers serve` 5.19 refuses. GET /metrics counts requests that run and that wait.
 """
 
 from __future__ import annotations
@@ -94,11 +94,14 @@ class OneAtATime:
     def generate(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         inputs = torch.tensor([job.prompt], device=self.model.device)
         fewest = {"min_new_tokens": job.tokens} if job.ignore_eos else {}
-        streamer = Streamer(lambda token: loop.call_soon_threadsafe(job.answers.put_nowait, token) and None)
+
+        def emit(token: int | None) -> None:
+            loop.call_soon_threadsafe(job.answers.put_nowait, token)
+
         with torch.inference_mode():
             self.model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=job.tokens, do_sample=False,
-                streamer=streamer, pad_token_id=0, stopping_criteria=[lambda *_, **__: job.left], **fewest,
+                streamer=Streamer(emit), pad_token_id=0, stopping_criteria=[lambda *_, **__: job.left], **fewest,
             )  # fmt: skip
 
 
@@ -106,10 +109,9 @@ class Continuous:
     """Transformers' ContinuousBatchingManager."""
 
     def __init__(self, model: Any, counts: Counts, options: argparse.Namespace) -> None:
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
+        config_class = transformers.generation.configuration_utils.ContinuousBatchingConfig
         sizes = {"num_blocks": options.num_blocks, "max_batch_tokens": options.max_batch_tokens}
-        config = ContinuousBatchingConfig(**{name: value for name, value in sizes.items() if value})
+        config = config_class(**{name: value for name, value in sizes.items() if value})
         model.generation_config.do_sample = False
         self.manager = model.init_continuous_batching(model.generation_config, config)
         self.counts, self.eos = counts, model.generation_config.eos_token_id
@@ -148,14 +150,14 @@ class Continuous:
 
 
 class Server:
-    """The HTTP side: chat completions, models, health and metrics."""
+    """The HTTP side: completions, models, health and metrics."""
 
     def __init__(self, engine: OneAtATime | Continuous, tokenizer: Any, name: str, counts: Counts) -> None:
         self.engine, self.tokenizer, self.name, self.counts = engine, tokenizer, name, counts
 
     def app(self) -> Starlette:
         routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [self.model]})),
             Route("/health", lambda _: Response()),
             Route("/metrics", lambda _: PlainTextResponse(self.counts.text())),
@@ -166,18 +168,16 @@ class Server:
     def model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "transformers"}
 
-    async def chat(self, request: Request) -> Response:
+    async def complete(self, request: Request) -> Response:
         body = await request.json()
-        prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
-        tokens = int(body.get("max_completion_tokens") or body.get("max_tokens") or 128)
-        job = Job(list(prompt), tokens, bool(body.get("ignore_eos")), asyncio.Queue())
+        prompt = self.tokenizer(body["prompt"])["input_ids"]
+        job = Job(prompt, int(body.get("max_tokens") or 16), bool(body.get("ignore_eos")), asyncio.Queue())
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(self.events(job, usage), media_type="text/event-stream")
         made = [token async for token in self.tokens(job)]
-        message = {"role": "assistant", "content": self.tokenizer.decode(made, skip_special_tokens=True)}
-        choice = {"index": 0, "message": message, "finish_reason": finish(job, made)}
-        return JSONResponse({**self.head("chat.completion"), "choices": [choice], "usage": self.usage(job, made)})
+        choice = {"index": 0, "text": self.text(made), "logprobs": None, "finish_reason": finish(job, made)}
+        return JSONResponse({**self.head(), "choices": [choice], "usage": self.usage(job, made)})
 
     async def tokens(self, job: Job) -> AsyncIterator[int]:
         """The tokens of a job as they are made. Raises what the engine raised."""
@@ -193,31 +193,32 @@ class Server:
                 task.cancel()
 
     async def events(self, job: Job, with_usage: bool) -> AsyncIterator[str]:
-        head, made, text = self.head("chat.completion.chunk"), [], ""
+        made: list[int] = []
+        head, text = self.head(), ""
         async for token in self.tokens(job):
-            if not made:
-                yield event(head, {"role": "assistant", "content": ""})
             made.append(token)
-            whole = self.tokenizer.decode(made, skip_special_tokens=True)
-            yield event(head, {"content": whole[len(text) :]})
+            whole = self.text(made)
+            reason = finish(job, made) if len(made) == job.tokens else None
+            choice = {"index": 0, "text": whole[len(text) :], "logprobs": None, "finish_reason": reason}
+            yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
             text = whole
-        yield event(head, {}, finish(job, made))
+        if len(made) < job.tokens:
+            choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
+            yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
         if with_usage:
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': self.usage(job, made)})}\n\n"
         yield "data: [DONE]\n\n"
 
-    def head(self, kind: str) -> dict[str, Any]:
-        name = f"chatcmpl-{uuid.uuid4().hex}"
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self.name}
+    def text(self, made: list[int]) -> str:
+        return str(self.tokenizer.decode(made, skip_special_tokens=True))
+
+    def head(self) -> dict[str, Any]:
+        name = f"cmpl-{uuid.uuid4().hex}"
+        return {"id": name, "object": "text_completion", "created": int(time.time()), "model": self.name}
 
     def usage(self, job: Job, made: list[int]) -> dict[str, int]:
         prompt = len(job.prompt)
         return {"prompt_tokens": prompt, "completion_tokens": len(made), "total_tokens": prompt + len(made)}
-
-
-def event(head: dict[str, Any], delta: dict[str, str], finish_reason: str | None = None) -> str:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
 
 def finish(job: Job, made: list[int]) -> str:
