@@ -25,6 +25,7 @@ from bench.engines.subjects import Subject
 
 # The least number of requests for a percentile to say anything, and the most that a level needs.
 FEWEST, MOST = 3, 1024
+LEAST_S = 20  # that a start of an engine is used for, however long it took
 
 
 class Sampler:
@@ -161,7 +162,7 @@ def session(
             reached = {DIRECT: urls[0], **reached}
         made = Session(
             options, subject, client, results, [each.pid for each in engines], proxy.pid,
-            {where: reached[where] for where in options.where if where in reached}, ends,
+            {where: reached[where] for where in options.where if where in reached}, max(ends, time.monotonic() + LEAST_S),
         )  # fmt: skip
         for url in made.urls.values():  # the first requests compile kernels and open connections
             streams = options.warm_up

@@ -99,7 +99,7 @@ def test_a_whole_vllm_command_is_taken_as_it_is() -> None:
         "--hf",
         "/m",
         "--vllm",
-        "env A=1 python -m vllm serve /m --dtype half",
+        "env A=1 python -m vllm serve /m",
     ]
     command = subjects.knob("eager", engines.parse(flags)).servers[0].command
     assert command[:7] == ("env", "A=1", "python", "-m", "vllm", "serve", "/m")
