@@ -162,7 +162,8 @@ def session(
             reached = {DIRECT: urls[0], **reached}
         made = Session(
             options, subject, client, results, [each.pid for each in engines], proxy.pid,
-            {where: reached[where] for where in options.where if where in reached}, max(ends, time.monotonic() + LEAST_S),
+            {where: reached[where] for where in options.where if where in reached},
+            max(ends, time.monotonic() + LEAST_S),
         )  # fmt: skip
         for url in made.urls.values():  # the first requests compile kernels and open connections
             streams = options.warm_up
