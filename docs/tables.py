@@ -21,6 +21,8 @@ DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench.engines import results as engine_results  # noqa: E402
+from bench.engines import table as engine_tables  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
@@ -187,6 +189,14 @@ def first_sentence(file: Path) -> str:
     return found[0] if found else text
 
 
+def engines(table: Callable[[engine_results.Results], Iterator[Row]], name: str) -> Iterator[Row]:
+    """A table of bench/results/engines-NAME.json; before its first run, the place where it will be."""
+    file = DOCS.parent / "bench" / "results" / f"engines-{name}.json"
+    if not file.exists():
+        return iter([("not measured yet",)])
+    return table(engine_results.read(file))
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
@@ -202,6 +212,17 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "compare_costs": lambda: cost_rows(measured("compare-smollm2")),
     "compare_quality": lambda: quality_rows(measured("compare-smollm2")),
     "compare_conditions": lambda: conditions(measured("compare-smollm2")),
+    "engines_cpu": lambda: engines(engine_tables.overview, "cpu"),
+    "engines_cpu_loads": lambda: engines(engine_tables.latencies, "cpu"),
+    "engines_cpu_ratios": lambda: engines(engine_tables.ratios, "cpu"),
+    "engines_cpu_conditions": lambda: engines(engine_tables.conditions, "cpu"),
+    "engines_gpu": lambda: engines(engine_tables.overview, "gpu"),
+    "engines_gpu_claims": lambda: engines(engine_tables.claims, "gpu"),
+    "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
+    "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
+    "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
+    "engines_two_gpus": lambda: engines(engine_tables.latencies, "two-gpus"),
 }
 
 

@@ -151,9 +151,10 @@ def check_python(words: list[str]) -> None:
     """`-m pytest PATH`, `-m MODULE` or a file."""
     module, *rest = words[1:] if words[0] == "-m" else ["", *words]
     if module and module != "pytest":
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
-    for path in rest:
-        assert (ROOT / path).exists(), path
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for name in rest:
+        assert (ROOT / name).exists(), name
 
 
 def check_pip(words: list[str]) -> None:
