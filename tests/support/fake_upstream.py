@@ -115,6 +115,7 @@ class FakeUpstream:
     running: int = 0
     waiting: int = 0
     kv: float = 0.0
+    tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
@@ -175,6 +176,8 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
+        elif path in ("/tokenize", "/extras/tokenize") and "quick brown fox" in body.decode(errors="ignore"):
+            await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)

@@ -56,6 +56,12 @@ class Metrics(Collector, Observer):
         self.fallbacks = Counter(
             "xgen_fallbacks", "Requests answered by another backend (`to`) than the plan's first.", ["backend", "to"]
         )
+        self.distant = Counter(
+            "xgen_distant_answers",
+            "Requests answered by another backend than the first choice, by the distance of its model: near, far or"
+            " unknown. Counted where fallback.distances names files.",
+            ["backend", "distance"],
+        )
         self.continuations = Counter(
             "xgen_continuations",
             "Streams that broke: the backend that resumed them, or `none`.",
@@ -182,6 +188,8 @@ class Metrics(Collector, Observer):
         first_choice = outcome.first_choice.backend.name if outcome.first_choice is not None else backend
         if backend != first_choice:
             self.fallbacks.inc(first_choice, backend)
+        if outcome.target is not None and outcome.target.distance:
+            self.distant.inc(backend, _class_of(outcome.target.distance))
         if outcome.interrupted is not None or outcome.resumed:
             self.continuations.inc("none" if outcome.interrupted is not None else backend)
         if outcome.usage is not None:
@@ -189,3 +197,9 @@ class Metrics(Collector, Observer):
             self.tokens.inc_by(outcome.usage[1], backend, call.model, "output")
         if outcome.chunks is not None and outcome.chunks > 1 and outcome.completed:
             self.gaps.observe((outcome.finished - outcome.first_output) / (outcome.chunks - 1), backend)
+
+
+def _class_of(distance: str) -> str:
+    if distance == "unknown":
+        return "unknown"
+    return "near" if distance.startswith("top1") and not distance.endswith("far") else "far"

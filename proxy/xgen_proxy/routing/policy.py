@@ -12,17 +12,20 @@
 9. The others follow in order as fallbacks. The CPU is last and always included, unless `fallback: none`.
 10. Panic: if none of them is up, all that answer health checks count as up. A refusal would be certain failure.
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
+11. A backend whose model is too far from that of the first choice gets nothing, or is marked. The first choice is the
+    explicit backend, else the first GPU backend that is able, whether it is up and has room or not.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 
+from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
@@ -40,10 +43,18 @@ SHARE = 1.25  # times the mean of all replicas: the paper's trade-off between ba
 # takes 64 us; walking the whole ring, 9 ms.
 WALK = 8
 PREFIX_WORDS = 50  # shorter prompts hardly hit a cache: vLLM keeps blocks of 16 tokens
+TOO_FAR = "model_too_far"  # the code of the error if nothing else is left
 ESTIMATE_MARGIN = 2.0  # a prompt is too long only if half of its estimated tokens would still be too many
 
 
-def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: random.Random, now: float) -> Plan:
+def decide(
+    features: Features,
+    snapshot: FleetSnapshot,
+    routing: Routing,
+    rng: random.Random,
+    now: float,
+    nearness: Nearness | None = None,
+) -> Plan:
     """`features.model` is set and some backend serves it. Never raises; a plan without candidates has an error.
 
     `now`: seconds, on the clock of the snapshot's times.
@@ -56,6 +67,9 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         error = _unable_error(features, rejections)
     if error is not None:
         return Plan((), tuple(rejections), now, routing, error)
+    marks: Mapping[str, str] = {}
+    if nearness is not None and len(able) > 1:
+        able, marks = _near(features, able, nearness, rejections)
     live = _options(features, able, routing, rng, now)
     ranked = _rank(features, live, routing, now)
     panic = not ranked
@@ -72,7 +86,10 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         return Plan((), tuple(rejections), now, routing, _down_error(rejections))
     if not features.fallback:
         ranked = ranked[:1]
-    return Plan(_candidates(ranked, routing.max_attempts), tuple(rejections), now, routing, panic=panic)
+    candidates = _candidates(ranked, routing.max_attempts)
+    if marks:
+        candidates = tuple(replace(each, distance=marks.get(each.backend.name, "")) for each in candidates)
+    return Plan(candidates, tuple(rejections), now, routing, panic=panic)
 
 
 # rule 7: which backends can serve the request
@@ -144,7 +161,30 @@ def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:
 
 def _down_error(rejections: Sequence[Rejection]) -> ProxyError:
     reasons = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
-    return ServiceUnavailableError(f"no backend that can do this request is up now ({reasons})", retry_after=5)
+    code = next((rejection.code for rejection in rejections if rejection.code == TOO_FAR), None)
+    message = f"no backend that can do this request is up now ({reasons})"
+    return ServiceUnavailableError(message, code=code, retry_after=5)
+
+
+# rule 11: whose model is near enough
+
+
+def _near(
+    features: Features, able: Sequence[BackendSnapshot], nearness: Nearness, rejections: list[Rejection]
+) -> tuple[list[BackendSnapshot], dict[str, str]]:
+    """The backends that may serve the request, and what their answers are marked with. Adds to `rejections`."""
+    first = features.backend or able[0].name
+    near: list[BackendSnapshot] = []
+    marks: dict[str, str] = {}
+    for backend in able:
+        if backend.name != first:
+            judgement = nearness.judge(first, backend.name, features.model or "")
+            if judgement.far and nearness.refuse:
+                rejections.append(Rejection(backend.name, judgement.why, TOO_FAR))
+                continue
+            marks[backend.name] = judgement.mark
+        near.append(backend)
+    return near, marks
 
 
 # rule 8: which replicas of a backend
