@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+PROBE = b"The quick brown fox"
+
 Script = Callable[["Talk"], Coroutine[Any, Any, None]]
 
 METRICS = """\
@@ -176,12 +178,16 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
-        elif path in ("/tokenize", "/extras/tokenize") and "quick brown fox" in body.decode(errors="ignore"):
-            await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
+        elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
+            await self.answer_probe(talk)
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)
         return not writer.is_closing()
+
+    async def answer_probe(self, talk: Talk) -> None:
+        """The proxy compares the tokenizers of backends that serve the same model."""
+        await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
 
     async def answer_check(self, talk: Talk) -> None:
         if self.health != 200:

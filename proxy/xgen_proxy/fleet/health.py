@@ -73,6 +73,7 @@ class HealthMonitor:
         return self.fleet.settings
 
     def start(self) -> None:
+        self.tokenizers.start()
         for backend in self.fleet.backends:
             self._watch_all(backend)
 

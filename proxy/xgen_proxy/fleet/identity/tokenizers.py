@@ -8,16 +8,18 @@ and a text of several languages, code and numbers is enough to tell. The same to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from xgen_proxy.config.fallback import Pair
-from xgen_proxy.errors import UpstreamError
+from xgen_proxy.errors import UpstreamError, UpstreamProtocolError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.replica import Replica
+from xgen_proxy.supervision import stop, supervise
 
 log = logging.getLogger("xgen_proxy.health")
 
@@ -38,7 +40,7 @@ class Tokenizers:
         self._tokens: dict[Replica, Tokens | None] = {}  # None: its engine cannot tell
         self._warned: set[tuple[str, Pair]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._again = False
+        self._wanted = asyncio.Event()
 
     def forget(self, replica: Replica) -> None:
         """It went down or came up: it may serve another model."""
@@ -46,24 +48,23 @@ class Tokenizers:
 
     def check_soon(self) -> None:
         """Call when a replica came up, or serves other models, or the settings changed."""
-        self._again = True
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-            self._task.add_done_callback(_log_failure)
+        self._wanted.set()
+
+    def start(self) -> None:
+        self._task = supervise("tokenizers", self._run)
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await stop(self._task)
 
     async def _run(self) -> None:
-        while self._again:
-            self._again = False
+        failed = False
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S if failed else None):
+                    await self._wanted.wait()
+            self._wanted.clear()
             failed = await self._ask_all()
             self._compare()
-            if failed and not self._again:
-                await asyncio.sleep(RETRY_S)
-                self._again = True
 
     async def _ask_all(self) -> bool:
         """Returns whether some replica did not answer."""
@@ -84,7 +85,10 @@ class Tokenizers:
             return None
 
         async def post(path: str, body: Any) -> tuple[int, Any]:
-            return await replica.post_json(path, body, timeout_s=TIMEOUT_S)
+            status, answer = await replica.post_json(path, body, timeout_s=TIMEOUT_S)
+            if status >= 500 and status != 501:
+                raise UpstreamProtocolError(f"{path} returned {status}")
+            return status, answer
 
         with self.admission.slot_for_check(replica):
             tokens = await replica.dialect.token_ids(model, PROBE, post)
@@ -141,8 +145,3 @@ class Tokenizers:
         if (kind, pair) not in self._warned:
             self._warned.add((kind, pair))
             log.warning("%s", message)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("comparing tokenizers failed", exc_info=error)
