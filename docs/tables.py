@@ -20,6 +20,7 @@ DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 sys.path.insert(0, str(DOCS.parent))
 
+from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
@@ -171,6 +172,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
     "routing": lambda: settings(Routing, "routing."),
+    "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),
     "metrics": metrics,
     "rules": rules,
