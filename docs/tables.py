@@ -22,6 +22,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
+from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
@@ -174,6 +175,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "routing": lambda: settings(Routing, "routing."),
     "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),
+    "memory_guard": lambda: settings(MemoryGuard, "memory_guard."),
     "metrics": metrics,
     "rules": rules,
     "abilities": abilities,

@@ -104,7 +104,7 @@ def split_paths(value: Any) -> Any:
 
 
 class Fallback(BaseModel, extra="forbid"):
-    """How near the model of a fallback must be (routing rule 11)."""
+    """How near the model of a fallback must be (routing rule 12)."""
 
     min_top1: float | None = Field(
         None,

@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-llama.cpp's own Python library, gguf, needs 2 to 5 s for the header of a model with 49,152 tokens, since it makes arrays of
-each token; this needs 0.1 s, and nothing that is not in Python. The tests compare the two.
+llama.cpp's own Python library, gguf, needs 2 to 5 s for the header of a model with 49,152 tokens, since it makes
+arrays of each token; this needs 0.1 s, and nothing that is not in Python. The tests compare the two.
 """
 
 from __future__ import annotations

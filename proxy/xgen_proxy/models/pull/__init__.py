@@ -1,0 +1,1 @@
+"""Fetches models: from the catalogue, Hugging Face, a URL or a path."""
