@@ -120,7 +120,7 @@ class Fallback(BaseModel, extra="forbid"):
     )
     distances: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split_paths)] = Field(
         default=(),
-        description="Files that `xgen-proxy models compare --served` wrote, comma-separated. Read at the start, on a"
+        description="Files that `models compare --served` wrote, comma-separated. Read at the start, on a"
         " reload, and when one of them changes.",
     )
     _top1: dict[Pair, float] = PrivateAttr(default_factory=dict)

@@ -32,6 +32,7 @@ class Metrics(Collector, Observer):
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self._define_counters()
+        self._define_counters_of_models()
         self._define_histograms()
         self._registry = CollectorRegistry()
         self.of_fleet = FleetMetrics(fleet, admission)
@@ -55,12 +56,6 @@ class Metrics(Collector, Observer):
         self.retries = Counter("xgen_retries", "Attempts after a request's first.", ["backend"])
         self.fallbacks = Counter(
             "xgen_fallbacks", "Requests answered by another backend (`to`) than the plan's first.", ["backend", "to"]
-        )
-        self.distant = Counter(
-            "xgen_distant_answers",
-            "Requests answered by another backend than the first choice, by the distance of its model: near, far or"
-            " unknown. Counted where fallback.distances names files.",
-            ["backend", "distance"],
         )
         self.continuations = Counter(
             "xgen_continuations",
@@ -101,6 +96,13 @@ class Metrics(Collector, Observer):
             ["backend", "replica", "result"],
         )
         self.dropped_log_lines = DROPPED
+
+    def _define_counters_of_models(self) -> None:
+        self.distant = Counter(
+            "xgen_distant_answers",
+            "Requests answered by another backend than the first choice, by the distance of its model.",
+            ["backend", "distance"],
+        )
 
     def _define_histograms(self) -> None:
         self.duration = Histogram(

@@ -29,7 +29,7 @@ from operator import attrgetter
 
 from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError, quoted
+from xgen_proxy.errors import BadRequestError, ModelTooFarError, ProxyError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
 from xgen_proxy.request.features import PROMPT_FIELD, Features
 from xgen_proxy.routing.plan import Candidate, Plan, Rejection
@@ -45,7 +45,7 @@ SHARE = 1.25  # times the mean of all replicas: the paper's trade-off between ba
 # takes 64 us; walking the whole ring, 9 ms.
 WALK = 8
 PREFIX_WORDS = 50  # shorter prompts hardly hit a cache: vLLM keeps blocks of 16 tokens
-TOO_FAR = "model_too_far"  # the code of the error if nothing else is left
+TOO_FAR = ModelTooFarError.code  # the error if nothing else is left
 ESTIMATE_MARGIN = 2.0  # a prompt is too long only if half of its estimated tokens would still be too many
 
 
@@ -163,9 +163,9 @@ def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:
 
 def _down_error(rejections: Sequence[Rejection]) -> ProxyError:
     reasons = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
-    code = next((rejection.code for rejection in rejections if rejection.code == TOO_FAR), None)
-    message = f"no backend that can do this request is up now ({reasons})"
-    return ServiceUnavailableError(message, code=code, retry_after=5)
+    too_far = any(rejection.code == TOO_FAR for rejection in rejections)
+    kind = ModelTooFarError if too_far else ServiceUnavailableError
+    return kind(f"no backend that can do this request is up now ({reasons})", retry_after=5)
 
 
 # rule 12: whose model is near enough

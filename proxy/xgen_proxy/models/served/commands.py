@@ -1,4 +1,4 @@
-"""`xgen-proxy models compare --served`: the distance between the models of two running backends."""
+"""`models compare --served`: the distance between the models of two running backends."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def run_served(arguments: argparse.Namespace) -> int:
         sizes = {"tokens": arguments.tokens, "window": arguments.window, "top": TOP}
         results = [(pair, measure(pair.first, pair.second, texts, **sizes)) for pair in pairs(arguments)]
         for pair, result in results:
-            print("\n".join(table(pair, result)), flush=True)
+            sys.stdout.write("\n".join(table(pair, result)) + "\n")
         if arguments.json is not None:
             write(arguments.json, as_json(results, sizes))
     except ModelError as error:

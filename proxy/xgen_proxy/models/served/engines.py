@@ -51,6 +51,8 @@ class Engine:
 
 
 class VLLM(Engine):
+    """Its `--max-logprobs`, 20 by default, limits what it names."""
+
     name = "vllm"
     default_backend = "vllm"
 
@@ -74,6 +76,8 @@ class VLLM(Engine):
 
 
 class LlamaServer(Engine):
+    """The requests of a window go to the slot that has it in its cache."""
+
     name = "llama-server"
     default_backend = "llama_cpp"
 

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.scripted_engines import SCRIPTS, client, engine, llama_cpp_python
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.served import engines
 from xgen_proxy.models.served.engines import VLLM, Engine, LlamaCppPython, LlamaServer, ask, connect, text_of
 
 
@@ -47,7 +46,7 @@ def test_a_part_of_a_character_has_no_text() -> None:
 @pytest.mark.parametrize("kind", [VLLM, LlamaServer, LlamaCppPython])
 def test_the_engine_is_recognised(kind: type[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     made = client(SCRIPTS[kind])
-    monkeypatch.setattr(engines.httpx, "Client", lambda **_: made)
+    monkeypatch.setattr(httpx, "Client", lambda **_: made)
     found = connect("http://engine:8000/", None, None)
     assert type(found) is kind
     assert (found.url, found.model) == ("http://engine:8000", "m")
@@ -71,6 +70,6 @@ def test_errors_say_what_to_do(answer: httpx.Response, message: str) -> None:
 
 def test_another_server_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     other = client(lambda path, body: {"data": [{"id": "m", "owned_by": "xgen-proxy"}]})
-    monkeypatch.setattr(engines.httpx, "Client", lambda **_: other)
+    monkeypatch.setattr(httpx, "Client", lambda **_: other)
     with pytest.raises(ModelError, match="is no engine that can be compared"):
         connect("http://proxy:8080", None, None)
