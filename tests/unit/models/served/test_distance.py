@@ -20,7 +20,8 @@ def by_text(distribution: Distribution) -> list[Likely]:
 
 def test_an_engine_is_no_distance_from_itself() -> None:
     found = compare(named(0.6, 0.3), named(0.6, 0.3))
-    assert (found.same_top, found.kld, found.named) == (True, 0.0, pytest.approx(0.9))
+    assert (found.same_top, found.kld) == (True, 0.0)
+    assert found.named == pytest.approx(0.9)
 
 
 def test_the_divergence_with_the_rest_as_one_token() -> None:
@@ -31,7 +32,8 @@ def test_the_divergence_with_the_rest_as_one_token() -> None:
 
 def test_a_token_that_only_one_names_is_part_of_the_rest() -> None:
     found = compare(named(0.5, 0.3), [*named(0.5), *named(0.3, first=9)])
-    assert (found.same_top, found.kld, found.named) == (True, 0.0, pytest.approx(0.5))
+    assert (found.same_top, found.kld) == (True, 0.0)
+    assert found.named == pytest.approx(0.5)
 
 
 def test_it_is_never_more_than_the_divergence_over_the_whole_vocabulary() -> None:
@@ -63,7 +65,8 @@ def test_a_text_that_is_part_of_a_character_decides_nothing(text: str) -> None:
     """It may hide the top token, since several tokens have it."""
     unclear = Likely(None, text, math.log(0.2))
     found = compare(named(0.5, 0.3), [*by_text(named(0.5)), unclear])
-    assert (found.same_top, found.kld, found.named) == (None, 0.0, pytest.approx(0.5))
+    assert (found.same_top, found.kld) == (None, 0.0)
+    assert found.named == pytest.approx(0.5)
 
 
 def test_the_ids_tell_tokens_of_the_same_text_apart() -> None:
