@@ -23,7 +23,7 @@ from xgen_proxy.supervision import stop, supervise
 
 log = logging.getLogger("xgen_proxy.health")
 
-PROBE = "The quick brown fox, 1234567890 €; 안녕하세요, 세계! 東京 Ärger naïveté\n\tdef f(x): return x**2 != 0  # ok"
+PROBE = "The quick brown fox and the lazy dog, 1234567890 €; 안녕하세요, 세계! 東京 naïve\n\tdef f(x): return x**2"
 RETRY_S = 30.0  # llama-cpp-python answers once its running request is finished
 TIMEOUT_S = 10.0
 
