@@ -72,9 +72,19 @@ async def status(request: Request) -> Response:
             "models": gateway.fleet.models,
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
+            "model_pairs": model_pairs(gateway),
             "backends": [backend_status(backend, replicas, memory) for backend, replicas in fleet],
         }
     )
+
+
+def model_pairs(gateway: Gateway) -> list[dict[str, Any]]:
+    """The backends that serve the same public model name. `same_tokenizer`: null while that is unknown."""
+    measured = gateway.settings.fallback.top1
+    return [
+        {"model": model, "backends": [one, other], "same_tokenizer": alike, "top1": measured.get((one, other, model))}
+        for (one, other, model), alike in gateway.health.tokenizers.pairs.items()
+    ]
 
 
 def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:

@@ -38,6 +38,7 @@ from xgen_proxy.errors import (
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.canary import ask_canary
+from xgen_proxy.fleet.identity.tokenizers import Tokenizers
 from xgen_proxy.fleet.load import Scrape, parse_metrics
 from xgen_proxy.fleet.memory.watch import MemoryWatch
 from xgen_proxy.fleet.replica import Replica
@@ -60,6 +61,7 @@ class HealthMonitor:
     def __init__(self, fleet: Fleet, admission: Admission, memory: MemoryWatch, forget: Callable[[str], None]) -> None:
         self.fleet = fleet
         self.admission = admission
+        self.tokenizers = Tokenizers(fleet, admission)
         self.memory = memory
         self._forget = forget
         self._watching: dict[Replica, asyncio.Task[None]] = {}
@@ -75,6 +77,7 @@ class HealthMonitor:
         return self.fleet.settings
 
     def start(self) -> None:
+        self.tokenizers.start()
         self._memory_task = supervise("memory", self.memory.run)
         for backend in self.fleet.backends:
             self._watch_all(backend)
@@ -92,6 +95,7 @@ class HealthMonitor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.tokenizers.stop()
 
     def _start(
         self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
@@ -240,6 +244,8 @@ class HealthMonitor:
             replica.mark_suspect("new: must answer a canary first")
         else:
             replica.mark_up("healthy")
+        self.tokenizers.forget(replica)
+        self.tokenizers.check_soon()
         log.info(
             "%s is %s: models %s, context %s",
             replica.name,
@@ -257,6 +263,7 @@ class HealthMonitor:
         if info is None or info == replica.info or replica.state in ("down", "draining"):
             return False
         backend.record_info(replica, info)
+        self.tokenizers.check_soon()
         log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
         return True
 
