@@ -57,8 +57,8 @@ PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 # What engines say that were started without something: the whole sentence, so that no message that repeats a client's
-# words can look like one. (sentence, capability if a request can need it by name, remedy)
-MISSING: tuple[tuple[re.Pattern[str], str | None, str], ...] = tuple(
+# words can look like one. (sentence, capability, remedy)
+MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(sentence), capability, remedy)
     for sentence, capability, remedy in (
         (
@@ -118,12 +118,12 @@ MISSING: tuple[tuple[re.Pattern[str], str | None, str], ...] = tuple(
         ),
         (
             r"This server does not support completions\. Start it without `?--embeddings?`?\.?",
-            None,
+            "generation",
             "it was started with --embeddings and answers nothing else: give it a model name of its own",
         ),
         (
             r"(?:The|This) model does not support (?:the )?(?:Chat )?Completions API\.?",
-            None,
+            "generation",
             "its model generates no text: give it a model name of its own",
         ),
     )
