@@ -33,7 +33,8 @@ class CircuitBreaker:
     ever. `on_trial`: the next failure opens it."""
 
     __slots__ = (
-        "_doubted_at", "_evidence", "_open_until", "_openings", "doubts", "failures", "on_trial", "slow_start_at", "state"
+        "_doubted_at", "_evidence", "_open_until", "_openings",
+        "doubts", "failures", "on_trial", "slow_start_at", "state",
     )  # fmt: skip
 
     def __init__(self) -> None:

@@ -114,6 +114,10 @@ FAILURES: list[tuple[str, int, bytes, Blame]] = [
      "engine"),
     ("no such route", 404, b'{"detail":"Not Found"}', "engine"),
     ("no such method", 405, b'{"detail":"Method Not Allowed"}', "engine"),
+    ("a proxy in between wants a password", 407, b"", "engine"),
+    ("our request came too slowly", 408, b"<html>", "unclear"),
+    ("too early", 425, b"{}", "unclear"),
+    ("nginx's word for a connection that was closed", 499, b"", "unclear"),
     ("not implemented", 501, orjson.dumps(error("This server does not support that.", code=501)), "engine"),
 ]  # fmt: skip
 
