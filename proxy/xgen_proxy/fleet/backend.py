@@ -120,7 +120,8 @@ class Backend:
         )
 
     def _with_overrides(self, capabilities: frozenset[str]) -> frozenset[str]:
-        """The settings `tools`, `images` and `embeddings` add or remove a capability; engines deny some."""
+        """The settings `tools`, `images` and `embeddings` add or remove a capability. One that an engine denies is gone
+        when all replicas have denied it: a request for it fails over to one that has not."""
         settings = self.settings
         for setting, names in (
             (settings.tools, {"tools", "forced_tool"}),
@@ -129,7 +130,8 @@ class Backend:
         ):
             if setting is not None:
                 capabilities = capabilities | names if setting else capabilities - names
-        return capabilities.difference(*(replica.missing for replica in self.replicas))
+        denied = [replica.missing for replica in self.replicas]
+        return capabilities - frozenset.intersection(*denied) if denied else capabilities
 
     # snapshots
 

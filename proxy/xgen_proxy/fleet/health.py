@@ -197,6 +197,18 @@ class HealthMonitor:
             log.info("%s answered several requests in a row with 5xx: asking for a canary", replica.name)
             self._start(self._canaries, replica, self._canary(replica))
 
+    def convict(self, replica: Replica, request: int) -> None:
+        """Its engine answered a request with 5xx that another replica served. `request`: its hash.
+
+        That decides where no canary can. No single request, however often a client repeats it, closes a replica to the
+        others; and if no other can serve them, they are sent there all the same.
+        """
+        if replica.dialect.uses_canary or not replica.breaker.convicted(request, time.monotonic()):
+            return
+        if replica.state != "down" and replica.set_state("suspect", "it failed requests that others served"):
+            log.warning("%s is suspect: %s", replica.name, replica.reason)
+        self.admission.on_replica_down()
+
     async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
         return await replica.ask(path, timeout_s=self.settings.scrape_timeout_s)
 
@@ -320,6 +332,7 @@ class HealthMonitor:
         if not dialect.uses_canary:
             if replica.breaker.try_half_open(now):  # tokens may cost money here: the next request is the trial
                 replica.mark_up("its circuit breaker was open long enough")
+                replica.breaker.on_trial = True
         elif replica not in self._canaries and (self._is_silent(replica, now) or replica.breaker.try_half_open(now)):
             self._start(self._canaries, replica, self._canary(replica))
 
