@@ -1,12 +1,20 @@
-"""Write the tables of these pages that repeat the code. tests/repo/test_docs.py fails while one is stale.
+"""Write the tables of these pages that repeat the code or a result file. tests/repo/test_docs.py fails while one is stale.
 
 python docs/tables.py
+
+To show a measurement: write its result file to bench/results/ with the command that measures it, add its rows to RESULTS
+under a name, and put the markers of a table of that name into the page. The line that says when, where and by which
+command it was measured comes with the table.
 """
 
 from __future__ import annotations
 
 import ast
+import datetime
+import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +26,7 @@ from pydantic_core import PydanticUndefined
 
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
+RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
 from xgen_proxy.config.loading import env_name  # noqa: E402
@@ -45,6 +54,7 @@ ORDER = (
     "observability",
     "config",
     "models",
+    "costs",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -167,6 +177,52 @@ def first_sentence(file: Path) -> str:
     return found[0] if found else text
 
 
+# Measurements
+
+
+def measured(found: dict[str, Any]) -> str:
+    """When, where, by which command and with which versions: the line below the table of a result file."""
+    where = found["machine"]
+    parts = [
+        where["cpu"],
+        *(f"{count} x {gpu}" if count > 1 else gpu for gpu, count in counted(where["gpus"])),
+        f"{where['cores']} cores",
+        f"{where['memory_bytes'] / 2**30:.0f} GiB",
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    day = datetime.datetime.fromisoformat(found["date"]).date()
+    return f"Measured on {day} on {', '.join(parts)}, by `{found['command']}`; {versions}.\n"
+
+
+def counted(names: list[str]) -> list[tuple[str, int]]:
+    return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+def spread(figures: list[float], digits: int = 3) -> str:
+    """The median, and the range where there are several: `12.3 (12.0-12.7)` with an en dash."""
+    middle, *ends = [number(each, digits) for each in (statistics.median(figures), min(figures), max(figures))]
+    return f"{middle} ({'–'.join(ends)})" if len(figures) > 1 else middle
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With `digits` significant digits, and no exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+# A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
+RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {}
+
+
+def result(name: str) -> str:
+    """Raises FileNotFoundError if it has not been measured."""
+    file, rows = RESULTS[name]
+    content = json.loads((RESULT_FILES / file).read_text())
+    return f"{markdown(rows(content))}\n{measured(content['conditions'])}"
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
@@ -186,6 +242,8 @@ def rendered(text: str) -> str:
 
 
 def render(name: str) -> str:
+    if name in RESULTS:
+        return result(name)
     return rooms() + "\n" if name == "rooms" else markdown(TABLES[name]())
 
 

@@ -1,0 +1,74 @@
+"""Every figure in docs/models.md and docs/benchmarks.md comes from a result file that says how it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.documents import BLOCK, ROOT, name
+
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+PAGES = [page for page in (ROOT / "docs" / "models.md", ROOT / "docs" / "benchmarks.md") if page.exists()]
+TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+GENERATED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
+CONDITIONS: dict[str, Any] = {
+    "command": "xgen-proxy models compare a.gguf",
+    "date": "2026-11-26T01:02:03+00:00",
+    "machine": {"cpu": "Xeon", "cores": 16, "memory_bytes": 128 * 2**30, "gpus": ["H100", "H100"], "os": "Linux"},
+    "versions": {"python": "3.11.9", "vllm": "0.32.0"},
+}
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=name)
+def test_a_result_file_says_how_it_was_measured(file: Path) -> None:
+    found = json.loads(file.read_text())["conditions"]
+    assert found["command"]
+    assert datetime.datetime.fromisoformat(found["date"]).tzinfo is not None
+    assert found["machine"]["cpu"]
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["memory_bytes"] > 0
+    assert "gpus" in found["machine"]
+    assert found["versions"]["python"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_table_of_figures_comes_from_a_result_file(page: Path) -> None:
+    """test_docs.py compares the generated ones with their files."""
+    written = GENERATED.sub("", BLOCK.sub("", page.read_text()))
+    assert [row for row in ROW.findall(written) if re.search(r"\d", row)] == []
+    assert set(GENERATED.findall(page.read_text())) <= set(TABLES["RESULTS"]) | set(TABLES["TABLES"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_page_says_how_each_table_was_measured(page: Path) -> None:
+    for table in set(GENERATED.findall(page.read_text())) & set(TABLES["RESULTS"]):
+        found = json.loads((TABLES["RESULT_FILES"] / TABLES["RESULTS"][table][0]).read_text())["conditions"]
+        assert f"by `{found['command']}`" in page.read_text()
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=name)
+def test_a_result_file_is_shown(file: Path) -> None:
+    """As a table, or named by a page, as one behind a plot is."""
+    in_tables = {shown for shown, _ in TABLES["RESULTS"].values()}
+    assert file.name in in_tables or any(file.name in page.read_text() for page in PAGES)
+
+
+def test_the_line_below_a_table() -> None:
+    assert TABLES["measured"](CONDITIONS) == (
+        "Measured on 2026-11-26 on Xeon, 2 x H100, 16 cores, 128 GiB, by `xgen-proxy models compare a.gguf`; "
+        "python 3.11.9, vllm 0.32.0.\n"
+    )
+
+
+def test_figures_with_their_spread() -> None:
+    assert TABLES["spread"]([12.34, 12.0, 12.71]) == "12.3 (12.0–12.7)"
+    assert TABLES["spread"]([1234.56]) == "1,235"
+    assert TABLES["number"](0.0012345) == "0.00123"
+    assert TABLES["number"](0) == "0"
