@@ -1,10 +1,10 @@
-"""Write the tables of these pages that repeat the code or a result file. tests/repo/test_docs.py fails while one is stale.
+"""Write the tables of these pages that repeat the code or a result file. test_docs.py fails while one is stale.
 
 python docs/tables.py
 
-To show a measurement: write its result file to bench/results/ with the command that measures it, add its rows to RESULTS
-under a name, and put the markers of a table of that name into the page. The line that says when, where and by which
-command it was measured comes with the table.
+To show a measurement: the command that measures writes its result file to bench/results/. Add the file and its rows to
+RESULTS under a name, and put the markers of a table of that name into the page. The line that says when, where and by
+which command it was measured comes with the table.
 """
 
 from __future__ import annotations
