@@ -122,7 +122,7 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     evens = costs.break_evens(subjects)
     notes = doubts(subjects, evens)
     if measured.skipped:
-        notes.append(f"{measured.skipped} runs without goodput were left out; --any-latency counts them too.")
+        notes.append(f"runs without goodput that were left out: {measured.skipped}; --any-latency counts them too.")
     if arguments.any_latency:
         notes.append("every completed request counts here, however late it was.")
     if arguments.json:

@@ -2,7 +2,7 @@
 
 - `vllm bench serve --save-result`: one JSON object for a run; with --append-result one in each line.
   https://docs.vllm.ai/en/latest/cli/bench/serve.html
-- `bench.engines`: an object with a list of records: subject, where, mode, concurrency or request_rate, figures.
+- `bench.engines`: an object with a list of records: subject, where, the load, and what came of it.
 - TOML or JSON with a table for each machine: {gpu: {requests_per_s, output_tokens_per_s, input_tokens_per_s}}.
 """
 
@@ -170,14 +170,39 @@ def records(source: Source, content: list[dict[str, Any]]) -> Iterator[tuple[str
 
 
 def bench_records(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of our bench: whatever list holds records with subject and figures."""
+    """Of our bench: each record in whatever list of the file has records with a subject."""
     for value in content.values():
         for record in value if isinstance(value, list) else ():
-            if isinstance(record, dict) and "subject" in record and isinstance(record.get("figures"), dict):
-                where = record.get("where")
-                subject = record["subject"] if where in (None, "direct") else f"{record['subject']}, {where}"
-                load = {"max_concurrency": record.get("concurrency"), "request_rate": record.get("request_rate")}
-                yield subject, {**load, **record["figures"]}
+            if isinstance(record, dict) and isinstance(record.get("subject"), str):
+                yield bench_subject(record), bench_figures(record)
+
+
+def bench_subject(record: dict[str, Any]) -> str:
+    """The engine; and what is measured apart from it: through the proxy, and with prompts that begin alike."""
+    where, shared = record.get("where"), level_of(record).get("shared_prefix")
+    parts = [record["subject"], where if where != "direct" else None, f"{shared} tokens shared" if shared else None]
+    return ", ".join(filter(None, parts))
+
+
+def bench_figures(record: dict[str, Any]) -> dict[str, Any]:
+    """In the words of vLLM's load generator, which `figures` has where a record has it."""
+    rate, seconds = record.get("output_tok_s"), record.get("seconds")
+    return {
+        "max_concurrency": record.get("concurrency", level_of(record).get("streams")),
+        "request_rate": record.get("request_rate", record.get("rate")),
+        "request_throughput": record.get("req_s"),
+        "request_goodput": record.get("goodput"),
+        "output_throughput": rate,
+        "total_input_tokens": record.get("prompt_tokens"),
+        "total_output_tokens": rate * seconds if rate and seconds else None,
+        **{key: record.get(key) for key in ("completed", "failed")},
+        **(record.get("figures") or {}),
+    }
+
+
+def level_of(record: dict[str, Any]) -> dict[str, Any]:
+    level = record.get("level")
+    return level if isinstance(level, dict) else {}
 
 
 def by_hand(source: Source, content: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -126,7 +126,7 @@ def spread(figures: Range | None) -> str:
 def number(value: float) -> str:
     """With three significant digits, and no exponent."""
     if not value or not math.isfinite(value):
-        return "none" if math.isinf(value) else "0"
+        return "∞" if math.isinf(value) else "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
 
