@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.cpu_time import TRIES, slowness, untraced
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import LearntSlots, Scrape, load_of, parse_metrics
 from xgen_proxy.fleet.replica import ANSWER_BYTES
@@ -78,9 +79,14 @@ HOSTILE = {
 @pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE.keys())
 def test_the_largest_page_takes_no_longer_than_it_must(unit: bytes) -> None:
     page = (unit * (ANSWER_BYTES // len(unit) + 1))[:ANSWER_BYTES]
-    began = time.process_time()
-    parse_metrics(page)
-    assert time.process_time() - began < 0.1
+    with untraced():
+        limit = 0.1 * slowness()
+        best = math.inf
+        for _ in range(TRIES):
+            began = time.thread_time()
+            parse_metrics(page)
+            best = min(best, time.thread_time() - began)
+    assert best < limit
 
 
 def scrapes(*gauges: tuple[float | None, float | None, float | None]) -> list[int | None]:
