@@ -212,15 +212,61 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def computed(content: dict[str, Any]) -> str:
+    """The line below figures that were computed from other result files: how those were measured, and the command."""
+    sources = {each["file"]: each for each in content["measured"] if "machine" in each}
+    measurements = " ".join(f"{file}: {measured(each).rstrip()}" for file, each in sources.items())
+    return f"{measurements} Computed by `{content['conditions']['command']}`.\n".lstrip()
+
+
+def cost_runs(content: dict[str, Any]) -> Iterator[Row]:
+    unit = content["currency"]
+    costs = [f"{unit} per 1,000 requests", f"{unit} per million output tokens"]
+    yield "machine", f"{unit} per hour", "engine", "load", "goodput, requests/s", "utilisation", *costs
+    per_hour = {each["name"]: hourly(each) for each in content["machines"]}
+    for subject in content["subjects"]:
+        for run in subject["runs"]:
+            figures = (ranged(run[each]) for each in ("requests", "output_tokens"))
+            place = subject["machine"], per_hour[subject["machine"]], subject["subject"], run["load"]
+            yield *place, ranged(run["goodput"]), f"{run['utilisation'] * 100:.0f} %", *figures
+
+
+def hourly(machine: dict[str, Any]) -> str:
+    idle, busy = number(machine["fixed"]), number(machine["fixed"] + machine["extra"])
+    return idle if idle == busy else f"{idle} idle, {busy} busy"
+
+
+def cost_break_even(content: dict[str, Any]) -> Iterator[Row]:
+    yield "cheaper", "than", "from, requests/s", "at the loads, requests/s"
+    for even in content["break_even"]:
+        loads = ", ".join(
+            f"above {number(each['over'])}" if each["to"] is None else f"{number(each['over'])}–{number(each['to'])}"
+            for each in even["cheaper"]
+        )
+        yield even["machine"], even["against"]["machine"], ranged(even["requests_per_s"]), loads or "none"
+
+
+def ranged(figures: dict[str, float] | None) -> str:
+    """`figures`: low, middle and high, as `xgen-proxy cost` writes them."""
+    if figures is None:
+        return ""
+    shown = [number(figures[each]) for each in ("low", "middle", "high") if figures[each] is not None]
+    return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
+
+
 # A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
-RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {}
+RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
+    "cost_runs": ("cost.json", cost_runs),
+    "cost_break_even": ("cost.json", cost_break_even),
+}
 
 
 def result(name: str) -> str:
     """Raises FileNotFoundError if it has not been measured."""
     file, rows = RESULTS[name]
     content = json.loads((RESULT_FILES / file).read_text())
-    return f"{markdown(rows(content))}\n{measured(content['conditions'])}"
+    line = computed(content) if "measured" in content else measured(content["conditions"])
+    return f"{markdown(rows(content))}\n{line}"
 
 
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {

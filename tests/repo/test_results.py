@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 from tests.support.documents import BLOCK, ROOT, name
+from tests.unit.costs.builders import two
+from xgen_proxy.costs.costs import break_evens
+from xgen_proxy.costs.prices import Prices
+from xgen_proxy.costs.report import data
 
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 PAGES = [page for page in (ROOT / "docs" / "models.md", ROOT / "docs" / "benchmarks.md") if page.exists()]
@@ -72,3 +76,21 @@ def test_figures_with_their_spread() -> None:
     assert TABLES["spread"]([1234.56]) == "1,235"
     assert TABLES["number"](0.0012345) == "0.00123"
     assert TABLES["number"](0) == "0"
+
+
+def test_the_tables_of_costs() -> None:
+    """What `xgen-proxy cost --json` writes is what the page can show."""
+    found = two(cpu=(0.9, 1.0, 1.1))
+    prices = Prices("$", tuple(each.machine for each in found))
+    content = {
+        "conditions": CONDITIONS,
+        "measured": [{"file": "h100.json", **CONDITIONS}, {"file": "cpu.json", "date": "20261126-010203"}],
+        **data(prices, found, break_evens(found), []),
+    }
+    head, *runs = TABLES["cost_runs"](content)
+    assert len({len(head), *map(len, runs)}) == 1
+    assert runs[0][:6] == ("gpu", "2.50", "vllm", "", "40.0", "100 %")
+    assert list(TABLES["cost_break_even"](content))[1:] == [("gpu", "cpu", "12.0 (10.8–13.2)", "above 12.0")]
+    line = TABLES["computed"](content)
+    assert line.startswith("h100.json: Measured on 2026-11-26 on Xeon, ")
+    assert line.endswith("Computed by `xgen-proxy models compare a.gguf`.\n")
