@@ -45,7 +45,7 @@ class Cost:
 
 @frozen
 class Subject:
-    """An engine with a model on a machine. `best`: the run with the most goodput."""
+    """An engine with a model on a machine. `best`: the run with the most goodput, of those that had some each time."""
 
     machine: Machine
     name: str
@@ -76,16 +76,19 @@ class Subject:
     def _cost(self, repeats: Sequence[Repeat], utilisation: float, share: float) -> Cost:
         per_hour = self.machine.per_hour(utilisation)
 
-        def tokens(count: Callable[[Repeat], float | None]) -> Range | None:
-            counts = [(repeat, count(repeat)) for repeat in repeats]
-            if any(tokens is None for _, tokens in counts):
-                return None
-            return range_of(per_million(per_hour, repeat.goodput * share * (tokens or 0)) for repeat, tokens in counts)
+        def price(formula: Callable[[float, float], float], rates: Range) -> Range:
+            return Range(*(formula(per_hour, rate) for rate in (rates.high, rates.middle, rates.low)))
 
+        def tokens(count: Callable[[Repeat], float | None]) -> Range | None:
+            good = [(repeat.goodput * share, count(repeat) if repeat.goodput else 0.0) for repeat in repeats]
+            rates = [rate * tokens for rate, tokens in good if tokens is not None]
+            return price(per_million, range_of(rates)) if len(rates) == len(good) else None
+
+        served = range_of(repeat.goodput * share for repeat in repeats)
         return Cost(
-            goodput=range_of(repeat.goodput * share for repeat in repeats),
+            goodput=served,
             utilisation=utilisation,
-            requests=range_of(per_thousand(per_hour, repeat.goodput * share) for repeat in repeats),
+            requests=price(per_thousand, served),
             output_tokens=tokens(lambda repeat: repeat.tokens_out),
             all_tokens=tokens(all_tokens),
         )
@@ -106,7 +109,7 @@ def subjects(runs: Iterable[Run], machine: Callable[[str], Machine]) -> list[Sub
         found.setdefault((run.machine, run.subject), []).append(run)
     made = []
     for (name, subject), group in found.items():
-        best = max(group, key=lambda run: goodput(run).middle)
+        best = max(group, key=lambda run: (goodput(run).low > 0, goodput(run).middle))
         if not goodput(best).low:
             raise CostError(
                 f"{name} {subject}".strip() + " served no request within its objectives; "

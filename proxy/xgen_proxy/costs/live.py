@@ -63,8 +63,8 @@ def fetch(url: str, key: str | None) -> Page:
 
 def watch(url: str, key: str | None, seconds: float, progress: Callable[[int], None]) -> list[Traffic]:
     """Read /metrics for so long. `progress` gets the whole seconds that have passed. Raises CostError."""
-    began = time.monotonic()
     pages = [fetch(url, key)]
+    began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
         progress(int(passed))
         time.sleep(min(seconds / SAMPLES, seconds - passed))

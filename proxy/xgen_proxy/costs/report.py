@@ -137,19 +137,20 @@ def number(value: float) -> str:
 def data(
     prices: Prices, subjects: Sequence[Subject], evens: Sequence[BreakEven], doubts: Sequence[str]
 ) -> dict[str, Any]:
-    """Loads without an end are null there."""
-    return {
+    """What is infinite is null there: the end of loads without one, the price of requests that were all late."""
+    found = {
         "currency": prices.currency,
         "machines": [asdict(machine) for machine in dict.fromkeys(each.machine for each in subjects)],
         "subjects": [subject_data(subject) for subject in subjects],
         "break_even": [even_data(even) for even in evens],
         "notes": list(doubts),
     }
+    return {name: finite(value) for name, value in found.items()}
 
 
 def subject_data(subject: Subject) -> dict[str, Any]:
     runs = [
-        {"load": run.load, "rate": finite(run.rate), "concurrency": run.concurrency, **asdict(subject.cost_of(run))}
+        {"load": run.load, "rate": run.rate, "concurrency": run.concurrency, **asdict(subject.cost_of(run))}
         for run in subject.runs
     ]
     at = [asdict(subject.cost_at(share)) for share in UTILISATIONS]
@@ -161,10 +162,14 @@ def even_data(even: BreakEven) -> dict[str, Any]:
         "machine": even.one.machine.name,
         "subject": even.one.name,
         "against": {"machine": even.other.machine.name, "subject": even.other.name},
-        "cheaper": [{"over": loads.over, "to": finite(loads.to)} for loads in even.cheaper],
-        "requests_per_s": even.first and {key: finite(value) for key, value in asdict(even.first).items()},
+        "cheaper": [asdict(loads) for loads in even.cheaper],
+        "requests_per_s": even.first and asdict(even.first),
     }
 
 
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

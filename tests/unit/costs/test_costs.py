@@ -53,6 +53,16 @@ def test_repeats_give_a_range() -> None:
     assert only.goodput == Range(1.0, 2.0, 4.0)
 
 
+def test_a_repeat_in_which_all_was_late() -> None:
+    """Its price has no end; the best run is another one, if there is one that always had goodput."""
+    only = subject(run(2.0, repeat(0.0, throughput=5.0, tokens_out=None), 2.0, rate=2.0), run(1.0, rate=1.0))
+    low, high = (only.cost_of(each) for each in only.runs)
+    assert only.best is only.runs[0]
+    assert figures(low.requests) == (1.0, 1.0, 1.0)
+    assert figures(high.requests) == (0.5, 0.5, math.inf)
+    assert figures(high.output_tokens) == pytest.approx((5.0, 5.0, math.inf))
+
+
 def test_the_cost_at_a_utilisation() -> None:
     only = subject(run(4.0), on=machine(fixed=1.8, extra=1.8))
     half = only.cost_at(0.5)

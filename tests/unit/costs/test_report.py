@@ -80,6 +80,12 @@ def test_the_json_has_no_infinity() -> None:
     assert made["notes"] == ["mind the gap."]
 
 
+def test_what_is_infinite_is_null_in_json() -> None:
+    found = subjects([run(1.0, rate=1.0), run(2.0, 0.0, rate=2.0)], machine)
+    made = json.loads(json.dumps(data(PRICES, found, [], []), allow_nan=False))
+    assert made["subjects"][0]["runs"][1]["requests"]["high"] is None
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(0.0123456, "0.0123"), (1.0, "1.00"), (12.34, "12.3"), (1234.5, "1,234"), (0, "0"), (math.inf, "∞")],
