@@ -30,6 +30,7 @@ RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
 from xgen_proxy.config.loading import env_name  # noqa: E402
+from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
@@ -262,8 +263,9 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
 
 
 def result(name: str) -> str:
-    """Raises FileNotFoundError if it has not been measured."""
     file, rows = RESULTS[name]
+    if not (RESULT_FILES / file).exists():
+        return markdown(iter([("not measured yet",)]))
     content = json.loads((RESULT_FILES / file).read_text())
     line = computed(content) if "measured" in content else measured(content["conditions"])
     return f"{markdown(rows(content))}\n{line}"
@@ -274,6 +276,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
     "routing": lambda: settings(Routing, "routing."),
     "limits": lambda: settings(Limits, "limits."),
+    "memory_guard": lambda: settings(MemoryGuard, "memory_guard."),
     "metrics": metrics,
     "rules": rules,
     "abilities": abilities,

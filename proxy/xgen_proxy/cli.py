@@ -181,7 +181,7 @@ def run_route(arguments: argparse.Namespace) -> int:
     if plan.get("error"):
         print(f"refused: {plan['error']['message']}")
     rows = [
-        (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", each["reason"])
+        (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", planned_reason(each))
         for index, each in enumerate(plan["candidates"], 1)
     ]
     if rows:
@@ -189,6 +189,12 @@ def run_route(arguments: argparse.Namespace) -> int:
     for each in plan["rejections"]:
         print(f"not {each['name']}: {each['reason']}")
     return 1 if plan.get("error") else 0
+
+
+def planned_reason(candidate: dict[str, Any]) -> str:
+    """With the candidate's pressure, if memory is short."""
+    memory = candidate.get("memory")  # an older proxy tells none
+    return candidate["reason"] if not memory or memory in candidate["reason"] else f"{candidate['reason']}; {memory}"
 
 
 def read_file(path: str) -> bytes:
@@ -210,7 +216,7 @@ def run_status(arguments: argparse.Namespace) -> int:
             ",".join(backend["models"]),
             str(backend["context"] or "?"),
             megabytes(replica["memory"]["process_rss_bytes"]),
-            replica["reason"],
+            reason_of(replica),
         )
         for backend in status["backends"]
         for replica in backend["replicas"]
@@ -218,6 +224,12 @@ def run_status(arguments: argparse.Namespace) -> int:
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
     return 0
+
+
+def reason_of(replica: dict[str, Any]) -> str:
+    """Of its state, and of its pressure if memory is short."""
+    pressure = replica["memory"].get("pressure")  # an older proxy has none
+    return f"{replica['reason']}; {pressure['level']}, {pressure['reason']}" if pressure else str(replica["reason"])
 
 
 def megabytes(value: int | None) -> str:

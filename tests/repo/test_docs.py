@@ -29,13 +29,15 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.fleet.process_memory import Memory
+from xgen_proxy.fleet.memory import pressure
+from xgen_proxy.fleet.memory.process import Memory
 from xgen_proxy.forwarding import retry_budget
 from xgen_proxy.request.features import HINTS
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "proxy" / "xgen_proxy"
 API, METRICS, ARCHITECTURE = DOCS / "api.md", DOCS / "metrics.md", DOCS / "architecture.md"
+OPERATIONS = DOCS / "operations.md"
 ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
 NGINX_PAGE = ROOT / "nginx" / "README.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
@@ -401,6 +403,9 @@ def test_outcomes() -> None:
         (ROUTING, f"gets none for {circuit_breaker.OPEN_S:g} s"),
         (ROUTING, f"up to {circuit_breaker.LONGEST_OPEN_S:g} s"),
         (ROUTING, f"step by step over {circuit_breaker.SLOW_START_S:g} s"),
+        (OPERATIONS, f"{pressure.GAP:g} below its threshold, without preemptions, and after {pressure.DWELL_S:g} s"),
+        (OPERATIONS, f"one request or a tenth every {pressure.GROWTH_S:g} s"),
+        (OPERATIONS, f"only the last {pressure.MOST // 1024**3} count"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
         (README, f"while its load is under {Settings().routing.urgent_load:g}"),
@@ -415,5 +420,6 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.MINIMUM == 3, "the pages say three"
+    threes = circuit_breaker.FAILURES, health.MISSES_BEFORE_DOWN, retry_budget.MINIMUM, pressure.READINGS
+    assert set(threes) == {3}, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"

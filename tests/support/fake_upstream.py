@@ -16,6 +16,7 @@ METRICS = """\
 vllm:num_requests_running{{engine="0"}} {running}
 vllm:num_requests_waiting{{engine="0"}} {waiting}
 vllm:kv_cache_usage_perc{{engine="0"}} {kv}
+vllm:num_preemptions_total{{engine="0"}} {preemptions}
 """
 
 
@@ -115,6 +116,7 @@ class FakeUpstream:
     running: int = 0
     waiting: int = 0
     kv: float = 0.0
+    preemptions: int = 0
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
@@ -186,7 +188,7 @@ class FakeUpstream:
         elif talk.path == "/v1/models":
             await talk.answer(200, {"data": [{"id": name, "max_model_len": 2048} for name in self.models]})
         else:
-            page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv)
+            page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv, preemptions=self.preemptions)
             await talk.answer(200, page.encode())
 
 

@@ -46,6 +46,7 @@ class Dialect:
     models_change: ClassVar[bool] = True  # its models may change while it runs: LoRA, llama-swap, Ollama
     uses_canary: ClassVar[bool] = False  # asked for one token when in doubt; not where tokens may cost money
     hides_hangs: ClassVar[bool] = False  # a process of its own answers health checks for the engine
+    relief_paths: ClassVar[Mapping[str, str]] = {}  # kind of relief → a POST that frees memory, if the engine has it
     sends_request_id: ClassVar[bool] = True
     reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
     event_splitter: ClassVar[type[EventSplitter]] = EventSplitter  # its bytes are tested; see sse.py

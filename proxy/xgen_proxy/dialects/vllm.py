@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
@@ -57,6 +59,7 @@ class VLLM(Dialect):
     metrics_path = "/metrics"
     uses_canary = True
     hides_hangs = True
+    relief_paths = MappingProxyType({"reset_prefix_cache": "/reset_prefix_cache"})
     rules = (
         shared.MODEL_NAME,
         Rule(

@@ -34,7 +34,14 @@ class FleetMetrics(Collector):
         yield _of_each(replicas, "in_flight", "Requests that hold one of its slots.", lambda replica: replica.in_flight)
         yield _of_each(replicas, "slots", "Requests it runs at once.", lambda replica: replica.slots)
         yield _of_each(replicas, "scrape_age_seconds", "Since its load was last read, if its engine reports one.", _age)
+        yield _of_each(
+            replicas,
+            "memory_pressure",
+            "0: none; 1: short of memory, it takes less work; 2: it takes no new work while another can do it.",
+            lambda replica: replica.memory.level,
+        )
         yield _breakers(replicas)
+        yield _preempted(replicas)
         yield _resent(replicas)
         queued = GaugeMetricFamily("xgen_queue_requests", "Requests that wait for a slot.", labels=())
         queued.add_metric((), len(self.admission.queue))
@@ -81,6 +88,18 @@ def _breakers(replicas: list[Replica]) -> GaugeMetricFamily:
     for replica in replicas:
         for state in BREAKER_STATES:
             family.add_metric((replica.backend_name, replica.name, state), replica.breaker.state == state)
+    return family
+
+
+def _preempted(replicas: list[Replica]) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "xgen_preemptions",
+        "Running requests that lost their KV cache and are computed again, as the engine counts them.",
+        labels=REPLICA,
+    )
+    for replica in replicas:
+        if replica.scraped is not None and replica.scraped.preemptions is not None:
+            family.add_metric((replica.backend_name, replica.name), replica.scraped.preemptions)
     return family
 
 

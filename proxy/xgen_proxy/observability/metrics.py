@@ -89,6 +89,11 @@ class Metrics(Collector, Observer):
             "xgen_background_restarts", "Background tasks that ended or failed, and were started again.", ["task"]
         )
         self.restarts.values = restarts
+        self.relief = Counter(
+            "xgen_memory_relief",
+            "Times that a replica short of memory was asked to free some (`memory_guard.relief`), by result.",
+            ["backend", "replica", "result"],
+        )
         self.dropped_log_lines = DROPPED
 
     def _define_histograms(self) -> None:

@@ -54,6 +54,7 @@ def explain(plan: Plan, features: Features) -> dict[str, Any]:
                 "device_class": candidate.backend.device_class,
                 "load": round(candidate.replica.load(plan.now, plan.routing), 4),
                 "tier": candidate.tier,
+                "memory": candidate.replica.pressure.reason if candidate.replica.pressure else None,
                 "reason": candidate.reason,
             }
             for candidate in plan.candidates

@@ -12,6 +12,8 @@
 9. The others follow in order as fallbacks. The CPU is last and always included, unless `fallback: none`.
 10. Panic: if none of them is up, all that answer health checks count as up. A refusal would be certain failure.
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
+11. A replica that the memory guard has closed counts as full. It comes after those that are not closed, and the CPU
+    before it. It is never left out: where all are closed, each takes one request at a time (fleet/memory/pressure.py).
 """
 
 from __future__ import annotations
@@ -163,7 +165,12 @@ def _options(
     features: Features, able: Sequence[BackendSnapshot], routing: Routing, rng: random.Random, now: float
 ) -> list[Option]:
     options = [_option(features, backend, routing, rng, now) for backend in able]
-    return [option for option in options if option.replicas]
+    return sorted([option for option in options if option.replicas], key=_is_closed)
+
+
+def _is_closed(option: Option) -> bool:
+    """Rule 11: its best replica is closed, and so are all others."""
+    return option.replicas[0].closed
 
 
 def _in_panic(backend: BackendSnapshot) -> BackendSnapshot:
@@ -193,20 +200,34 @@ def _draw(
     """Up to `most` live replicas, those with the fewest of our requests first, since only that count is never old.
 
     The first two are ordered by load (https://ieeexplore.ieee.org/document/963420). If there are many replicas, only a
-    window at a random position is considered, and the others only if most of it is down.
+    window at a random position is considered, and the others only if most of it is down. Closed ones come last.
     """
     start = rng.randrange(len(replicas)) if replicas else 0
     window = replicas[start : start + WINDOW]
     if len(window) < WINDOW:  # wrap around
         window = (*window, *replicas[: min(start, WINDOW - len(window))])
-    live = [replica for replica in window if replica.up]
-    if len(live) < most and len(window) < len(replicas):
-        live = [replica for replica in replicas if replica.up]
-        rng.shuffle(live)
+    live = _open(window)
+    closed: list[ReplicaSnapshot] = []
+    if len(live) < most:
+        closed = [replica for replica in window if replica.up and replica.closed]
+        if len(window) < len(replicas) and (not live or len(live) + len(closed) < most):
+            live = _open(replicas)
+            rng.shuffle(live)
+            closed = closed or [replica for replica in replicas if replica.up and replica.closed]
+        closed.sort(key=in_flight)
     live.sort(key=in_flight)
     if len(live) > 1 and live[1].load(now, routing) < live[0].load(now, routing):
         live[0], live[1] = live[1], live[0]
-    return live[:most]
+    return [*live, *closed][:most]
+
+
+def _open(replicas: Sequence[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """Those that are up and that the memory guard has not closed (rule 11)."""
+    return [
+        replica
+        for replica in replicas
+        if replica.up and (replica.pressure is None or replica.pressure.level != "closed")
+    ]
 
 
 def _home_key(features: Features) -> tuple[str, str]:
@@ -252,11 +273,16 @@ def _rank(features: Features, live: Sequence[Option], routing: Routing, now: flo
     if long:
         return _tiers([gpus, cpus], long)
     if len(gpus) > 1:
-        gpus.sort(key=lambda option: option.replicas[0].load(now, routing))
-    load = gpus[0].replicas[0].load(now, routing)
+        gpus.sort(key=lambda option: (option.replicas[0].closed, option.replicas[0].load(now, routing)))
+    gpu, cpu = gpus[0].replicas[0], cpus[0].replicas[0]
+    load = gpu.load(now, routing)
     urgent = features.urgency == "high"
     limit = routing.urgent_load if urgent else routing.load_limit
     word = "urgent" if urgent else "default"
+    if gpu.pressure is not None and gpu.closed and not cpu.closed:
+        return _tiers([cpus + gpus], f"{word}_spill: GPU closed, {gpu.pressure.reason}")
+    if cpu.pressure is not None and cpu.closed and not gpu.closed:
+        return _tiers([gpus + cpus], f"{word}: CPU closed, {cpu.pressure.reason}")
     if load < limit:
         return _tiers([gpus + cpus], f"{word}: GPU load {load:.2f} < {limit:g}")
     return _tiers([cpus + gpus], f"{word}_spill: GPU load {load:.2f} >= {limit:g}")

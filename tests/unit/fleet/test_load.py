@@ -16,10 +16,13 @@ from xgen_proxy.fleet.replica import ANSWER_BYTES
 PAGES = Path(__file__).resolve().parents[2] / "fixtures" / "metrics"
 
 RECORDED = [
-    ("vllm-0.26.0-metrics.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
-    ("vllm-0.32.0-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": 0.0}),
-    ("vllm-0.32.0-metrics-loaded.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
-    ("llama-server-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": None}),
+    ("vllm-0.26.0-metrics.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598, "preemptions": 0.0}),
+    ("vllm-0.32.0-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": 0.0, "preemptions": 0.0}),
+    (
+        "vllm-0.32.0-metrics-loaded.txt",
+        {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598, "preemptions": 0.0},
+    ),
+    ("llama-server-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": None, "preemptions": None}),
 ]
 
 
@@ -46,11 +49,16 @@ def test_timestamps_and_braces_in_labels() -> None:
     page = (
         'vllm:num_requests_running{model_name="a } b"} 3.0 1700000000000\nllamacpp:requests_deferred 2 1700000000000\n'
     )
-    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None, "preemptions": None}
 
 
 def test_missing_gauges_are_none() -> None:
-    assert parse_metrics(b"# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+    assert parse_metrics(b"# nothing\nother_metric 5\n") == {
+        "running": None,
+        "waiting": None,
+        "kv": None,
+        "preemptions": None,
+    }
 
 
 @given(page=st.binary(max_size=300))
@@ -62,7 +70,7 @@ def test_any_page_is_parsed(page: bytes) -> None:
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "-1", "x", "", "}"])
 def test_gauge_that_is_no_count_is_unknown(value: str) -> None:
     page = f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 2\n"
-    assert parse_metrics(page.encode()) == {"running": None, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": None, "waiting": 2.0, "kv": None, "preemptions": None}
 
 
 HOSTILE = {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.builders import backend, cpu, down, features, gpu, replica
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, shallow_dict, to_json
 from xgen_proxy.request.features import NEEDS, Features
 from xgen_proxy.routing.plan import Plan, explain
@@ -79,6 +80,55 @@ def test_rules(
     made = plan([one, other], **values)
     assert order(made) == names
     assert word(made) == reason
+
+
+# rule 11: a replica that the memory guard has closed counts as full
+
+
+def closed(snapshot: BackendSnapshot) -> BackendSnapshot:
+    pressure = Pressure("closed", 3, "memory: KV cache 98% used")
+    return replace(snapshot, replicas=tuple(replace(each, pressure=pressure) for each in snapshot.replicas))
+
+
+CLOSED = [
+    ({}, closed(gpu()), cpu(), ["llama_cpp", "vllm"], "default_spill"),
+    ({}, closed(gpu()), cpu(9.0), ["llama_cpp", "vllm"], "default_spill"),
+    ({"urgency": "high"}, closed(gpu()), cpu(), ["llama_cpp", "vllm"], "urgent_spill"),
+    ({}, gpu(2.0), closed(cpu()), ["vllm", "llama_cpp"], "default"),
+    ({}, closed(gpu()), closed(cpu()), ["llama_cpp", "vllm"], "default_spill"),
+    ({"prompt_words": 101}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
+    ({"backend": "vllm"}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "explicit"),
+    ({}, closed(gpu()), down(cpu()), ["vllm"], "only"),
+    ({}, closed(backend("a")), backend("b", load=5.0), ["b", "a"], "only"),
+]
+
+
+@pytest.mark.parametrize(("values", "one", "other", "names", "reason"), CLOSED)
+def test_closed_replicas_come_last_and_are_never_left_out(
+    values: dict[str, Any], one: BackendSnapshot, other: BackendSnapshot, names: list[str], reason: str
+) -> None:
+    made = plan([one, other], Routing(load_limit=1.0), **values)
+    assert order(made) == names
+    assert word(made) == reason
+
+
+def test_a_load_limit_over_1_does_not_open_a_closed_replica() -> None:
+    made = plan([closed(gpu()), cpu()], Routing(load_limit=9.0))
+    assert made.candidates[0].reason == "default_spill: GPU closed, memory: KV cache 98% used"
+    assert explain(made, features())["candidates"][1]["memory"] == "memory: KV cache 98% used"
+
+
+@pytest.mark.parametrize("session", [None, "s"])
+@pytest.mark.parametrize("count", [2, 4, 200])
+def test_within_a_backend_closed_replicas_come_last(count: int, session: str | None) -> None:
+    [pressed] = closed(gpu()).replicas
+    idle = [replace(pressed, name=f"closed-{number}") for number in range(count - 1)]
+    busy = replica("open", 3.0, in_flight=9)
+    snapshot = gpu(replicas=(*idle, busy))
+    for seed in range(20):
+        candidates = plan([snapshot], seed=seed, session=session).candidates
+        assert candidates[0].replica.name == "open"
+        assert len(candidates) == min(count, ROUTING.max_attempts)
 
 
 def test_thresholds_are_settings() -> None:
@@ -274,6 +324,7 @@ replicas_strategy = st.builds(
     slow_start_at=st.none() | st.floats(NOW - 20, NOW),
     scraped=st.none() | scrapes,
     answers=st.booleans(),
+    pressure=st.none() | st.builds(Pressure, st.sampled_from(LEVELS), st.integers(1, 9), st.just("memory: short")),
 )
 
 
