@@ -21,7 +21,7 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 PAGES = [page for page in (ROOT / "docs" / "models.md", ROOT / "docs" / "benchmarks.md") if page.exists()]
 TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 GENERATED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(r"\|\s*[*~<>$€]*\d")  # a cell that begins with a number
+FIGURE = re.compile(r"\|\s*[*~<>$€]*\d[\d.,]*\**\s*(?:\(|%|[\w/]{,6}\s*\|)")  # a number with its unit or range
 ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
 CONDITIONS: dict[str, Any] = {
     "command": "xgen-proxy models compare a.gguf",
@@ -60,6 +60,8 @@ def test_every_table_of_figures_comes_from_a_result_file(page: Path) -> None:
 def test_figures_are_told_from_words() -> None:
     assert FIGURE.search("| vllm | 12.3 (12.0–12.7) |")
     assert FIGURE.search("| **17** | vllm |")
+    assert FIGURE.search("| 20 ms | vllm |")
+    assert not FIGURE.search("| tok/s | 256 tokens read in one batch |")
     assert not FIGURE.search("| every engine, 20 minutes | `make bench-engines` |")
 
 

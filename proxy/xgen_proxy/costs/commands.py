@@ -111,7 +111,7 @@ def answer_live(arguments: argparse.Namespace, prices: Prices) -> str:
 
 def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     from xgen_proxy.costs import costs, plot, report
-    from xgen_proxy.costs.doubts import doubts
+    from xgen_proxy.costs.doubts import doubts, left_out
     from xgen_proxy.costs.errors import CostError
     from xgen_proxy.costs.measurements import parse_source, read_measurements
 
@@ -120,7 +120,7 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     measured = read_measurements(map(parse_source, arguments.measurements), arguments.any_latency)
     subjects = costs.subjects(measured.runs, prices.machine)
     evens = costs.break_evens(subjects)
-    notes = doubts(subjects, evens)
+    notes = doubts(subjects, evens) + left_out(measured.runs, subjects)
     if measured.skipped:
         notes.append(f"runs without goodput that were left out: {measured.skipped}; --any-latency counts them too.")
     if arguments.any_latency:

@@ -103,19 +103,21 @@ def goodput(run: Run) -> Range:
 
 
 def subjects(runs: Iterable[Run], machine: Callable[[str], Machine]) -> list[Subject]:
-    """In the order in which they were named. Raises CostError if one served nothing in time."""
+    """In the order in which they were named, without those that served nothing in time. Raises CostError if that leaves
+    a machine with none."""
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         found.setdefault((run.machine, run.subject), []).append(run)
     made = []
     for (name, subject), group in found.items():
         best = max(group, key=lambda run: (goodput(run).low > 0, goodput(run).middle))
-        if not goodput(best).low:
+        if goodput(best).low:
+            made.append(Subject(machine(name), subject, tuple(sorted(group, key=lambda run: run.height)), best))
+    for name, _ in found:
+        if name not in {each.machine.name for each in made}:
             raise CostError(
-                f"{name} {subject}".strip() + " served no request within its objectives; "
-                "measure at a lower load, or with wider objectives"
+                f"{name} served no request within the objectives; measure at a lower load, or with wider objectives"
             )
-        made.append(Subject(machine(name), subject, tuple(sorted(group, key=lambda run: run.height)), best))
     return made
 
 

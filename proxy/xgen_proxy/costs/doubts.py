@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from xgen_proxy.costs.costs import BreakEven, Subject, goodput
 from xgen_proxy.costs.measurements import Run
@@ -18,6 +18,15 @@ def doubts(subjects: Sequence[Subject], evens: Sequence[BreakEven]) -> list[str]
     """A sentence each."""
     told = [f"{each.title}: {doubt}." for each in subjects for doubt in (failures(each), too_low(each)) if doubt]
     return told + [doubt for each in evens if (doubt := unlike(each.one, each.other))]
+
+
+def left_out(runs: Iterable[Run], subjects: Sequence[Subject]) -> list[str]:
+    """A sentence for each subject that was measured and has no cost."""
+    counted = {(each.machine.name, each.name) for each in subjects}
+    rest = dict.fromkeys((run.machine, run.subject) for run in runs if (run.machine, run.subject) not in counted)
+    return [
+        f"{machine} ({subject}) served no request within the objectives and is left out." for machine, subject in rest
+    ]
 
 
 def failures(subject: Subject) -> str | None:

@@ -6,13 +6,20 @@ import pytest
 
 from tests.unit.costs.builders import machine, repeat, run, subject
 from xgen_proxy.costs.costs import break_evens, subjects
-from xgen_proxy.costs.doubts import doubts
+from xgen_proxy.costs.doubts import doubts, left_out
 from xgen_proxy.costs.measurements import Run
 
 
 def told(*runs: Run) -> list[str]:
     found = subjects(runs, machine)
     return doubts(found, break_evens(found))
+
+
+def test_a_subject_that_served_nothing_in_time_is_left_out() -> None:
+    runs = [run(1.0), run(0.0, subject="slow")]
+    found = subjects(runs, machine)
+    assert [each.name for each in found] == ["vllm"]
+    assert left_out(runs, found) == ["gpu (slow) served no request within the objectives and is left out."]
 
 
 def test_failures() -> None:
