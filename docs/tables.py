@@ -36,6 +36,7 @@ from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
 from xgen_proxy.fleet.backend import Fleet  # noqa: E402
+from xgen_proxy.models.compare.report import cost_rows, quality_rows, summary_rows  # noqa: E402
 from xgen_proxy.observability.fleet_metrics import FleetMetrics  # noqa: E402
 from xgen_proxy.observability.metrics import Metrics  # noqa: E402
 from xgen_proxy.request.features import NEEDS  # noqa: E402
@@ -148,6 +149,23 @@ def presets() -> Iterator[Row]:
         yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
 
 
+def measured(name: str) -> dict[str, Any]:
+    """A result file, as the command that measured it wrote it."""
+    result: dict[str, Any] = json.loads((DOCS.parent / "bench" / "results" / f"{name}.json").read_text())
+    return result
+
+
+def conditions(result: dict[str, Any]) -> Iterator[Row]:
+    found = result["conditions"]
+    machine = found["machine"]
+    memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
+    yield "conditions", ""
+    yield "command", found["command"]
+    yield "date", found["date"]
+    yield "machine", f"{machine['cpu']}, {machine['cores']} cores, {memory}, {machine['os']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
 def rooms() -> str:
     """The packages in the order in which a request meets them: a heading, their sentence, their modules."""
     return "".join(
@@ -181,7 +199,7 @@ def first_sentence(file: Path) -> str:
 # Measurements
 
 
-def measured(found: dict[str, Any]) -> str:
+def provenance(found: dict[str, Any]) -> str:
     """When, where, by which command and with which versions: the line below the table of a result file."""
     where = found["machine"]
     parts = [
@@ -216,7 +234,7 @@ def number(value: float, digits: int = 3) -> str:
 def computed(content: dict[str, Any]) -> str:
     """The line below figures that were computed from other result files: how those were measured, and the command."""
     sources = {each["file"]: each for each in content["measured"] if "machine" in each}
-    measurements = " ".join(f"{file}: {measured(each).rstrip()}" for file, each in sources.items())
+    measurements = " ".join(f"{file}: {provenance(each).rstrip()}" for file, each in sources.items())
     return f"{measurements} Computed by `{content['conditions']['command']}`.\n".lstrip()
 
 
@@ -267,7 +285,7 @@ def result(name: str) -> str:
     if not (RESULT_FILES / file).exists():
         return markdown(iter([("not measured yet",)]))
     content = json.loads((RESULT_FILES / file).read_text())
-    line = computed(content) if "measured" in content else measured(content["conditions"])
+    line = computed(content) if "measured" in content else provenance(content["conditions"])
     return f"{markdown(rows(content))}\n{line}"
 
 
@@ -282,6 +300,10 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "abilities": abilities,
     "dialects": dialects,
     "presets": presets,
+    "compare_summary": lambda: summary_rows(measured("compare-smollm2")),
+    "compare_costs": lambda: cost_rows(measured("compare-smollm2")),
+    "compare_quality": lambda: quality_rows(measured("compare-smollm2")),
+    "compare_conditions": lambda: conditions(measured("compare-smollm2")),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: serve, check, route, status, key, cost. Only this module prints."""
+"""The command line: serve, check, route, status, key, models, cost. Only commands print."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import orjson
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
-from xgen_proxy.costs import commands as costs
+from xgen_proxy.costs import commands as cost_commands
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.models import commands as model_commands
+from xgen_proxy.models.errors import ModelError
 from xgen_proxy.server import PortInUseError, serve
 
 EXAMPLES = """\
@@ -26,6 +28,7 @@ examples:
   xgen-proxy check
   echo '{"messages": [{"role": "user", "content": "Hi"}]}' | xgen-proxy route
   xgen-proxy status
+  xgen-proxy models pull smollm2
 """
 
 SERVE_EXAMPLES = """\
@@ -86,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PortInUseError, CommandError) as error:
         print(f"xgen-proxy: {error}", file=sys.stderr)
         return 2
+    except ModelError as error:
+        print(f"xgen-proxy: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in `xgen-proxy check | head`
@@ -121,7 +127,8 @@ def parser() -> argparse.ArgumentParser:
     add_client(route)
     add_client(add("status", run_status, "Show the state and load of every replica.", STATUS_EXAMPLES))
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
-    costs.add_to(commands)
+    model_commands.add_to(commands)
+    cost_commands.add_to(commands)
     return top
 
 

@@ -46,7 +46,7 @@ def test_a_result_file_says_how_it_was_measured(file: Path) -> None:
 @pytest.mark.parametrize("file", RESULTS, ids=name)
 def test_a_page_has_the_command_that_measured_it(file: Path) -> None:
     command = json.loads(file.read_text())["conditions"]["command"]
-    assert any(f"`{command}`" in page.read_text() for page in PAGES)
+    assert any(command in page.read_text() for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -66,7 +66,7 @@ def test_figures_are_told_from_words() -> None:
 
 
 def test_the_line_below_a_table() -> None:
-    assert TABLES["measured"](CONDITIONS) == (
+    assert TABLES["provenance"](CONDITIONS) == (
         "Measured on 2026-11-26 on Xeon, 2 x H100, 16 cores, 128 GiB, by `xgen-proxy models compare a.gguf`; "
         "python 3.11.9, vllm 0.32.0.\n"
     )
