@@ -88,12 +88,13 @@ async def status(request: Request) -> Response:
     )
 
 
-def local_facts(replicas: Iterable[Replica]) -> Local:
+def local_facts(replicas: list[Replica]) -> Local:
     """What this machine knows about the processes that run on it."""
-    pids = listeners()
+    here = [each for each in replicas if is_local(each.pool.host)]
+    pids = listeners() if here else {}
     found: Local = {}
     for each in replicas:
-        pid = pids.get(each.pool.port) if is_local(each.pool.host) else None
+        pid = pids.get(each.pool.port) if each in here else None
         headers = [header for path in model_files(pid) if (header := read_gguf_header(path)) is not None]
         found[each] = memory_of(pid), headers[0] if headers else None
     return found
