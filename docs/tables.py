@@ -6,6 +6,7 @@ python docs/tables.py
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench.engines import results as engine_results  # noqa: E402
+from bench.engines import table as engine_tables  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
@@ -27,6 +30,7 @@ from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
 from xgen_proxy.fleet.backend import Fleet  # noqa: E402
+from xgen_proxy.models.compare.report import cost_rows, quality_rows, summary_rows  # noqa: E402
 from xgen_proxy.observability.fleet_metrics import FleetMetrics  # noqa: E402
 from xgen_proxy.observability.metrics import Metrics  # noqa: E402
 from xgen_proxy.request.features import NEEDS  # noqa: E402
@@ -138,6 +142,23 @@ def presets() -> Iterator[Row]:
         yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
 
 
+def measured(name: str) -> dict[str, Any]:
+    """A result file, as the command that measured it wrote it."""
+    result: dict[str, Any] = json.loads((DOCS.parent / "bench" / "results" / f"{name}.json").read_text())
+    return result
+
+
+def conditions(result: dict[str, Any]) -> Iterator[Row]:
+    found = result["conditions"]
+    machine = found["machine"]
+    memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
+    yield "conditions", ""
+    yield "command", found["command"]
+    yield "date", found["date"]
+    yield "machine", f"{machine['cpu']}, {machine['cores']} cores, {memory}, {machine['os']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
 def rooms() -> str:
     """The packages in the order in which a request meets them: a heading, their sentence, their modules."""
     return "".join(
@@ -168,6 +189,14 @@ def first_sentence(file: Path) -> str:
     return found[0] if found else text
 
 
+def engines(table: Callable[[engine_results.Results], Iterator[Row]], name: str) -> Iterator[Row]:
+    """A table of bench/results/engines-NAME.json; before its first run, the place where it will be."""
+    file = DOCS.parent / "bench" / "results" / f"engines-{name}.json"
+    if not file.exists():
+        return iter([("not measured yet",)])
+    return table(engine_results.read(file))
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
@@ -179,6 +208,21 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "abilities": abilities,
     "dialects": dialects,
     "presets": presets,
+    "compare_summary": lambda: summary_rows(measured("compare-smollm2")),
+    "compare_costs": lambda: cost_rows(measured("compare-smollm2")),
+    "compare_quality": lambda: quality_rows(measured("compare-smollm2")),
+    "compare_conditions": lambda: conditions(measured("compare-smollm2")),
+    "engines_cpu": lambda: engines(engine_tables.overview, "cpu"),
+    "engines_cpu_loads": lambda: engines(engine_tables.latencies, "cpu"),
+    "engines_cpu_ratios": lambda: engines(engine_tables.ratios, "cpu"),
+    "engines_cpu_conditions": lambda: engines(engine_tables.conditions, "cpu"),
+    "engines_gpu": lambda: engines(engine_tables.overview, "gpu"),
+    "engines_gpu_claims": lambda: engines(engine_tables.claims, "gpu"),
+    "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
+    "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
+    "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
+    "engines_two_gpus": lambda: engines(engine_tables.latencies, "two-gpus"),
 }
 
 

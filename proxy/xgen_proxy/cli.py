@@ -1,4 +1,4 @@
-"""The command line: serve, check, route, status, key. Only this module prints."""
+"""The command line: serve, check, route, status, key, models. Only commands print."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.models import commands as model_commands
+from xgen_proxy.models.errors import ModelError
 from xgen_proxy.server import PortInUseError, serve
 
 EXAMPLES = """\
@@ -25,6 +27,7 @@ examples:
   xgen-proxy check
   echo '{"messages": [{"role": "user", "content": "Hi"}]}' | xgen-proxy route
   xgen-proxy status
+  xgen-proxy models pull smollm2
 """
 
 SERVE_EXAMPLES = """\
@@ -91,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PortInUseError, CommandError) as error:
         print(f"xgen-proxy: {error}", file=sys.stderr)
         return 2
+    except ModelError as error:
+        print(f"xgen-proxy: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in `xgen-proxy check | head`
@@ -128,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--details", action="store_true", help="also show KV caches, models and GPUs")
     add_client(status)
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
+    model_commands.add_to(commands)
     return top
 
 

@@ -61,7 +61,7 @@ class Run:
 
 
 def drive(proxy: Proxy, vllm: Server) -> Run:
-    """Each client asks again as soon as it has its answer. One in three may go to the CPU; the others wait for the GPU."""
+    """Each client asks again as soon as it has its answer. One request in three may go to the CPU."""
     before, backends = preemptions(vllm), Counter[str]()
 
     def client(number: int) -> None:

@@ -24,7 +24,7 @@ from xgen_proxy import cli, errors
 from xgen_proxy.api.generate import GenerateRequest
 from xgen_proxy.api.ops import backend_status
 from xgen_proxy.app import create_app
-from xgen_proxy.config.loading import ConfigSources, env_name
+from xgen_proxy.config.loading import NOT_SETTINGS, ConfigSources, env_name
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
@@ -151,14 +151,17 @@ def check_python(words: list[str]) -> None:
     """`-m pytest PATH`, `-m MODULE` or a file."""
     module, *rest = words[1:] if words[0] == "-m" else ["", *words]
     if module and module != "pytest":
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
-    for path in rest:
-        assert (ROOT / path).exists(), path
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for name in rest:
+        assert (ROOT / name).exists(), name
 
 
 def check_pip(words: list[str]) -> None:
-    """`install .`, which installs the package of this checkout."""
-    assert words == ["install", "."], words
+    """`install .`, which installs the package of this checkout, or with one of its extras: `.[models]`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install", words
+    assert words[1:] in ([["."]] + [[f".[{extra}]"] for extra in extras]), words
 
 
 def check_curl(words: list[str]) -> None:
@@ -255,7 +258,7 @@ def test_settings_in_the_text_exist(page: Path) -> None:
     for text in inline(page):
         if re.fullmatch(r"(routing|limits|backends)\.[\w.]+", text) and not text.endswith((".py", ".in")):
             assert text in known or text in walk(), text
-        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text not in ("XGEN_CONFIG", "XGEN_SECRETS_DIR"):
+        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text not in NOT_SETTINGS:
             setting = text.removeprefix("XGEN_").lower().replace("__", ".").replace(".name.", ".NAME.")
             assert setting in known, text
 
