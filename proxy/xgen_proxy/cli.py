@@ -256,7 +256,8 @@ def print_details(status: dict[str, Any]) -> None:
     models = [
         (
             each["name"], number(model["vocabulary"]), number(model["context"]), number(model["layers"]),
-            number(model["width"]), number(model["parameters"]), megabytes(model["bytes"]), model["quantization"] or "?",
+            number(model["width"]), number(model["parameters"]), megabytes(model["bytes"]),
+            model["quantization"] or "?",
         )
         for each in replicas
         if (model := each.get("model"))

@@ -114,7 +114,7 @@ def backend_status(backend: Backend, replicas: Iterable[Replica], local: Local) 
 
 def replica_status(replica: Replica, memory: Memory, header: ModelFacts | None) -> dict[str, Any]:
     scraped = replica.scraped
-    kv_cache = read_kv_cache(scraped.page) if scraped else None
+    kv_cache = read_kv_cache(replica.metrics_page)
     return {
         "name": replica.name,
         "url": replica.url,

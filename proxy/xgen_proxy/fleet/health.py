@@ -215,7 +215,7 @@ class HealthMonitor:
         now = time.monotonic()
         ours = max(before, replica.in_flight)  # requests that started or ended during the scrape are ours too
         stale_at = now + self.settings.stale_after_s
-        replica.record_scrape(Scrape(**gauges, at=now, stale_at=stale_at, ours=ours, page=page))
+        replica.record_scrape(Scrape(**gauges, at=now, stale_at=stale_at, ours=ours), page)
 
     def mark_down(self, replica: Replica, reason: str) -> None:
         if replica.set_state("down", reason):

@@ -33,7 +33,7 @@ class Scrape:
 
     `running`, `waiting`: requests, summed over all engines of the server. `kv`: share of the KV cache in use, 0 to 1.
     `preemptions`: running requests that lost their KV cache so far. `at`: when it was read, and `stale_at`: when it
-    expires, in seconds of time.monotonic(). `ours`: our own requests on the replica at that time. `page`: all of it.
+    expires, in seconds of time.monotonic(). `ours`: our own requests on the replica at that time.
     """
 
     running: float | None
@@ -43,7 +43,6 @@ class Scrape:
     stale_at: float
     ours: int = 0
     preemptions: float | None = None
-    page: bytes = b""
 
 
 def parse_metrics(page: bytes) -> Gauges:

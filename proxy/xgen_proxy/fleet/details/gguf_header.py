@@ -75,10 +75,10 @@ def _string(data: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _behind_array(data: bytes, at: int, item: int, length: int) -> int:
+    if length > len(data) or (item != STRING and item not in SCALARS):
+        raise EOFError
     if item in SCALARS:
         return at + length * struct.calcsize(f"<{SCALARS[item]}")
-    if item != STRING:
-        raise EOFError
     for _ in range(length):
         _, at = _string(data, at)
     return at

@@ -40,7 +40,8 @@ def test_every_kind_of_key_is_read_or_passed_over(tmp_path: Path) -> None:
 def test_what_stands_before_the_damage_is_known(tmp_path: Path) -> None:
     for tail in (
         b"", b"\xff", string("x")[:-1], struct.pack("<Q", 2**63), key_value("x", 99, b""), key_value("x", STRING, b""),
-        key_value("x", ARRAY, struct.pack("<IQ", ARRAY, 2**60)), key_value("x", ARRAY, struct.pack("<IQ", STRING, 2**60)),
+        key_value("x", ARRAY, struct.pack("<IQ", ARRAY, 2**60)),
+        key_value("x", ARRAY, struct.pack("<IQ", STRING, 2**60)),
         key_value("x", ARRAY, struct.pack("<IQ", UINT64, 2**63)), key_value("x", UINT32, b"\x01"),
     ):  # fmt: skip
         assert read(tmp_path, gguf(LAYERS, tail, keys=2**63)) == ModelFacts(layers=30), tail

@@ -52,7 +52,7 @@ def forget() -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
-    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
 
 
 def test_memory_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(gpus.ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
     assert read_gpus() is None
 
 
@@ -91,6 +91,6 @@ async def test_a_driver_that_hangs_holds_one_thread(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpus, "read_gpus", hangs)
     monkeypatch.setattr(gpus, "TIME_LIMIT_S", 0.05)
     reader = GpuReader()
-    assert await asyncio.gather(reader.read(), reader.read(), reader.read()) == [None, None, None]
+    assert all(found is None for found in await asyncio.gather(*(reader.read() for _ in range(3))))
     assert len(began) == 1
     go_on.set()
