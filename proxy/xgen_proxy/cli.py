@@ -64,10 +64,16 @@ order in which they would be tried, each with the reason, and the backends that 
 STATUS_EXAMPLES = """\
 examples:
   xgen-proxy status
+  xgen-proxy status --details
   xgen-proxy status --url http://proxy-box:8080
 
 Each line is one replica. `busy` is requests in flight / slots, `load` is 0 for idle and 1 for full, and `reason`
 explains the state.
+
+--details adds tables of what is known besides. KV cache: `in use`, its `blocks` and the tokens of one, its `tokens` in
+all, the `share` of the GPU's memory that vLLM may take, `hits` (prompt tokens found in the prefix cache) and
+`preempted` (requests that lost their blocks) since vLLM started. Models: vocabulary, trained context, layers, width.
+GPUs: those of the proxy's machine. `?` is unknown.
 """
 
 KEY_EXAMPLES = """\
@@ -125,7 +131,9 @@ def parser() -> argparse.ArgumentParser:
     route = add("route", run_route, "Show how a request would be routed, without sending it.", ROUTE_EXAMPLES)
     route.add_argument("file", nargs="?", default="-", help="file with the request as JSON (default: standard input)")
     add_client(route)
-    add_client(add("status", run_status, "Show the state and load of every replica.", STATUS_EXAMPLES))
+    status = add("status", run_status, "Show the state and load of every replica.", STATUS_EXAMPLES)
+    status.add_argument("--details", action="store_true", help="also show KV caches, models and GPUs")
+    add_client(status)
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
     model_commands.add_to(commands)
     cost_commands.add_to(commands)
@@ -230,7 +238,52 @@ def run_status(arguments: argparse.Namespace) -> int:
     ]
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
+    if arguments.details:
+        print_details(status)
     return 0
+
+
+def print_details(status: dict[str, Any]) -> None:
+    """An older proxy has none."""
+    replicas = [replica for backend in status["backends"] for replica in backend["replicas"]]
+    caches = [
+        (
+            each["name"], percent(each["memory"]["kv_usage"]), number(cache["blocks"]), number(cache["block_size"]),
+            number(cache["tokens"]), percent(cache["memory_utilization"]), percent(cache["prefix_hit_rate"]),
+            number(cache["preemptions"]),
+        )
+        for each in replicas
+        if (cache := each.get("kv_cache"))
+    ]  # fmt: skip
+    models = [
+        (
+            each["name"], number(model["vocabulary"]), number(model["context"]), number(model["layers"]),
+            number(model["width"]), number(model["parameters"]), megabytes(model["bytes"]),
+            model["quantization"] or "?",
+        )
+        for each in replicas
+        if (model := each.get("model"))
+    ]  # fmt: skip
+    gpus = [
+        (each["name"], megabytes(each["used_bytes"]), megabytes(each["total_bytes"]))
+        for each in status.get("gpus") or ()
+    ]
+    for head, rows in (
+        (("KV cache", "in use", "blocks", "block", "tokens", "share", "hits", "preempted"), caches),
+        (("model", "vocabulary", "context", "layers", "width", "parameters", "size", "quantization"), models),
+        (("GPU", "used", "total"), gpus),
+    ):
+        if rows:
+            print()
+            print_table([head, *rows])
+
+
+def percent(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0%}"
+
+
+def number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def reason_of(replica: dict[str, Any]) -> str:

@@ -281,6 +281,31 @@ def test_models_status(proxied: ProxiedBackend) -> None:
     assert replica["memory"]["process_rss_bytes"] > 100e6
 
 
+def test_models_status_tells_the_kv_cache_or_the_model(proxied: ProxiedBackend) -> None:
+    proxied.assert_answers()
+    [backend] = proxied.get("/models/status").json()["backends"]
+    [replica] = backend["replicas"]
+    cache, model = replica["kv_cache"], replica["model"]
+    if proxied.kind == "vllm":
+        assert cache["blocks"] * cache["block_size"] >= CONTEXT
+        assert cache["tokens"] == cache["blocks"] * cache["block_size"]
+        assert cache["bytes"] == 2**30  # VLLM_CPU_KVCACHE_SPACE=1
+        assert 0 < cache["memory_utilization"] <= 1
+        assert (cache["prefix_caching"], cache["preemptions"]) == (True, 0)
+        assert 0 <= cache["prefix_hit_rate"] <= 1
+        assert 0 <= replica["memory"]["kv_usage"] < 1
+        assert model is None, "vLLM tells nothing about its model"
+        return
+    assert cache is None
+    shape = {"vocabulary": 49_152, "context": 8192, "layers": 30, "width": 576}
+    assert shape.items() <= model.items()
+    assert 90e6 < replica["memory"]["model_file_bytes"] < 100e6
+    if proxied.kind == "llama_server":
+        assert model["parameters"] == 134_515_008
+        assert 90e6 < model["bytes"] < replica["memory"]["model_file_bytes"]
+        assert model["quantization"] == "Q4_1"
+
+
 def test_metrics_can_be_scraped(proxied: ProxiedBackend) -> None:
     proxied.assert_answers()
     page = proxied.get("/metrics")

@@ -78,7 +78,6 @@ RUN mkdir -p /www/api && touch /www/api/health && ln -s /usr/bin/true /usr/local
 CMD ["python", "-m", "http.server", "--directory", "/www", "3000"]
 """
 
-# vLLM's own parser for its command line, without starting it.
 CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import CHAT, RunningProxy, backend, running_proxy
 from tests.support.waiting import wait_until
 from xgen_proxy import __version__, cli
+from xgen_proxy.api import ops
 from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
+from xgen_proxy.dialects.backend_request import ModelFacts
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -247,6 +250,36 @@ def test_status(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUp
     assert gpu[8:] == ["MB", "healthy"]
     assert cpu[1] == "cpu"
     assert waiting == ["waiting", "for", "a", "slot:", "0"]
+
+
+def test_details_of_the_fleet(
+    run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneGpu:
+        async def read(self) -> list[dict[str, Any]]:
+            return [{"name": "NVIDIA H100", "used_bytes": 72_000_000_000, "total_bytes": None}]
+
+    monkeypatch.setattr(ops, "GPUS", OneGpu())
+    monkeypatch.setattr(
+        ops, "model_status", lambda *_: asdict(ModelFacts(vocabulary=49_152, layers=30, bytes=96_576_768))
+    )
+    gpu.kv, gpu.preemptions = 0.25, 3
+    proxy = start(backends={"vllm": backend(gpu)})
+    name = f"vllm@127.0.0.1:{gpu.port}"
+    assert len(table(run("status", "--url", proxy.url)[1])) == 3, "no details unless asked for"
+    status, out, _ = run("status", "--details", "--url", proxy.url)
+    assert status == 0
+    assert table(out)[3:] == [
+        [],
+        ["KV", "cache", "in", "use", "blocks", "block", "tokens", "share", "hits", "preempted"],
+        [name, "25%", "?", "?", "?", "?", "?", "3"],
+        [],
+        ["model", "vocabulary", "context", "layers", "width", "parameters", "size", "quantization"],
+        [name, "49,152", "?", "30", "?", "?", "97", "MB", "?"],
+        [],
+        ["GPU", "used", "total"],
+        ["NVIDIA", "H100", "72000", "MB", "?"],
+    ]
 
 
 def test_status_and_route_tell_which_memory_is_short(

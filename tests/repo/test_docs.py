@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -22,13 +23,16 @@ from tests.support import documents
 from tests.support.documents import PAGES, README, ROOT, commands, inline, name, table_rows, ticked
 from xgen_proxy import cli, errors
 from xgen_proxy.api.generate import GenerateRequest
-from xgen_proxy.api.ops import backend_status
+from xgen_proxy.api.ops import Local, backend_status
 from xgen_proxy.app import create_app
 from xgen_proxy.config.loading import NOT_SETTINGS, ConfigSources, env_name
 from xgen_proxy.config.settings import Settings
+from xgen_proxy.dialects.backend_request import ModelFacts
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
 from xgen_proxy.fleet.backend import Fleet
+from xgen_proxy.fleet.details.gpus import Gpu
+from xgen_proxy.fleet.details.kv_cache import KvCache
 from xgen_proxy.fleet.memory import pressure
 from xgen_proxy.fleet.memory.process import Memory
 from xgen_proxy.forwarding import retry_budget
@@ -381,11 +385,13 @@ def test_generate_fields() -> None:
 def test_fields_of_the_fleet() -> None:
     backend = Fleet(Settings(backends=LLAMA_CPP)).backends[0]
     memory = Memory(process_rss_bytes=None, model_file_bytes=None)
-    status: dict[str, Any] = backend_status(backend, backend.replicas, dict.fromkeys(backend.replicas, memory))
+    local: Local = dict.fromkeys(backend.replicas, (memory, None))
+    status: dict[str, Any] = backend_status(backend, backend.replicas, local)
     section = API.read_text().partition("## The fleet")[2].partition("\n## ")[0]
     documented = set(ticked(section))
     replica = status["replicas"][0]
     parts = set(replica["load"]) | set(replica["memory"])
+    parts |= {field.name for kind in (KvCache, ModelFacts, Gpu) for field in fields(kind)}
     assert set(status) | set(replica) | parts <= documented
     table = {field for row in table_rows(API, "field") for field in ticked(row[0])}
     assert table == set(replica)

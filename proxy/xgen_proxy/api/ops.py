@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -15,15 +16,22 @@ from starlette.responses import JSONResponse, Response
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
+from xgen_proxy.dialects.backend_request import ModelFacts
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend
-from xgen_proxy.fleet.memory.process import Memory, memory_of
+from xgen_proxy.fleet.details.gguf_header import read_gguf_header
+from xgen_proxy.fleet.details.gpus import GpuReader
+from xgen_proxy.fleet.details.kv_cache import read_kv_cache
+from xgen_proxy.fleet.memory.process import Memory, is_local, listeners, memory_of, model_files
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.routing.plan import explain
+
+Local = dict[Replica, tuple[Memory, ModelFacts | None]]
+GPUS = GpuReader()
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -63,9 +71,11 @@ async def metrics(request: Request) -> Response:
 
 
 async def status(request: Request) -> Response:
+    """The fleet. Asks no engine: what is told here was read by the last health check, or from this machine."""
     gateway = gateway_of(request)
     fleet = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
-    memory = await run_in_threadpool(memory_of_each, [replica for _, replicas in fleet for replica in replicas])
+    replicas = [replica for _, replicas in fleet for replica in replicas]
+    local, gpus = await asyncio.gather(run_in_threadpool(local_facts, replicas), GPUS.read())
     return JSONResponse(
         {
             "default_model": gateway.fleet.default_model,
@@ -73,7 +83,8 @@ async def status(request: Request) -> Response:
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
             "model_pairs": model_pairs(gateway),
-            "backends": [backend_status(backend, replicas, memory) for backend, replicas in fleet],
+            "gpus": gpus,
+            "backends": [backend_status(backend, replicas, local) for backend, replicas in fleet],
         }
     )
 
@@ -87,11 +98,19 @@ def model_pairs(gateway: Gateway) -> list[dict[str, Any]]:
     ]
 
 
-def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
-    return {each: memory_of(each.pool.host, each.pool.port) for each in replicas}
+def local_facts(replicas: list[Replica]) -> Local:
+    """What this machine knows about the processes that run on it."""
+    here = [each for each in replicas if is_local(each.pool.host)]
+    pids = listeners() if here else {}
+    found: Local = {}
+    for each in replicas:
+        pid = pids.get(each.pool.port) if each in here else None
+        headers = [header for path in model_files(pid) if (header := read_gguf_header(path)) is not None]
+        found[each] = memory_of(pid), headers[0] if headers else None
+    return found
 
 
-def backend_status(backend: Backend, replicas: Iterable[Replica], memory: dict[Replica, Memory]) -> dict[str, Any]:
+def backend_status(backend: Backend, replicas: Iterable[Replica], local: Local) -> dict[str, Any]:
     return {
         "name": backend.name,
         "device_class": backend.device_class,
@@ -99,11 +118,13 @@ def backend_status(backend: Backend, replicas: Iterable[Replica], memory: dict[R
         "models": {name: backend.served(name) for name in sorted(backend.models)},
         "context": backend.context,
         "capabilities": sorted(backend.capabilities),
-        "replicas": [replica_status(replica, memory[replica]) for replica in replicas],
+        "replicas": [replica_status(replica, *local[replica]) for replica in replicas],
     }
 
 
-def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
+def replica_status(replica: Replica, memory: Memory, header: ModelFacts | None) -> dict[str, Any]:
+    scraped = replica.scraped
+    kv_cache = read_kv_cache(replica.metrics_page)
     return {
         "name": replica.name,
         "url": replica.url,
@@ -117,10 +138,20 @@ def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
         "load": replica.load_parts.as_dict(),
         "memory": {
             **memory,
-            "kv_usage": replica.scraped.kv if replica.scraped else None,
+            "kv_usage": scraped.kv if scraped else None,
             "pressure": asdict(replica.pressure) if replica.pressure else None,
         },
+        "kv_cache": asdict(kv_cache) if kv_cache else None,
+        "model": model_status(replica.info.model if replica.info else None, header),
     }
+
+
+def model_status(reported: ModelFacts | None, header: ModelFacts | None) -> dict[str, Any] | None:
+    """What the engine reports, and what it leaves out from the header of its file."""
+    known = [asdict(each) for each in (header, reported) if each is not None]
+    if not known:
+        return None
+    return {key: next((each[key] for each in reversed(known) if each[key] is not None), None) for key in known[0]}
 
 
 async def route(request: Request) -> Response:

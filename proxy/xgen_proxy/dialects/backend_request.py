@@ -46,6 +46,22 @@ class BackendRequest:
 
 
 @frozen
+class ModelFacts:
+    """The size and shape of a model; None where it is unknown.
+
+    `context`: tokens that it was trained on. `width`: of its embeddings. `bytes`: of its weights.
+    """
+
+    vocabulary: int | None = None
+    context: int | None = None
+    layers: int | None = None
+    width: int | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    quantization: str | None = None
+
+
+@frozen
 class ReplicaInfo:
     """What a replica reports about itself; None where it does not say. `capabilities` replace the dialect's."""
 
@@ -53,3 +69,4 @@ class ReplicaInfo:
     context: int | None = None
     slots: int | None = None
     capabilities: frozenset[str] | None = None
+    model: ModelFacts | None = None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import orjson
 
-from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
+from xgen_proxy.dialects.backend_request import BackendRequest, ModelFacts, Post, ReplicaInfo
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.dialects.stream_collector import StreamCollector
@@ -25,9 +25,24 @@ MAX_MODELS = 1_000  # of one replica
 MAX_MODEL_NAME = 512  # characters
 
 
-def count(value: object) -> int | None:
+def count(value: object, limit: int = 2**31) -> int | None:
     """A number of slots or tokens that a replica reports, if it is one."""
-    return value if isinstance(value, int) and 0 < value < 2**31 else None
+    return value if isinstance(value, int) and 0 < value < limit else None
+
+
+def model_facts(meta: object) -> ModelFacts | None:
+    """What llama-server says of its model in a card of /v1/models. It does not tell the number of layers."""
+    if not isinstance(meta, dict):
+        return None
+    quantization = meta.get("ftype")
+    return ModelFacts(
+        vocabulary=count(meta.get("n_vocab")),
+        context=count(meta.get("n_ctx_train")),
+        width=count(meta.get("n_embd")),
+        parameters=count(meta.get("n_params"), 2**50),
+        bytes=count(meta.get("size"), 2**50),
+        quantization=quantization if isinstance(quantization, str) and len(quantization) <= 64 else None,
+    )
 
 
 class Dialect:
@@ -60,7 +75,9 @@ class Dialect:
         cards = answers["/v1/models"]["data"][:MAX_MODELS]
         names = tuple(str(card["id"]) for card in cards)
         return ReplicaInfo(
-            tuple(name for name in names if len(name) <= MAX_MODEL_NAME), context=self.context_length(cards)
+            tuple(name for name in names if len(name) <= MAX_MODEL_NAME),
+            context=self.context_length(cards),
+            model=model_facts(cards[0].get("meta")) if len(cards) == 1 else None,
         )
 
     def context_length(self, cards: list[Json]) -> int | None:

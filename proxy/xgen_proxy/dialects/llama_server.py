@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from xgen_proxy import sse
@@ -147,7 +148,7 @@ class LlamaServer(Dialect):
             capabilities |= {"tools", "forced_tool"}
         if (props.get("modalities") or {}).get("vision"):
             capabilities |= {"images"}
-        return ReplicaInfo(info.models, info.context, count(props.get("total_slots")), capabilities)
+        return replace(info, slots=count(props.get("total_slots")), capabilities=capabilities)
 
     def asks_for_stream(self, request: BackendRequest) -> bool:
         """Always, since it cancels only streams."""

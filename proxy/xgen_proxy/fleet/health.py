@@ -230,7 +230,8 @@ class HealthMonitor:
         self._without_load.discard(replica)
         now = time.monotonic()
         ours = max(before, replica.in_flight)  # requests that started or ended during the scrape are ours too
-        replica.record_scrape(Scrape(**gauges, at=now, stale_at=now + self.settings.stale_after_s, ours=ours))
+        stale_at = now + self.settings.stale_after_s
+        replica.record_scrape(Scrape(**gauges, at=now, stale_at=stale_at, ours=ours), page)
 
     def mark_down(self, replica: Replica, reason: str) -> None:
         if replica.set_state("down", reason):

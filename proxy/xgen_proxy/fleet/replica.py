@@ -70,6 +70,7 @@ class Replica:
         self.in_flight = 0
         self.drained = asyncio.Event()
         self.scraped: Scrape | None = None
+        self.metrics_page = b""
         self.info: ReplicaInfo | None = None
         self.missing: frozenset[str | None] = frozenset()
         self._learnt_slots = LearntSlots()
@@ -107,10 +108,11 @@ class Replica:
         self.info = info
         self._set_slots()
 
-    def record_scrape(self, scrape: Scrape | None) -> None:
+    def record_scrape(self, scrape: Scrape | None, page: bytes = b"") -> None:
+        """`page`: the one that the scrape was read from."""
         if scrape is None and self.scraped is None:
             return
-        self.scraped = scrape
+        self.scraped, self.metrics_page = scrape, page
         if scrape is not None and self._learnt_slots.observe(scrape):
             self._set_slots()
         self._on_change(self, 0)

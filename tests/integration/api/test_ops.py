@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.fake_upstream import FakeUpstream, Talk, good
+from tests.support.gguf_bytes import gguf, key_value
 from tests.support.running_proxy import (
     CHAT,
     RunningProxy,
@@ -23,7 +27,9 @@ from tests.support.running_proxy import (
     running_proxy,
     wait_until,
 )
+from xgen_proxy.api import ops
 from xgen_proxy.api.api_keys import hash_key
+from xgen_proxy.dialects.backend_request import ModelFacts
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,7 @@ def test_status_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, Fak
     gpu, _ = fakes
     found = get(f"{proxy.url}/models/status").json()
     backends = found.pop("backends")
+    del found["gpus"]  # of this machine
     assert found == {"default_model": "small", "models": ["small", "big"], "queued": 0, "draining": False}
     cpu_status, gpu_status = backends
     assert [each["name"] for each in backends] == ["llama_cpp", "vllm"]
@@ -90,16 +97,38 @@ def test_status_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, Fak
     [replica] = gpu_status["replicas"]
     load = replica.pop("load")
     memory = replica.pop("memory")
+    assert replica.pop("kv_cache")["preemptions"] == 0
     since = replica.pop("for_s")
     assert replica == {
         "name": f"vllm@127.0.0.1:{gpu.port}", "url": gpu.url, "state": "up", "reason": "healthy", "up": True,
-        "in_flight": 0, "slots": 8, "connections": 0,
+        "in_flight": 0, "slots": 8, "connections": 0, "model": None,
     }  # fmt: skip
     assert since >= 0
     assert 0 <= load.pop("age_s") < 5
     assert load == {"total": 0.5, "in_flight": 4, "slots": 8, "waiting": 1, "kv": 0.25, "stale": False}
     assert memory.pop("process_rss_bytes") > 1_000_000  # the fake lives in this very process
     assert memory == {"model_file_bytes": None, "kv_usage": 0.25, "pressure": None}
+
+
+def test_status_tells_the_model_from_its_file(
+    start: Callable[..., RunningProxy], gpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The header of the file that the engine's process has mapped fills in what the engine does not report."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(gguf(key_value("llama.block_count", 4, struct.pack("<I", 30))))
+    monkeypatch.setattr(ops, "model_files", lambda pid: [model] if pid == os.getpid() else [])
+    [found] = get(f"{start(backends={'only': backend(gpu)}).url}/models/status").json()["backends"]
+    [replica] = found["replicas"]
+    assert {key: value for key, value in replica["model"].items() if value is not None} == {"layers": 30}
+
+
+def test_what_an_engine_reports_goes_before_its_file() -> None:
+    reported = ModelFacts(vocabulary=10, parameters=7, quantization="Q4_1")
+    assert ops.model_status(reported, ModelFacts(vocabulary=9, layers=30)) == {
+        "vocabulary": 10, "context": None, "layers": 30, "width": None, "parameters": 7, "bytes": None,
+        "quantization": "Q4_1",
+    }  # fmt: skip
+    assert ops.model_status(None, None) is None
 
 
 def test_status_follows_the_load(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:

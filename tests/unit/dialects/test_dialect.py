@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chunks import ANSWER, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
-from xgen_proxy.dialects.dialect import MAX_MODEL_NAME, MAX_MODELS
+from xgen_proxy.dialects.backend_request import ModelFacts
+from xgen_proxy.dialects.dialect import MAX_MODEL_NAME, MAX_MODELS, model_facts
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Json
@@ -51,6 +52,36 @@ def test_capabilities() -> None:
     assert "tools" not in LLAMA_CPP_PYTHON.capabilities | LLAMA_SERVER.capabilities
     assert (LLAMA_CPP_PYTHON.slots, LLAMA_CPP_PYTHON.overcommit) == (1, 0)
     assert not LLAMA_SERVER.reuse_after_stream
+
+
+CARD = {
+    "vocab_type": 2, "n_vocab": 49_152, "n_ctx": 1024, "n_ctx_train": 8192, "n_embd": 576, "n_params": 134_515_008,
+    "size": 96_576_768, "ftype": "Q4_1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        (CARD, ModelFacts(49_152, 8192, None, 576, 134_515_008, 96_576_768, "Q4_1")),
+        ({"n_params": 405 * 10**9}, ModelFacts(parameters=405 * 10**9)),
+        ({}, ModelFacts()),
+        ({"n_vocab": "9", "n_embd": -1, "n_params": 2**99, "size": 1.5, "ftype": "x" * 65}, ModelFacts()),
+        (None, None),
+        ([1], None),
+    ],
+)
+def test_what_llama_server_says_of_its_model(meta: Any, expected: ModelFacts | None) -> None:
+    assert model_facts(meta) == expected
+
+
+def test_several_models_have_no_facts_in_common() -> None:
+    cards = [{"id": "a", "meta": CARD}, {"id": "b", "meta": CARD}]
+    assert LLAMA_SERVER.parse_info({"/v1/models": {"data": cards}, "/props": {}}).model is None
+    one = LLAMA_SERVER.parse_info({"/v1/models": {"data": cards[:1]}, "/props": {"total_slots": 3}})
+    assert one.model
+    assert (one.model.vocabulary, one.context, one.slots) == (49_152, 1024, 3)
+    assert LLAMA_SERVER.parse_info({"/v1/models": {"data": []}, "/props": None}).model is None
 
 
 def test_a_whole_response_gets_the_public_model_name() -> None:

@@ -17,11 +17,12 @@ class Memory(TypedDict):
     model_file_bytes: int | None
 
 
-def memory_of(host: str, port: int) -> Memory:
-    pid = listener(port) if is_local(host) else None
-    if pid is None:
-        return {"process_rss_bytes": None, "model_file_bytes": None}
-    return {"process_rss_bytes": rss(pid), "model_file_bytes": model_file(pid)}
+def memory_of(pid: int | None) -> Memory:
+    files = model_files(pid)
+    return {
+        "process_rss_bytes": rss(pid) if pid is not None else None,
+        "model_file_bytes": sum(path.stat().st_size for path in files) if files else None,
+    }
 
 
 def is_local(host: str) -> bool:
@@ -48,16 +49,17 @@ def rss(pid: int) -> int | None:
     return None
 
 
-def model_file(pid: int) -> int | None:
-    """The size of the model file that llama.cpp has mapped into memory.
+def model_files(pid: int | None) -> list[Path]:
+    """The model that llama.cpp has mapped into memory; a large one may be split into several files.
 
     Read from /proc/PID/maps by hand: psutil reads smaps, for which the kernel walks all pages of the process while it
     holds the process's memory lock.
     """
+    if pid is None:
+        return []
     try:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:
-        return None
+        return []
     paths = {Path(line.split(maxsplit=5)[-1]) for line in lines if line.endswith(".gguf")}
-    sizes = [path.stat().st_size for path in paths if path.exists()]
-    return sum(sizes) if sizes else None
+    return sorted(path for path in paths if path.is_file())

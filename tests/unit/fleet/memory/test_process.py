@@ -44,7 +44,7 @@ def child(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
 def test_memory_of_a_local_backend(child: tuple[subprocess.Popen[str], int]) -> None:
     process, port = child
     assert process_memory.listener(port) == process.pid
-    found = process_memory.memory_of("localhost", port)
+    found = process_memory.memory_of(process.pid)
     assert found["model_file_bytes"] == 3 * mmap.PAGESIZE + 5
     assert found["process_rss_bytes"]
     assert 40_000_000 < found["process_rss_bytes"] < 200_000_000
@@ -69,7 +69,6 @@ def test_unused_port_has_no_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     assert process_memory.listener(port) is None
-    assert process_memory.memory_of("127.0.0.1", port) == {"process_rss_bytes": None, "model_file_bytes": None}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +80,9 @@ def test_which_hosts_are_this_machine(host: str, local: bool) -> None:
     assert process_memory.is_local(host) is local
 
 
-def test_memory_of_another_machine_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_memory, "listener", lambda port: pytest.fail("searched for a listener"))
-    assert process_memory.memory_of("10.0.0.1", 80)["process_rss_bytes"] is None
+def test_memory_of_an_unknown_process_is_unknown() -> None:
+    """As on another machine, or of another user's process."""
+    assert process_memory.memory_of(None) == {"process_rss_bytes": None, "model_file_bytes": None}
 
 
 def test_memory_of_a_dead_process_is_unknown(child: tuple[subprocess.Popen[str], int]) -> None:
@@ -91,7 +90,7 @@ def test_memory_of_a_dead_process_is_unknown(child: tuple[subprocess.Popen[str],
     process.kill()
     process.wait()
     assert process_memory.rss(process.pid) is None
-    assert process_memory.model_file(process.pid) is None
+    assert process_memory.model_files(process.pid) == []
 
 
 def test_file_closed_during_the_search_hides_no_listener(
