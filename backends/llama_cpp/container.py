@@ -20,8 +20,9 @@ from pathlib import Path
 from backends.environment import usable_cores
 from backends.healthcheck import GENERATED, PORT
 from backends.local import COMMANDS, own_name
-from backends.models import DEFAULT, ModelError, default_model, given_model
+from backends.models import DEFAULT, default_model, given_model
 from backends.process import KEPT
+from xgen_proxy.models.errors import ModelError
 
 MODELS = Path("/models")
 TEMPLATE = Path("/template/tokenizer_config.json")  # the proxy is configured with this path in any case

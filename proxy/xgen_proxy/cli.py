@@ -1,4 +1,4 @@
-"""The command line: serve, check, route, status, key. Only this module prints."""
+"""The command line: serve, check, route, status, key, models, cost. Only commands print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import orjson
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
+from xgen_proxy.costs import commands as cost_commands
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.models import commands as model_commands
+from xgen_proxy.models.errors import ModelError
 from xgen_proxy.server import PortInUseError, serve
 
 EXAMPLES = """\
@@ -25,6 +28,7 @@ examples:
   xgen-proxy check
   echo '{"messages": [{"role": "user", "content": "Hi"}]}' | xgen-proxy route
   xgen-proxy status
+  xgen-proxy models pull smollm2
 """
 
 SERVE_EXAMPLES = """\
@@ -85,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PortInUseError, CommandError) as error:
         print(f"xgen-proxy: {error}", file=sys.stderr)
         return 2
+    except ModelError as error:
+        print(f"xgen-proxy: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in `xgen-proxy check | head`
@@ -120,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
     add_client(route)
     add_client(add("status", run_status, "Show the state and load of every replica.", STATUS_EXAMPLES))
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
+    model_commands.add_to(commands)
+    cost_commands.add_to(commands)
     return top
 
 
@@ -179,7 +188,7 @@ def run_route(arguments: argparse.Namespace) -> int:
     if plan.get("error"):
         print(f"refused: {plan['error']['message']}")
     rows = [
-        (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", each["reason"])
+        (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", planned_reason(each))
         for index, each in enumerate(plan["candidates"], 1)
     ]
     if rows:
@@ -187,6 +196,12 @@ def run_route(arguments: argparse.Namespace) -> int:
     for each in plan["rejections"]:
         print(f"not {each['name']}: {each['reason']}")
     return 1 if plan.get("error") else 0
+
+
+def planned_reason(candidate: dict[str, Any]) -> str:
+    """With the candidate's pressure, if memory is short."""
+    memory = candidate.get("memory")  # an older proxy tells none
+    return candidate["reason"] if not memory or memory in candidate["reason"] else f"{candidate['reason']}; {memory}"
 
 
 def read_file(path: str) -> bytes:
@@ -208,7 +223,7 @@ def run_status(arguments: argparse.Namespace) -> int:
             ",".join(backend["models"]),
             str(backend["context"] or "?"),
             megabytes(replica["memory"]["process_rss_bytes"]),
-            replica["reason"],
+            reason_of(replica),
         )
         for backend in status["backends"]
         for replica in backend["replicas"]
@@ -216,6 +231,12 @@ def run_status(arguments: argparse.Namespace) -> int:
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
     return 0
+
+
+def reason_of(replica: dict[str, Any]) -> str:
+    """Of its state, and of its pressure if memory is short."""
+    pressure = replica["memory"].get("pressure")  # an older proxy has none
+    return f"{replica['reason']}; {pressure['level']}, {pressure['reason']}" if pressure else str(replica["reason"])
 
 
 def megabytes(value: int | None) -> str:

@@ -201,6 +201,10 @@ class ServiceUnavailableError(ProxyError):
     retry = False
 
 
+class ModelTooFarError(ServiceUnavailableError):
+    code = "model_too_far"
+
+
 class TooManyConnectionsError(ServiceUnavailableError):
     code = "too_many_connections"
     retry = True

@@ -13,6 +13,7 @@ from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.discovery import Discovery
 from xgen_proxy.fleet.health import HealthMonitor
+from xgen_proxy.fleet.memory.watch import MemoryWatch
 from xgen_proxy.forwarding.forwarder import Forwarder
 from xgen_proxy.forwarding.outcome import Observer
 from xgen_proxy.forwarding.retry_budget import RetryBudget
@@ -35,7 +36,9 @@ class Gateway:
         self.bodies = BodyBudget()
         self.retry_budget = RetryBudget(settings.limits.queue_timeout_s)
         self.metrics = Metrics(self.fleet, self.admission)
-        self.health = HealthMonitor(self.fleet, self.admission, self.metrics.forget)
+        self.memory = MemoryWatch(self.fleet, self.admission, self.metrics.relief.inc)
+        self.health = HealthMonitor(self.fleet, self.admission, self.memory, self.metrics.forget)
+        self.metrics.of_fleet.model_pairs = lambda: self.health.tokenizers.pairs
         self.discovery = Discovery(self.fleet, self.health)
         self.router = Router(self.fleet, random.Random())
         self.tracing = tracing_for(settings)
@@ -69,6 +72,7 @@ class Gateway:
         for backend in removed:
             self.health.reconcile(backend, [], joined_later=True)
         self.discovery.lookup_soon()
+        self.health.tokenizers.check_soon()
 
     async def start(self) -> None:
         self.health.start()

@@ -16,7 +16,7 @@ from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import NO_KEYS, Settings
 from xgen_proxy.downstream.http_protocol import http_protocol
 from xgen_proxy.errors import ProxyError
-from xgen_proxy.fleet.process_memory import listener
+from xgen_proxy.fleet.memory.process import listener
 from xgen_proxy.forwarding.outcome import Refusal
 from xgen_proxy.garbage_collection import freeze_loaded_objects
 from xgen_proxy.observability.logging_setup import set_up_logging

@@ -26,7 +26,6 @@ import httpx
 import httpx2
 import openai
 import pytest
-import yaml
 
 from tests.support import compose_stack
 from tests.support.compose_stack import ROOT, Stack, docker, has_image, inspect
@@ -80,13 +79,6 @@ CMD ["python", "-m", "http.server", "--directory", "/www", "3000"]
 """
 
 # vLLM's own parser for its command line, without starting it.
-PARSE_FLAGS = """
-import sys
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:]))
-"""
-
 CONNECT_OUT = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
 
 
@@ -235,19 +227,6 @@ class Load:
 
     def failed(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.error]
-
-
-# -- vLLM, which cannot run here ---------------------------------------------------------------------------------------
-
-
-def test_vllm_accepts_its_flags() -> None:
-    if not os.environ.get("XGEN_TEST_VLLM"):
-        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    python = str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
-    command = yaml.safe_load(compose_stack.COMPOSE.read_text())["services"]["vllm"]["command"]
-    flags = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", each) for each in command]
-    done = subprocess.run([python, "-c", PARSE_FLAGS, *flags], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # -- health and isolation ----------------------------------------------------------------------------------------------

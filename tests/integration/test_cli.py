@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import CHAT, RunningProxy, backend, running_proxy
+from tests.support.waiting import wait_until
 from xgen_proxy import __version__, cli
 from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigSources
@@ -62,7 +63,7 @@ def table(out: str) -> list[list[str]]:
 # help
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key"])
+@pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key", "cost"])
 def test_help_of_a_command_has_examples(run: Cli, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -74,7 +75,7 @@ def test_help_of_a_command_has_examples(run: Cli, command: str) -> None:
 def test_help_lists_every_command(run: Cli) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("serve", "check", "route", "status", "key"):
+    for command in ("serve", "check", "route", "status", "key", "cost"):
         assert f"\n    {command} " in out
     assert run("--version")[1] == f"xgen-proxy {__version__}\n"
 
@@ -246,6 +247,16 @@ def test_status(run: Cli, proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUp
     assert gpu[8:] == ["MB", "healthy"]
     assert cpu[1] == "cpu"
     assert waiting == ["waiting", "for", "a", "slot:", "0"]
+
+
+def test_status_and_route_tell_which_memory_is_short(
+    run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream
+) -> None:
+    gpu.kv = 1.0
+    proxy = start(backends={"vllm": backend(gpu)})
+    wait_until(lambda: "healthy; closed, memory: KV cache 100% used" in run("status", "--url", proxy.url)[1])
+    _, out, _ = run("route", "--url", proxy.url, stdin=request())
+    assert "only: no CPU backend is up that can do it; memory: KV cache 100% used" in out
 
 
 def test_status_of_a_backend_that_is_down(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:

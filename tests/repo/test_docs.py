@@ -24,18 +24,20 @@ from xgen_proxy import cli, errors
 from xgen_proxy.api.generate import GenerateRequest
 from xgen_proxy.api.ops import backend_status
 from xgen_proxy.app import create_app
-from xgen_proxy.config.loading import ConfigSources, env_name
+from xgen_proxy.config.loading import NOT_SETTINGS, ConfigSources, env_name
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.errors import BadGatewayError, ProxyError, RequestRejectedError
 from xgen_proxy.fleet import admission, circuit_breaker, health
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.fleet.process_memory import Memory
+from xgen_proxy.fleet.memory import pressure
+from xgen_proxy.fleet.memory.process import Memory
 from xgen_proxy.forwarding import retry_budget
 from xgen_proxy.request.features import HINTS
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "proxy" / "xgen_proxy"
 API, METRICS, ARCHITECTURE = DOCS / "api.md", DOCS / "metrics.md", DOCS / "architecture.md"
+OPERATIONS = DOCS / "operations.md"
 ROUTING, CONFIGURATION = DOCS / "routing.md", DOCS / "configuration.md"
 NGINX_PAGE = ROOT / "nginx" / "README.md"
 LLAMA_CPP = {"llama_cpp": {"urls": ["http://127.0.0.1:1"]}}
@@ -149,14 +151,17 @@ def check_python(words: list[str]) -> None:
     """`-m pytest PATH`, `-m MODULE` or a file."""
     module, *rest = words[1:] if words[0] == "-m" else ["", *words]
     if module and module != "pytest":
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
-    for path in rest:
-        assert (ROOT / path).exists(), path
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for argument in rest:
+        assert (ROOT / argument).exists(), argument
 
 
 def check_pip(words: list[str]) -> None:
-    """`install .`, which installs the package of this checkout."""
-    assert words == ["install", "."], words
+    """`install .`, which installs the package of this checkout, or with one of its extras: `.[models]`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install", words
+    assert words[1:] in ([["."]] + [[f".[{extra}]"] for extra in extras]), words
 
 
 def check_curl(words: list[str]) -> None:
@@ -253,7 +258,7 @@ def test_settings_in_the_text_exist(page: Path) -> None:
     for text in inline(page):
         if re.fullmatch(r"(routing|limits|backends)\.[\w.]+", text) and not text.endswith((".py", ".in")):
             assert text in known or text in walk(), text
-        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text not in ("XGEN_CONFIG", "XGEN_SECRETS_DIR"):
+        if re.fullmatch(r"XGEN_[A-Z0-9_]+", text) and text not in NOT_SETTINGS:
             setting = text.removeprefix("XGEN_").lower().replace("__", ".").replace(".name.", ".NAME.")
             assert setting in known, text
 
@@ -401,6 +406,9 @@ def test_outcomes() -> None:
         (ROUTING, f"gets none for {circuit_breaker.OPEN_S:g} s"),
         (ROUTING, f"up to {circuit_breaker.LONGEST_OPEN_S:g} s"),
         (ROUTING, f"step by step over {circuit_breaker.SLOW_START_S:g} s"),
+        (OPERATIONS, f"{pressure.GAP:g} below its threshold, without preemptions, and after {pressure.DWELL_S:g} s"),
+        (OPERATIONS, f"one request or a tenth every {pressure.GROWTH_S:g} s"),
+        (OPERATIONS, f"only the last {pressure.MOST // 1024**3} count"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
         (README, f"while its load is under {Settings().routing.urgent_load:g}"),
@@ -415,5 +423,6 @@ def test_numbers(page: Path, phrase: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert circuit_breaker.FAILURES == health.MISSES_BEFORE_DOWN == retry_budget.MINIMUM == 3, "the pages say three"
+    threes = circuit_breaker.FAILURES, health.MISSES_BEFORE_DOWN, retry_budget.MINIMUM, pressure.READINGS
+    assert set(threes) == {3}, "the pages say three"
     assert "--cov-fail-under=95" in (ROOT / "Makefile").read_text(), "CONTRIBUTING.md says 95 %"

@@ -250,6 +250,13 @@ def test_slots_match_vllms_flags(overlay: str) -> None:
     assert data.get("XGEN_BACKENDS__VLLM__SLOTS") == data.get("VLLM_MAX_NUM_SEQS")
 
 
+def test_a_pod_has_the_gpus_in_vllms_flags() -> None:
+    [vllm] = [each for each in kinds("gpu", "StatefulSet") if each["metadata"]["name"] == "vllm"]
+    [container] = vllm["spec"]["template"]["spec"]["containers"]
+    flags = {key: value for each in kinds("gpu", "ConfigMap") for key, value in each["data"].items()}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(flags["VLLM_TENSOR_PARALLEL_SIZE"])
+
+
 def test_the_proxys_probes_are_routes(overlay: str) -> None:
     routes = {path for _, path in served_routes()}
     [spec] = [spec for labels, spec in pod_templates(overlay) if labels["app.kubernetes.io/name"] == "proxy"]

@@ -157,7 +157,8 @@ def variables() -> dict[str, str]:
     """The variables of compose.yaml with their defaults."""
     text = re.sub(r"(?m)(^|\s)#.*$", "", COMPOSE.read_text())
     found = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
-    assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-[^}]*\}", text)), "a variable has no default"
+    found |= dict.fromkeys(re.findall(r"\$\{(\w+):\+[^}]*\}", text), "")  # flags that are left out by default
+    assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:[-+][^}]*\}", text)), "a variable has no default"
     passed = [name for names in re.findall(r"x-pip: &pip \[(.*)\]", text) for name in names.split(", ")]
     passed += re.findall(r"(?m)^ +(?:- )?([A-Z_]+):? *$", text)
     return {**found, **dict.fromkeys(passed, "")}

@@ -10,12 +10,15 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+PROBE = b"The quick brown fox"
+
 Script = Callable[["Talk"], Coroutine[Any, Any, None]]
 
 METRICS = """\
 vllm:num_requests_running{{engine="0"}} {running}
 vllm:num_requests_waiting{{engine="0"}} {waiting}
 vllm:kv_cache_usage_perc{{engine="0"}} {kv}
+vllm:num_preemptions_total{{engine="0"}} {preemptions}
 """
 
 
@@ -115,6 +118,8 @@ class FakeUpstream:
     running: int = 0
     waiting: int = 0
     kv: float = 0.0
+    tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
+    preemptions: int = 0
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
@@ -175,10 +180,16 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
+        elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
+            await self.answer_probe(talk)
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)
         return not writer.is_closing()
+
+    async def answer_probe(self, talk: Talk) -> None:
+        """The proxy compares the tokenizers of backends that serve the same model."""
+        await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
 
     async def answer_check(self, talk: Talk) -> None:
         if self.health != 200:
@@ -186,7 +197,7 @@ class FakeUpstream:
         elif talk.path == "/v1/models":
             await talk.answer(200, {"data": [{"id": name, "max_model_len": 2048} for name in self.models]})
         else:
-            page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv)
+            page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv, preemptions=self.preemptions)
             await talk.answer(200, page.encode())
 
 

@@ -151,7 +151,8 @@ def proxy(log: Path, *args: str, env: Mapping[str, str] | None = None) -> Proxy:
     """A proxy with flags of `xgen-proxy serve`. It inherits the coverage variables, so that its coverage counts."""
     coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
     command = [sys.executable, "-m", "xgen_proxy.cli", "serve", "--host", "127.0.0.1", *args]
-    return Proxy("the proxy", command, log, "/ready", 30, {**coverage, **(env or {})})
+    whatever_is_left = {"XGEN_MEMORY_GUARD__RAM_REDUCE": "1", "XGEN_MEMORY_GUARD__RAM_CLOSE": "1"}
+    return Proxy("the proxy", command, log, "/ready", 30, {**whatever_is_left, **coverage, **(env or {})})
 
 
 def llama_cpp_python(log: Path, model: str, *args: str) -> Server:

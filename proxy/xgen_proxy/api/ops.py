@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,7 +18,7 @@ from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.fleet.backend import Backend
-from xgen_proxy.fleet.process_memory import Memory, memory_of
+from xgen_proxy.fleet.memory.process import Memory, memory_of
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
@@ -71,9 +72,19 @@ async def status(request: Request) -> Response:
             "models": gateway.fleet.models,
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
+            "model_pairs": model_pairs(gateway),
             "backends": [backend_status(backend, replicas, memory) for backend, replicas in fleet],
         }
     )
+
+
+def model_pairs(gateway: Gateway) -> list[dict[str, Any]]:
+    """The backends that serve the same public model name. `same_tokenizer`: null while that is unknown."""
+    measured = gateway.settings.fallback.top1
+    return [
+        {"model": model, "backends": [one, other], "same_tokenizer": alike, "top1": measured.get((one, other, model))}
+        for (one, other, model), alike in gateway.health.tokenizers.pairs.items()
+    ]
 
 
 def memory_of_each(replicas: Iterable[Replica]) -> dict[Replica, Memory]:
@@ -104,7 +115,11 @@ def replica_status(replica: Replica, memory: Memory) -> dict[str, Any]:
         "slots": replica.slots,
         "connections": len(replica.pool.live),
         "load": replica.load_parts.as_dict(),
-        "memory": {**memory, "kv_usage": replica.scraped.kv if replica.scraped else None},
+        "memory": {
+            **memory,
+            "kv_usage": replica.scraped.kv if replica.scraped else None,
+            "pressure": asdict(replica.pressure) if replica.pressure else None,
+        },
     }
 
 

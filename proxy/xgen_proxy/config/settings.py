@@ -33,6 +33,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from xgen_proxy.config.fallback import Fallback
+from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.request.limits import Limits
@@ -263,7 +265,9 @@ class Settings(BaseSettings):
         " all. Empty: none may.",
     )
     routing: Routing = Routing()
+    fallback: Fallback = Fallback()
     limits: Limits = Limits()
+    memory_guard: MemoryGuard = MemoryGuard()
     scrape_interval_s: float = Field(1.0, gt=0, description="Between two scrapes of a replica's load, with jitter.")
     scrape_timeout_s: float = Field(2.0, gt=0, description="A busy vLLM takes up to 0.35 s to answer a scrape.")
     stale_after_s: float = Field(5.0, gt=0, description="A load older than this counts as full.")

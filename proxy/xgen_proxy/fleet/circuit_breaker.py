@@ -29,8 +29,8 @@ FIRST_FRACTION = 0.1  # of the slots, at the beginning of a slow start
 
 
 class CircuitBreaker:
-    """`now`: seconds of time.monotonic(). `failures`, `doubts`: in a row. `slow_start_at`: when it last closed, if
-    ever. `on_trial`: the next failure opens it."""
+    """`now`: seconds of time.monotonic(). `failures`, `doubts`: in a row. `slow_start_at`: when it last closed,
+    until the slow start is over. `on_trial`: the next failure opens it."""
 
     __slots__ = (
         "_doubted_at", "_evidence", "_open_until", "_openings",
@@ -105,6 +105,11 @@ class CircuitBreaker:
         self.state = "closed"
         self.failures = self.doubts = 0
         self.slow_start_at = now
+
+    def end_slow_start(self, now: float) -> None:
+        """Forget a slow start that is over."""
+        if slow_start_fraction(self.slow_start_at, now) == 1.0:
+            self.slow_start_at = None
 
 
 def slow_start_fraction(began: float | None, now: float) -> float:

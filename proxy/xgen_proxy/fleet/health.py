@@ -38,9 +38,12 @@ from xgen_proxy.errors import (
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.canary import ask_canary
+from xgen_proxy.fleet.identity.tokenizers import Tokenizers
 from xgen_proxy.fleet.load import Scrape, parse_metrics
+from xgen_proxy.fleet.memory.watch import MemoryWatch
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.json_body import check_structure
+from xgen_proxy.supervision import supervise
 
 log = logging.getLogger("xgen_proxy.health")
 
@@ -55,9 +58,11 @@ UNKNOWN_MODEL_WAIT_S = 1.0  # that such a request waits for the reading
 class HealthMonitor:
     """`forget`: called with the name of each replica that is gone for good."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, forget: Callable[[str], None]) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, memory: MemoryWatch, forget: Callable[[str], None]) -> None:
         self.fleet = fleet
         self.admission = admission
+        self.tokenizers = Tokenizers(fleet, admission)
+        self.memory = memory
         self._forget = forget
         self._watching: dict[Replica, asyncio.Task[None]] = {}
         self._canaries: dict[Replica, asyncio.Task[None]] = {}
@@ -65,12 +70,15 @@ class HealthMonitor:
         self._without_load: set[Replica] = set()  # their engine would report one, but was started without it
         self._rereading: asyncio.Task[bool] | None = None
         self._reread_at = -UNKNOWN_MODEL_INTERVAL_S
+        self._memory_task: asyncio.Task[None] | None = None
 
     @property
     def settings(self) -> Settings:
         return self.fleet.settings
 
     def start(self) -> None:
+        self.tokenizers.start()
+        self._memory_task = supervise("memory", self.memory.run)
         for backend in self.fleet.backends:
             self._watch_all(backend)
 
@@ -83,11 +91,11 @@ class HealthMonitor:
 
     async def stop(self) -> None:
         tasks: list[asyncio.Task[Any]] = [*self._watching.values(), *self._canaries.values(), *self._draining.values()]
-        if self._rereading is not None:
-            tasks.append(self._rereading)
+        tasks += [task for task in (self._rereading, self._memory_task) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.tokenizers.stop()
 
     def _start(
         self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
@@ -128,6 +136,7 @@ class HealthMonitor:
             await replica.drained.wait()
         del backend.draining[replica.url]
         self._without_load.discard(replica)
+        self.memory.forget(replica)
         replica.close()
         self._forget(replica.name)
 
@@ -169,6 +178,7 @@ class HealthMonitor:
             self._record_load(replica, status, page, before)
         else:
             replica.record_scrape(None)  # of the time when requests ran there
+        await self.memory.observe_scrape(replica)
         if replica.state in ("starting", "down"):
             await self._come_up(backend, replica)
         elif reread and dialect.models_change:
@@ -246,6 +256,8 @@ class HealthMonitor:
             replica.mark_suspect("new: must answer a canary first")
         else:
             replica.mark_up("healthy")
+        self.tokenizers.forget(replica)
+        self.tokenizers.check_soon()
         log.info(
             "%s is %s: models %s, context %s",
             replica.name,
@@ -263,6 +275,7 @@ class HealthMonitor:
         if info is None or info == replica.info or replica.state in ("down", "draining"):
             return False
         backend.record_info(replica, info)
+        self.tokenizers.check_soon()
         log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
         return True
 

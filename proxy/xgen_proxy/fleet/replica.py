@@ -17,6 +17,7 @@ from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.errors import UpstreamProtocolError, UpstreamTimeoutError
 from xgen_proxy.fleet.circuit_breaker import CircuitBreaker
 from xgen_proxy.fleet.load import LearntSlots, LoadParts, Scrape
+from xgen_proxy.fleet.memory.pressure import MemoryPressure, Pressure
 from xgen_proxy.fleet.snapshot import ReplicaSnapshot
 from xgen_proxy.upstream.pool import Pool
 
@@ -35,8 +36,8 @@ class Replica:
     checks but its circuit breaker is not closed), down (does not answer), draining (no longer listed: finishes its
     requests). `answers`: its last health check was answered. `in_flight`: the slots that our requests hold.
     `joined_later`: the backend had other replicas already. `missing`: capabilities that its engine denied having, which
-    the backend sets. Only the methods change the others. `response_headers` name it
-    to clients.
+    the backend sets. `memory`: what is known about its memory, and `pressure` what follows from it. Only the methods
+    change the others. `response_headers` name it to clients.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Replica:
         self.info: ReplicaInfo | None = None
         self.missing: frozenset[str | None] = frozenset()
         self._learnt_slots = LearntSlots()
+        self.memory = MemoryPressure()
+        self.pressure: Pressure | None = None
         self.breaker = CircuitBreaker()
         self.record_activity()
         self.configure(settings, routing)
@@ -112,8 +115,15 @@ class Replica:
             self._set_slots()
         self._on_change(self, 0)
 
+    def record_pressure(self) -> None:
+        """`memory` has observed something."""
+        if self.memory.pressure != self.pressure:
+            self.pressure = self.memory.pressure
+            self._on_change(self, 0)
+
     def record_answer(self) -> None:
         """Remember that it answered its last health check, unless a request has found it down meanwhile."""
+        self.breaker.end_slow_start(time.monotonic())
         if not self.answers and self.state != "down":
             self.answers = True
             self._on_change(self, 0)
@@ -144,6 +154,7 @@ class Replica:
             self.breaker.slow_start_at,
             self.scraped,
             self.answers,
+            self.pressure,
         )
 
     @property
@@ -156,7 +167,7 @@ class Replica:
 
     @property
     def has_capacity(self) -> bool:
-        if self.breaker.slow_start_at is None:  # the common case, without making a snapshot
+        if self.breaker.slow_start_at is None and self.pressure is None:  # the common case, without making a snapshot
             return self.in_flight < self.slots + self.dialect.overcommit
         return self.snapshot().has_capacity(time.monotonic())
 
@@ -186,6 +197,7 @@ class Replica:
         if state == "down":
             self.answers = False
             self._learnt_slots = LearntSlots()  # it may be started again with other flags
+            self.memory, self.pressure = MemoryPressure(), None
             self.missing = frozenset()
         self._on_change(self, 0)
         return changed
@@ -240,9 +252,9 @@ class Replica:
         except TimeoutError:
             raise UpstreamTimeoutError(f"{path} was not answered within {timeout_s:g} s") from None
 
-    async def post_json(self, path: str, body: Any) -> tuple[int, Any]:
+    async def post_json(self, path: str, body: Any, timeout_s: float | None = None) -> tuple[int, Any]:
         """Send a small request while holding a slot. Returns the status and the parsed JSON. Raises UpstreamError."""
-        status, answer = await self.ask(path, body, timeout_s=self.settings.first_byte_timeout_s)
+        status, answer = await self.ask(path, body, timeout_s=timeout_s or self.settings.first_byte_timeout_s)
         try:
             return status, orjson.loads(answer)
         except orjson.JSONDecodeError:

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from xgen_proxy.config.settings import DeviceClass, Routing
 from xgen_proxy.fleet.circuit_breaker import slow_start_fraction
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
 from xgen_proxy.fleet.load import LoadParts, Scrape, load_of
+from xgen_proxy.fleet.memory.pressure import Pressure
 from xgen_proxy.values import frozen
 
 if TYPE_CHECKING:
@@ -32,11 +33,18 @@ class ReplicaSnapshot:
     slow_start_at: float | None = None
     scraped: Scrape | None = None
     answers: bool = False
+    pressure: Pressure | None = None
+
+    @property
+    def closed(self) -> bool:
+        """It gets no new work while another replica can do it, since its memory is nearly full."""
+        return self.pressure is not None and self.pressure.level == "closed"
 
     def open_slots(self, now: float) -> int:
-        """The slots that may be used now: fewer than `slots` during a slow start."""
+        """The slots that may be used now: fewer than `slots` during a slow start, and while memory is short."""
+        slots = self.slots if self.pressure is None else self.pressure.open_slots(self.slots)
         fraction = slow_start_fraction(self.slow_start_at, now)
-        return self.slots if fraction == 1.0 else max(1, int(self.slots * fraction))
+        return slots if fraction == 1.0 else max(1, min(slots, int(self.slots * fraction)))
 
     def capacity(self, now: float) -> int:
         """How many requests it may hold now."""
@@ -52,7 +60,8 @@ class ReplicaSnapshot:
 
     def load_parts(self, now: float, routing: Routing) -> LoadParts:
         slots = self.open_slots(now)
-        return load_of(in_flight=self.in_flight, slots=slots, scraped=self.scraped, now=now, routing=routing)
+        parts = load_of(in_flight=self.in_flight, slots=slots, scraped=self.scraped, now=now, routing=routing)
+        return replace(parts, total=max(parts.total, 1.0)) if self.closed else parts
 
 
 @frozen
@@ -83,7 +92,11 @@ def _backend_to_json(backend: BackendSnapshot) -> dict[str, Any]:
     values = shallow_dict(backend)
     del values["ring"]
     replicas = [
-        {**shallow_dict(replica), "scraped": shallow_dict(replica.scraped) if replica.scraped else None}
+        {
+            **shallow_dict(replica),
+            "scraped": shallow_dict(replica.scraped) if replica.scraped else None,
+            "pressure": shallow_dict(replica.pressure) if replica.pressure else None,
+        }
         for replica in backend.replicas
     ]
     models, capabilities = sorted(backend.models), sorted(backend.capabilities)
@@ -101,7 +114,13 @@ def from_json(fleet: dict[str, Any]) -> FleetSnapshot:
 
 def _backend_from_json(backend: dict[str, Any]) -> BackendSnapshot:
     replicas = tuple(
-        ReplicaSnapshot(**{**replica, "scraped": Scrape(**replica["scraped"]) if replica["scraped"] else None})
+        ReplicaSnapshot(
+            **{
+                **replica,
+                "scraped": Scrape(**replica["scraped"]) if replica["scraped"] else None,
+                "pressure": Pressure(**replica["pressure"]) if replica["pressure"] else None,
+            }
+        )
         for replica in backend["replicas"]
     )
     return BackendSnapshot(

@@ -12,14 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.progress import say
 
 MARGIN = 64 * 1024 * 1024  # bytes that stay free on the disk
 UNFINISHED = ".unfinished-"
 
 
+def free_space(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
 def need_space(folder: Path, size: int, what: str) -> None:
     """Raises ModelError if the disk of `folder` has no room for `size` bytes."""
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if free < size + MARGIN:
         raise ModelError(
             f"{folder} has {free / 1e6:,.0f} MB free, and {what} needs {(size + MARGIN) / 1e6:,.0f} MB; "
@@ -40,7 +45,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time. Removes what a killed one left."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another command is at work in {folder}; waiting until it ends")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for left in folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield

@@ -67,13 +67,9 @@ def _look_up(name: str, loop: asyncio.AbstractEventLoop) -> Lookup:
     """Raises OSError if there are no threads left."""
     lookup: Lookup = loop.create_future()
 
-    def put_unless_done(put: Callable[..., None], value: object) -> None:
-        if not lookup.done():
-            put(value)
-
-    def settle(put: Callable[..., None], value: object) -> None:
+    def settle(put: Callable[..., object], value: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(put_unless_done, put, value)
+            loop.call_soon_threadsafe(lambda: None if lookup.done() else put(value))
 
     def work() -> None:
         try:

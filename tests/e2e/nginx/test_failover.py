@@ -178,10 +178,11 @@ def test_a_proxy_that_is_gone_costs_a_request_half_a_second(start_nginx: StartNg
 
 
 class Dying:
-    """In place of proxies, on every address of this machine: reads each request and closes without an answer."""
+    """In place of proxies, by default on every address of this machine: reads each request and closes without an
+    answer."""
 
-    def __init__(self) -> None:
-        self.server = socket.create_server(("", 0))
+    def __init__(self, address: str = "", port: int = 0) -> None:
+        self.server = socket.create_server((address, port))
         self.port: int = self.server.getsockname()[1]
         self.requests: list[bytes] = []
         threading.Thread(target=self._serve, daemon=True).start()
@@ -206,6 +207,30 @@ def test_a_post_is_executed_three_times_at_worst(start_nginx: StartNginx) -> Non
             dying.requests.clear()
             assert post(client).status_code == 502
     assert len(dying.requests) == 3
+
+
+def test_a_dying_proxy_that_is_idle_does_not_get_a_request_thrice(
+    start_nginx: StartNginx, recorder: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other proxy has requests in flight, so nginx prefers the dying one each time it chooses."""
+    dying, release = Dying("127.0.0.3", recorder.port), threading.Event()
+
+    async def wait_or_answer(talk: Talk) -> None:
+        if talk.body and talk.json.get("max_tokens") == WAITING:
+            await wait_for_event(release)
+        await talk.answer(200, whole())
+
+    monkeypatch.setattr(recorder, "default", wait_or_answer)
+    with dying.server, ThreadPoolExecutor(4) as pool:
+        nginx = wait_for_addresses(start_nginx(recorder.port, "127.0.0.1", "127.0.0.3"))
+        with nginx.client() as client, releasing(release):
+            waiting = [pool.submit(post, client, max_tokens=WAITING) for _ in range(4)]
+            wait_until(lambda: len(recorder.talks) == 4, 20, "four requests to wait at the live proxy")
+            dying.requests.clear()
+            assert {post(client).status_code for _ in range(10)} == {200}
+            assert len(dying.requests) >= 10, "each met the dying one first"
+            release.set()
+            assert {each.result(30).status_code for each in waiting} == {200}
 
 
 def test_requests_survive_the_loss_of_most_proxies(start_nginx: StartNginx, recorder: FakeUpstream) -> None:

@@ -99,7 +99,7 @@ def test_status_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, Fak
     assert 0 <= load.pop("age_s") < 5
     assert load == {"total": 0.5, "in_flight": 4, "slots": 8, "waiting": 1, "kv": 0.25, "stale": False}
     assert memory.pop("process_rss_bytes") > 1_000_000  # the fake lives in this very process
-    assert memory == {"model_file_bytes": None, "kv_usage": 0.25}
+    assert memory == {"model_file_bytes": None, "kv_usage": 0.25, "pressure": None}
 
 
 def test_status_follows_the_load(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
@@ -157,7 +157,7 @@ def test_route_explains_the_plan(proxy: RunningProxy, fakes: tuple[FakeUpstream,
     first, second = found["candidates"]
     assert first == {
         "backend": "vllm", "replica": f"vllm@127.0.0.1:{fakes[0].port}", "device_class": "gpu", "load": 0.5, "tier": 0,
-        "reason": "urgent: GPU load 0.50 < 0.7",
+        "memory": None, "reason": "urgent: GPU load 0.50 < 0.7",
     }  # fmt: skip
     assert second["backend"] == "llama_cpp"
     assert (found["rejections"], found["error"]) == ([], None)

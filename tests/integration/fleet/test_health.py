@@ -730,10 +730,11 @@ def test_context_of_a_backend_is_its_smallest_replicas(start: Start, gpu: Upstre
 
 
 def test_metrics_of_the_fake_upstream_are_parsed() -> None:
-    assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5).encode()) == {
+    assert parse_metrics(METRICS.format(running=1, waiting=2, kv=0.5, preemptions=3).encode()) == {
         "running": 1,
         "waiting": 2,
         "kv": 0.5,
+        "preemptions": 3,
     }
 
 

@@ -127,6 +127,15 @@ def test_slow_start(after: float, fraction: float) -> None:
     assert slow_start_fraction(breaker.slow_start_at, 100 + after) == pytest.approx(fraction)
 
 
+def test_a_slow_start_that_is_over_is_forgotten() -> None:
+    breaker = CircuitBreaker()
+    breaker.close(100)
+    breaker.end_slow_start(100 + SLOW_START_S - 0.1)
+    assert breaker.slow_start_at == 100
+    breaker.end_slow_start(100 + SLOW_START_S)
+    assert breaker.slow_start_at is None
+
+
 def test_open_until_canary_is_half_open_at_once() -> None:
     breaker = CircuitBreaker()
     breaker.open_until_canary()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.cpu_time import TRIES, slowness, untraced
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import LearntSlots, Scrape, load_of, parse_metrics
 from xgen_proxy.fleet.replica import ANSWER_BYTES
@@ -15,10 +16,13 @@ from xgen_proxy.fleet.replica import ANSWER_BYTES
 PAGES = Path(__file__).resolve().parents[2] / "fixtures" / "metrics"
 
 RECORDED = [
-    ("vllm-0.26.0-metrics.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
-    ("vllm-0.32.0-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": 0.0}),
-    ("vllm-0.32.0-metrics-loaded.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598}),
-    ("llama-server-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": None}),
+    ("vllm-0.26.0-metrics.txt", {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598, "preemptions": 0.0}),
+    ("vllm-0.32.0-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": 0.0, "preemptions": 0.0}),
+    (
+        "vllm-0.32.0-metrics-loaded.txt",
+        {"running": 4.0, "waiting": 4.0, "kv": 0.005502063273727598, "preemptions": 0.0},
+    ),
+    ("llama-server-metrics-idle.txt", {"running": 0.0, "waiting": 0.0, "kv": None, "preemptions": None}),
 ]
 
 
@@ -45,11 +49,16 @@ def test_timestamps_and_braces_in_labels() -> None:
     page = (
         'vllm:num_requests_running{model_name="a } b"} 3.0 1700000000000\nllamacpp:requests_deferred 2 1700000000000\n'
     )
-    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": 3.0, "waiting": 2.0, "kv": None, "preemptions": None}
 
 
 def test_missing_gauges_are_none() -> None:
-    assert parse_metrics(b"# nothing\nother_metric 5\n") == {"running": None, "waiting": None, "kv": None}
+    assert parse_metrics(b"# nothing\nother_metric 5\n") == {
+        "running": None,
+        "waiting": None,
+        "kv": None,
+        "preemptions": None,
+    }
 
 
 @given(page=st.binary(max_size=300))
@@ -61,7 +70,7 @@ def test_any_page_is_parsed(page: bytes) -> None:
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "-1", "x", "", "}"])
 def test_gauge_that_is_no_count_is_unknown(value: str) -> None:
     page = f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 2\n"
-    assert parse_metrics(page.encode()) == {"running": None, "waiting": 2.0, "kv": None}
+    assert parse_metrics(page.encode()) == {"running": None, "waiting": 2.0, "kv": None, "preemptions": None}
 
 
 HOSTILE = {
@@ -78,9 +87,14 @@ HOSTILE = {
 @pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE.keys())
 def test_the_largest_page_takes_no_longer_than_it_must(unit: bytes) -> None:
     page = (unit * (ANSWER_BYTES // len(unit) + 1))[:ANSWER_BYTES]
-    began = time.process_time()
-    parse_metrics(page)
-    assert time.process_time() - began < 0.1
+    with untraced():
+        limit = 0.1 * slowness()
+        best = math.inf
+        for _ in range(TRIES):
+            began = time.thread_time()
+            parse_metrics(page)
+            best = min(best, time.thread_time() - began)
+    assert best < limit
 
 
 def scrapes(*gauges: tuple[float | None, float | None, float | None]) -> list[int | None]:

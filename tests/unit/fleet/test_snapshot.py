@@ -11,6 +11,7 @@ from tests.support.builders import backend
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.circuit_breaker import SLOW_START_S
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, to_json
 
 STARTED = 100.0
@@ -29,6 +30,20 @@ def test_slow_start_opens_slots_one_by_one(after: float, open_slots: int, capaci
 
 def test_slow_start_leaves_at_least_one_slot() -> None:
     assert replace(REPLICA, slots=2, slow_start_at=STARTED).capacity(STARTED) == 1
+
+
+def test_pressure_leaves_fewer_slots_and_a_closed_replica_one() -> None:
+    reduced = replace(REPLICA, pressure=Pressure("reduced", 6, ""), in_flight=3)
+    assert (reduced.open_slots(0), reduced.capacity(0), reduced.load(0, Routing())) == (6, 6, 0.5)
+    closed = replace(REPLICA, pressure=Pressure("closed", 6, ""))
+    assert (closed.closed, closed.capacity(0), closed.load(0, Routing())) == (True, 1, 1.0)
+    opening = replace(REPLICA, pressure=Pressure("normal", 30, ""))
+    assert opening.capacity(0) == 24
+
+
+def test_pressure_during_a_slow_start_leaves_the_fewer_slots() -> None:
+    replica = replace(REPLICA, slow_start_at=STARTED, pressure=Pressure("reduced", 6, ""))
+    assert [replica.open_slots(STARTED + after) for after in (0, SLOW_START_S / 2, SLOW_START_S)] == [2, 6, 6]
 
 
 def test_capacity_is_slots_plus_overcommit() -> None:
@@ -65,6 +80,7 @@ replicas = st.builds(
     overcommit=st.integers(0, 9),
     slow_start_at=st.none() | numbers,
     scraped=st.none() | scrapes,
+    pressure=st.none() | st.builds(Pressure, st.sampled_from(LEVELS), st.none() | st.integers(1, 9), st.text()),
 )
 backends = st.builds(
     backend,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 import pytest
 
+from tests.support.cpu_time import slowness, untraced
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import BadRequestError
@@ -146,30 +146,8 @@ LISTS: dict[str, Callable[[int], Body]] = {
 }  # fmt: skip
 COUNTS = (500, 8_000, 50_000, 140_000)
 SIZES = (LIMITS.body_bytes // 8, LIMITS.body_bytes - 10_000)
-STALL = 0.1  # seconds, on a machine that does the reference work in REFERENCE
-REFERENCE = 0.028
+STALL = 0.1  # seconds, on the reference machine
 TRIES = 4  # the best one counts, since other processes share the machine
-
-
-@contextlib.contextmanager
-def untraced() -> Iterator[None]:
-    """Coverage makes Python code three to five times slower, so it pauses while time is measured."""
-    trace = sys.gettrace()
-    sys.settrace(None)
-    try:
-        yield
-    finally:
-        sys.settrace(trace)
-
-
-def slowness() -> float:
-    """How much slower than the reference machine this one is now; at least 1."""
-    raw = orjson.dumps([{"role": "user", "content": "Hi"}] * 20_000)
-
-    def work() -> int:
-        return sum(len(each["content"]) for _ in range(2) for each in orjson.loads(raw))
-
-    return max(1.0, min(measured(work)[0] for _ in range(TRIES)) / REFERENCE)
 
 
 def measured(run: Callable[[], Any]) -> tuple[float, Any]:

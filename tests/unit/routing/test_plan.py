@@ -26,6 +26,7 @@ def test_explain_shows_candidates_rejections_and_features() -> None:
             "device_class": "gpu",
             "load": 0.25,
             "tier": 0,
+            "memory": None,
             "reason": "only: no CPU backend is up that can do it",
         }
     ]
@@ -43,6 +44,7 @@ def test_explain_shows_the_rule_that_decided() -> None:
         "device_class": "gpu",
         "load": 0.25,
         "tier": 0,
+        "memory": None,
         "reason": "long_prompt: 180 words > 100",
     }
 

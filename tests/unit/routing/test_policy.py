@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.builders import backend, cpu, down, features, gpu, replica
+from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, shallow_dict, to_json
 from xgen_proxy.request.features import NEEDS, Features
 from xgen_proxy.routing.plan import Plan, explain
@@ -79,6 +81,55 @@ def test_rules(
     made = plan([one, other], **values)
     assert order(made) == names
     assert word(made) == reason
+
+
+# rule 11: a replica that the memory guard has closed counts as full
+
+
+def closed(snapshot: BackendSnapshot) -> BackendSnapshot:
+    pressure = Pressure("closed", 3, "memory: KV cache 98% used")
+    return replace(snapshot, replicas=tuple(replace(each, pressure=pressure) for each in snapshot.replicas))
+
+
+CLOSED = [
+    ({}, closed(gpu()), cpu(), ["llama_cpp", "vllm"], "default_spill"),
+    ({}, closed(gpu()), cpu(9.0), ["llama_cpp", "vllm"], "default_spill"),
+    ({"urgency": "high"}, closed(gpu()), cpu(), ["llama_cpp", "vllm"], "urgent_spill"),
+    ({}, gpu(2.0), closed(cpu()), ["vllm", "llama_cpp"], "default"),
+    ({}, closed(gpu()), closed(cpu()), ["llama_cpp", "vllm"], "default_spill"),
+    ({"prompt_words": 101}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
+    ({"backend": "vllm"}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "explicit"),
+    ({}, closed(gpu()), down(cpu()), ["vllm"], "only"),
+    ({}, closed(backend("a")), backend("b", load=5.0), ["b", "a"], "only"),
+]
+
+
+@pytest.mark.parametrize(("values", "one", "other", "names", "reason"), CLOSED)
+def test_closed_replicas_come_last_and_are_never_left_out(
+    values: dict[str, Any], one: BackendSnapshot, other: BackendSnapshot, names: list[str], reason: str
+) -> None:
+    made = plan([one, other], Routing(load_limit=1.0), **values)
+    assert order(made) == names
+    assert word(made) == reason
+
+
+def test_a_load_limit_over_1_does_not_open_a_closed_replica() -> None:
+    made = plan([closed(gpu()), cpu()], Routing(load_limit=9.0))
+    assert made.candidates[0].reason == "default_spill: GPU closed, memory: KV cache 98% used"
+    assert explain(made, features())["candidates"][1]["memory"] == "memory: KV cache 98% used"
+
+
+@pytest.mark.parametrize("session", [None, "s"])
+@pytest.mark.parametrize("count", [2, 4, 200])
+def test_within_a_backend_closed_replicas_come_last(count: int, session: str | None) -> None:
+    [pressed] = closed(gpu()).replicas
+    idle = [replace(pressed, name=f"closed-{number}") for number in range(count - 1)]
+    busy = replica("open", 3.0, in_flight=9)
+    snapshot = gpu(replicas=(*idle, busy))
+    for seed in range(20):
+        candidates = plan([snapshot], seed=seed, session=session).candidates
+        assert candidates[0].replica.name == "open"
+        assert len(candidates) == min(count, ROUTING.max_attempts)
 
 
 def test_thresholds_are_settings() -> None:
@@ -274,6 +325,7 @@ replicas_strategy = st.builds(
     slow_start_at=st.none() | st.floats(NOW - 20, NOW),
     scraped=st.none() | scrapes,
     answers=st.booleans(),
+    pressure=st.none() | st.builds(Pressure, st.sampled_from(LEVELS), st.integers(1, 9), st.just("memory: short")),
 )
 
 
@@ -406,3 +458,71 @@ def test_round_tripped_snapshot_gives_the_same_plan(asked: Any, backends: list[B
 def test_deciding_twice_gives_the_same_plan(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
     one, other = (decided(asked, backends, seed=seed) for _ in range(2))
     assert (one.candidates, one.rejections) == (other.candidates, other.rejections)
+
+
+# rule 12: the distance between models
+
+
+def near(top1: float, least: float | None = 0.95, *, refuse: bool = True) -> Nearness:
+    pair = ("vllm", "llama_cpp", "m")
+    return Nearness(least, refuse, {pair: top1, ("llama_cpp", "vllm", "m"): top1})
+
+
+def planned(nearness: Nearness | None, *backends: BackendSnapshot, **asked: Any) -> Plan:
+    return decide(features(**asked), FleetSnapshot(backends), ROUTING, random.Random(0), NOW, nearness)
+
+
+def names_of(plan: Plan) -> list[tuple[str, str]]:
+    return [(candidate.backend.name, candidate.distance) for candidate in plan.candidates]
+
+
+def test_a_near_fallback_is_marked() -> None:
+    assert names_of(planned(near(0.97), gpu(), cpu())) == [("vllm", ""), ("llama_cpp", "top1=0.97")]
+
+
+@pytest.mark.parametrize("first", [gpu(), gpu(load=2.0)])
+def test_a_far_fallback_gets_nothing(first: BackendSnapshot) -> None:
+    """Whether the first choice has room or not."""
+    plan = planned(near(0.87), first, cpu())
+    assert names_of(plan) == [("vllm", "")]
+    [rejection] = plan.rejections
+    assert rejection.name == "llama_cpp"
+    assert rejection.reason == "its model is too far from vllm's: top1 0.87 < fallback.min_top1 0.95"
+
+
+def test_a_far_fallback_gets_nothing_while_the_first_choice_is_down() -> None:
+    plan = planned(near(0.87), down(gpu()), cpu())
+    assert plan.error is not None
+    assert (plan.error.status, plan.error.code) == (503, "model_too_far")
+    assert "llama_cpp: its model is too far from vllm's" in plan.error.message
+
+
+def test_a_suspect_first_choice_is_tried_rather_than_a_far_fallback() -> None:
+    suspect = down(gpu())
+    suspect = replace(suspect, replicas=tuple(replace(each, answers=True) for each in suspect.replicas))
+    assert names_of(planned(near(0.87), suspect, cpu())) == [("vllm", "")]
+
+
+def test_a_far_fallback_may_be_marked_only() -> None:
+    assert names_of(planned(near(0.87, refuse=False), gpu(), cpu()))[1] == ("llama_cpp", "top1=0.87; far")
+
+
+def test_the_explicit_backend_is_the_first_choice() -> None:
+    plan = planned(near(0.87), gpu(), cpu(), backend="llama_cpp")
+    assert names_of(plan) == [("llama_cpp", "")]
+    assert [rejection.name for rejection in plan.rejections] == ["vllm"]
+
+
+def test_a_fallback_that_was_not_measured_is_marked_unknown() -> None:
+    nearness = Nearness(0.95, refuse=True, top1={})
+    assert names_of(planned(nearness, gpu(), cpu()))[1] == ("llama_cpp", "unknown")
+
+
+def test_a_different_model_is_refused_without_a_measurement() -> None:
+    nearness = Nearness(0.5, refuse=True, top1={}, different=frozenset({("vllm", "llama_cpp", "m")}))
+    assert names_of(planned(nearness, gpu(), cpu())) == [("vllm", "")]
+
+
+def test_a_backend_that_cannot_serve_the_request_is_no_first_choice() -> None:
+    unable = gpu(models=frozenset({"other"}))
+    assert names_of(planned(near(0.87), unable, cpu())) == [("llama_cpp", "")]

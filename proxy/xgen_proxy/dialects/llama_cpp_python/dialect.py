@@ -178,6 +178,12 @@ class LlamaCppPython(Dialect):
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int:
         return await count_tokens(text, post) - await count_tokens("", post)
 
+    async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
+        """It puts the special tokens of its model before any text."""
+        path = "/extras/tokenize"
+        tokens, special = [await self.tokenize({"model": model, "input": each}, post, path) for each in (text, "")]
+        return tokens[len(special) :] if tokens is not None and special is not None else None
+
 
 def _flat_embeddings(request: BackendRequest, data: bytes) -> bytes:
     """Rejects a vector for each token, which a model without pooling gives. Encodes base64, which the engine cannot."""

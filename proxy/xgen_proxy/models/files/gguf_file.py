@@ -64,6 +64,8 @@ class Tensor:
 
 @frozen
 class GgufFile:
+    """The header of a file: its metadata, and its tensors without their weights."""
+
     path: Path
     size: int
     metadata: Mapping[str, Any]

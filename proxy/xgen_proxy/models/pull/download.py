@@ -22,17 +22,17 @@ from xgen_proxy.values import frozen
 
 TRIES = 6  # the pauses between them are 1, 2, 4, 8 and 16 s
 TIMEOUT = httpx.Timeout(30.0)  # of one read, not of the file
-BLOCK = 1 << 20
 MOST_BYTES = 2 * 10**12  # a server that never ends is cut off there
 
 
 @frozen
 class Remote:
-    """A file on a server. `sha256` and `size` (bytes) are what it must have, where they are known."""
+    """A file on a server. `sha256` and `size` (bytes) are what it must have, where known. `etag`: its version."""
 
     url: str
     sha256: str | None = None
     size: int | None = None
+    etag: str | None = None
 
 
 class _BrokenOffError(Exception):
@@ -50,7 +50,7 @@ def client(token: str | None = None) -> httpx.Client:
 def download(http: httpx.Client, remote: Remote, target: Path) -> None:
     """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there."""
     remote = _described(http, remote)
-    tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}".encode()).hexdigest()[:12]
+    tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
         if other != part:
@@ -109,11 +109,13 @@ def _described(http: httpx.Client, remote: Remote) -> Remote:
     # Hugging Face tells the checksum in its first answer, before it redirects to its store.
     first = (response.history or [response])[0].headers
     etag, size = first.get("x-linked-etag", "").strip('"'), first.get("x-linked-size")
+    version = response.headers.get("etag", "")
     told = size or response.headers.get("content-length", "")
     return Remote(
         remote.url,
         remote.sha256 or (etag if len(etag) == 64 else None),
         remote.size or (int(told) if told.isdecimal() else None),
+        version if version.startswith('"') else None,  # a weak one says nothing about bytes
     )
 
 
@@ -136,6 +138,8 @@ def _transfer(http: httpx.Client, remote: Remote, part: Path, name: str) -> None
     if have and have == remote.size:
         return
     headers = {"range": f"bytes={have}-"} if have else {}
+    if have and remote.etag:
+        headers["if-range"] = remote.etag
     with http.stream("GET", remote.url, headers=headers) as response:
         if response.status_code == 416:  # a range behind its end: the file on the server is another one
             part.unlink()
@@ -159,7 +163,7 @@ def _receive(response: httpx.Response, part: Path, have: int, remote: Remote, na
     most = MOST_BYTES if remote.size is None else remote.size
     progress = Progress(name, remote.size)
     with part.open("ab" if have else "wb") as file:
-        for block in response.iter_raw(BLOCK):
+        for block in response.iter_raw():
             have += len(block)
             if have > most:
                 raise ModelError(f"{response.url.host} sends more than the {most:,} bytes of {name}; nothing was kept")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LOOPBACK
-from xgen_proxy.fleet import process_memory
+from xgen_proxy.fleet.memory import process as process_memory
 
 CHILD = """
 import mmap, socket, sys

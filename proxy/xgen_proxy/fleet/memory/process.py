@@ -33,11 +33,13 @@ def is_local(host: str) -> bool:
 
 def listener(port: int) -> int | None:
     """The id of the process that listens on a TCP port of this machine. None if another user owns it."""
-    for connection in psutil.net_connections(kind="tcp"):
-        listens_on = getattr(connection.laddr, "port", None) if connection.status == psutil.CONN_LISTEN else None
-        if listens_on == port and connection.pid:
-            return int(connection.pid)
-    return None
+    return listeners().get(port)
+
+
+def listeners() -> dict[int, int]:
+    """The id of the process that listens on each TCP port, where it is known."""
+    listening = (each for each in psutil.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN)
+    return {each.laddr.port: each.pid for each in listening if each.laddr and each.pid}
 
 
 def rss(pid: int) -> int | None:

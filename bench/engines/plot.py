@@ -1,0 +1,78 @@
+"""The plots of a comparison of engines. They need matplotlib, as bench/plot.py does."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench import plot
+from bench.engines.results import DIRECT, Results
+
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+WAITING, RUNNING = "#b0b0b0", "#0072b2"
+
+
+def throughput(results: Results, path: Path) -> None:
+    """Output tokens per second against concurrency, one line per engine: the median, and a band from least to most."""
+    plt = plot.pyplot()
+    figure, axis = plt.subplots()
+    names = list(dict.fromkeys(run.subject for run in results.runs))
+    for name, colour, marker in zip(names, COLOURS, "osD^vP", strict=False):
+        levels = by_streams(results, name)
+        middle = [statistics.median(values) for values in levels.values()]
+        axis.plot(list(levels), middle, marker=marker, color=colour, label=name)
+        low, high = [min(values) for values in levels.values()], [max(values) for values in levels.values()]
+        axis.fill_between(list(levels), low, high, color=colour, alpha=0.2, linewidth=0)
+    ticks = sorted({run.level.streams for run in results.runs if run.level.streams})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("requests at once")
+    axis.set_ylabel("output tokens per second")
+    axis.legend(loc="upper left")
+    plot.save(plt, figure, "Engines with the same model, direct: median, least to most", path)
+
+
+def by_streams(results: Results, name: str) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for run in results.runs:
+        if run.subject == name and run.where == DIRECT and run.level.streams and not run.level.shared_prefix:
+            found.setdefault(run.level.streams, []).append(run.output_tok_s)
+    return dict(sorted(found.items()))
+
+
+def timelines(results: Results, path: Path) -> None:
+    """A column per engine: each request as a line (grey while it waits for its first token), above the gauges."""
+    plt = plot.pyplot()
+    names = list(results.timelines)
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(5 * len(names), 6), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 2]
+    )
+    for column, name in enumerate(names):
+        requests_of(axes[0][column], results.timelines[name])
+        gauges_of(axes[1][column], results.timelines[name])
+        axes[0][column].set_title(name, fontsize=10)
+        axes[1][column].set_xlabel("seconds")
+    axes[0][0].set_ylabel("request")
+    axes[1][0].set_ylabel("requests")
+    for axis in axes[:, -1]:
+        axis.legend(loc="upper right", fontsize=8)
+    rate = results.timelines[names[0]]["rate"]
+    plot.save(plt, figure, f"The same {rate:.2g} requests per second, arriving at random", path)
+
+
+def requests_of(axis: Any, timeline: dict[str, Any]) -> None:
+    rows = range(1, len(timeline["requests"]) + 1)
+    start, first, end = zip(*timeline["requests"], strict=True)
+    axis.hlines(rows, start, first, color=WAITING, linewidth=3, label="waits for its first token")
+    axis.hlines(rows, first, end, color=RUNNING, linewidth=3, label="gets tokens")
+
+
+def gauges_of(axis: Any, timeline: dict[str, Any]) -> None:
+    at, running, waiting = zip(*timeline["gauges"], strict=True)
+    axis.step(at, running, where="post", color=RUNNING, label="in the batch")
+    axis.step(at, waiting, where="post", color="#d55e00", label="waiting")
+    axis.set_ylim(bottom=0)

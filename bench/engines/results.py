@@ -1,0 +1,113 @@
+"""What a comparison of engines found: one record per load, and the file that holds them all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+DIRECT, PROXY = "direct", "proxy"
+PERCENTILES = ("p50", "p95", "p99")
+TIMES = ("ttft", "tpot", "e2el")  # as `vllm bench serve` calls them, in ms
+
+
+@dataclass(frozen=True)
+class Level:
+    """A load. Closed: `streams` requests at once, each followed by the next. Open: Poisson arrivals at a rate that is
+    the `share` of the highest throughput that the engine reached in closed loop. `shared_prefix`: tokens that prompts
+    begin alike with, so that a prefix cache has something to find."""
+
+    streams: int | None = None
+    share: float | None = None
+    shared_prefix: int = 0
+
+    @property
+    def name(self) -> str:
+        prefix = f", {self.shared_prefix} tokens shared" if self.shared_prefix else ""
+        return (f"{self.streams} at once" if self.streams else f"open, {self.share:g} of capacity") + prefix
+
+
+@dataclass
+class Run:
+    """One load of one engine. Times in ms: {"p50", "p95", "p99"}. `short`: tokens missing from successful requests.
+    `goodput`: requests per second within the objectives. `cpu_s`: CPU seconds of the engine, and of the proxy.
+    `rss_mb`: the engine's peak memory. `gpu_mb`, `gpu_use`: peak memory and mean use in %, of all GPUs."""
+
+    subject: str
+    where: str
+    level: Level
+    repeat: int
+    requests: int
+    completed: int
+    failed: int
+    short: int
+    prompt_tokens: int
+    seconds: float
+    rate: float | None
+    output_tok_s: float
+    req_s: float
+    goodput: float
+    ttft: dict[str, float]
+    tpot: dict[str, float]
+    e2el: dict[str, float]
+    cpu_s: float
+    proxy_cpu_s: float | None
+    rss_mb: float
+    gpu_mb: float | None
+    gpu_use: float | None
+
+
+@dataclass
+class Results:
+    """`load`: what was asked for. `skipped`: loads that were left out, and why. `timelines`: requests joining and
+    leaving an engine's batch."""
+
+    conditions: dict[str, Any] = field(default_factory=dict)
+    load: dict[str, Any] = field(default_factory=dict)
+    subjects: dict[str, Any] = field(default_factory=dict)
+    starts_s: dict[str, list[float]] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    timelines: dict[str, Any] = field(default_factory=dict)
+
+    def done(self, subject: str, where: str, level: Level, repeat: int) -> bool:
+        key = (subject, where, level, repeat)
+        return any((run.subject, run.where, run.level, run.repeat) == key for run in self.runs)
+
+    def capacity(self, subject: str) -> float | None:
+        """The most requests per second of the first repeat, closed and direct: all repeats have the same rates."""
+        own = [run for run in self.runs if run.subject == subject and run.level.streams]
+        first = [run.req_s for run in own if run.repeat == min(each.repeat for each in own) and run.where == DIRECT]
+        return max(first or [run.req_s for run in own], default=None)
+
+    def write(self, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")
+        temporary.replace(path)
+
+
+def read(path: Path) -> Results:
+    found = json.loads(path.read_text())
+    runs = [Run(**{**run, "level": Level(**run["level"])}) for run in found.pop("runs")]
+    return Results(runs=runs, **found)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits: the file is read by people too."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def spread(values: Iterable[float], digits: int = 0) -> str:
+    """The median, and the least and most where there are several: 12 (11–14)."""
+    found = sorted(values)
+    if not found:
+        return "–"
+    middle = f"{statistics.median(found):,.{digits}f}"
+    return middle if len(found) == 1 else f"{middle} ({found[0]:,.{digits}f}–{found[-1]:,.{digits}f})"

@@ -1,0 +1,108 @@
+"""Reads a Hugging Face directory: config.json, and the headers of its safetensors files.
+
+https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from xgen_proxy.models.errors import ModelFileError
+from xgen_proxy.values import frozen
+
+MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+@frozen
+class HfDirectory:
+    """`weights` and `types` (tensors by type) are those of the safetensors files, `size` their bytes."""
+
+    path: Path
+    config: Mapping[str, Any]
+    weights: int
+    weight_bytes: int
+    size: int
+    types: Counter[str]
+    type_bytes: Counter[str]
+    chat_templates: Mapping[str, str]
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """Of the language model, where the model also sees or hears."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+
+def read_hf_directory(path: Path) -> HfDirectory:
+    """Raises ModelFileError if the directory is no model, or one of its files is missing or damaged."""
+    if not (path / "config.json").is_file():
+        raise ModelFileError(f"{path} is no model: it has no config.json")
+    config = read_json(path / "config.json")
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(read_json(index).get("weight_map", {}).values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise ModelFileError(f"{path} lacks {', '.join(missing)}; fetch it again")
+    if not files:
+        raise ModelFileError(f"{path} has no .safetensors files; vLLM and llama.cpp's converter need them")
+    types, type_bytes, weights = Counter[str](), Counter[str](), 0
+    for file in files:
+        for tensor in read_safetensors(file):
+            begin, end = tensor["data_offsets"]
+            types[tensor["dtype"]] += 1
+            type_bytes[tensor["dtype"]] += end - begin
+            weights += math.prod(tensor["shape"])
+    size = sum(file.stat().st_size for file in files)
+    return HfDirectory(path, config, weights, type_bytes.total(), size, types, type_bytes, chat_templates(path))
+
+
+def read_safetensors(path: Path) -> list[dict[str, Any]]:
+    """Its tensors as its header describes them. Raises ModelFileError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
+        if length > min(size - 8, MOST_HEADER):
+            raise ModelFileError(f"{path} is no safetensors file, or is cut short; fetch it again")
+        header = file.read(length)
+    try:
+        tensors = [tensor for name, tensor in orjson.loads(header).items() if name != "__metadata__"]
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+        raise ModelFileError(f"{path} is damaged: its header makes no sense; fetch it again") from None
+    if end != size:
+        raise ModelFileError(f"{path} is damaged: it has {size:,} bytes, not {end:,}; fetch it again")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ModelFileError."""
+    try:
+        data = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ModelFileError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelFileError(f"{path} is damaged: it contains no JSON object")
+    return data
+
+
+def chat_templates(path: Path) -> dict[str, str]:
+    """By name; `default` is the one without a name."""
+    found: dict[str, str] = {}
+    if (path / "tokenizer_config.json").is_file():
+        given = read_json(path / "tokenizer_config.json").get("chat_template")
+        if isinstance(given, str):
+            found["default"] = given
+        elif isinstance(given, list):
+            found |= {str(each.get("name")): str(each.get("template")) for each in given if isinstance(each, dict)}
+    if (path / "chat_template.jinja").is_file():
+        found["default"] = (path / "chat_template.jinja").read_text(errors="replace")
+    return found

@@ -1,0 +1,1 @@
+"""What a model is, what memory it needs, and whether this machine has it."""

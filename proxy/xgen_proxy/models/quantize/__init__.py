@@ -1,0 +1,1 @@
+"""Converts and quantises models, in processes of their own."""

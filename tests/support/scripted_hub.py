@@ -1,0 +1,112 @@
+"""A small Hugging Face on a real socket. Its answers can be cut, corrupted, refused or sent elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Hub:
+    """`files` of the one repository OWNER/REPO. What it does wrong is set by the tests; `seen` are its requests."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    cuts: list[int] = field(default_factory=list)  # each download stops after so many bytes, in turn
+    ranges: bool = True
+    corrupt: bool = False
+    redirect: str = ""  # another server for the files
+    status: int = 0  # for everything
+    promise: int | None = None  # a content-length that is not true
+    checksums: bool = True
+    seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def downloads(self) -> list[dict[str, str]]:
+        return [headers for method, path, headers in self.seen if method == "GET" and "/resolve/" in path]
+
+
+@contextmanager
+def scripted_hub() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.seen.append((self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+            if hub.status:
+                self.answer(hub.status, b"")
+            elif path.startswith("/api/models/OWNER/REPO/tree/"):
+                self.answer(200, json.dumps([entry(*each) for each in hub.files.items()]).encode())
+            elif (name := path.partition("/resolve/")[2].partition("/")[2]) in hub.files:
+                self.file(name)
+            else:
+                self.answer(404, b"")
+
+        def file(self, name: str) -> None:
+            content = hub.files[name]
+            headers = {"etag": f'"{digest(content)[:16]}"'}
+            if hub.checksums:
+                headers |= {"x-linked-etag": f'"{digest(content)}"', "x-linked-size": str(len(content))}
+            if hub.redirect:
+                self.answer(302, b"", {**headers, "location": hub.redirect + self.path})
+                return
+            begin, asked = 0, self.headers.get("range", "")
+            if asked and hub.ranges and self.headers.get("if-range", headers["etag"]) == headers["etag"]:
+                begin = int(asked.removeprefix("bytes=").rstrip("-"))
+                headers["content-range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            body = content[begin:]
+            if hub.corrupt:
+                body = bytes([body[0] ^ 1]) + body[1:]
+            self.answer(206 if begin else 200, body, headers)
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(body) if hub.promise is None else hub.promise))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if hub.cuts and status in (200, 206) and headers:
+                body = body[: hub.cuts.pop(0)]
+                self.close_connection = True
+            self.wfile.write(body)
+            if hub.promise is not None:
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def entry(path: str, content: bytes) -> dict[str, object]:
+    """As the hub lists a file; large ones are in LFS."""
+    lfs = {"lfs": {"oid": digest(content), "size": len(content)}} if path.endswith((".gguf", ".safetensors")) else {}
+    return {"type": "file", "path": path, "size": len(content), **lfs}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

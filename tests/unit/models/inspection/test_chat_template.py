@@ -1,0 +1,28 @@
+"""Whether a template knows tools is seen by rendering it."""
+
+from __future__ import annotations
+
+import pytest
+
+from xgen_proxy.models.inspection.chat_template import knows_tools
+
+PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TOOLS = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        ({"default": PLAIN}, False),
+        ({"default": TOOLS}, True),
+        ({"default": PLAIN, "tool_use": TOOLS}, True),
+        ({"default": "{% generation %}" + TOOLS + "{% endgeneration %}"}, True),
+        ({"default": "{{ raise_exception('no') }}"}, None),
+        ({"default": "{% nonsense %}"}, None),
+        ({"default": "{{ messages.__class__.__mro__ }}" + TOOLS}, None),
+        ({"default": "{% for m in messages %}{% continue %}{% endfor %}{{ strftime_now('%Y') }}"}, False),
+        ({}, False),
+    ],
+)
+def test_templates(templates: dict[str, str], expected: bool | None) -> None:
+    assert knows_tools(templates) is expected
