@@ -50,12 +50,10 @@ def test_a_malformed_response_raises(data: bytes) -> None:
 GOOD = orjson.dumps(whole())
 NO_ANSWERS: dict[str, tuple[bytes, type[Exception]]] = {
     "an error": (b'{"error":{"message":"boom","code":500}}', UpstreamServerError),
-    "an error of spaced JSON": (b'{ "error" : {"message": "boom"}, "choices": [] }', UpstreamServerError),
     "an error as text": (b'{"error":"boom"}', UpstreamServerError),
     "vLLM's older error": (b'{"object":"error","message":"no","code":400}', RequestRejectedError),
     "busy": (b'{"error":{"message":"full","code":503}}', UpstreamOverloadedError),
     "an empty object": (b"{}", UpstreamProtocolError),
-    "choices are null": (b'{"choices":null}', UpstreamProtocolError),
     "half of it": (GOOD[:-9], UpstreamProtocolError),
     "not JSON": (b"{not json", UpstreamProtocolError),
     "an array": (b"[1]", UpstreamProtocolError),
@@ -82,7 +80,12 @@ def test_a_200_that_is_an_answer(parse: bool) -> None:
     check_whole(b'{"data":[' + b"1," * MAX_PARSED + b"1]} ", "embeddings", parse=parse)
 
 
-@pytest.mark.parametrize("data", [b'{"choices":[]}', GOOD[:-1] + b',"x":NaN}', b'{"text":"choices"}', b'{"choices":5}'])
+SPACED = b'{ "error" : {"message": "boom"}, "choices": [] }'
+
+
+@pytest.mark.parametrize(
+    "data", [SPACED, b'{"choices":[]}', GOOD[:-1] + b',"x":NaN}', b'{"text":"choices"}', b'{"choices":null}']
+)
 def test_an_unknown_servers_answer_is_parsed(data: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
         check_whole(data, "chat", parse=True)
