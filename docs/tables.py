@@ -1,13 +1,20 @@
-"""Write the tables of these pages that repeat the code. tests/repo/test_docs.py fails while one is stale.
+"""Write the tables of these pages that repeat the code or a result file. test_docs.py fails while one is stale.
 
 python docs/tables.py
+
+To show a measurement: the command that measures writes its result file to bench/results/. Add the file and its rows to
+RESULTS under a name, and put the markers of a table of that name into the page. The line that says when, where and by
+which command it was measured comes with the table.
 """
 
 from __future__ import annotations
 
 import ast
+import datetime
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +26,12 @@ from pydantic_core import PydanticUndefined
 
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
+RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
@@ -50,6 +59,7 @@ ORDER = (
     "observability",
     "config",
     "models",
+    "costs",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -197,10 +207,104 @@ def engines(table: Callable[[engine_results.Results], Iterator[Row]], name: str)
     return table(engine_results.read(file))
 
 
+# Measurements
+
+
+def provenance(found: dict[str, Any]) -> str:
+    """When, where, by which command and with which versions: the line below the table of a result file."""
+    where = found["machine"]
+    parts = [
+        where["cpu"],
+        *(f"{count} x {gpu}" if count > 1 else gpu for gpu, count in counted(where["gpus"])),
+        f"{where['cores']} cores",
+        f"{where['memory_bytes'] / 2**30:.0f} GiB",
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    day = datetime.datetime.fromisoformat(found["date"]).date()
+    return f"Measured on {day} on {', '.join(parts)}, by `{found['command']}`; {versions}.\n"
+
+
+def counted(names: list[str]) -> list[tuple[str, int]]:
+    return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+def spread(figures: list[float], digits: int = 3) -> str:
+    """The median, and the range where there are several: `12.3 (12.0-12.7)` with an en dash."""
+    middle, *ends = [number(each, digits) for each in (statistics.median(figures), min(figures), max(figures))]
+    return f"{middle} ({'–'.join(ends)})" if len(figures) > 1 else middle
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With `digits` significant digits, and no exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def computed(content: dict[str, Any]) -> str:
+    """The line below figures that were computed from other result files: how those were measured, and the command."""
+    sources = {each["file"]: each for each in content["measured"] if "machine" in each}
+    measurements = " ".join(f"{file}: {provenance(each).rstrip()}" for file, each in sources.items())
+    return f"{measurements} Computed by `{content['conditions']['command']}`.\n".lstrip()
+
+
+def cost_runs(content: dict[str, Any]) -> Iterator[Row]:
+    unit = content["currency"]
+    costs = [f"{unit} per 1,000 requests", f"{unit} per million output tokens"]
+    yield "machine", f"{unit} per hour", "engine", "load", "goodput, requests/s", "utilisation", *costs
+    per_hour = {each["name"]: hourly(each) for each in content["machines"]}
+    for subject in content["subjects"]:
+        for run in subject["runs"]:
+            figures = (ranged(run[each]) for each in ("requests", "output_tokens"))
+            place = subject["machine"], per_hour[subject["machine"]], subject["subject"], run["load"]
+            yield *place, ranged(run["goodput"]), f"{run['utilisation'] * 100:.0f} %", *figures
+
+
+def hourly(machine: dict[str, Any]) -> str:
+    idle, busy = number(machine["fixed"]), number(machine["fixed"] + machine["extra"])
+    return idle if idle == busy else f"{idle} idle, {busy} busy"
+
+
+def cost_break_even(content: dict[str, Any]) -> Iterator[Row]:
+    yield "cheaper", "than", "from, requests/s", "at the loads, requests/s"
+    for even in content["break_even"]:
+        loads = ", ".join(
+            f"above {number(each['over'])}" if each["to"] is None else f"{number(each['over'])}–{number(each['to'])}"
+            for each in even["cheaper"]
+        )
+        yield even["machine"], even["against"]["machine"], ranged(even["requests_per_s"]), loads or "none"
+
+
+def ranged(figures: dict[str, float] | None) -> str:
+    """`figures`: low, middle and high, as `xgen-proxy cost` writes them."""
+    if figures is None:
+        return ""
+    shown = [number(figures[each]) for each in ("low", "middle", "high") if figures[each] is not None]
+    return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
+
+
+# A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
+RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
+    "cost_runs": ("cost.json", cost_runs),
+    "cost_break_even": ("cost.json", cost_break_even),
+}
+
+
+def result(name: str) -> str:
+    file, rows = RESULTS[name]
+    if not (RESULT_FILES / file).exists():
+        return markdown(iter([("not measured yet",)]))
+    content = json.loads((RESULT_FILES / file).read_text())
+    line = computed(content) if "measured" in content else provenance(content["conditions"])
+    return f"{markdown(rows(content))}\n{line}"
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
     "routing": lambda: settings(Routing, "routing."),
+    "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),
     "memory_guard": lambda: settings(MemoryGuard, "memory_guard."),
     "metrics": metrics,
@@ -232,6 +336,8 @@ def rendered(text: str) -> str:
 
 
 def render(name: str) -> str:
+    if name in RESULTS:
+        return result(name)
     return rooms() + "\n" if name == "rooms" else markdown(TABLES[name]())
 
 

@@ -1,4 +1,4 @@
-"""The command line: serve, check, route, status, key, models. Only commands print."""
+"""The command line: serve, check, route, status, key, models, cost. Only commands print."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import orjson
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
+from xgen_proxy.costs import commands as cost_commands
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.models import commands as model_commands
 from xgen_proxy.models.errors import ModelError
@@ -135,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     add_client(status)
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
     model_commands.add_to(commands)
+    cost_commands.add_to(commands)
     return top
 
 

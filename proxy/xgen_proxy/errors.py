@@ -201,6 +201,10 @@ class ServiceUnavailableError(ProxyError):
     retry = False
 
 
+class ModelTooFarError(ServiceUnavailableError):
+    code = "model_too_far"
+
+
 class TooManyConnectionsError(ServiceUnavailableError):
     code = "too_many_connections"
     retry = True
@@ -260,10 +264,10 @@ class UnsupportedByBackendError(UpstreamError):
 
 
 class MissingCapabilityError(UnsupportedByBackendError):
-    """`capability`: what the engine lacks, if a request can need it by name. `remedy`: what an operator should do."""
+    """`capability`: what the engine lacks. `remedy`: what an operator should do."""
 
-    def __init__(self, capability: str | None, remedy: str) -> None:
-        super().__init__(f"runs without {capability or 'what this request needs'}: {remedy}")
+    def __init__(self, capability: str, remedy: str) -> None:
+        super().__init__(f"runs without {capability}: {remedy}")
         self.capability = capability
         self.remedy = remedy
 

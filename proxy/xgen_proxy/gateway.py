@@ -38,6 +38,7 @@ class Gateway:
         self.metrics = Metrics(self.fleet, self.admission)
         self.memory = MemoryWatch(self.fleet, self.admission, self.metrics.relief.inc)
         self.health = HealthMonitor(self.fleet, self.admission, self.memory, self.metrics.forget)
+        self.metrics.of_fleet.model_pairs = lambda: self.health.tokenizers.pairs
         self.discovery = Discovery(self.fleet, self.health)
         self.router = Router(self.fleet, random.Random())
         self.tracing = tracing_for(settings)
@@ -71,6 +72,7 @@ class Gateway:
         for backend in removed:
             self.health.reconcile(backend, [], joined_later=True)
         self.discovery.lookup_soon()
+        self.health.tokenizers.check_soon()
 
     async def start(self) -> None:
         self.health.start()

@@ -48,9 +48,12 @@ class Reloader:
     def __init__(self, gateway: Gateway, sources: ConfigSources) -> None:
         self.gateway = gateway
         self._sources = sources
-        self._versions = file_versions(sources.files())
+        self._versions = file_versions(self._files())
         self._refused = ""  # why the last reload was refused
         self._task: asyncio.Task[None] | None = None
+
+    def _files(self) -> list[Path]:
+        return [*self._sources.files(), *self.gateway.settings.fallback.distances]
 
     def start(self) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload, SIGHUP)
@@ -63,14 +66,14 @@ class Reloader:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            old, new = self._versions, file_versions(self._sources.files())
+            old, new = self._versions, file_versions(self._files())
             if new != old:
                 self.reload(", ".join(str(path) for path in new.keys() | old.keys() if new.get(path) != old.get(path)))
 
     def reload(self, reason: str) -> None:
         """`reason`: for the log, such as SIGHUP or the names of the files that changed."""
         metrics = self.gateway.metrics
-        self._versions = file_versions(self._sources.files())
+        self._versions = file_versions(self._files())
         try:
             self.gateway.configure(self._read())
         except ConfigError as error:

@@ -22,6 +22,7 @@ DONE = b"data: [DONE]\n\n"
 ROLE = re.compile(rb'"delta": ?\{"role": ?"assistant"(?:, ?"content": ?(?:""|null))?\}')
 MAX_EVENT = 8 * 1024 * 1024  # bytes; an event that never ends must not fill the memory
 LINE_COST = 64  # bytes that a line of an event counts beyond its own, since each is an object
+MAX_LINES = 20_000  # in one read, of at most 256 KiB: each costs 1 µs, and an event has some 200 bytes
 ENDS = (b"\n\n", b"\r\n\r\n")
 BOM = b"\xef\xbb\xbf"
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
@@ -97,6 +98,8 @@ class EventNormaliser(EventSplitter):
             self._after_cr = False
         if not data:
             return b""
+        if data.count(b"\n") + data.count(b"\r") > MAX_LINES:
+            raise UpstreamProtocolError(f"more than {MAX_LINES} lines in {len(data)} bytes")
         self._after_cr = data.endswith(b"\r")
         first, *lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.pending += first
@@ -164,6 +167,8 @@ class EventNormaliser(EventSplitter):
         for choice in chunk["choices"]:
             if choice.get("finish_reason") in ("error", "abort"):
                 return _failed(b"finish_reason " + choice["finish_reason"].encode())
+            if choice.get("finish_reason") == "":  # some servers' null
+                choice["finish_reason"] = None
         return encode(chunk)
 
 

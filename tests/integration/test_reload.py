@@ -22,6 +22,7 @@ from tests.support.running_proxy import CHAT, get, post
 from tests.support.server_process import Process, Streaming
 from tests.support.waiting import wait_until
 from xgen_proxy.api.api_keys import new_key
+from xgen_proxy.config.fallback import FORMAT
 from xgen_proxy.config.loading import ConfigError, ConfigSources, UnreadableError
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings
 from xgen_proxy.gateway import Gateway
@@ -402,3 +403,33 @@ def test_a_process_supervises_its_tasks(keyed: Keyed) -> None:
     page = get(f"{keyed.process.url}/metrics").text
     for task in ("settings", "discovery", "watchdog"):
         assert f'xgen_background_restarts_total{{task="{task}"}} 0.0' in page
+
+
+def test_a_changed_file_of_distances_is_read(proxy: Configured, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """A malformed one changes nothing."""
+    file = proxy.directory / "distance.json"
+
+    def measured(top1: float) -> None:
+        names = {"model": "m", "reference": {"backend": "vllm"}, "other": {"backend": "llama_cpp"}}
+        new = proxy.directory / "new.json"
+        new.write_text(json.dumps({"format": FORMAT, "pairs": [{**names, "all": {"top1": top1}}]}))
+        os.replace(new, file)
+
+    def candidates() -> list[str]:
+        plan = post(f"{proxy.process.url}/route", json=CHAT).json()
+        return [each["backend"] for each in plan["candidates"]]
+
+    measured(0.97)
+    backends = {
+        "backends.vllm": {"urls": [gpu.url]},
+        "backends.llama_cpp": {"urls": [cpu.url], "dialect": "vllm", "device_class": "cpu"},
+    }
+    proxy.write(**backends, fallback={"min_top1": 0.95, "distances": [str(file)]})
+    proxy.start()
+    wait_until(lambda: candidates() == ["vllm", "llama_cpp"])
+    measured(0.9)
+    wait_until(lambda: candidates() == ["vllm"])
+    file.write_text("{")
+    wait_until(lambda: proxy.reloads("refused"))
+    assert candidates() == ["vllm"]
+    assert proxy.logged("distance.json has no distances between models")

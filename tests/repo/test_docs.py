@@ -157,8 +157,8 @@ def check_python(words: list[str]) -> None:
     if module and module != "pytest":
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
-    for file in rest:
-        assert (ROOT / file).exists(), file
+    for argument in rest:
+        assert (ROOT / argument).exists(), argument
 
 
 def check_pip(words: list[str]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+PROBE = b"The quick brown fox"
+
 Script = Callable[["Talk"], Coroutine[Any, Any, None]]
 
 METRICS = """\
@@ -116,6 +118,7 @@ class FakeUpstream:
     running: int = 0
     waiting: int = 0
     kv: float = 0.0
+    tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     preemptions: int = 0
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
@@ -177,10 +180,16 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
+        elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
+            await self.answer_probe(talk)
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)
         return not writer.is_closing()
+
+    async def answer_probe(self, talk: Talk) -> None:
+        """The proxy compares the tokenizers of backends that serve the same model."""
+        await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
 
     async def answer_check(self, talk: Talk) -> None:
         if self.health != 200:

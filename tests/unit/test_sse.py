@@ -210,3 +210,16 @@ def test_reasoning_gets_one_name() -> None:
         b'{"content":"\\"reasoning"}',
     ):
         assert sse.one_reasoning_name(untouched) == untouched
+
+
+def test_an_empty_finish_reason_is_none() -> None:
+    events = sse.EventNormaliser().feed(
+        b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":""}]}\n\n'
+    )
+    assert sse.count_finished(events) == 0
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\r", b":\n", b"x\n"])
+def test_lines_of_one_read_have_a_limit(line: bytes) -> None:
+    with pytest.raises(UpstreamProtocolError, match="lines in"):
+        sse.EventNormaliser().feed(line * (sse.MAX_LINES + 1))

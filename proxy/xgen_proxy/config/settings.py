@@ -33,6 +33,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from xgen_proxy.config.fallback import Fallback
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
 from xgen_proxy.dialects.registry import DIALECTS
@@ -264,6 +265,7 @@ class Settings(BaseSettings):
         " all. Empty: none may.",
     )
     routing: Routing = Routing()
+    fallback: Fallback = Fallback()
     limits: Limits = Limits()
     memory_guard: MemoryGuard = MemoryGuard()
     scrape_interval_s: float = Field(1.0, gt=0, description="Between two scrapes of a replica's load, with jitter.")

@@ -59,6 +59,7 @@ class Dialect:
     metrics_path: ClassVar[str | None] = None  # the one of these two that is a page of Prometheus metrics
     info_paths: ClassVar[tuple[str, ...]] = ("/v1/models",)  # asked when a replica comes up, and again if they change
     models_change: ClassVar[bool] = True  # its models may change while it runs: LoRA, llama-swap, Ollama
+    swaps_models: ClassVar[bool] = True  # a question about one of several models may load it
     uses_canary: ClassVar[bool] = False  # asked for one token when in doubt; not where tokens may cost money
     hides_hangs: ClassVar[bool] = False  # a process of its own answers health checks for the engine
     relief_paths: ClassVar[Mapping[str, str]] = {}  # kind of relief → a POST that frees memory, if the engine has it
@@ -141,8 +142,12 @@ class Dialect:
         """Number of tokens in `text`, as the replica counts them. None if it cannot. Raises UpstreamError."""
         return None
 
-    async def tokenize(self, question: Json, post: Post) -> int | None:
-        """The same from /tokenize, a route of vLLM and llama-server, whose fields differ."""
-        status, answer = await post("/tokenize", question)
+    async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
+        """The tokens of `text` without special ones. None if the engine cannot tell. Raises UpstreamError."""
+        return None
+
+    async def tokenize(self, question: Json, post: Post, path: str = "/tokenize") -> list[int] | None:
+        """From a route of vLLM and llama-server, whose fields differ."""
+        status, answer = await post(path, question)
         tokens = answer.get("tokens") if status == 200 and isinstance(answer, dict) else None
-        return len(tokens) if isinstance(tokens, list) else None
+        return tokens if isinstance(tokens, list) else None

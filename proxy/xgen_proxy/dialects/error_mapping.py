@@ -54,11 +54,12 @@ CLIENTS_500 = re.compile(
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request
 
+HOP_FAILED = frozenset({408, 425, 499})  # between us and the server: it says nothing about the client's request
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 # What engines say that were started without something: the whole sentence, so that no message that repeats a client's
-# words can look like one. (sentence, capability if a request can need it by name, remedy)
-MISSING: tuple[tuple[re.Pattern[str], str | None, str], ...] = tuple(
+# words can look like one. (sentence, capability, remedy)
+MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(sentence), capability, remedy)
     for sentence, capability, remedy in (
         (
@@ -118,12 +119,12 @@ MISSING: tuple[tuple[re.Pattern[str], str | None, str], ...] = tuple(
         ),
         (
             r"This server does not support completions\. Start it without `?--embeddings?`?\.?",
-            None,
+            "generation",
             "it was started with --embeddings and answers nothing else: give it a model name of its own",
         ),
         (
             r"(?:The|This) model does not support (?:the )?(?:Chat )?Completions API\.?",
-            None,
+            "generation",
             "its model generates no text: give it a model name of its own",
         ),
     )
@@ -139,11 +140,11 @@ def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
         return UpstreamProtocolError(f"says {status}, which is no answer")
     if missing := _missing(message):
         return missing
-    if status in (401, 403):
+    if status in (401, 403, 407):
         return UnsupportedByBackendError(f"says {status}: the backend's api_key setting is wrong")
     if status in (404, 405, 501):
         return UnsupportedByBackendError(f"says {status}: it has no such model or route", message)
-    if status >= 500 and not CLIENTS_500.search(message):
+    if status in HOP_FAILED or (status >= 500 and not CLIENTS_500.search(message)):
         return UpstreamServerError(f"says {status}", message)
     return _refused(status, message, code, param)
 

@@ -162,6 +162,10 @@ class LlamaServer(Dialect):
         return True
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
+        tokens = await self.token_ids(request.served, text, post)
+        return None if tokens is None else len(tokens)
+
+    async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
         return await self.tokenize({"content": text, "add_special": False}, post)
 
 

@@ -57,6 +57,7 @@ class VLLM(Dialect):
     overcommit = 16
     health_path = "/metrics"
     metrics_path = "/metrics"
+    swaps_models = False
     uses_canary = True
     hides_hangs = True
     relief_paths = MappingProxyType({"reset_prefix_cache": "/reset_prefix_cache"})
@@ -95,5 +96,8 @@ class VLLM(Dialect):
         return True
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
-        question = {"model": request.served, "prompt": text, "add_special_tokens": False}
-        return await self.tokenize(question, post)
+        tokens = await self.token_ids(request.served, text, post)
+        return None if tokens is None else len(tokens)
+
+    async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
+        return await self.tokenize({"model": model, "prompt": text, "add_special_tokens": False}, post)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from xgen_proxy.config.fallback import Pair
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.dialects.dialect import Dialect
@@ -119,7 +120,8 @@ class Backend:
         )
 
     def _with_overrides(self, capabilities: frozenset[str]) -> frozenset[str]:
-        """The settings `tools`, `images` and `embeddings` add or remove a capability; engines deny some."""
+        """The settings `tools`, `images` and `embeddings` add or remove a capability. One that an engine denies is gone
+        when all replicas have denied it: a request for it fails over to one that has not."""
         settings = self.settings
         for setting, names in (
             (settings.tools, {"tools", "forced_tool"}),
@@ -128,7 +130,8 @@ class Backend:
         ):
             if setting is not None:
                 capabilities = capabilities | names if setting else capabilities - names
-        return capabilities.difference(*(replica.missing for replica in self.replicas))
+        denied = [replica.missing for replica in self.replicas]
+        return capabilities - frozenset.intersection(*denied) if denied else capabilities
 
     # snapshots
 
@@ -165,6 +168,8 @@ class Fleet:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._different: frozenset[Pair] = frozenset()
+        self.nearness = settings.fallback.nearness()
         self._set_backends(Backend(name, each, settings.routing) for name, each in sorted(settings.backends.items()))
 
     def _set_backends(self, backends: Iterable[Backend]) -> None:
@@ -175,6 +180,7 @@ class Fleet:
         """Apply new settings. A backend that is still configured keeps its replicas and its requests, unless its
         dialect changed. Returns the removed backends."""
         old, self.settings = {backend.name: backend for backend in self.backends}, settings
+        self.nearness = settings.fallback.nearness(self._different)
         kept = []
         for name, wanted in sorted(settings.backends.items()):
             backend = old.get(name)
@@ -185,6 +191,12 @@ class Fleet:
             kept.append(backend)
         self._set_backends(kept)
         return [backend for backend in old.values() if backend not in kept]
+
+    def set_different(self, pairs: Iterable[Pair]) -> None:
+        """The pairs of backends that serve different models under the same name."""
+        pairs = frozenset(pairs)
+        self._different = pairs | {(other, one, model) for one, other, model in pairs}
+        self.nearness = self.settings.fallback.nearness(self._different)
 
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(tuple([backend.snapshot() for backend in self.backends]))

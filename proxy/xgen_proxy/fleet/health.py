@@ -38,6 +38,7 @@ from xgen_proxy.errors import (
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.canary import ask_canary
+from xgen_proxy.fleet.identity.tokenizers import Tokenizers
 from xgen_proxy.fleet.load import Scrape, parse_metrics
 from xgen_proxy.fleet.memory.watch import MemoryWatch
 from xgen_proxy.fleet.replica import Replica
@@ -60,6 +61,7 @@ class HealthMonitor:
     def __init__(self, fleet: Fleet, admission: Admission, memory: MemoryWatch, forget: Callable[[str], None]) -> None:
         self.fleet = fleet
         self.admission = admission
+        self.tokenizers = Tokenizers(fleet, admission)
         self.memory = memory
         self._forget = forget
         self._watching: dict[Replica, asyncio.Task[None]] = {}
@@ -75,6 +77,7 @@ class HealthMonitor:
         return self.fleet.settings
 
     def start(self) -> None:
+        self.tokenizers.start()
         self._memory_task = supervise("memory", self.memory.run)
         for backend in self.fleet.backends:
             self._watch_all(backend)
@@ -92,6 +95,7 @@ class HealthMonitor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.tokenizers.stop()
 
     def _start(
         self, tasks: dict[Replica, asyncio.Task[None]], replica: Replica, work: Coroutine[Any, Any, None]
@@ -193,6 +197,18 @@ class HealthMonitor:
             log.info("%s answered several requests in a row with 5xx: asking for a canary", replica.name)
             self._start(self._canaries, replica, self._canary(replica))
 
+    def convict(self, replica: Replica, request: int) -> None:
+        """Its engine answered a request with 5xx that another replica served. `request`: its hash.
+
+        That decides where no canary can. No single request, however often a client repeats it, closes a replica to the
+        others; and if no other can serve them, they are sent there all the same.
+        """
+        if replica.dialect.uses_canary or not replica.breaker.convicted(request, time.monotonic()):
+            return
+        if replica.state != "down" and replica.set_state("suspect", "it failed requests that others served"):
+            log.warning("%s is suspect: %s", replica.name, replica.reason)
+        self.admission.on_replica_down()
+
     async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
         return await replica.ask(path, timeout_s=self.settings.scrape_timeout_s)
 
@@ -241,6 +257,8 @@ class HealthMonitor:
             replica.mark_suspect("new: must answer a canary first")
         else:
             replica.mark_up("healthy")
+        self.tokenizers.forget(replica)
+        self.tokenizers.check_soon()
         log.info(
             "%s is %s: models %s, context %s",
             replica.name,
@@ -258,6 +276,7 @@ class HealthMonitor:
         if info is None or info == replica.info or replica.state in ("down", "draining"):
             return False
         backend.record_info(replica, info)
+        self.tokenizers.check_soon()
         log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
         return True
 
@@ -314,6 +333,7 @@ class HealthMonitor:
         if not dialect.uses_canary:
             if replica.breaker.try_half_open(now):  # tokens may cost money here: the next request is the trial
                 replica.mark_up("its circuit breaker was open long enough")
+                replica.breaker.on_trial = True
         elif replica not in self._canaries and (self._is_silent(replica, now) or replica.breaker.try_half_open(now)):
             self._start(self._canaries, replica, self._canary(replica))
 

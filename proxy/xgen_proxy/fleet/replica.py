@@ -254,9 +254,9 @@ class Replica:
         except TimeoutError:
             raise UpstreamTimeoutError(f"{path} was not answered within {timeout_s:g} s") from None
 
-    async def post_json(self, path: str, body: Any) -> tuple[int, Any]:
+    async def post_json(self, path: str, body: Any, timeout_s: float | None = None) -> tuple[int, Any]:
         """Send a small request while holding a slot. Returns the status and the parsed JSON. Raises UpstreamError."""
-        status, answer = await self.ask(path, body, timeout_s=self.settings.first_byte_timeout_s)
+        status, answer = await self.ask(path, body, timeout_s=timeout_s or self.settings.first_byte_timeout_s)
         try:
             return status, orjson.loads(answer)
         except orjson.JSONDecodeError:

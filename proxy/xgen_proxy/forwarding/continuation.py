@@ -23,7 +23,7 @@ from xgen_proxy.request.features import Features, Json
 from xgen_proxy.values import frozen
 
 # All other needs of a request constrain later tokens by earlier ones, so that plain text could not be resumed rightly.
-RESUMABLE_NEEDS = frozenset({"images"})
+RESUMABLE_NEEDS = frozenset({"generation", "images"})
 PREFILLED = ("continue_final_message", "add_generation_prompt")
 HEAD = ("id", "object", "created", "model", "system_fingerprint")
 BLANK = " \t"

@@ -117,7 +117,7 @@ class Delivery:
         waited = self.writer.status != 0
         await self.writer.start(self.progress.response_headers())
         if waited and self.progress.target is not None:
-            await self.writer.comment(f"from {self.progress.target.replica.name}; {self.progress.reason}")
+            await self.writer.comment(f"from {self.progress.provenance}")
 
     async def relay(self, exchange: Exchange, block: bytes, editor: StreamEditor | None, finished: int = 0) -> None:
         """Relays a stream from its first events to its end. Raises UpstreamError.

@@ -14,6 +14,7 @@ from typing import Any
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.error_mapping import read_error, stream_error
+from xgen_proxy.dialects.whole_response import check_whole
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
@@ -125,13 +126,12 @@ class Exchange:
         return max(0.01, self._deadline - time.perf_counter())
 
     async def whole(self) -> bytes:
-        """The whole body. Raises UpstreamError."""
+        """The whole body. Raises UpstreamError, or the meaning of an error with status 200."""
         if not self.connection.framed:
             raise UpstreamProtocolError("an answer without a length, which may be cut short")
         data = await self.connection.read_all(self.replica.settings.total_timeout_s, ANSWER_LIMIT)
         self.replica.record_activity()
-        if not data[:100].lstrip().startswith(b"{"):
-            raise UpstreamProtocolError("an answer that is no JSON object")
+        check_whole(data, self.request.features.endpoint, parse=not self.splitter.passes_unparsed)
         if sse.is_abort(data):
             raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
         return data

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import orjson
+
 from xgen_proxy.errors import (
     Blame,
     MissingCapabilityError,
@@ -24,6 +26,7 @@ from xgen_proxy.errors import (
 )
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.health import HealthMonitor
+from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.forwarding.outcome import Failure, Observer
 from xgen_proxy.forwarding.progress import Progress, Stopwatch
 from xgen_proxy.forwarding.retry_budget import TIMEOUT_FACTOR, RetryBudget
@@ -58,6 +61,7 @@ class Failover:
         self.observer = observer
         self.resuming = False
         self.counted: set[Blame] = set()  # kinds of failures that this request has counted as
+        self.doubted: list[Replica] = []  # their engines answered it with 5xx
 
     async def run(self, work: Work) -> None:
         """Raises ProxyError if every target fails, and StreamInterruptedError if a stream breaks after the commit."""
@@ -106,6 +110,8 @@ class Failover:
             trace = self.observer.attempt_started(self.call, target, progress.attempts)
             await work(target, self.call.trace if trace is None else trace)
             target.replica.succeeded()
+            if self.doubted:
+                self._convict()
         except UpstreamError as failed:
             error = failed
             self._record_failure(target, failed)
@@ -131,17 +137,31 @@ class Failover:
             self._learn(target, error)
         elif error.blame == "request":
             self.remaining.clear()
-        elif error.blame in ("replica", "unclear") and error.blame not in self.counted:
-            self.counted.add(error.blame)
-            if error.blame == "unclear":
-                self.health.doubt(replica)
-            else:
-                replica.failed(error.reason)
-                self.admission.on_replica_down()  # the circuit breaker may have opened
+        elif error.blame in ("replica", "unclear"):
+            self._count(replica, error)
+
+    def _count(self, replica: Replica, error: UpstreamError) -> None:
+        if error.blame == "unclear":
+            self.doubted.append(replica)
+        if error.blame in self.counted:
+            return
+        self.counted.add(error.blame)
+        if error.blame == "unclear":
+            self.health.doubt(replica)
+        else:
+            replica.failed(error.reason)
+            self.admission.on_replica_down()  # the circuit breaker may have opened
+
+    def _convict(self) -> None:
+        """The request is good, since it was served: what was unclear was the fault of those that failed."""
+        request = hash(self.call.raw or orjson.dumps(self.call.body))
+        for replica in self.doubted:
+            self.health.convict(replica, request)
+        self.doubted.clear()
 
     def _learn(self, target: Target, error: MissingCapabilityError) -> None:
         """Remember what the engine lacks, unless this request has no need of it: then it misunderstood something."""
-        needed = error.capability is None or error.capability in self.call.features.needs
+        needed = error.capability in self.call.features.needs
         if needed and target.backend.lost_capability(target.replica, error.capability):
             log.warning("%s %s", target.replica.name, error.reason)
 

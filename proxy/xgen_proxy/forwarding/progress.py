@@ -73,6 +73,15 @@ class Progress:
         return f"fallback: {last.target.replica.name} {last.error.outcome}"
 
     @property
+    def provenance(self) -> str:
+        """The same as a comment in a stream whose headers are sent already. Empty if there is no target."""
+        target = self.target
+        if target is None:
+            return ""
+        distance = f"; model distance {target.distance}" if target.distance else ""
+        return f"{target.replica.name}; {self.reason}{distance}"
+
+    @property
     def backend_request_id(self) -> str:
         """The id of the present attempt: the client's, with the attempt's number and a random suffix.
 
@@ -94,6 +103,8 @@ class Progress:
                 (b"x-route-reason", self.reason.encode("ascii", "replace")),
                 (b"x-overhead-ms", b"%.2f" % max(overhead_ms, 0.0)),
             ]
+            if self.target.distance:
+                headers.append((b"x-model-distance", self.target.distance.encode()))
         return headers
 
     def outcome(self, status: int, writer: ResponseWriter, error: ProxyError | None = None) -> Outcome:

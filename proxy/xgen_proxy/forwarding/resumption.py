@@ -107,7 +107,7 @@ class Resumption:
             await exchange.open()
             block = await exchange.first_events()
             self.progress.resumed += 1
-            await self.writer.comment(f"resumed on {target.replica.name}; {self.progress.reason}")
+            await self.writer.comment(f"resumed on {self.progress.provenance}")
             editor = resumed.after(dialect.stream_editor(exchange.request))
             await self.delivery.relay(exchange, block, editor, finished=int(exhausted))
 

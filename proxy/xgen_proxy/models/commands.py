@@ -1,4 +1,4 @@
-"""The commands for models: pull, list, inspect, quantize, compare."""
+"""The commands for models: pull, list, inspect, quantize, compare, distance."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import orjson
 from xgen_proxy.models.compare.commands import add_compare, run_compare
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.progress import say
+from xgen_proxy.models.served.commands import add_distance, run_served
 
 DESCRIPTION = """\
 Fetch, inspect, quantise and compare models.
@@ -88,6 +89,8 @@ def add_to(commands: Any) -> None:
     add_quantize(subcommands)
     compare = add_compare(subcommands)
     compare.set_defaults(run=partial(guarded, run_compare))
+    distance = add_distance(subcommands)
+    distance.set_defaults(run=partial(guarded, run_served))
 
 
 def add(

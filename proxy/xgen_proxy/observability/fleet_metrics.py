@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from xgen_proxy import __version__
+from xgen_proxy.config.fallback import Pair
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.fleet.circuit_breaker import State
@@ -26,6 +27,7 @@ class FleetMetrics(Collector):
         self.fleet = fleet
         self.admission = admission
         self.settings_current = True
+        self.model_pairs: Callable[[], Mapping[Pair, bool | None]] = dict
 
     def collect(self) -> Iterator[Metric]:
         replicas = list(self.fleet.replicas)
@@ -61,6 +63,29 @@ class FleetMetrics(Collector):
         build = GaugeMetricFamily("xgen_build_info", "1: the version that runs.", labels=("version",))
         build.add_metric((__version__,), 1)
         yield from (queued, device_classes, current, build)
+        yield self._mismatches()
+        yield self._distances()
+
+    def _mismatches(self) -> Metric:
+        family = GaugeMetricFamily(
+            "xgen_model_mismatch",
+            "1: two backends serve the same model name, but split a text into different tokens. Absent: not known.",
+            labels=("backend", "to", "model"),
+        )
+        for pair, alike in self.model_pairs().items():
+            if alike is not None:
+                family.add_metric(pair, not alike)
+        return family
+
+    def _distances(self) -> Metric:
+        family = GaugeMetricFamily(
+            "xgen_model_top1",
+            "Share of positions at which two backends prefer the same next token, as fallback.distances says.",
+            labels=("backend", "to", "model"),
+        )
+        for pair, top1 in self.fleet.settings.fallback.top1.items():
+            family.add_metric(pair, top1)
+        return family
 
 
 def _of_each(

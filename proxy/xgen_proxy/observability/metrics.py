@@ -32,6 +32,7 @@ class Metrics(Collector, Observer):
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self._define_counters()
+        self._define_counters_of_models()
         self._define_histograms()
         self._registry = CollectorRegistry()
         self.of_fleet = FleetMetrics(fleet, admission)
@@ -95,6 +96,13 @@ class Metrics(Collector, Observer):
             ["backend", "replica", "result"],
         )
         self.dropped_log_lines = DROPPED
+
+    def _define_counters_of_models(self) -> None:
+        self.distant = Counter(
+            "xgen_distant_answers",
+            "Requests answered by another backend than the first choice, by the distance of its model.",
+            ["backend", "distance"],
+        )
 
     def _define_histograms(self) -> None:
         self.duration = Histogram(
@@ -187,6 +195,8 @@ class Metrics(Collector, Observer):
         first_choice = outcome.first_choice.backend.name if outcome.first_choice is not None else backend
         if backend != first_choice:
             self.fallbacks.inc(first_choice, backend)
+        if outcome.target is not None and outcome.target.distance:
+            self.distant.inc(backend, _class_of(outcome.target.distance))
         if outcome.interrupted is not None or outcome.resumed:
             self.continuations.inc("none" if outcome.interrupted is not None else backend)
         if outcome.usage is not None:
@@ -194,3 +204,9 @@ class Metrics(Collector, Observer):
             self.tokens.inc_by(outcome.usage[1], backend, call.model, "output")
         if outcome.chunks is not None and outcome.chunks > 1 and outcome.completed:
             self.gaps.observe((outcome.finished - outcome.first_output) / (outcome.chunks - 1), backend)
+
+
+def _class_of(distance: str) -> str:
+    if distance == "unknown":
+        return "unknown"
+    return "near" if distance.startswith("top1") and not distance.endswith("far") else "far"

@@ -68,6 +68,8 @@ def request_line(call: Call, outcome: Outcome) -> dict[str, Any]:
         line["backend"] = target.backend.name
         line["replica"] = target.replica.name
         line["reason"] = target.reason
+        if target.distance:
+            line["model_distance"] = target.distance
     if outcome.first_output:
         line["ttft_s"] = _rounded(outcome.first_output - call.started)
     if outcome.usage is not None:

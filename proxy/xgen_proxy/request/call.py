@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,9 @@ from xgen_proxy.request.limits import Limits
 from xgen_proxy.request.parsing import parse_features, strip_hints
 from xgen_proxy.request.presets import apply_preset
 from xgen_proxy.values import frozen
+
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[\x21-\x7e]{1,64})?")
+TRACESTATE = re.compile(rb"[\x20-\x7e\t]{1,512}")  # the specification asks to pass on at least 512 characters
 
 
 @frozen
@@ -82,7 +86,12 @@ def parse_call(
 
 
 def trace_lines(headers: Mapping[bytes, bytes]) -> bytes:
-    """The client's trace context as header lines for the backend: https://www.w3.org/TR/trace-context/"""
-    lines = b"traceparent: " + headers.get(b"traceparent", b"") + b"\r\n"
-    state = headers.get(b"tracestate", b"")
-    return lines + b"tracestate: " + state + b"\r\n" if state else lines
+    """The client's trace context as header lines for the backend: https://www.w3.org/TR/trace-context/
+
+    Only what is well-formed: a server that closes the connection at an odd header would be held to be broken.
+    """
+    parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
+    if not TRACEPARENT.fullmatch(parent):
+        return b""
+    lines = b"traceparent: " + parent + b"\r\n"
+    return lines + b"tracestate: " + state + b"\r\n" if TRACESTATE.fullmatch(state) else lines

@@ -10,6 +10,7 @@ Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]
 
 Need = Literal[
+    "generation",  # any text: all but embeddings; an engine may be started for embeddings only
     "embeddings",  # the /v1/embeddings endpoint
     "images",  # any image, audio or file content part
     "tools",  # the model chooses a tool (tool_choice auto, required or absent)

@@ -96,6 +96,7 @@ def _include_usage(body: Json) -> bool:
     return bool(get_field(options, "include_usage", bool, "stream_options.include_usage"))
 
 
+GENERATION: frozenset[Need] = frozenset({"generation"})  # all that most requests need
 OWN_FIELDS: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
 NEED_FIELDS = {
     *OWN_FIELDS, "json_schema", "n", "best_of", "logprobs", "response_format", "tools", "tool_choice", "functions",
@@ -105,13 +106,15 @@ NEED_FIELDS = {
 def _needs(body: Json, endpoint: Endpoint, prompt: Prompt) -> frozenset[Need]:
     if endpoint == "embeddings":
         return frozenset({"embeddings", "token_ids"}) if prompt.token_ids else frozenset({"embeddings"})
-    needs: set[Need] = {"images"} if endpoint == "chat" and has_media(body) else set()
+    needs: set[Need] = {"generation"}
+    if endpoint == "chat" and has_media(body):
+        needs.add("images")
     if prompt.token_ids:
         needs.add("token_ids")
     if prompt.several:
         needs.add("prompt_list")
     if NEED_FIELDS.isdisjoint(body):
-        return frozenset(needs)
+        return frozenset(needs) if len(needs) > 1 else GENERATION
     if (body.get("n") or 1) > 1 or (body.get("best_of") or 1) > 1:
         needs.add("n")
     if body.get("logprobs") is not None and body["logprobs"] is not False:  # 0 asks for the chosen token's own

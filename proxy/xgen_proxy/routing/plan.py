@@ -14,12 +14,14 @@ from xgen_proxy.values import frozen
 @frozen
 class Candidate:
     """Candidates of one `tier` are equally good: the first with a free slot gets the request. The next tier is for
-    failures only: a request waits for the full replicas of an earlier tier."""
+    failures only: a request waits for the full replicas of an earlier tier. `distance`: of its model from that of the
+    first choice (rule 12), empty if there is none to tell."""
 
     backend: BackendSnapshot
     replica: ReplicaSnapshot
     reason: str
     tier: int
+    distance: str = ""
 
 
 @frozen
@@ -56,6 +58,7 @@ def explain(plan: Plan, features: Features) -> dict[str, Any]:
                 "tier": candidate.tier,
                 "memory": candidate.replica.pressure.reason if candidate.replica.pressure else None,
                 "reason": candidate.reason,
+                **({"model_distance": candidate.distance} if candidate.distance else {}),
             }
             for candidate in plan.candidates
         ],

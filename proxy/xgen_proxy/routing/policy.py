@@ -14,19 +14,22 @@
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
 11. A replica that the memory guard has closed counts as full. It comes after those that are not closed, and the CPU
     before it. It is never left out: where all are closed, each takes one request at a time (fleet/memory/pressure.py).
+12. A backend whose model is too far from that of the first choice gets nothing, or is marked. The first choice is the
+    explicit backend, else the first GPU backend that is able, whether it is up and has room or not.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 
+from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
-from xgen_proxy.errors import BadRequestError, ProxyError, ServiceUnavailableError, quoted
+from xgen_proxy.errors import BadRequestError, ModelTooFarError, ProxyError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
 from xgen_proxy.request.features import PROMPT_FIELD, Features
 from xgen_proxy.routing.plan import Candidate, Plan, Rejection
@@ -42,10 +45,18 @@ SHARE = 1.25  # times the mean of all replicas: the paper's trade-off between ba
 # takes 64 us; walking the whole ring, 9 ms.
 WALK = 8
 PREFIX_WORDS = 50  # shorter prompts hardly hit a cache: vLLM keeps blocks of 16 tokens
+TOO_FAR = ModelTooFarError.code  # the error if nothing else is left
 ESTIMATE_MARGIN = 2.0  # a prompt is too long only if half of its estimated tokens would still be too many
 
 
-def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: random.Random, now: float) -> Plan:
+def decide(
+    features: Features,
+    snapshot: FleetSnapshot,
+    routing: Routing,
+    rng: random.Random,
+    now: float,
+    nearness: Nearness | None = None,
+) -> Plan:
     """`features.model` is set and some backend serves it. Never raises; a plan without candidates has an error.
 
     `now`: seconds, on the clock of the snapshot's times.
@@ -58,6 +69,9 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         error = _unable_error(features, rejections)
     if error is not None:
         return Plan((), tuple(rejections), now, routing, error)
+    marks: Mapping[str, str] = {}
+    if nearness is not None and len(able) > 1:
+        able, marks = _near(features, able, nearness, rejections)
     live = _options(features, able, routing, rng, now)
     ranked = _rank(features, live, routing, now)
     panic = not ranked
@@ -74,7 +88,10 @@ def decide(features: Features, snapshot: FleetSnapshot, routing: Routing, rng: r
         return Plan((), tuple(rejections), now, routing, _down_error(rejections))
     if not features.fallback:
         ranked = ranked[:1]
-    return Plan(_candidates(ranked, routing.max_attempts), tuple(rejections), now, routing, panic=panic)
+    candidates = _candidates(ranked, routing.max_attempts)
+    if marks:
+        candidates = tuple(replace(each, distance=marks.get(each.backend.name, "")) for each in candidates)
+    return Plan(candidates, tuple(rejections), now, routing, panic=panic)
 
 
 # rule 7: which backends can serve the request
@@ -146,7 +163,30 @@ def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:
 
 def _down_error(rejections: Sequence[Rejection]) -> ProxyError:
     reasons = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
-    return ServiceUnavailableError(f"no backend that can do this request is up now ({reasons})", retry_after=5)
+    too_far = any(rejection.code == TOO_FAR for rejection in rejections)
+    kind = ModelTooFarError if too_far else ServiceUnavailableError
+    return kind(f"no backend that can do this request is up now ({reasons})", retry_after=5)
+
+
+# rule 12: whose model is near enough
+
+
+def _near(
+    features: Features, able: Sequence[BackendSnapshot], nearness: Nearness, rejections: list[Rejection]
+) -> tuple[list[BackendSnapshot], dict[str, str]]:
+    """The backends that may serve the request, and what their answers are marked with. Adds to `rejections`."""
+    first = features.backend or able[0].name
+    near: list[BackendSnapshot] = []
+    marks: dict[str, str] = {}
+    for backend in able:
+        if backend.name != first:
+            judgement = nearness.judge(first, backend.name, features.model or "")
+            if judgement.far and nearness.refuse:
+                rejections.append(Rejection(backend.name, judgement.why, TOO_FAR))
+                continue
+            marks[backend.name] = judgement.mark
+        near.append(backend)
+    return near, marks
 
 
 # rule 8: which replicas of a backend

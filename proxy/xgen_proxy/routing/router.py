@@ -18,7 +18,8 @@ from xgen_proxy.values import frozen
 @frozen
 class Target:
     """A candidate resolved to its live replica and the backend that it belongs to. `panic`: of a plan whose candidates
-    are not up; it is enough that they answer health checks. `slots`: those that the request takes there."""
+    are not up; it is enough that they answer health checks. `slots`: those that the request takes there. `distance`: of
+    its model from the first choice's, empty if there is none to tell."""
 
     backend: Backend
     replica: Replica
@@ -26,6 +27,7 @@ class Target:
     tier: int
     panic: bool = False
     slots: int = 1
+    distance: str = ""
 
     @property
     def usable(self) -> bool:
@@ -64,7 +66,8 @@ class Router:
     def plan(self, features: Features) -> Plan:
         """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
         self._check_model(features.model)
-        return decide(features, self.fleet.snapshot(), self.fleet.settings.routing, self._rng, time.monotonic())
+        fleet = self.fleet
+        return decide(features, fleet.snapshot(), fleet.settings.routing, self._rng, time.monotonic(), fleet.nearness)
 
     def _check_model(self, model: str | None) -> None:
         """404 only once every backend has been reached; until then 503."""
@@ -91,7 +94,15 @@ class Router:
             raise plan.error
         backends = self.fleet.backends_by_name
         return [
-            Target(backend, replica, candidate.reason, candidate.tier, plan.panic, min(sequences, replica.slots))
+            Target(
+                backend,
+                replica,
+                candidate.reason,
+                candidate.tier,
+                plan.panic,
+                min(sequences, replica.slots),
+                candidate.distance,
+            )
             for candidate in plan.candidates
             if (backend := backends.get(candidate.backend.name))
             and (replica := backend.replicas_by_name.get(candidate.replica.name))

@@ -11,12 +11,15 @@ likely closed the old one before it read the request: https://github.com/vllm-pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
+from collections.abc import Sequence
 
 from xgen_proxy.errors import UpstreamConnectError, UpstreamLocalError, UpstreamProtocolError
 from xgen_proxy.own_limits import is_exhausted
 from xgen_proxy.upstream.connection import Connection
+from xgen_proxy.upstream.names import HostName
 
 MAX_IDLE_S = 3.0  # backends close idle connections after 5 s
 LAST_CHUNK_WAIT_S = 1.0  # for the empty last chunk of a stream whose `[DONE]` has arrived
@@ -34,6 +37,7 @@ class Pool:
     def __init__(self, host: str, port: int, *, connect_timeout_s: float = 2.0) -> None:
         self.host = host
         self.port = port
+        self._name = HostName(host)
         self.connect_timeout_s = connect_timeout_s
         self.opened = self.resent = 0
         self.last_activity = 0.0
@@ -119,10 +123,9 @@ class Pool:
         return self.idle.pop() if self.idle else None
 
     async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Connection(self, loop), self.host, self.port)
+                connection = await self._connect_to_any(await self._name.addresses())
         except TimeoutError:
             raise UpstreamConnectError(f"no connection within {self.connect_timeout_s:g} s") from None
         except OSError as error:
@@ -132,3 +135,10 @@ class Pool:
         if connection.open:  # not in connection_made(): uvloop calls no connection_lost() after a cancelled connect
             self.live.add(connection)
         return connection
+
+    async def _connect_to_any(self, addresses: Sequence[str]) -> Connection:
+        loop = asyncio.get_running_loop()
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return (await loop.create_connection(lambda: Connection(self, loop), address, self.port))[1]
+        return (await loop.create_connection(lambda: Connection(self, loop), addresses[-1], self.port))[1]

@@ -538,6 +538,40 @@ def test_openai_backend_gets_no_canaries(start: Start, gpu: Upstream, monkeypatc
     assert len(gpu.talks) == 3
 
 
+def failing_openai(start: Start, gpu: Upstream, cpu: FakeUpstream) -> tuple[RunningProxy, Replica]:
+    """A proxy before a GPU of dialect openai that answers 500, and a CPU that is well."""
+    gpu.default = status(500)
+    proxy = start(backends={"other": backend(gpu, dialect="openai"), "vllm": backend(cpu, device_class="cpu")})
+    return proxy, next(replica for replica in proxy.gateway.fleet.replicas if replica.backend_name == "other")
+
+
+def test_openai_backend_that_fails_what_another_serves_is_taken_out_until_a_request_succeeds(
+    start: Start, gpu: Upstream, cpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_breaker, "OPEN_S", 0.3)
+    proxy, failing = failing_openai(start, gpu, cpu)
+    for seed in range(3):
+        assert chat(proxy, seed=seed).headers["x-backend"] == "vllm"
+    assert (failing.state, failing.reason) == ("suspect", "it failed requests that others served")
+    wait_until(lambda: failing.up)
+    assert chat(proxy, seed=9).headers["x-attempts"] == "2"
+    assert failing.state == "suspect", "it was on trial"
+    gpu.default = good
+    wait_until(lambda: failing.up)
+    assert chat(proxy).headers["x-backend"] == "other"
+    gpu.default = status(500)
+    assert chat(proxy).headers["x-backend"] == "vllm"
+    assert failing.up, "its trial ended with a success"
+
+
+def test_one_request_that_is_repeated_takes_no_openai_backend_out(
+    start: Start, gpu: Upstream, cpu: FakeUpstream
+) -> None:
+    proxy, failing = failing_openai(start, gpu, cpu)
+    assert {chat(proxy).status_code for _ in range(8)} == {200}
+    assert failing.up
+
+
 def test_canary_finds_a_hung_engine_that_answers_health_checks(
     start: Start, gpu: Upstream, cpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, good, status, whole
-from tests.support.running_proxy import RunningProxy, backend, chat, get, text_of
+from tests.support.running_proxy import RunningProxy, backend, chat, get, post, text_of
 from tests.support.waiting import wait_until
 from xgen_proxy.own_limits import EXHAUSTED
 from xgen_proxy.upstream import pool
@@ -375,6 +375,39 @@ def test_without_any_engine_that_can_the_client_is_told(start: Start, gpu: FakeU
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
         assert "tools" in answer.json()["error"]["message"]
     assert len(gpu.talks) == 1
+
+
+def only_embeds() -> Script:
+    """An older llama-server with --embeddings."""
+    message = "This server does not support completions. Start it without `--embeddings`"
+
+    async def script(talk: Talk) -> None:
+        if talk.path == "/v1/embeddings":
+            await talk.answer(200, {"object": "list", "data": [], "model": "m"})
+        else:
+            await talk.answer(501, {"error": {"code": 501, "message": message, "type": "not_supported_error"}})
+
+    return script
+
+
+def test_an_engine_for_embeddings_is_asked_for_text_once(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    gpu.default = only_embeds()
+    both = {"a": backend(gpu, dialect="openai", embeddings=True), "b": backend(cpu, device_class="cpu")}
+    proxy = start(backends=both)
+    assert [chat(proxy).headers["x-attempts"] for _ in range(3)] == ["2", "1", "1"]
+    answer = post(f"{proxy.url}/v1/completions", json={"model": "m", "prompt": "hi"})
+    assert (answer.status_code, answer.headers["x-attempts"]) == (200, "1")
+    answer = post(f"{proxy.url}/v1/embeddings", json={"model": "m", "input": "hi"})
+    assert (answer.status_code, answer.headers["x-backend"]) == (200, "a")
+
+
+def test_one_replica_without_a_capability_takes_it_from_no_other(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    gpu.default = no_tools()
+    proxy = start(backends={"vllm": backend(gpu, cpu)})
+    assert {chat(proxy, **TOOLS, session_id=f"s{n}").status_code for n in range(8)} == {200}
+    assert cpu.talks
 
 
 def test_a_confession_that_a_client_wrote_is_not_believed(proxy: RunningProxy, gpu: FakeUpstream) -> None:

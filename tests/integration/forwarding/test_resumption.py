@@ -23,7 +23,8 @@ from tests.support.counting_upstream import (
     size_of_answer,
 )
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status
-from tests.support.running_proxy import CHAT, RunningProxy, backend
+from tests.support.running_proxy import CHAT, RunningProxy, backend, get
+from xgen_proxy.config.fallback import FORMAT
 from xgen_proxy.fleet import circuit_breaker
 from xgen_proxy.forwarding import resumption
 
@@ -374,3 +375,40 @@ def test_stop_strings_hold_across_the_break(
     answer = stream(proxy, stop=["5 6"])
     assert read(answer)[0] == " 1 2 3 4 "
     assert '"finish_reason":"stop"' in answer.text
+
+
+def distances(tmp_path: Path, top1: float) -> Path:
+    """As the command writes it."""
+    pair = {"model": "m", "reference": {"backend": "vllm"}, "other": {"backend": "llama_cpp"}, "all": {"top1": top1}}
+    path = tmp_path / "distance.json"
+    path.write_text(json.dumps({"format": FORMAT, "pairs": [pair]}))
+    return path
+
+
+def test_a_stream_is_not_resumed_by_a_model_that_is_too_far(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, tmp_path: Path
+) -> None:
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, dialect="llama-server", device_class="cpu")}
+    proxy = start(backends=backends, fallback={"min_top1": 0.9, "distances": [distances(tmp_path, 0.6)]})
+    gpu.scripts.append(dying(LAST, 400))
+    cpu.default = counter(LAST)
+    answer = stream(proxy)
+    assert '"code":"stream_broken"' in answer.text
+    assert not cpu.talks
+
+
+def test_the_comment_of_a_resumed_stream_tells_the_distance(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, tmp_path: Path
+) -> None:
+    backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, dialect="llama-server", device_class="cpu")}
+    fallback = {"min_top1": 0.9, "far": "mark", "distances": [distances(tmp_path, 0.6)]}
+    proxy = start(backends=backends, fallback=fallback)
+    gpu.scripts.append(dying(LAST, 400))
+    cpu.default = counter(LAST)
+    answer = stream(proxy)
+    assert read(answer)[0] == count()
+    assert "model distance top1=0.6; far" in answer.text
+    assert "x-model-distance" not in answer.headers, "the stream began on the first choice"
+    page = get(f"{proxy.url}/metrics").text
+    assert 'xgen_distant_answers_total{backend="llama_cpp",distance="far"} 1.0' in page
+    assert 'xgen_model_top1{backend="vllm",model="m",to="llama_cpp"} 0.6' in page

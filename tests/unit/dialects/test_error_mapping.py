@@ -116,6 +116,10 @@ FAILURES: list[tuple[str, int, bytes, Blame]] = [
      "engine"),
     ("no such route", 404, b'{"detail":"Not Found"}', "engine"),
     ("no such method", 405, b'{"detail":"Method Not Allowed"}', "engine"),
+    ("a proxy in between wants a password", 407, b"", "engine"),
+    ("our request came too slowly", 408, b"<html>", "unclear"),
+    ("too early", 425, b"{}", "unclear"),
+    ("nginx's word for a connection that was closed", 499, b"", "unclear"),
     ("not implemented", 501, orjson.dumps(error("This server does not support that.", code=501)), "engine"),
 ]  # fmt: skip
 
@@ -133,7 +137,7 @@ def test_failures_that_another_backend_may_avoid(status: int, body: bytes, blame
 AUTO_TOOLS = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
 
 # (status, message, the capability that the engine was started without)
-CONFESSIONS: list[tuple[int, str, str | None]] = [
+CONFESSIONS: list[tuple[int, str, str]] = [
     (400, AUTO_TOOLS, "tools"),
     (400, 'tool_choice="required" requires --tool-call-parser to be set', "tools"),
     (500, "tools param requires --jinja flag", "tools"),
@@ -147,13 +151,13 @@ CONFESSIONS: list[tuple[int, str, str | None]] = [
     (500, "Llama model must be created with embedding=True to call this method", "embeddings"),
     (400, "Pooling type 'none' is not OAI compatible. Please use a different pooling type", "embeddings"),
     (500, "logprobs is not supported for models created with logits_all=False", "logprobs"),
-    (501, "This server does not support completions. Start it without `--embeddings`", None),
-    (400, "The model does not support Chat Completions API", None),
+    (501, "This server does not support completions. Start it without `--embeddings`", "generation"),
+    (400, "The model does not support Chat Completions API", "generation"),
 ]
 
 
 @pytest.mark.parametrize(("status", "message", "capability"), CONFESSIONS, ids=[each[1][:40] for each in CONFESSIONS])
-def test_an_engine_confesses_what_it_was_started_without(status: int, message: str, capability: str | None) -> None:
+def test_an_engine_confesses_what_it_was_started_without(status: int, message: str, capability: str) -> None:
     for verdict in (
         read_error(status, orjson.dumps(error(message, code=status))),
         stream_error(b"data: " + orjson.dumps(error(message, code=status)) + b"\n\n"),

@@ -6,8 +6,14 @@ import orjson
 import pytest
 
 from tests.support.chunks import ANSWER, make_request, read, text
-from xgen_proxy.dialects.whole_response import as_events
-from xgen_proxy.errors import UpstreamProtocolError
+from tests.support.fake_upstream import whole
+from xgen_proxy.dialects.whole_response import MAX_PARSED, as_events, check_whole
+from xgen_proxy.errors import (
+    RequestRejectedError,
+    UpstreamOverloadedError,
+    UpstreamProtocolError,
+    UpstreamServerError,
+)
 
 
 def test_a_chat_becomes_events() -> None:
@@ -39,3 +45,44 @@ MALFORMED: list[Any] = [
 def test_a_malformed_response_raises(data: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
         as_events(make_request(stream=True, stream_options={"include_usage": True}), data)
+
+
+GOOD = orjson.dumps(whole())
+NO_ANSWERS: dict[str, tuple[bytes, type[Exception]]] = {
+    "an error": (b'{"error":{"message":"boom","code":500}}', UpstreamServerError),
+    "an error of spaced JSON": (b'{ "error" : {"message": "boom"}, "choices": [] }', UpstreamServerError),
+    "an error as text": (b'{"error":"boom"}', UpstreamServerError),
+    "vLLM's older error": (b'{"object":"error","message":"no","code":400}', RequestRejectedError),
+    "busy": (b'{"error":{"message":"full","code":503}}', UpstreamOverloadedError),
+    "an empty object": (b"{}", UpstreamProtocolError),
+    "choices are null": (b'{"choices":null}', UpstreamProtocolError),
+    "half of it": (GOOD[:-9], UpstreamProtocolError),
+    "not JSON": (b"{not json", UpstreamProtocolError),
+    "an array": (b"[1]", UpstreamProtocolError),
+    "null": (b"null", UpstreamProtocolError),
+    "nothing": (b"", UpstreamProtocolError),
+    "a page": (b"<html></html>", UpstreamProtocolError),
+    "UTF-16": (GOOD.decode().encode("utf-16"), UpstreamProtocolError),
+}
+
+
+@pytest.mark.parametrize("parse", [False, True])
+@pytest.mark.parametrize(("data", "kind"), NO_ANSWERS.values(), ids=NO_ANSWERS.keys())
+def test_a_200_that_is_no_answer(data: bytes, kind: type[Exception], parse: bool) -> None:
+    with pytest.raises(kind):
+        check_whole(data, "chat", parse=parse)
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_a_200_that_is_an_answer(parse: bool) -> None:
+    check_whole(GOOD, "chat", parse=parse)
+    check_whole(b"\n" + GOOD + b"\r\n", "completions", parse=parse)
+    check_whole(b'{"error":null,"choices":[{}]}', "chat", parse=parse)
+    check_whole(b'{"data":[]}', "embeddings", parse=parse)
+    check_whole(b'{"data":[' + b"1," * MAX_PARSED + b"1]} ", "embeddings", parse=parse)
+
+
+@pytest.mark.parametrize("data", [b'{"choices":[]}', GOOD[:-1] + b',"x":NaN}', b'{"text":"choices"}', b'{"choices":5}'])
+def test_an_unknown_servers_answer_is_parsed(data: bytes) -> None:
+    with pytest.raises(UpstreamProtocolError):
+        check_whole(data, "chat", parse=True)

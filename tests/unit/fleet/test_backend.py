@@ -137,7 +137,7 @@ def test_fleet_configure_keeps_backends_of_the_same_dialect() -> None:
     assert fleet.backends[1].dialect.name == "openai"
 
 
-def test_a_capability_that_an_engine_denies_is_gone_until_it_goes_down() -> None:
+def test_a_capability_that_all_engines_deny_is_gone_until_one_goes_down() -> None:
     vllm = backend(tools=True)
     first, second = vllm.replicas
     info = ReplicaInfo(("m",))
@@ -145,6 +145,8 @@ def test_a_capability_that_an_engine_denies_is_gone_until_it_goes_down() -> None
         vllm.record_info(replica, info)
     assert vllm.lost_capability(first, "tools")
     assert not vllm.lost_capability(first, "tools")
+    assert "tools" in vllm.snapshot().capabilities, "a request fails over to the second"
+    assert vllm.lost_capability(second, "tools")
     assert "tools" not in vllm.snapshot().capabilities
     vllm.record_info(second, info)
     assert "tools" not in vllm.capabilities

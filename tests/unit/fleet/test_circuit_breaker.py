@@ -43,6 +43,30 @@ def test_doubts_in_a_row_ask_for_a_canary_now_and_then_and_open_nothing() -> Non
     assert breaker.doubts == 0
 
 
+def test_different_requests_that_others_served_open_the_breaker() -> None:
+    breaker = CircuitBreaker()
+    assert not any(breaker.convicted(1, 0) for _ in range(10))
+    assert not breaker.convicted(2, 0)
+    breaker.succeeded()
+    assert [breaker.convicted(request, 0) for request in (1, 2, 3)] == [False, False, True]
+    assert breaker.state == "open"
+    assert not breaker.convicted(4, 0)
+
+
+def test_one_failure_ends_a_trial_and_one_success_passes_it() -> None:
+    breaker = CircuitBreaker()
+    breaker.close(0)
+    breaker.on_trial = True
+    assert breaker.failed(0)
+    breaker.close(0)
+    breaker.on_trial = True
+    assert breaker.convicted(1, 0)
+    breaker.close(0)
+    breaker.on_trial = True
+    breaker.succeeded()
+    assert not breaker.failed(0)
+
+
 def test_failures_while_open_do_not_prolong_it() -> None:
     breaker = opened(0)
     assert not breaker.failed(OPEN_S - 0.1)

@@ -55,6 +55,9 @@ def test_the_default_model_is_asked_for_only_if_the_client_names_none() -> None:
         parse({"messages": CHAT["messages"]})
 
 
+PARENT = b"00-" + b"0af7651916cd43dd8448eb211c80319c" + b"-b7ad6b7169203331-01"
+
+
 @pytest.mark.parametrize(("setting", "hint"), [(True, None), (True, "none"), (False, None), (False, "auto")])
 def test_continuation_needs_the_setting_and_the_client(setting: bool, hint: str | None) -> None:
     body = CHAT if hint is None else {**CHAT, "continuation": hint}
@@ -62,10 +65,24 @@ def test_continuation_needs_the_setting_and_the_client(setting: bool, hint: str 
 
 
 def test_the_trace_context_is_kept_as_header_lines() -> None:
-    parent = {b"traceparent": b"00-1-2-01"}
-    assert parse(CHAT, parent).trace == b"traceparent: 00-1-2-01\r\n"
+    parent = {b"traceparent": PARENT}
+    assert parse(CHAT, parent).trace == b"traceparent: " + PARENT + b"\r\n"
     assert parse(CHAT, {**parent, b"tracestate": b"a=1"}).trace.endswith(b"\r\ntracestate: a=1\r\n")
     assert parse(CHAT, {b"tracestate": b"a=1"}).trace == b""
+
+
+@pytest.mark.parametrize(
+    "parent", [b"", b"\xff", b"00-1-2-01", PARENT + b"\xff", PARENT + b"\n", PARENT.upper(), b"0" * 60_000]
+)
+def test_a_malformed_trace_context_is_dropped(parent: bytes) -> None:
+    """uvicorn and others close the connection at bytes that are no text, which would count against the replica."""
+    assert parse(CHAT, {b"traceparent": parent, b"tracestate": b"a=1"}).trace == b""
+
+
+@pytest.mark.parametrize("state", [b"\xff", b"a=\x01", b"a" * 513])
+def test_a_malformed_trace_state_is_dropped(state: bytes) -> None:
+    trace = parse(CHAT, {b"traceparent": PARENT, b"tracestate": state}).trace
+    assert trace == b"traceparent: " + PARENT + b"\r\n"
 
 
 def test_with_key() -> None:

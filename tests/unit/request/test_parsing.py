@@ -27,8 +27,8 @@ def test_features_of_a_plain_request() -> None:
     features = read({"model": "m", "max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}})
     assert features == Features(
         endpoint="chat", model="m", prompt_words=3, prompt_tokens=4, max_tokens=7, stream=True, include_usage=True,
-        needs=frozenset(), backend=None, urgency="normal", task_type=None, fallback=True, continuation=True,
-        hinted=False, session=None, prefix="one two three",
+        needs=frozenset({"generation"}), backend=None, urgency="normal", task_type=None, fallback=True,
+        continuation=True, hinted=False, session=None, prefix="one two three",
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
     ],
 )
 def test_needs(fields: dict[str, Any], needs: set[str]) -> None:
-    assert read(fields).needs == needs
+    assert read(fields).needs == {"generation", *needs}
 
 
 def test_token_ids_of_embeddings_count_and_a_chats_prompt_does_not() -> None:

@@ -15,7 +15,7 @@ def test_every_text_of_the_prompt_counts() -> None:
     messages = [USER, {"role": "user", "content": parts}, {"role": "assistant", "content": None}]
     features = read({"messages": messages})
     assert features.prompt_words == 5
-    assert features.needs == {"images"}
+    assert features.needs == {"generation", "images"}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_every_text_of_the_prompt_counts() -> None:
 def test_prompts(prompt: Any, words: int, needs: set[str]) -> None:
     features = read({"prompt": prompt}, endpoint="completions")
     assert features.prompt_words == words
-    assert features.needs == needs
+    assert features.needs == {"generation", *needs}
 
 
 def test_words_of_a_huge_prompt_are_extrapolated() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.builders import backend, cpu, down, features, gpu, replica
+from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
@@ -457,3 +458,71 @@ def test_round_tripped_snapshot_gives_the_same_plan(asked: Any, backends: list[B
 def test_deciding_twice_gives_the_same_plan(asked: Any, backends: list[BackendSnapshot], seed: int) -> None:
     one, other = (decided(asked, backends, seed=seed) for _ in range(2))
     assert (one.candidates, one.rejections) == (other.candidates, other.rejections)
+
+
+# rule 12: the distance between models
+
+
+def near(top1: float, least: float | None = 0.95, *, refuse: bool = True) -> Nearness:
+    pair = ("vllm", "llama_cpp", "m")
+    return Nearness(least, refuse, {pair: top1, ("llama_cpp", "vllm", "m"): top1})
+
+
+def planned(nearness: Nearness | None, *backends: BackendSnapshot, **asked: Any) -> Plan:
+    return decide(features(**asked), FleetSnapshot(backends), ROUTING, random.Random(0), NOW, nearness)
+
+
+def names_of(plan: Plan) -> list[tuple[str, str]]:
+    return [(candidate.backend.name, candidate.distance) for candidate in plan.candidates]
+
+
+def test_a_near_fallback_is_marked() -> None:
+    assert names_of(planned(near(0.97), gpu(), cpu())) == [("vllm", ""), ("llama_cpp", "top1=0.97")]
+
+
+@pytest.mark.parametrize("first", [gpu(), gpu(load=2.0)])
+def test_a_far_fallback_gets_nothing(first: BackendSnapshot) -> None:
+    """Whether the first choice has room or not."""
+    plan = planned(near(0.87), first, cpu())
+    assert names_of(plan) == [("vllm", "")]
+    [rejection] = plan.rejections
+    assert rejection.name == "llama_cpp"
+    assert rejection.reason == "its model is too far from vllm's: top1 0.87 < fallback.min_top1 0.95"
+
+
+def test_a_far_fallback_gets_nothing_while_the_first_choice_is_down() -> None:
+    plan = planned(near(0.87), down(gpu()), cpu())
+    assert plan.error is not None
+    assert (plan.error.status, plan.error.code) == (503, "model_too_far")
+    assert "llama_cpp: its model is too far from vllm's" in plan.error.message
+
+
+def test_a_suspect_first_choice_is_tried_rather_than_a_far_fallback() -> None:
+    suspect = down(gpu())
+    suspect = replace(suspect, replicas=tuple(replace(each, answers=True) for each in suspect.replicas))
+    assert names_of(planned(near(0.87), suspect, cpu())) == [("vllm", "")]
+
+
+def test_a_far_fallback_may_be_marked_only() -> None:
+    assert names_of(planned(near(0.87, refuse=False), gpu(), cpu()))[1] == ("llama_cpp", "top1=0.87; far")
+
+
+def test_the_explicit_backend_is_the_first_choice() -> None:
+    plan = planned(near(0.87), gpu(), cpu(), backend="llama_cpp")
+    assert names_of(plan) == [("llama_cpp", "")]
+    assert [rejection.name for rejection in plan.rejections] == ["vllm"]
+
+
+def test_a_fallback_that_was_not_measured_is_marked_unknown() -> None:
+    nearness = Nearness(0.95, refuse=True, top1={})
+    assert names_of(planned(nearness, gpu(), cpu()))[1] == ("llama_cpp", "unknown")
+
+
+def test_a_different_model_is_refused_without_a_measurement() -> None:
+    nearness = Nearness(0.5, refuse=True, top1={}, different=frozenset({("vllm", "llama_cpp", "m")}))
+    assert names_of(planned(nearness, gpu(), cpu())) == [("vllm", "")]
+
+
+def test_a_backend_that_cannot_serve_the_request_is_no_first_choice() -> None:
+    unable = gpu(models=frozenset({"other"}))
+    assert names_of(planned(near(0.87), unable, cpu())) == [("llama_cpp", "")]

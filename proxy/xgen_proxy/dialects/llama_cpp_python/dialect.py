@@ -131,7 +131,7 @@ class LlamaCppPython(Dialect):
 
     name = "llama-cpp-python"
     device_class = "cpu"
-    capabilities = frozenset({"forced_tool", "logprobs", "json_object", "json_schema", "echo"})
+    capabilities = frozenset({"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo"})
     why_no_embeddings = "llama-cpp-python gives a vector for each token; use llama-server for embeddings"
     slots = 1  # one global lock
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
@@ -177,6 +177,12 @@ class LlamaCppPython(Dialect):
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int:
         return await count_tokens(text, post) - await count_tokens("", post)
+
+    async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
+        """It puts the special tokens of its model before any text."""
+        path = "/extras/tokenize"
+        tokens, special = [await self.tokenize({"model": model, "input": each}, post, path) for each in (text, "")]
+        return tokens[len(special) :] if tokens is not None and special is not None else None
 
 
 def _flat_embeddings(request: BackendRequest, data: bytes) -> bytes:

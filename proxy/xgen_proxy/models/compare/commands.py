@@ -17,6 +17,7 @@ from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, meth
 from xgen_proxy.models.conditions import conditions
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.served.commands import add_distance, run_served
 
 PACKAGES = ("xgen-proxy", "llama-cpp-python", "numpy")
 
@@ -48,7 +49,12 @@ def add_compare(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a GGUF file")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="a GGUF file")
+    command.add_argument(
+        "--served",
+        action="store_true",
+        help="compare what two running engines say, of which MODEL are the addresses; see `xgen-proxy models distance`",
+    )
     command.add_argument("--base", type=Path, metavar="FILE", help="what the others were made from (see below)")
     command.add_argument("--text", type=Path, metavar="FILE", help="measure on this text instead of the shipped ones")
     command.add_argument("--context", type=at_least(16), default=512, metavar="N", help="tokens of a window (512)")
@@ -72,6 +78,8 @@ def at_least(least: int) -> Any:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Raises ModelError."""
+    if arguments.served:
+        return run_distance(arguments)
     check(arguments)
     plan = planned(arguments)
     result = compare(plan)
@@ -84,6 +92,15 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
         draw(result, arguments.plot)
     return 0
+
+
+def run_distance(arguments: argparse.Namespace) -> int:
+    """`--served`: another command, with its own defaults."""
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    add_distance(commands)
+    flags = [f"--{name}={value}" for name in ("text", "json") if (value := getattr(arguments, name)) is not None]
+    return run_served(parser.parse_args(["distance", *arguments.models, *flags]))
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -100,7 +117,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def planned(arguments: argparse.Namespace) -> Plan:
-    models: list[Path] = arguments.models
+    models = [Path(model) for model in arguments.models]
     base: Path | None = arguments.base
     if base is None:
         base = choose_base([read_gguf(path) for path in models])

@@ -1,0 +1,1 @@
+"""Whether backends that serve the same model name serve the same model."""
