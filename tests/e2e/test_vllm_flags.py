@@ -38,6 +38,7 @@ SETTINGS = {
     "VLLM_KV_OFFLOADING_SIZE": ("4", "kv_offloading_size", 4.0),
     "VLLM_CPU_OFFLOAD_GB": ("1", "cpu_offload_gb", 1.0),
 }
+GIVEN = {name: value for name, (value, _, _) in SETTINGS.items()}
 LEFT_OUT = ("max_num_batched_tokens", "block_size", "kv_offloading_size")  # while their variables are empty
 
 
@@ -90,7 +91,7 @@ def of_kubernetes(overlay: str, kind: str, variables: Mapping[str, str]) -> tupl
     return [re.sub(r"\$\((\w+)\)", lambda match: environ[match[1]], word) for word in words], environ
 
 
-@pytest.mark.parametrize("given", [{}, {name: value for name, (value, _, _) in SETTINGS.items()}], ids=["none", "all"])
+@pytest.mark.parametrize("given", [{}, GIVEN], ids=["none", "all"])
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
 def test_vllm_takes_every_setting(python: str, where: str, given: dict[str, str], tmp_path: Path) -> None:
     command, environ = (of_compose(given), {}) if where == "compose" else of_kubernetes("gpu", "StatefulSet", given)
@@ -104,3 +105,5 @@ def test_vllm_takes_every_setting(python: str, where: str, given: dict[str, str]
 def test_vllm_takes_the_flags_of_a_group_of_machines(python: str, tmp_path: Path) -> None:
     command, environ = of_kubernetes("multi-node", "LeaderWorkerSet", {})
     assert parsed(python, command, environ, tmp_path)["tensor_parallel_size"] == 8
+    command, environ = of_kubernetes("multi-node", "LeaderWorkerSet", GIVEN)
+    assert parsed(python, command, environ, tmp_path) == {name: value for _, name, value in SETTINGS.values()}

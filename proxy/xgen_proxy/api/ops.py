@@ -82,20 +82,11 @@ async def status(request: Request) -> Response:
             "models": gateway.fleet.models,
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
-            "model_pairs": model_pairs(gateway),
             "gpus": gpus,
+            "model_pairs": model_pairs(gateway),
             "backends": [backend_status(backend, replicas, local) for backend, replicas in fleet],
         }
     )
-
-
-def model_pairs(gateway: Gateway) -> list[dict[str, Any]]:
-    """The backends that serve the same public model name. `same_tokenizer`: null while that is unknown."""
-    measured = gateway.settings.fallback.top1
-    return [
-        {"model": model, "backends": [one, other], "same_tokenizer": alike, "top1": measured.get((one, other, model))}
-        for (one, other, model), alike in gateway.health.tokenizers.pairs.items()
-    ]
 
 
 def local_facts(replicas: list[Replica]) -> Local:
@@ -108,6 +99,15 @@ def local_facts(replicas: list[Replica]) -> Local:
         headers = [header for path in model_files(pid) if (header := read_gguf_header(path)) is not None]
         found[each] = memory_of(pid), headers[0] if headers else None
     return found
+
+
+def model_pairs(gateway: Gateway) -> list[dict[str, Any]]:
+    """The backends that serve the same public model name. `same_tokenizer`: null while that is unknown."""
+    measured = gateway.settings.fallback.top1
+    return [
+        {"model": model, "backends": [one, other], "same_tokenizer": alike, "top1": measured.get((one, other, model))}
+        for (one, other, model), alike in gateway.health.tokenizers.pairs.items()
+    ]
 
 
 def backend_status(backend: Backend, replicas: Iterable[Replica], local: Local) -> dict[str, Any]:
