@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,17 +218,19 @@ def test_a_taken_port_is_reported_with_its_process(start: Start) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_failed_load_shows_the_servers_last_lines(start: Start, engine: str, tmp_path: Path, gguf: str) -> None:
-    half = tmp_path / "half.gguf"
-    with open(gguf, "rb") as whole:
-        half.write_bytes(whole.read(40_000_000))
-    run = start("--engine", engine, model=str(half))
+    unknown = tmp_path / "unknown.gguf"
+    shutil.copy(gguf, unknown)
+    with unknown.open("r+b") as file:  # a whole GGUF file, of an architecture that llama.cpp does not have
+        file.seek(file.read(4096).index(b"general.architecture") + len(b"general.architecture") + 4 + 8)
+        file.write(b"llamz")
+    run = start("--engine", engine, model=str(unknown))
     assert run.ended(START_S) == 1
     assert "died while starting" in run.said()
     assert str(run.folder) in run.said(), "the path of the log is missing"
     assert LOAD_ERRORS[engine] in run.said()
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
+@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is no GGUF file")])
 def test_a_wrong_model_file_is_reported_before_anything_starts(
     start: Start, tmp_path: Path, content: bytes | None, message: str
 ) -> None:

@@ -186,7 +186,7 @@ def test_without_usage_the_speed_is_null(proxy: RunningProxy, fakes: tuple[FakeU
     assert generate(proxy).json()["tokens_per_second"] is None
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]"])
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}"])
 def test_what_is_no_answer_at_all_leads_to_the_next_candidate(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: bytes
 ) -> None:
@@ -194,7 +194,7 @@ def test_what_is_no_answer_at_all_leads_to_the_next_candidate(
     assert generate(proxy).json()["backend_used"] == "llama_cpp"
 
 
-@pytest.mark.parametrize("body", [{"choices": []}, {"choices": None}, {}])
+@pytest.mark.parametrize("body", [{"choices": []}, {"choices": None}])
 def test_a_malformed_answer_is_502(
     proxy: RunningProxy, fakes: tuple[FakeUpstream, FakeUpstream], body: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
