@@ -29,7 +29,7 @@ START_S = 120.0  # this machine may be busy
 ENGINES = ["llama-cpp-python", "llama-server"]
 LOAD_ERRORS = {
     "llama-cpp-python": "Failed to load model from file",
-    "llama-server": "corrupted or incomplete",
+    "llama-server": "exiting due to model loading error",
 }
 
 
