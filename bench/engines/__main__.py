@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,15 @@ def run(options: argparse.Namespace, subjects: list[Subject]) -> Results:
     return results
 
 
-def logs(options: argparse.Namespace) -> Any:
+@contextmanager
+def logs(options: argparse.Namespace) -> Iterator[Path]:
     """The folder of the servers' logs: kept with --logs."""
-    if options.logs is None:
-        return tempfile.TemporaryDirectory()
-    options.logs.mkdir(parents=True, exist_ok=True)
-    return kept(options.logs)
-
-
-class kept:
-    """A context manager that gives a folder and leaves it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        return self.folder
-
-    def __exit__(self, *_: object) -> None:
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
+        yield options.logs
         return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def described(options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
