@@ -232,7 +232,9 @@ def load(options: argparse.Namespace) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).to(device).eval()
     config = transformers.AutoConfig.from_pretrained(options.model)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device), transformers.initialization.no_init_weights():
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     torch.set_default_dtype(torch.float32)
     for weights in model.parameters():
