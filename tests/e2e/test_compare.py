@@ -13,14 +13,6 @@ from typing import Any
 import llama_cpp
 import pytest
 
-COMPARE = """
-import argparse, sys
-from xgen_proxy.models.compare.commands import add_compare
-parser = argparse.ArgumentParser()
-add_compare(parser.add_subparsers(required=True))
-arguments = parser.parse_args()
-sys.exit(arguments.run(arguments))
-"""
 QUICK = ("--context", "64", "--windows", "2", "--repeat", "1", "--answers", "3", "--threads", "1")
 KINDS = {
     "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
@@ -45,7 +37,7 @@ def models(gguf: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", COMPARE, "compare", *map(str, words)]
+    command = [sys.executable, "-m", "xgen_proxy.cli", "models", "compare", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
