@@ -14,7 +14,7 @@ import pytest
 from tests.support import real_servers as servers
 from tests.support.real_servers import Proxy, Server
 from tests.support.waiting import wait_until
-from xgen_proxy.models.served.commands import add_distance
+from xgen_proxy.models.served.commands import add_distance, run_served
 
 TEXTS = Path(__file__).parents[2] / "bench" / "texts"
 SIZES = ["--tokens", "100", "--window", "64"]
@@ -25,8 +25,7 @@ def distance(*words: str, texts: tuple[str, ...] = ("english", "korean")) -> int
     add_distance(parser.add_subparsers())
     files = [word for name in texts for word in ("--text", str(TEXTS / f"{name}.txt"))]
     arguments = parser.parse_args(["distance", *words, *files, *SIZES])
-    code: int = arguments.run(arguments)
-    return code
+    return run_served(arguments)
 
 
 def measured(file: Path) -> dict[str, Any]:
