@@ -54,7 +54,9 @@ class RunningProxy:
 def running_proxy(up: int | None = None, **values: Any) -> Iterator[RunningProxy]:
     """A proxy with these settings once `up` replicas (default: all) are up. Checks at the end that it holds nothing."""
     values.setdefault("scrape_interval_s", 0.05)
-    values.setdefault("memory_guard", {"ram_reduce": 1, "ram_close": 1})  # whatever this machine has left
+    values.setdefault(
+        "memory_guard", {"enabled": True, "ram_reduce": 1, "ram_close": 1}
+    )  # whatever this machine has left
     proxy = RunningProxy(Settings(**values))
     try:
         proxy.until_up(len(list(proxy.gateway.fleet.replicas)) if up is None else up)

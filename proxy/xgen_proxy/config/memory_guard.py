@@ -10,7 +10,10 @@ from pydantic import BaseModel, Field, model_validator
 class MemoryGuard(BaseModel, extra="forbid"):
     """When a replica is short of memory (fleet/memory/), and what is done about it."""
 
-    enabled: bool = Field(True, description="false: memory changes neither slots nor routes.")
+    enabled: bool = Field(
+        False,
+        description="Whether short memory changes slots and routes. Off until it has been measured on real engines.",
+    )
     kv_reduce: float = Field(
         0.95, gt=0, le=1, description="At this share of KV cache used a replica holds fewer requests."
     )

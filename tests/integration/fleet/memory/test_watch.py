@@ -135,7 +135,7 @@ def test_ram_of_replicas_on_this_machine(start: Start, gpu: Upstream, monkeypatc
     left = [0.1]
     monkeypatch.setattr(ram, "machine_room", lambda: Room(int(left[0] * GIB), 8 * GIB, "this machine"))
     monkeypatch.setattr(ram, "cgroup_of", lambda pid: None)
-    proxy = start(backends={"vllm": backend(gpu)}, memory_guard={})
+    proxy = start(backends={"vllm": backend(gpu)}, memory_guard={"enabled": True})
     until_level(proxy, "closed")
     assert vllm(proxy).pressure is not None
     assert vllm(proxy).pressure.reason == "memory: 0.1 of 8.0 GiB of this machine left"  # type: ignore[union-attr]
@@ -158,7 +158,8 @@ def test_relief_is_asked_for_once_and_counted(
     monkeypatch.setattr(watch, "RELIEF_INTERVAL_S", 0)
     gpu.reset = RESETS[result]
     proxy = start(
-        backends={"vllm": backend(gpu)}, memory_guard={"ram_reduce": 1, "ram_close": 1, "relief": "reset_prefix_cache"}
+        backends={"vllm": backend(gpu)},
+        memory_guard={"enabled": True, "ram_reduce": 1, "ram_close": 1, "relief": "reset_prefix_cache"},
     )
     series = f'xgen_memory_relief_total{{backend="vllm",replica="{vllm(proxy).name}",result="{result}"}}'
     for episode in (1, 2):
@@ -174,7 +175,8 @@ def test_relief_is_asked_for_once_and_counted(
 def test_relief_waits_until_nothing_runs(start: Start, gpu: Upstream) -> None:
     gpu.kv, gpu.running = 0.95, 1
     proxy = start(
-        backends={"vllm": backend(gpu)}, memory_guard={"ram_reduce": 1, "ram_close": 1, "relief": "reset_prefix_cache"}
+        backends={"vllm": backend(gpu)},
+        memory_guard={"enabled": True, "ram_reduce": 1, "ram_close": 1, "relief": "reset_prefix_cache"},
     )
     until_level(proxy, "reduced")
     scraped = vllm(proxy).scraped
