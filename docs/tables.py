@@ -326,6 +326,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
+    "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),
     "engines_two_gpus": lambda: engines(engine_tables.latencies, "two-gpus"),
 }
 
