@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xgen_proxy.models.conditions import portable
+
 DIRECT, PROXY = "direct", "proxy"
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = ("ttft", "tpot", "e2el")  # as `vllm bench serve` calls them, in ms
@@ -85,7 +87,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")
+        temporary.write_text(portable(json.dumps(rounded(asdict(self)), indent=1)) + "\n")
         temporary.replace(path)
 
 

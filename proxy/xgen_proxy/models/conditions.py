@@ -19,11 +19,16 @@ import psutil
 def conditions(command: Sequence[str], packages: Sequence[str] = ()) -> dict[str, Any]:
     """What a result file says about its run. `command`: the words that a user types. `packages`: PyPI names."""
     return {
-        "command": shlex.join(command),
+        "command": portable(shlex.join(command)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **versions(packages)},
     }
+
+
+def portable(text: str) -> str:
+    """Without the paths of this machine: the current folder is `.`, the user's home `~`."""
+    return text.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
 
 
 def machine() -> dict[str, Any]:

@@ -125,13 +125,14 @@ def test_a_break_at_every_byte_is_invisible(
         for cut in range(whole):
             gpu.scripts.append(dying(LAST, cut, before=before))
             body = {**(CHAT if "chat" in path else TEXT), "stream": True, **options}
-            text, usage = read(client.post(proxy.url + path, json=body))
+            while gpu.scripts:  # on a busy machine the GPU may miss a health check, and be passed over
+                text, usage = read(client.post(proxy.url + path, json=body))
             assert text == count(before=before), f"cut after {cut} bytes"
             assert usage is not None, f"cut after {cut} bytes"
             assert usage["prompt_tokens"] == PROMPT_TOKENS
             assert usage["completion_tokens"] == LAST
             assert usage["total_tokens"] == PROMPT_TOKENS + LAST
-    assert len(gpu.talks) >= 0.99 * whole, "on a busy machine it may miss a health check, and be passed over"
+    assert len(gpu.talks) >= whole
 
 
 def cut_after(tokens: int, then: Script) -> Script:

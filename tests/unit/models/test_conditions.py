@@ -37,3 +37,10 @@ def test_gpus_are_those_that_the_driver_names(tmp_path: Path, monkeypatch: pytes
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert conditions.gpus() == ["NVIDIA H100 80GB HBM3"]
+
+
+def test_paths_of_this_machine_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.chdir(tmp_path)
+    found = conditions.conditions(["quantize", f"{tmp_path}/models/a.gguf", "/home/someone/b.gguf"])
+    assert found["command"] == "quantize models/a.gguf ~/b.gguf"
