@@ -71,7 +71,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def status(request: Request) -> Response:
-    """The fleet. Asks no engine: what is told here was read by the last health check, or from this machine."""
+    """The fleet, from the last health checks and from this machine. It asks no engine."""
     gateway = gateway_of(request)
     fleet = [(backend, (*backend.replicas, *backend.draining.values())) for backend in gateway.fleet.backends]
     replicas = [replica for _, replicas in fleet for replica in replicas]

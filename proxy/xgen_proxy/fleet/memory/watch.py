@@ -36,7 +36,7 @@ class MemoryWatch:
         self.admission = admission
         self._on_relief = on_relief
         self._rooms = LocalRooms()
-        self._levels: dict[Replica, int] = {}  # that the log was told
+        self._levels: dict[Replica, int] = {}  # logged last
         self._due: set[Replica] = set()  # to be relieved as soon as nothing runs there
         self._relieved_at: dict[Replica, float] = {}
         self._cannot: set[Replica] = set()  # they have no such route

@@ -17,7 +17,7 @@ from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, meth
 from xgen_proxy.models.conditions import conditions
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.files.gguf_file import read_gguf
-from xgen_proxy.models.served.commands import add_distance, run_served
+from xgen_proxy.models.served.commands import add_distance, at_least, run_served
 
 PACKAGES = ("xgen-proxy", "llama-cpp-python", "numpy")
 
@@ -65,15 +65,6 @@ def add_compare(subparsers: Any) -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures and their conditions")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw size against divergence and speed: .svg, .png")
     return command
-
-
-def at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

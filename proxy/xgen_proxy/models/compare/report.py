@@ -125,7 +125,7 @@ def in_text(model: dict[str, Any]) -> str:
 
 
 def method(result: dict[str, Any]) -> str:
-    """What the figures are, for those who read only the table."""
+    """Explains the figures below the table."""
     used = result["settings"]
     windows = ", ".join(f"{count} of {text}" for text, count in result["texts"].items())
     threads = f"{used['threads']} thread{'s' if used['threads'] > 1 else ''}"

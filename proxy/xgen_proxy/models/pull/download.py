@@ -1,4 +1,4 @@
-"""Downloads one file over HTTP: goes on where it stopped, and checks what it got.
+"""Downloads one file over HTTP, resumes an interrupted download, and checks the result.
 
 Until it is whole the file is `.NAME.TAG.part` beside its place; TAG names the version, so that bytes of two
 versions are never joined.

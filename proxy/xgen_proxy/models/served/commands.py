@@ -95,7 +95,7 @@ def add_served_flags(command: argparse.ArgumentParser) -> None:
 def at_least(least: int) -> Any:
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}")
         return int(text)
 
     return number

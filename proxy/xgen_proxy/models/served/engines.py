@@ -7,6 +7,7 @@ cache knows all but the last token.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ A_LETTER = 'root ::= "a"'
 TIMEOUT_S = 300.0  # a busy CPU reads a window of prompt in seconds
 
 
-class Engine:
+class Engine(ABC):
     """A running server. `model`: the name it serves the model under."""
 
     name: ClassVar[str]
@@ -34,12 +35,13 @@ class Engine:
         self.url = url
         self.model = model
 
+    @abstractmethod
     def tokens(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """The tokens of a text, as the engine splits it."""
 
+    @abstractmethod
     def distributions(self, text: str, tokens: Sequence[int], top: int, tick: Tick) -> list[Distribution | None]:
         """The `top` most likely tokens to follow tokens[: i + 1], for each i but the last; None if it cannot tell."""
-        raise NotImplementedError
 
     def details(self) -> dict[str, Any]:
         """What it says about itself, for the result file."""
@@ -174,7 +176,8 @@ def connect(url: str, model: str | None, key: str | None) -> Engine:
         raise ModelError(f"{url} does not list its models as OpenAI does") from None
     if model is not None and model not in names:
         raise ModelError(f"{url} does not serve {model}; it serves {', '.join(names)}")
-    kind = {"vllm": VLLM, "llamacpp": LlamaServer, "me": LlamaCppPython}.get(owner)
+    owners: dict[str, type[Engine]] = {"vllm": VLLM, "llamacpp": LlamaServer, "me": LlamaCppPython}
+    kind = owners.get(owner)
     if kind is None:
         raise ModelError(f"{url} is no engine that can be compared ({', '.join(ENGINES)}); a proxy is named with --url")
     return kind(client, url, model or names[0])
