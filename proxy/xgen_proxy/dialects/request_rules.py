@@ -107,6 +107,9 @@ LLAMA_SERVER_INTERNALS = (
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
 )  # fmt: skip
+INTERNAL_FIELDS = frozenset(
+    name.encode() for name in (*VLLM_INTERNALS, *LLAMA_SERVER_INTERNALS, *OTHER_INTERNALS)
+)  # as a form has them
 INTERNALS = Rule(
     "every engine's scheduling, identity and transfer fields",
     "drop",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from xgen_proxy.dialects import request_rules as shared
-from xgen_proxy.dialects.backend_request import BackendRequest, Post
+from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
-from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.request.features import NEEDS, Features, Json, Need
+from xgen_proxy.request.opaque.endpoints import OPAQUE
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 TEMPLATE_TOKENS = 64  # what a chat template adds; SmolLM2's default system prompt has 36
@@ -46,6 +47,14 @@ def clamp_max_tokens(body: Json, request: BackendRequest) -> Json:
     beyond = {field for field in LIMITS if (body.get(field) or 0) > context}
     room = context - request.features.prompt_tokens * 3 // 2 - TEMPLATE_TOKENS
     return {**body, **dict.fromkeys(beyond, room if room > 0 else context)}
+
+
+def prompt_of_content(body: Json, request: BackendRequest) -> Json:
+    """llama-server's names, with its default: a text without special tokens."""
+    if request.features.endpoint != "tokenize" or "prompt" in body or not isinstance(body.get("content"), str):
+        return body
+    kept = {name: value for name, value in body.items() if name not in ("content", "add_special")}
+    return {**kept, "prompt": body["content"], "add_special_tokens": bool(body.get("add_special"))}
 
 
 class VLLM(Dialect):
@@ -91,6 +100,19 @@ class VLLM(Dialect):
             shared.rename("repeat_penalty", "repetition_penalty"),
         ),
     )
+
+    opaque_rules = (
+        *Dialect.opaque_rules,
+        Rule("content on /tokenize", "rename", "llama-server's name: 400", prompt_of_content),
+    )
+
+    async def missing_routes(self, ask: Ask) -> frozenset[Need]:
+        """It has the routes that its model can serve, and lists them unless it runs with --disable-fastapi-docs."""
+        status, page = await ask("/openapi.json", None)
+        if status != 200:
+            return frozenset()
+        paths = page["paths"].keys()
+        return frozenset(endpoint.need for endpoint in OPAQUE.values() if endpoint.path not in paths)
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True

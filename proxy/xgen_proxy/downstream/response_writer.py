@@ -19,7 +19,7 @@ EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),
     (b"cache-control", b"no-cache"),
 ]
-JSON = (b"content-type", b"application/json")
+JSON = b"application/json"
 WAITING = sse.comment("waiting")
 
 
@@ -69,11 +69,11 @@ class ResponseWriter:
         self.first_output = time.perf_counter()
         self.status = 200
 
-    async def whole(self, headers: Headers, data: bytes) -> None:
-        """Send a complete JSON response."""
+    async def whole(self, headers: Headers, data: bytes, content_type: bytes = JSON) -> None:
+        """Send a complete response."""
         self._begin()
         self._body_size = len(data)
-        headers = [JSON, *headers]
+        headers = [(b"content-type", content_type), *headers]
         if self._direct is not None and not self._direct.paused:
             self._direct.whole(headers, data)
             self._ended = True
