@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.support.chunks import HI, VLLM, make_request
+from tests.support.requests import make_opaque_request
 from xgen_proxy.request.features import Json
 
 
@@ -54,3 +55,35 @@ async def test_tokens_are_counted_if_the_replica_can(status: int, answer: Any, c
         return status, answer
 
     assert await VLLM.count_tokens(make_request(), "abc", post) == count
+
+
+async def test_its_routes_tell_what_its_model_can() -> None:
+    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
+        assert (path, body) == ("/openapi.json", None)
+        return 200, {"paths": {"/v1/chat/completions": {}, "/tokenize": {}, "/detokenize": {}, "/v1/rerank": {}}}
+
+    assert await VLLM.missing_routes(ask) == {"score", "classify", "transcriptions", "translations"}
+
+
+async def test_without_a_list_of_routes_nothing_is_known() -> None:
+    """--disable-fastapi-docs"""
+
+    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
+        return 404, {"detail": "Not Found"}
+
+    assert await VLLM.missing_routes(ask) == set()
+
+
+@pytest.mark.parametrize(
+    ("sent", "prepared"),
+    [
+        ({"content": "a"}, {"prompt": "a", "add_special_tokens": False}),
+        ({"content": "a", "add_special": True}, {"prompt": "a", "add_special_tokens": True}),
+        ({"prompt": "a", "content": "b"}, {"prompt": "a", "content": "b"}),
+        ({"messages": HI}, {"messages": HI}),
+    ],
+)
+def test_llama_servers_names_on_tokenize(sent: Json, prepared: Json) -> None:
+    assert VLLM.prepared(make_opaque_request("tokenize", **sent)) == {"model": "m", **prepared}
+    rerank = make_opaque_request("rerank", **sent)
+    assert VLLM.prepare(rerank) is rerank.raw
