@@ -55,10 +55,11 @@ class OpaqueDelivery(Delivery):
         await self.writer.start(self.progress.response_headers())
         try:
             while block:
-                if sse.is_error(block):
-                    raise exchange.error_in(block)
-                self.progress.tail = rename_model(exchange.request, block)
-                await self.writer.send(self.progress.tail)
+                for event in sse.events(block):
+                    if sse.is_error(event) or sse.is_abort(event):
+                        raise exchange.error_in(event)
+                    self.progress.tail = rename_model(exchange.request, event)
+                    await self.writer.send(self.progress.tail)
                 block = await exchange.next_events()
         except UpstreamError as error:
             self.progress.tail = b""

@@ -102,7 +102,7 @@ def test_a_stream_that_begins_with_an_error_leads_to_the_next_candidate(
     assert (found.json(), found.headers["x-backend"]) == ({"text": "hello"}, "other")
 
 
-@pytest.mark.parametrize("how", ["reset", "error", "end in an event"])
+@pytest.mark.parametrize("how", ["reset", "error", "abort", "end in an event"])
 def test_a_stream_that_breaks_ends_with_an_error_event(
     pair: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream, how: str
 ) -> None:
@@ -111,6 +111,9 @@ def test_a_stream_that_breaks_ends_with_an_error_event(
         await talk.chunk(f"{DELTA}\n\n".encode())
         if how == "error":
             await talk.event({"error": {"message": "engine died", "code": 500}})
+            await talk.end()
+        elif how == "abort":  # as vLLM's streams end that it cuts
+            await talk.event({"model": "m", "choices": [{"delta": {"content": ""}, "finish_reason": "abort"}]})
             await talk.end()
         elif how == "reset":
             talk.reset()
