@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from starlette.types import Receive
 
-from xgen_proxy.api.inference import InferenceEndpoint
+from xgen_proxy.api.inference import Incoming, InferenceEndpoint
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.request.opaque.multipart import boundary_of, read_form
@@ -19,20 +19,20 @@ from xgen_proxy.request.opaque.parsing import parse_opaque
 
 
 class OpaqueJson(InferenceEndpoint):
-    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         body = read_json(raw, origin.headers, limits)
-        return parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model)
+        return Incoming(parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model))
 
 
 class OpaqueForm(InferenceEndpoint):
-    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         boundary_of(origin.headers)  # before 26 MiB are read in vain
         raw = await read_body(receive, origin.headers, self.gateway.settings.limits.upload_bytes, held)
         form = read_form(raw, origin.headers)
         body = {"model": form.model}
-        return parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model, form)
+        return Incoming(parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model, form))
 
 
 def opaque_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:

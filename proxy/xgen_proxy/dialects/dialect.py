@@ -87,8 +87,8 @@ class Dialect:
         return min(filter(None, map(count, lengths)), default=None)
 
     async def missing_routes(self, ask: Ask) -> frozenset[Need]:
-        """Of the capabilities that are an endpoint of their own, those that a replica lacks; empty if it does not tell.
-        Asked when it comes up. Raises UpstreamError, or any Exception if the answer is malformed."""
+        """The capabilities that a replica lacks because it has no route for them; empty if it does not tell. Asked when
+        it comes up. Raises UpstreamError, or any Exception if the answer is malformed."""
         return frozenset()
 
     # the request

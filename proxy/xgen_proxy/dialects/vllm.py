@@ -14,6 +14,7 @@ from xgen_proxy.request.opaque.endpoints import OPAQUE
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 TEMPLATE_TOKENS = 64  # what a chat template adds; SmolLM2's default system prompt has 36
+GENERATES = frozenset({"/v1/chat/completions", "/v1/completions"})
 GUIDED = {"guided_json": "json", "guided_choice": "choice", "guided_regex": "regex", "guided_grammar": "grammar"}
 
 
@@ -112,7 +113,8 @@ class VLLM(Dialect):
         if status != 200:
             return frozenset()
         paths = page["paths"].keys()
-        return frozenset(endpoint.need for endpoint in OPAQUE.values() if endpoint.path not in paths)
+        missing: set[Need] = {endpoint.need for endpoint in OPAQUE.values() if endpoint.path not in paths}
+        return frozenset(missing | {"generation"} if GENERATES.isdisjoint(paths) else missing)
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True

@@ -42,15 +42,17 @@ class ResponseWriter:
 
     `status` is 0 until something has been sent. `first_output`: when that was, as time.perf_counter(). Set `sent_log`
     before a stream starts to record and count its events. Once the response has ended, nothing is sent or recorded.
+    `content_type`: of a whole response.
     """
 
-    __slots__ = ("_body_size", "_direct", "_ended", "_send", "first_output", "sent_log", "status")
+    __slots__ = ("_body_size", "_direct", "_ended", "_send", "content_type", "first_output", "sent_log", "status")
 
     def __init__(self, send: Send, direct: DirectWriter | None) -> None:
         self._send = send
         self._direct = direct
         self._body_size: int | None = None
         self._ended = False
+        self.content_type = JSON
         self.status = 0
         self.first_output = 0.0
         self.sent_log: SentLog | None = None
@@ -69,11 +71,11 @@ class ResponseWriter:
         self.first_output = time.perf_counter()
         self.status = 200
 
-    async def whole(self, headers: Headers, data: bytes, content_type: bytes = JSON) -> None:
-        """Send a complete response."""
+    async def whole(self, headers: Headers, data: bytes) -> None:
+        """Send a complete response, of the type `content_type`."""
         self._begin()
         self._body_size = len(data)
-        headers = [(b"content-type", content_type), *headers]
+        headers = [(b"content-type", self.content_type), *headers]
         if self._direct is not None and not self._direct.paused:
             self._direct.whole(headers, data)
             self._ended = True

@@ -65,6 +65,13 @@ async def test_its_routes_tell_what_its_model_can() -> None:
     assert await VLLM.missing_routes(ask) == {"score", "classify", "transcriptions", "translations"}
 
 
+async def test_a_model_that_only_scores_generates_nothing() -> None:
+    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
+        return 200, {"paths": {"/v1/score": {}, "/v1/rerank": {}, "/tokenize": {}, "/detokenize": {}}}
+
+    assert await VLLM.missing_routes(ask) == {"generation", "classify", "transcriptions", "translations"}
+
+
 async def test_without_a_list_of_routes_nothing_is_known() -> None:
     """--disable-fastapi-docs"""
 

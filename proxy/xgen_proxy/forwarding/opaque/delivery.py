@@ -46,7 +46,8 @@ class OpaqueDelivery(Delivery):
                 raise stream_error(b"data: " + data.replace(b"\n", b" "))
             data = exchange.dialect.repair_whole(exchange.request, data)
         self.progress.tail = data or EMPTY
-        await self.writer.whole(self.progress.response_headers(), data, content_type)
+        self.writer.content_type = content_type
+        await self.writer.whole(self.progress.response_headers(), data)
 
     async def _pass_stream(self, exchange: Exchange) -> None:
         exchange.splitter = sse.EventSplitter()  # as they come, whatever their form

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from tests.support.commit_point import seen, until_seen
 from tests.support.fake_upstream import FakeUpstream, Script, Talk
 from tests.support.forms import FORM, field, file, form
 from tests.support.running_proxy import RunningProxy, backend, get, post, wait_until
@@ -109,6 +110,7 @@ def test_a_stream_that_breaks_ends_with_an_error_event(
     async def broken(talk: Talk) -> None:
         await talk.start_stream()
         await talk.chunk(f"{DELTA}\n\n".encode())
+        await until_seen()
         if how == "error":
             await talk.event({"error": {"message": "engine died", "code": 500}})
             await talk.end()
@@ -122,10 +124,16 @@ def test_a_stream_that_breaks_ends_with_an_error_event(
             talk.reset()
 
     gpu.default = broken
-    found = transcribe(pair)
-    assert found.text.startswith(DELTA.replace('"m"', '"public"'))
-    assert '"code":"stream_broken"' in found.text
-    assert "an answer with transcriptions cannot be resumed" in found.text
+    seen.clear()
+    text = ""
+    url = f"{pair.url}/v1/audio/transcriptions"
+    with httpx.stream("POST", url, content=RAW, headers={"content-type": FORM}, timeout=20, verify=False) as found:
+        for part in found.iter_text():
+            text += part
+            seen.set()
+    assert text.startswith(DELTA.replace('"m"', '"public"'))
+    assert '"code":"stream_broken"' in text
+    assert "an answer with transcriptions cannot be resumed" in text
     assert cpu.talks == []
     failures = [line for line in get(f"{pair.url}/metrics").text.splitlines() if "attempt_failures_total{" in line]
     assert [line.rpartition(" ")[2] for line in failures] == ["1.0"]
