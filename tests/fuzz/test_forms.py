@@ -44,6 +44,6 @@ def test_any_bytes_are_a_form_or_a_refusal() -> None:
                 continue
             assert sum(part.name == b"model" for part in found.parts) <= 1
             sent = read(found.encoded("served", {b"priority"}), header)
-            assert sent.model == "served"
+            assert sent.fields["model"] == "served"
             kept = [found.raw[part.start : part.end] for part in found.parts if part.name not in CHANGED]
             assert [sent.raw[part.start : part.end] for part in sent.parts[1:]] == kept

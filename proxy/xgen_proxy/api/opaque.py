@@ -31,8 +31,8 @@ class OpaqueForm(InferenceEndpoint):
         boundary_of(origin.headers)  # before 26 MiB are read in vain
         raw = await read_body(receive, origin.headers, self.gateway.settings.limits.upload_bytes, held)
         form = read_form(raw, origin.headers)
-        body = {"model": form.model}
-        return Incoming(parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model, form))
+        default_model = self.gateway.router.default_model
+        return Incoming(parse_opaque(origin, self.endpoint, raw, dict(form.fields), default_model, form))
 
 
 def opaque_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:

@@ -183,7 +183,9 @@ def test_an_unknown_lora_is_not_taken_for_a_missing_route(start: Start, gpu: Fak
 
 @pytest.mark.parametrize("path", [AUDIO_PATH, "/audio/transcriptions", "/v1/audio/translations"])
 def test_a_form_passes_with_the_name_that_the_backend_knows(proxy: RunningProxy, fake: FakeUpstream, path: str) -> None:
-    answer = send(proxy, form(file(), MODEL, field("language", b"en"), field("priority", b"-5")), path)
+    answer = send(
+        proxy, form(file(), MODEL, field("language", b"en"), field("priority", b"-5"), field("backend", b"vllm")), path
+    )
     assert answer.status_code == 200, answer.text
     [talk] = fake.talks
     assert talk.path == f"/v1{path.removeprefix('/v1')}"

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Set
 
 from xgen_proxy.errors import BadRequestError, UnsupportedMediaTypeError
 from xgen_proxy.request.fields import NAME_LENGTH
+from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
 MAX_PARTS = 64  # OpenAI's transcription has ten fields, two of them lists
 MAX_PART_HEAD = 4096  # bytes of a part's headers; a file name has 255 at most
-READ = ("model", "stream")
+READ = ("model", "stream", *sorted(OTHER_HINTS))
 
 BOUNDARY = re.compile(
     rb"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.IGNORECASE
@@ -42,18 +43,21 @@ class Part:
 
 @frozen
 class Form:
-    """`raw`: the bytes of the body. `content_type`: its header, with the boundary. `model`: None if not given."""
+    """`raw`: the bytes of the body. `content_type`: its header, with the boundary. `fields`: those of READ."""
 
     raw: bytes
     content_type: bytes
     boundary: bytes
     parts: tuple[Part, ...]
-    model: str | None
-    stream: bool
+    fields: Mapping[str, str]
+
+    @property
+    def stream(self) -> bool:
+        return self.fields.get("stream", "").lower() in ("true", "1", "on", "yes")  # what pydantic takes as true
 
     def encoded(self, model: str, without: Set[bytes]) -> bytes:
-        """The form for a backend that knows the model as `model`, and without some fields."""
-        if model == self.model and without.isdisjoint(part.name for part in self.parts):
+        """The form for a backend that knows the model as `model`, and `without` some fields."""
+        if model == self.fields.get("model") and without.isdisjoint(part.name for part in self.parts):
             return self.raw
         dropped = [part for part in self.parts if part.name in without or part.name == b"model"]
         first = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b' % (self.boundary, model.encode())
@@ -82,9 +86,9 @@ def read_form(raw: bytes, headers: Mapping[bytes, bytes]) -> Form:
     """Raises UnsupportedMediaTypeError, BadRequestError."""
     boundary = boundary_of(headers)
     parts = tuple(_parts(raw, boundary))
-    fields = {name: _text(raw, parts, name.encode()) for name in READ}
-    stream = (fields["stream"] or "").lower() in ("true", "1", "on", "yes")  # what pydantic takes as true
-    return Form(raw, headers[b"content-type"].strip(), boundary, parts, fields["model"] or None, stream)
+    found = {name: _text(raw, parts, name.encode()) for name in READ}
+    fields = {name: value for name, value in found.items() if value is not None}
+    return Form(raw, headers[b"content-type"].strip(), boundary, parts, fields)
 
 
 def _parts(raw: bytes, boundary: bytes) -> list[Part]:

@@ -21,9 +21,14 @@ def refusal(raw: bytes, content_type: str = FORM) -> str:
 
 def test_model_and_stream_are_read_and_the_file_is_not() -> None:
     found = read(file(), MODEL, field("stream", b"True"), field("language", b"en"))
-    assert (found.model, found.stream) == ("whisper", True)
+    assert (found.fields["model"], found.stream) == ("whisper", True)
     assert [part.name for part in found.parts] == [b"file", b"model", b"stream", b"language"]
     assert found.raw[found.parts[0].start : found.parts[0].end] == AUDIO
+
+
+def test_hints_may_be_fields() -> None:
+    found = read(field("backend", b"vllm"), file(), field("session_id", b"s"), field("urgency", b"low"))
+    assert found.fields == {"backend": "vllm", "session_id": "s"}
 
 
 @pytest.mark.parametrize("value", [b"false", b"0", b"", b"whatever"])
@@ -32,15 +37,14 @@ def test_only_true_is_a_stream(value: bytes) -> None:
 
 
 def test_a_form_may_have_no_model() -> None:
-    assert read(file()).model is None
-    assert read(field("model", b"")).model is None
-    assert read().model is None
+    assert read(file()).fields == read().fields == {}
+    assert read(field("model", b"")).fields == {"model": ""}
 
 
 def test_names_may_be_unquoted_and_in_capitals() -> None:
     """As .NET's HttpClient and others write them."""
     part = b"content-type: text/plain; charset=utf-8\r\ncontent-disposition: Form-Data; Name=model\r\n\r\nwhisper"
-    assert read(part, file()).model == "whisper"
+    assert read(part, file()).fields == {"model": "whisper"}
 
 
 def test_the_name_that_the_backend_knows_is_put_in_and_nothing_else_changes() -> None:
