@@ -23,8 +23,8 @@ TOKENS = [28120, 905]  # SmolLM2's
 QUERY = {"query": "What is a panda?", "documents": ["It is a bear.", "Hi.", "A river in China is long."]}
 # Small enough to start with random weights in seconds. One label makes it a model that scores.
 TINY = {
-    "architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "num_labels": 1, "hidden_size": 64,
-    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "num_labels": 1, "hidden_size": 128,
+    "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "vocab_size": 49152, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
 }  # fmt: skip
