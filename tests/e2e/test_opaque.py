@@ -65,7 +65,11 @@ def test_bad_tokens_are_the_clients_mistake(proxied: ProxiedBackend) -> None:
 
 def test_what_no_backend_has_is_refused_by_name(proxied: ProxiedBackend) -> None:
     """Learnt when the replica came up: nothing is tried."""
-    bodies = {"/v1/rerank": QUERY, "/v1/score": {"text_1": "a", "text_2": "b"}, "/classify": {"input": "a"}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/rerank": QUERY,
+        "/v1/score": {"text_1": "a", "text_2": "b"},
+        "/classify": {"input": "a"},
+    }
     for path, body in bodies.items():
         error = assert_openai_error(proxied.post(path, {"model": MODEL, **body}), 400)
         assert f"with the model '{MODEL}'" in error["message"]

@@ -19,7 +19,7 @@ EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),
     (b"cache-control", b"no-cache"),
 ]
-JSON = b"application/json"
+JSON = (b"content-type", b"application/json")
 WAITING = sse.comment("waiting")
 
 
@@ -42,7 +42,7 @@ class ResponseWriter:
 
     `status` is 0 until something has been sent. `first_output`: when that was, as time.perf_counter(). Set `sent_log`
     before a stream starts to record and count its events. Once the response has ended, nothing is sent or recorded.
-    `content_type`: of a whole response.
+    `content_type`: the header of a whole response.
     """
 
     __slots__ = ("_body_size", "_direct", "_ended", "_send", "content_type", "first_output", "sent_log", "status")
@@ -75,7 +75,7 @@ class ResponseWriter:
         """Send a complete response, of the type `content_type`."""
         self._begin()
         self._body_size = len(data)
-        headers = [(b"content-type", self.content_type), *headers]
+        headers = [self.content_type, *headers]
         if self._direct is not None and not self._direct.paused:
             self._direct.whole(headers, data)
             self._ended = True

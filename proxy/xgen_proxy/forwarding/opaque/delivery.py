@@ -10,7 +10,6 @@ from dataclasses import replace
 from xgen_proxy import sse
 from xgen_proxy.dialects.error_mapping import stream_error
 from xgen_proxy.dialects.stream_editors import rename_model
-from xgen_proxy.downstream.response_writer import JSON
 from xgen_proxy.errors import ProxyError, StreamInterruptedError, UpstreamError
 from xgen_proxy.forwarding.delivery import Delivery, backend_request
 from xgen_proxy.forwarding.exchange import Exchange
@@ -41,12 +40,12 @@ class OpaqueDelivery(Delivery):
         """Sends nothing before all of it is here, so that it can still fail over."""
         with self.progress.waiting:
             data = await exchange.body()
-        if content_type.lower().startswith(JSON):
+        if content_type.lower().startswith(b"application/json"):
             if data.lstrip().startswith(ERRORS):
                 raise stream_error(b"data: " + data.replace(b"\n", b" "))
             data = exchange.dialect.repair_whole(exchange.request, data)
         self.progress.tail = data or EMPTY
-        self.writer.content_type = content_type
+        self.writer.content_type = b"content-type", content_type
         await self.writer.whole(self.progress.response_headers(), data)
 
     async def _pass_stream(self, exchange: Exchange) -> None:
