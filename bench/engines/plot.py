@@ -59,7 +59,7 @@ def timelines(results: Results, path: Path) -> None:
     axes[0][0].set_ylabel("request")
     axes[1][0].set_ylabel("requests")
     axes[1][0].set_ylim(bottom=0)  # once all are drawn: it would end their scaling
-    axes[0][-1].legend(loc="lower right", fontsize=8)
+    axes[0][0].legend(loc="lower right", fontsize=8)
     axes[1][-1].legend(loc="best", fontsize=8)
     rate = f"{results.timelines[names[0]]['rate']:.2g} requests per second, arriving at random"
     plot.save(plt, figure, f"The same {rate}" if len(names) > 1 else rate, path)
