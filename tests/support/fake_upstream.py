@@ -121,7 +121,7 @@ class FakeUpstream:
     tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     preemptions: int = 0
     reranks: bool = False
-    routes: list[str] | None = None  # that it lists; None: no list
+    routes: list[str] | None = None  # that it has for POST; None: it answers each GET
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
@@ -200,9 +200,8 @@ class FakeUpstream:
             await talk.answer(self.health, {})
         elif talk.path == "/v1/models":
             await talk.answer(200, {"data": [{"id": name, "max_model_len": 2048} for name in self.models]})
-        elif talk.path == "/openapi.json":
-            listed = self.routes is not None
-            await talk.answer(200 if listed else 404, {"paths": {path: {} for path in self.routes or ()}})
+        elif self.routes is not None and talk.path != "/metrics":
+            await talk.answer(405 if talk.path in self.routes else 404, {})
         else:
             page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv, preemptions=self.preemptions)
             await talk.answer(200, page.encode())

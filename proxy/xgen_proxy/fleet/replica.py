@@ -23,7 +23,7 @@ from xgen_proxy.upstream.pool import Pool
 
 ANSWER_BYTES = 4 * 1024 * 1024  # of a health check, replica info or a canary: a page of vLLM has 70 KB
 
-ROUTES_TIMEOUT_S = 5.0  # for the list of an engine's routes, which FastAPI makes when it is first asked for
+ROUTES_TIMEOUT_S = 5.0  # for each question about an engine's routes
 
 # Called at every change that the replica's snapshot shows, with the change of its requests in flight.
 OnChange = Callable[["Replica", int], None]

@@ -122,7 +122,7 @@ def test_metrics_and_methods(proxy: RunningProxy) -> None:
 # a backend that has it
 
 
-def test_a_request_goes_to_the_backend_that_lists_its_route(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def test_a_request_goes_to_the_backend_that_has_its_route(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     gpu.routes, cpu.routes = ["/tokenize", "/detokenize", "/v1/chat/completions"], ["/v1/rerank", "/v1/score"]
     gpu.default = cpu.default = echo
     proxy = start(backends={"big": backend(gpu), "small": backend(cpu, device_class="cpu")})
@@ -150,7 +150,7 @@ def test_llama_server_is_asked_whether_it_reranks(start: Start, cpu: FakeUpstrea
 
 
 @pytest.mark.parametrize("detail", ["Not Found", "Method Not Allowed"])
-def test_an_engine_that_does_not_list_its_routes_is_asked_once(
+def test_an_engine_that_does_not_tell_its_routes_is_asked_once(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, detail: str
 ) -> None:
     gpu.default, cpu.default = status(404 if "Found" in detail else 405, {"detail": detail}), echo

@@ -8,6 +8,8 @@ from tests.support.chunks import HI, VLLM, make_request
 from tests.support.requests import make_opaque_request
 from xgen_proxy.request.features import Json
 
+AUDIO = "transcriptions", "translations"
+
 
 def test_info_has_models_and_context() -> None:
     info = VLLM.parse_info({"/v1/models": {"data": [{"id": "a", "max_model_len": 2048}, {"id": "lora"}]}})
@@ -57,28 +59,21 @@ async def test_tokens_are_counted_if_the_replica_can(status: int, answer: Any, c
     assert await VLLM.count_tokens(make_request(), "abc", post) == count
 
 
-async def test_its_routes_tell_what_its_model_can() -> None:
+@pytest.mark.parametrize(
+    ("routes", "missing"),
+    [
+        ({"/v1/chat/completions", "/tokenize", "/detokenize"}, {"rerank", "score", "classify", *AUDIO}),
+        ({"/v1/score", "/v1/rerank", "/tokenize", "/detokenize"}, {"generation", "classify", *AUDIO}),
+        ({"/v1/completions", "/v1/audio/transcriptions", "/tokenize"},
+         {"rerank", "score", "classify", "tokenize", "translations"}),
+    ],
+)  # fmt: skip
+async def test_its_routes_tell_what_its_model_can(routes: set[str], missing: set[str]) -> None:
     async def ask(path: str, body: Json | None) -> tuple[int, Any]:
-        assert (path, body) == ("/openapi.json", None)
-        return 200, {"paths": {"/v1/chat/completions": {}, "/tokenize": {}, "/detokenize": {}, "/v1/rerank": {}}}
+        assert body is None, "a GET"
+        return 405 if path in routes else 404, {}
 
-    assert await VLLM.missing_routes(ask) == {"score", "classify", "transcriptions", "translations"}
-
-
-async def test_a_model_that_only_scores_generates_nothing() -> None:
-    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
-        return 200, {"paths": {"/v1/score": {}, "/v1/rerank": {}, "/tokenize": {}, "/detokenize": {}}}
-
-    assert await VLLM.missing_routes(ask) == {"generation", "classify", "transcriptions", "translations"}
-
-
-async def test_without_a_list_of_routes_nothing_is_known() -> None:
-    """--disable-fastapi-docs"""
-
-    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
-        return 404, {"detail": "Not Found"}
-
-    assert await VLLM.missing_routes(ask) == set()
+    assert await VLLM.missing_routes(ask) == missing
 
 
 @pytest.mark.parametrize(
