@@ -31,6 +31,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from xgen_proxy.config.aliases import Alias, Models  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
@@ -58,6 +59,7 @@ ORDER = (
     "upstream",
     "observability",
     "config",
+    "gguf",
     "models",
     "costs",
 )
@@ -78,6 +80,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
         if not isinstance(field.default, BaseModel):
             setting = prefix + name
             yield f"`{setting}`", f"`{env_name(setting)}`", default(field), meaning(field)
+
+
+def alias_parts() -> Iterator[Row]:
+    yield "part", "what it is"
+    for name, field in Alias.model_fields.items():
+        yield f"`{name}`", meaning(field)
 
 
 def meaning(field: FieldInfo) -> str:
@@ -303,6 +311,8 @@ def result(name: str) -> str:
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
+    "models": lambda: settings(Models, "models."),
+    "aliases": alias_parts,
     "routing": lambda: settings(Routing, "routing."),
     "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),

@@ -16,7 +16,6 @@ EMBEDDINGS_HINTS = frozenset({"backend", "session_id"})  # in the body; all head
 # Open WebUI's. It sends the chat's id with ENABLE_FORWARD_USER_INFO_HEADERS, and the task where its connection has the
 # header X-OpenWebUI-Task: {{TASK}}. No one waits for these tasks.
 # https://docs.openwebui.com/getting-started/env-configuration
-CHAT_ID, TASK = b"x-openwebui-chat-id", b"x-openwebui-task"
 BACKGROUND = frozenset({b"title_generation", b"tags_generation", b"follow_up_generation", b"emoji_generation"})
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 
@@ -38,7 +37,7 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
         include_usage=_include_usage(body),
         needs=_needs(body, endpoint, prompt),
         backend=None if backend in (None, "auto") else backend,
-        urgency=urgency or ("low" if headers.get(TASK) in BACKGROUND else "normal"),  # type: ignore[arg-type]  # checked
+        urgency=urgency or ("low" if headers.get(b"x-openwebui-task") in BACKGROUND else "normal"),  # type: ignore[arg-type]  # checked
         task_type=task_type,
         fallback=hints.get("fallback") != "none",
         continuation=hints.get("continuation") != "none",
@@ -49,7 +48,8 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
 
 
 def _chat_id(headers: Mapping[bytes, bytes]) -> str | None:
-    return headers[CHAT_ID][:NAME_LENGTH].decode("latin-1") or None if CHAT_ID in headers else None
+    value = headers.get(b"x-openwebui-chat-id")
+    return value[:NAME_LENGTH].decode("latin-1") or None if value else None
 
 
 def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xgen_proxy.gguf.header import GgufFile, LongArray
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import GgufFile, LongArray, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.files.hf_directory import HfDirectory, read_hf_directory
 from xgen_proxy.models.inspection.chat_template import knows_tools
 from xgen_proxy.values import frozen
