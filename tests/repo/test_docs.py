@@ -139,7 +139,7 @@ def check_make(words: list[str]) -> None:
     programs = {
         "run": local.parse,
         "both": both.parse,
-    }  # only these: a line of make's with $(MAKE) in it runs despite -n
+    }  # a line with $(MAKE) in it, as `test` has, runs in spite of -n
     if found := programs.keys() & set(words):
         plan = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
         started = re.search(r"-m backends\.(?:local|both) (.*)", plan.stdout.replace("\\\n", ""))

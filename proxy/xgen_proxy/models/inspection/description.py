@@ -37,8 +37,8 @@ class TypeShare:
 
 @frozen
 class Attention:
-    """What the KV cache is made of. `kv_heads`: one number for each layer, 0 for a layer without attention. `latent`: the
-    width to which MLA, as in DeepSeek's models, compresses the keys and values of a token."""
+    """What the KV cache is made of. `kv_heads`: one number for each layer, 0 for a layer without attention. `latent`:
+    the width to which MLA, as in DeepSeek's models, compresses the keys and values of a token."""
 
     heads: int
     kv_heads: tuple[int, ...]

@@ -87,7 +87,8 @@ def memory(found: Inspection) -> str:
     bound = "at most " if found.model.attention and found.model.attention.needs_less else ""
     return (
         f"{bound}{size(need.total)} for {slots}{found.context:,} tokens{most}: weights {size(need.weights)}, "
-        f"KV cache ({found.kv_type}) {bound}{size(need.kv_cache)}, compute {size(need.compute)}, process {size(need.process)}"
+        f"KV cache ({found.kv_type}) {bound}{size(need.kv_cache)}, compute {size(need.compute)}, "
+        f"process {size(need.process)}"
     )
 
 
