@@ -56,6 +56,7 @@ ORDER = (
     "fleet",
     "forwarding",
     "dialects",
+    "translation",
     "upstream",
     "observability",
     "config",
