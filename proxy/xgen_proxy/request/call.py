@@ -42,9 +42,8 @@ class Call:
     """A request that can be routed.
 
     `body` is corrected, without our hints and with presets filled in. `raw` is the client's own bytes while they still
-    say the same as `body`, else None. `model` is the public model name. `asked` is the name that the client sent, which
-    the answer must carry: `model` or an alias of it. `trace` is the client's trace context as header lines. `started`
-    is `time.perf_counter()`.
+    say the same as `body`, else None. `model` is the public model name. `trace` is the client's trace context as header
+    lines. `started` is `time.perf_counter()`.
     """
 
     origin: Origin
@@ -54,11 +53,16 @@ class Call:
     model: str
     trace: bytes
     started: float
-    asked: str
 
     @property
     def id(self) -> str:
         return self.origin.request_id
+
+    @property
+    def asked(self) -> str:
+        """The name that the client sent, which the answer must carry: that of the model, or an alias."""
+        alias = self.features.alias
+        return self.model if alias is None else alias.asked
 
 
 def parse_call(
@@ -95,8 +99,7 @@ def parse_call(
         features = replace(features, continuation=False)
     changed = apply_preset(strip_hints(body, endpoint), features)
     trace = trace_lines(origin.headers) if b"traceparent" in origin.headers else b""
-    raw_or_none = raw if changed is sent else None
-    return Call(origin, features, changed, raw_or_none, model, trace, time.perf_counter(), named or model)
+    return Call(origin, features, changed, raw if changed is sent else None, model, trace, time.perf_counter())
 
 
 def _says_urgency(body: dict[str, Any], headers: Mapping[bytes, bytes]) -> bool:
