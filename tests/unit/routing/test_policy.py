@@ -14,10 +14,18 @@ from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
-from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, shallow_dict, to_json
+from xgen_proxy.fleet.snapshot import (
+    BackendSnapshot,
+    FleetSnapshot,
+    ReplicaSnapshot,
+    from_json,
+    shallow_dict,
+    to_json,
+    usable_of,
+)
 from xgen_proxy.request.features import NEEDS, Features, UsedAlias
 from xgen_proxy.routing.plan import Plan, explain
-from xgen_proxy.routing.policy import decide
+from xgen_proxy.routing.policy import WINDOW, decide
 
 ROUTING = Routing()
 NOW = 1000.0
@@ -318,7 +326,9 @@ def test_equal_replicas_share_the_work() -> None:
     assert firsts == {"r0", "r1", "r2", "r3"}
 
 
-def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
+@pytest.mark.parametrize("session", [None, "s"])
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_load_is_computed_for_few_of_a_thousand_replicas(level: Any, session: str | None) -> None:
     computed = 0
 
     class Counting(ReplicaSnapshot):
@@ -329,8 +339,30 @@ def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
             computed += 1
             return super().load(now, routing)
 
-    plan([gpu(replicas=tuple(Counting(**shallow_dict(replica(f"r{n}"))) for n in range(1000)))])
-    assert 0 < computed <= 4
+    pressure = None if level is None else Pressure(level, 3, "memory: short")
+    thousand = [replace(replica(f"r{n}", 9.0), pressure=pressure) for n in range(1000)]
+    plan([gpu(replicas=tuple(Counting(**shallow_dict(each)) for each in thousand))], session=session)
+    assert computed <= 2 + 8, "two of the window, and along the ring"
+
+
+def test_only_a_window_of_the_usable_replicas_is_looked_at() -> None:
+    """As many as there are; which are usable is known from the snapshot."""
+    looked: set[str] = set()
+
+    class Watched(ReplicaSnapshot):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> Any:
+            looked.add(object.__getattribute__(self, "name"))
+            return object.__getattribute__(self, name)
+
+    for level in ("normal", "reduced", "closed"):
+        closed = replace(replica("r"), pressure=Pressure(level, 3, "memory: short"))
+        thousand = tuple(Watched(**{**shallow_dict(closed), "name": f"r{n}"}) for n in range(1000))
+        snapshot = replace(gpu(replicas=thousand), usable=usable_of(thousand))
+        looked.clear()
+        assert plan([snapshot]).candidates
+        assert len(looked) <= WINDOW
 
 
 scrapes = st.builds(
