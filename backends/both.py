@@ -137,7 +137,7 @@ def vllm_command(program: str, options: argparse.Namespace, name: str) -> list[s
 
 def measure(options: argparse.Namespace, cpu_url: str) -> Path:
     """The file with the distance between the two, as `xgen-proxy models distance` writes it. Raises LocalError."""
-    file = options.run_dir / "distance.json"
+    file: Path = options.run_dir / "distance.json"
     parser = argparse.ArgumentParser()
     add_distance(parser.add_subparsers())
     flags = ["--tokens", str(options.tokens), "--json", str(file)]

@@ -75,7 +75,8 @@ class Usable:
 
 
 def usable_of(replicas: Sequence[ReplicaSnapshot]) -> Usable:
-    opened, closed = [], []
+    opened: list[int] = []
+    closed: list[int] = []
     for index, replica in enumerate(replicas):
         if replica.up:
             (closed if replica.closed else opened).append(index)

@@ -192,7 +192,7 @@ LIMITS = [
 def test_a_limit_that_is_not_meant_is_cut_to_what_fits(
     dialect: str, field: str, prompt: int, limit: int, believed: bool, context: int | None, sent: int
 ) -> None:
-    request = make_request(context=context, **{field: limit})
+    request = make_request("chat", "m", "m", context, **{field: limit})
     features = replace(request.features, prompt_tokens=prompt, max_tokens_believed=believed)
     prepared = orjson.loads(DIALECTS[dialect].prepare(replace(request, features=features)))
     assert prepared[field] == sent
