@@ -20,19 +20,20 @@ from xgen_proxy.request.opaque.parsing import parse_opaque
 
 class OpaqueJson(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
-        limits = self.gateway.settings.limits
+        limits, router = self.gateway.settings.limits, self.gateway.router
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         body = read_json(raw, origin.headers, limits)
-        return Incoming(parse_opaque(origin, self.endpoint, raw, body, self.gateway.router.default_model))
+        return Incoming(parse_opaque(origin, self.endpoint, raw, body, router.default_model, router.find_alias))
 
 
 class OpaqueForm(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         boundary_of(origin.headers)  # before 26 MiB are read in vain
+        router = self.gateway.router
         raw = await read_body(receive, origin.headers, self.gateway.settings.limits.upload_bytes, held)
         form = read_form(raw, origin.headers)
-        default_model = self.gateway.router.default_model
-        return Incoming(parse_opaque(origin, self.endpoint, raw, dict(form.fields), default_model, form))
+        body = dict(form.fields)
+        return Incoming(parse_opaque(origin, self.endpoint, raw, body, router.default_model, router.find_alias, form))
 
 
 def opaque_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:

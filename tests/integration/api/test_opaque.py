@@ -119,6 +119,16 @@ def test_metrics_and_methods(proxy: RunningProxy) -> None:
     assert re.search(r'xgen_refused_requests_total\{.*endpoint="rerank".*\} ', page)
 
 
+def test_aliases_hold(start: Start, gpu: FakeUpstream) -> None:
+    gpu.default = echo
+    proxy = start(backends={"vllm": backend(gpu)}, models={"aliases": {"rerank-*": {"model": "m", "urgency": "low"}}})
+    answer = post(f"{proxy.url}/v1/rerank", json={**RERANK, "model": "rerank-v3.5"})
+    assert (answer.status_code, answer.json()["model"]) == (200, "rerank-v3.5")
+    assert send(proxy, form(field("model", b"rerank-x"), file())).json()["model"] == "rerank-x"
+    assert gpu.talks[0].json["model"] == "m"
+    assert gpu.talks[1].body == form(field("model", b"m"), file())
+
+
 # a backend that has it
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.call import Call, Origin, trace_lines
-from xgen_proxy.request.features import Endpoint, Features, Json
+from xgen_proxy.request.features import Endpoint, Features, Json, UsedAlias
 from xgen_proxy.request.fields import MAX_INPUTS, NAME_LENGTH, get_field
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.request.opaque.multipart import Form
@@ -22,18 +22,22 @@ def parse_opaque(
     raw: bytes,
     body: Json,
     default_model: Callable[[], str],
+    find_alias: Callable[[str], UsedAlias | None] = lambda name: None,
     form: Form | None = None,
 ) -> Call:
     """`raw`: the bytes that `body` was parsed from, or that `form` describes.
 
-    The length of a prompt is left to the engine, which may cut it. Raises BadRequestError, and whatever `default_model`
-    raises.
+    `find_alias` takes a model's name. The length of a prompt is left to the engine, which may cut it.
+    Raises BadRequestError, and whatever `default_model` raises.
     """
     model = get_field(body, "model", str) or default_model()
     if len(model) > NAME_LENGTH:
         raise BadRequestError(f"model has {len(model)} characters; the limit is {NAME_LENGTH}", param="model")
+    alias = find_alias(model)
+    if alias is not None:
+        model = alias.model
     hints = read_hints(body, origin.headers, endpoint)
-    urgency, backend = hints.get("urgency"), hints.get("backend")
+    urgency, backend = hints.get("urgency") or (alias.urgency if alias else None), hints.get("backend")
     features = Features(
         endpoint=endpoint,
         model=model,
@@ -51,6 +55,7 @@ def parse_opaque(
         hinted=False,
         session=hints.get("session_id"),
         prefix="",
+        alias=alias,
     )
     stripped = strip_hints(body, endpoint)
     trace = trace_lines(origin.headers) if b"traceparent" in origin.headers else b""

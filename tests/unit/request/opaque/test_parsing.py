@@ -64,7 +64,7 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
 def test_a_form_passes_whole() -> None:
     raw = form(file(), field("model", b"whisper"), field("stream", b"true"))
     found = read_form(raw, {b"content-type": FORM.encode()})
-    call = parse_opaque(Origin("id", {}), "transcriptions", raw, dict(found.fields), lambda: "m", found)
+    call = parse_opaque(Origin("id", {}), "transcriptions", raw, dict(found.fields), lambda: "m", form=found)
     assert (call.model, call.features.stream, call.raw) == ("whisper", True, raw)
     assert call.form is found
 
