@@ -111,7 +111,9 @@ class Conversation:
                 param=f"{where}.role",
             )
         elif any(part["type"] != "text" for part in parts):
-            raise BadRequestError(f"{where}.content: only messages of the user have more than text", param=where)
+            raise BadRequestError(
+                f"{where}.content: only messages of the user have more than text", param=f"{where}.content"
+            )
         elif text := "\n".join(part["text"] for part in parts):
             if role == "assistant":
                 self._end_results()

@@ -87,7 +87,9 @@ def read_request(body: Json) -> ChatRequest:
 def _refuse_state(body: Json) -> None:
     for field, instead in STATE.items():
         if body.get(field) is not None:
-            raise BadRequestError(f"{field} cannot be used here, because this proxy keeps nothing; {instead}", param=field)
+            raise BadRequestError(
+                f"{field} cannot be used here, because this proxy keeps nothing; {instead}", param=field
+            )
     if get_field(body, "store", bool):
         raise BadRequestError(
             "store must be false or absent, because this proxy keeps no responses; send the whole conversation as input"

@@ -6,6 +6,7 @@ a namespace is offered under a joined name. vLLM does the same for its own /v1/r
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -27,6 +28,14 @@ INPUT_SCHEMA = {
 NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 MODES = ("none", "auto", "required")
 OFFERED = ("function", "custom")
+HOW_TO_CALL = (
+    f"Call this tool as a function: its text is the value of `{INPUT}`."  # Codex's say: "do not wrap it in JSON"
+)
+INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+# Characters and escapes that are complete: a high surrogate only together with its low one.
+COMPLETE_TEXT = re.compile(
+    r'(?:[^"\\]|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
+)
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -103,8 +112,7 @@ def _function(tool: Json, where: str) -> Json:
     """All but its name."""
     description = get_field(tool, "description", str, f"{where}.description")
     if tool["type"] == "custom":
-        rules = _grammar(tool, where)
-        texts = [text for text in (description, rules) if text]
+        texts = [text for text in (description, HOW_TO_CALL, _grammar(tool, where)) if text]
         return {"description": "\n\n".join(texts), "parameters": INPUT_SCHEMA}
     parameters = get_field(tool, "parameters", dict, f"{where}.parameters")
     function: Json = {"description": description} if description else {}
@@ -190,11 +198,52 @@ def encode_input(text: str) -> str:
 def decode_input(arguments: str) -> str:
     """The text that a custom tool was called with; what is no such call is passed on as it is."""
     try:
-        called = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
+        called = _lenient(arguments)
+    except (ValueError, RecursionError):
         return arguments
     text = called.get(INPUT) if isinstance(called, dict) else None
-    return text if isinstance(text, str) else arguments
+    return _without_halves(text) if isinstance(text, str) else arguments
+
+
+def _lenient(text: str) -> Any:
+    """JSON in which a model may have left line breaks unescaped."""
+    return json.loads(text, strict=False)
+
+
+def _without_halves(text: str) -> str:
+    """Half of a surrogate pair cannot be written as UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class InputDecoder:
+    """The text of a custom tool's call while its arguments, `{"input": "…"}`, still arrive.
+
+    `size`: characters so far. If the arguments begin otherwise, nothing comes out; the end of the call tells them all.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pending = ""  # of the arguments, what was not decoded yet
+        self._inside = False  # the text has begun
+        self._ended = False
+
+    def feed(self, piece: str) -> str:
+        if self._ended:
+            return ""
+        self._pending += piece
+        if not self._inside:
+            begun = INPUT_BEGINS.match(self._pending)
+            if begun is None:
+                return ""
+            self._inside = True
+            self._pending = self._pending[begun.end() :]
+        found = COMPLETE_TEXT.match(self._pending)
+        text = found.group() if found else ""
+        self._pending = self._pending[len(text) :]
+        self._ended = self._pending.startswith('"')
+        decoded = _without_halves(_lenient(f'"{text}"'))
+        self.size += len(decoded)
+        return decoded
 
 
 def tool_name(item: Json, where: str) -> str:
