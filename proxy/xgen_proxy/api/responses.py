@@ -34,6 +34,5 @@ async def no_such_response(request: Request) -> Response:
     authenticated(request)
     raise NotFoundError(
         f"there is no response {quoted(request.path_params['id'])}: this proxy keeps no responses; send the whole"
-        " conversation as input to POST /v1/responses",
-        code="response_not_found",
+        " conversation as input to POST /v1/responses"
     )

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status, whole
 from tests.support.running_proxy import RunningProxy, backend, get, post
+from xgen_proxy.api.api_keys import hash_key
 
 CODEX = json.loads((ROOT / "tests" / "fixtures" / "codex_request.json").read_text())
 ASK = {"model": "m", "input": "Hi"}
@@ -246,9 +247,8 @@ def test_no_response_is_kept(client: openai.OpenAI, proxy: RunningProxy) -> None
         lambda: client.responses.input_items.list("resp_1"),
     ]
     for ask in asked:
-        with pytest.raises(openai.NotFoundError, match="keeps no responses") as missing:
+        with pytest.raises(openai.NotFoundError, match="keeps no responses"):
             ask()
-        assert missing.value.code == "response_not_found"
     assert get(f"{proxy.url}/v1/responses").status_code == 405
 
 
@@ -264,9 +264,9 @@ def test_tokens_of_an_input_are_counted(client: openai.OpenAI, gpu: FakeUpstream
 
 
 def test_a_key_is_asked_for(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
-    proxy = start(backends={"vllm": backend(gpu)}, api_keys=["secret"])
+    proxy = start(backends={"vllm": backend(gpu)}, api_keys=[hash_key("sk-mine")])
     for method, path in [("POST", ""), ("GET", "/resp_1"), ("POST", "/input_tokens")]:
         answer = httpx.request(method, f"{proxy.url}/v1/responses{path}", json=ASK if method == "POST" else None)
         assert answer.status_code == 401, path
-    answer = post(f"{proxy.url}/responses", json=ASK, headers={"authorization": "Bearer secret"})
+    answer = post(f"{proxy.url}/responses", json=ASK, headers={"authorization": "Bearer sk-mine"})
     assert answer.json()["output"][0]["content"][0]["text"] == "hello"
