@@ -28,10 +28,10 @@ INPUT_SCHEMA = {
 NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 MODES = ("none", "auto", "required")
 OFFERED = ("function", "custom")
-HOW_TO_CALL = (
-    f"Call this tool as a function: its text is the value of `{INPUT}`."  # Codex's say: "do not wrap it in JSON"
-)
+# Codex's own description says not to wrap the text in JSON.
+HOW_TO_CALL = f"Call this tool as a function: its text is the value of `{INPUT}`."
 INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+LONGEST_BEGIN = 100  # characters
 # Characters and escapes that are complete: a high surrogate only together with its low one.
 COMPLETE_TEXT = re.compile(
     r'(?:[^"\\]|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
@@ -234,6 +234,7 @@ class InputDecoder:
         if not self._inside:
             begun = INPUT_BEGINS.match(self._pending)
             if begun is None:
+                self._ended = len(self._pending) > LONGEST_BEGIN
                 return ""
             self._inside = True
             self._pending = self._pending[begun.end() :]

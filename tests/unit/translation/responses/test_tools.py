@@ -163,5 +163,6 @@ def test_a_text_is_decoded_while_it_arrives(text: str, sizes: list[int]) -> None
 
 def test_arguments_that_begin_otherwise_wait_for_their_end() -> None:
     decoder = InputDecoder()
-    assert decoder.feed('{"other": 1, "input": "a"}') == ""
+    assert [decoder.feed('{"other": "aaaaaaaaaaaaaaa') for _ in range(10)] == [""] * 10
+    assert decoder.feed('{"input": "a"}') == ""
     assert decoder.size == 0
