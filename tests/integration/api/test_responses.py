@@ -13,6 +13,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from tests.support.counting_upstream import PROMPT_TOKENS, counter
+from tests.support.counting_upstream import events_of as counted
 from tests.support.documents import ROOT
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status, whole
 from tests.support.running_proxy import RunningProxy, backend, get, post
@@ -45,18 +47,23 @@ def call(index: int, arguments: str, **head: str) -> dict[str, Any]:
     )
 
 
-def streaming(*chunks: dict[str, Any], then: str = "end") -> Script:
+def streaming(*chunks: dict[str, Any]) -> Script:
     async def script(talk: Talk) -> None:
         await talk.start_stream()
         for chunk in chunks:
             await talk.event(chunk)
-        if then == "end":
-            await talk.event({**delta(), "choices": [], "usage": USAGE})
-            await talk.end()
-        else:
-            talk.reset()
+        await talk.event({**delta(), "choices": [], "usage": USAGE})
+        await talk.end()
 
     return script
+
+
+async def ending_early(talk: Talk) -> None:
+    """A count to 6 that ends after 3."""
+    await talk.start_stream()
+    for event in counted(talk, 6, True, "gpu")[:4]:
+        await talk.chunk(event)
+    await talk.end(done=False)
 
 
 THINKS_AND_CALLS = streaming(
@@ -166,12 +173,14 @@ def test_a_round_trip_with_a_tool(client: openai.OpenAI, gpu: FakeUpstream) -> N
 def test_a_broken_stream_is_resumed_within_the_same_response(
     client: openai.OpenAI, gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:
-    gpu.scripts.append(streaming(piece(role="assistant", content=""), piece(content="Once upon"), then="reset"))
-    cpu.scripts.append(streaming(piece(role="assistant", content=""), piece(content=" a time."), piece("stop")))
-    with client.responses.stream(model="m", input="Hi") as stream:
+    gpu.scripts.append(ending_early)
+    cpu.default = counter(6)
+    with client.responses.stream(model="m", input="Count") as stream:
         kinds = [event.type for event in stream]
         response = stream.get_final_response()
-    assert response.output_text == "Once upon a time."
+    assert response.output_text == " 1 2 3 4 5 6"
+    assert response.usage is not None
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (PROMPT_TOKENS, 6)
     assert (kinds.count("response.created"), kinds.count("response.output_item.added")) == (1, 1)
     assert kinds[-1] == "response.completed"
 
@@ -179,7 +188,7 @@ def test_a_broken_stream_is_resumed_within_the_same_response(
 def test_a_stream_that_nothing_can_resume_fails_with_a_code(
     proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:
-    gpu.scripts.append(streaming(piece(role="assistant", content=""), piece(content="Once"), then="reset"))
+    gpu.scripts.append(ending_early)
     last = events_of(respond(proxy, stream=True, continuation="none"))[-1]
     assert last["type"] == "response.failed"
     assert last["response"]["status"] == "failed"
@@ -216,7 +225,7 @@ def test_while_it_waits_the_stream_pings_and_a_late_error_is_a_failed_response(
     [
         ({"previous_response_id": "resp_1"}, None, "previous_response_id"),
         ({"store": True}, None, "store"),
-        ({"input": "word " * 40_000}, "context_length_exceeded", None),
+        ({"input": "word " * 40_000}, "context_length_exceeded", "input"),
         ({"input": "Hi", "tools": [{"type": "function"}]}, None, "tools.0.name"),
     ],
 )
@@ -240,7 +249,7 @@ def test_an_engines_refusal_names_this_apis_field(proxy: RunningProxy, gpu: Fake
 
 
 def test_no_response_is_kept(client: openai.OpenAI, proxy: RunningProxy) -> None:
-    asked = [
+    asked: list[Callable[[], Any]] = [
         lambda: client.responses.retrieve("resp_1"),
         lambda: client.responses.cancel("resp_1"),
         lambda: client.responses.delete("resp_1"),

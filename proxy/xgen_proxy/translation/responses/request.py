@@ -130,7 +130,7 @@ def _response_format(form: Json | None) -> Json | None:
 
 
 def _effort(reasoning: Json) -> str | None:
-    effort = get_field(reasoning, "effort", str, "reasoning.effort")
+    effort: str | None = get_field(reasoning, "effort", str, "reasoning.effort")
     if effort is not None and effort not in EFFORTS:
         raise BadRequestError(f"reasoning.effort must be one of {', '.join(EFFORTS)}", param="reasoning.effort")
     return effort
