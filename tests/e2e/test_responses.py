@@ -53,7 +53,9 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert text == final.output_text == whole.output_text
     assert final.status == whole.status
-    assert final.usage == whole.usage
+    assert final.usage is not None
+    assert whole.usage is not None
+    assert final.usage.total_tokens == whole.usage.total_tokens  # more of them may have been cached
 
 
 async def test_the_asynchronous_client(proxied: ProxiedBackend) -> None:
@@ -133,7 +135,7 @@ def test_the_engine_is_killed_and_the_response_goes_on(
     proxy = start_proxy(env=env)
     try:
         proxy.wait_ready()
-        body = {"model": MODEL, "input": "Tell me a story.", "max_output_tokens": 300, "stream": True, **NEVER_ENDING}
+        body = {"model": MODEL, "input": "Tell me a story.", "max_output_tokens": 100, "stream": True, **NEVER_ENDING}
         kinds: list[str] = []
         text = ""
         with httpx.stream("POST", f"{proxy.url}/v1/responses", json={**body, "backend": "first"}, timeout=60) as answer:
