@@ -7,7 +7,7 @@ second one. What the assistant thought, said and called in one turn becomes one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
@@ -62,16 +62,6 @@ class Conversation:
         self._said: list[str] = []
         self._calls: list[Json] = []
         self._media: list[Json] = []
-        self._readers: dict[str, Callable[[Json, str], None]] = {
-            "message": self._message,
-            "reasoning": self._reasoning,
-            "function_call": self._function_call,
-            "custom_tool_call": self._custom_call,
-            "local_shell_call": self._shell_call,
-            "function_call_output": self._output,
-            "custom_tool_call_output": self._output,
-            "local_shell_call_output": self._output,
-        }
 
     def add(self, item: Any, where: str) -> None:
         if not isinstance(item, dict):
@@ -83,12 +73,12 @@ class Conversation:
                 " libraries do so if store is false)",
                 param=where,
             )
-        if not isinstance(kind, str) or kind not in self._readers.keys() | HOSTED:
+        if not isinstance(kind, str) or not (kind in self.READERS or kind in HOSTED):
             raise BadRequestError(f"{where} {unknown(kind, KNOWN_ITEMS)}", param=where)
         if kind in HOSTED:
             self.dropped[kind] = None
         else:
-            self._readers[kind](item, where)
+            self.READERS[kind](self, item, where)
 
     def finish(self) -> list[Json]:
         self._end_turn()
@@ -175,6 +165,18 @@ class Conversation:
         if self._media:
             self.messages.append({"role": "user", "content": self._media})
             self._media = []
+
+    # Functions of the class: bound methods would refer to their owner, a circle for the garbage collector.
+    READERS: ClassVar[dict[str, Callable[[Conversation, Json, str], None]]] = {
+        "message": _message,
+        "reasoning": _reasoning,
+        "function_call": _function_call,
+        "custom_tool_call": _custom_call,
+        "local_shell_call": _shell_call,
+        "function_call_output": _output,
+        "custom_tool_call_output": _output,
+        "local_shell_call_output": _output,
+    }
 
 
 def _call_id(item: Json, where: str) -> str:
