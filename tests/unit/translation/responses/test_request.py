@@ -107,14 +107,31 @@ def test_what_cannot_be_asked_for_is_refused(sent: dict[str, Any], param: str, w
     assert refused.value.param == param
 
 
-def test_what_codex_sends() -> None:
-    sent = json.loads((ROOT / "tests" / "fixtures" / "codex_request.json").read_text())
+def codex(name: str) -> dict[str, Any]:
+    return dict(json.loads((ROOT / "tests" / "fixtures" / f"codex_{name}.json").read_text()))
+
+
+def test_what_codex_sends_with_freeform_tools() -> None:
+    sent = codex("request")
     request = read_request(sent)
     roles = [message["role"] for message in request.body["messages"]]
     assert roles == ["system", "user", "user", "assistant", "tool", "assistant", "tool"]
     assert request.body["messages"][0]["content"].startswith(sent["instructions"])
     names = [tool["function"]["name"] for tool in request.body["tools"]]
     assert names == ["exec_command", "write_stdin", "update_plan", "apply_patch", "view_image", "mcp__git__git_status"]
+    assert request.dropped == ("web_search",)
+
+
+def test_what_codex_exec_sends_to_a_model_that_it_does_not_know() -> None:
+    """Recorded from Codex 0.169 after its first call, with long texts cut."""
+    sent = codex("exec_request")
+    request = read_request(sent)
+    assert [message["role"] for message in request.body["messages"]] == ["system", "user", "user", "assistant", "tool"]
+    thought, called = request.body["messages"][3]["reasoning"], request.body["messages"][3]["tool_calls"][0]
+    assert (thought, called["function"]["name"]) == ("I will make it.", "exec_command")
+    names = [tool["function"]["name"] for tool in request.body["tools"]]
+    assert names[:2] == ["exec_command", "write_stdin"]
+    assert "multi_agent_v1__spawn_agent" in names
     assert request.dropped == ("web_search",)
     raw = orjson.dumps(request.body)
     call = parse_call(
