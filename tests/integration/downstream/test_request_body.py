@@ -25,7 +25,15 @@ from tests.support.running_proxy import (
 )
 
 LIMIT = 4096
-ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/generate", "/generate/stream", "/route"]
+ROUTES = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/generate",
+    "/generate/stream",
+    "/route",
+]
 
 
 @pytest.fixture(scope="module")
