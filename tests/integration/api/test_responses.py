@@ -224,7 +224,7 @@ def test_while_it_waits_the_stream_pings_and_a_late_error_is_a_failed_response(
     ("fields", "code", "param"),
     [
         ({"previous_response_id": "resp_1"}, None, "previous_response_id"),
-        ({"store": True}, None, "store"),
+        ({"background": True}, None, "background"),
         ({"input": "word " * 40_000}, "context_length_exceeded", "input"),
         ({"input": "Hi", "tools": [{"type": "function"}]}, None, "tools.0.name"),
     ],

@@ -32,6 +32,7 @@ NOT_HEEDED: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (None,),
     "context_management": (None, []),
     "moderation": (None,),
+    "store": (None, False),
     "access_programs": (None,),
     "image": (None,),
 }
@@ -90,12 +91,8 @@ def _refuse_state(body: Json) -> None:
             raise BadRequestError(
                 f"{field} cannot be used here, because this proxy keeps nothing; {instead}", param=field
             )
-    if get_field(body, "store", bool):
-        raise BadRequestError(
-            "store must be false or absent, because this proxy keeps no responses; send the whole conversation as input"
-            " in each request",
-            param="store",
-        )
+    # n8n sends `store: true` with every request and never asks for what was stored. The answer says `store: false`.
+    get_field(body, "store", bool)
     if get_field(body, "background", bool):
         raise BadRequestError(
             "background must be false or absent, because this proxy keeps no responses; wait for the answer, or send"

@@ -67,6 +67,7 @@ def test_fields(sent: dict[str, Any], chat: dict[str, Any]) -> None:
     [
         ({"tools": [TOOL, {"type": "web_search"}]}, ("web_search",)),
         ({"truncation": "auto"}, ("truncation",)),
+        ({"store": True}, ("store",)),
         ({"truncation": "disabled", "service_tier": "auto"}, ()),
         ({"service_tier": "priority", "max_tool_calls": 3}, ("service_tier", "max_tool_calls")),
         ({"text": {"verbosity": "low"}}, ("text.verbosity",)),
@@ -88,7 +89,6 @@ def test_what_is_not_heeded_is_told(sent: dict[str, Any], dropped: tuple[str, ..
         ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps nothing; send the whole conversation"),
         ({"conversation": "conv_1"}, "conversation", "send the whole conversation"),
         ({"prompt": {"id": "p"}}, "prompt", "send the prompt's text"),
-        ({"store": True}, "store", "must be false or absent"),
         ({"store": "yes"}, "store", "true or false"),
         ({"background": True}, "background", "wait for the answer, or send stream: true"),
         ({"max_output_tokens": 0}, "max_output_tokens", "a whole number between 1"),
