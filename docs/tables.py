@@ -343,6 +343,8 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_gpu_small": lambda: engines(engine_tables.latencies, "gpu-small"),
+    "engines_gpu_small_conditions": lambda: engines(engine_tables.conditions, "gpu-small"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
     "vllm_flags": lambda: engines(advice.flags, "knobs"),
     "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),
