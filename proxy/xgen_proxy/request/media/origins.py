@@ -8,6 +8,7 @@ plain; nothing in it may be read in two ways.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -19,8 +20,10 @@ MAX_URL = 4096  # characters
 
 
 def read_origins(value: Any) -> Any:
-    """Accepts a list, or a string with commas. Raises ValueError for what is no origin."""
-    entries = value.split(",") if isinstance(value, str) else value
+    """Accepts a list, also as JSON, or a string with commas. Raises ValueError for what is no origin."""
+    entries = value
+    if isinstance(value, str):
+        entries = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
     if not isinstance(entries, (list, tuple)):
         return value
     origins = tuple(str(each).strip() for each in entries if str(each).strip())
