@@ -52,8 +52,7 @@ def run(url: str, model: str) -> bool:
             answer = httpx.post(url + "/v1/chat/completions", json={**body, "ignore_eos": True}, timeout=120)
             text, where = answer.text.replace("\n", " "), answer.headers.get("x-backend")
             good = good and answer.status_code == 200 and (where == "seeing" or not parts)
-            took = time.perf_counter() - started
-            usage = text.rpartition('"usage":')[2][:60]
+            took, usage = time.perf_counter() - started, text.rpartition('"usage":')[2][:60]
             print(f"{name:5} stream={stream!s:5} {answer.status_code} {where} {took:.2f} s, usage {usage}")
     return good
 

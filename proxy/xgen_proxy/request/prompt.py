@@ -9,7 +9,7 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import PROMPT_FIELD, Endpoint, Json, Need
 from xgen_proxy.request.fields import MAX_INPUTS, check_choices, get_field
 from xgen_proxy.request.limits import Limits
-from xgen_proxy.request.media.parts import TEXT_PARTS, Media, check_fields
+from xgen_proxy.request.media.parts import TEXT_PARTS, Media, check_sources
 from xgen_proxy.values import frozen
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -148,7 +148,7 @@ def _part_texts(content: list[Any], name: str, media: Media) -> Iterator[str]:
             raise BadRequestError(f"{where} must be an object with a type, such as text", param=where)
         if part["type"] in TEXT_PARTS:
             if len(part) > 2:
-                check_fields(part, where)
+                check_sources(part, where)
             yield _part_text(part, where)
         else:
             media.add(part, where)

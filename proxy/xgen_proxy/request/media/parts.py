@@ -60,7 +60,7 @@ class Media:
         if kind not in MEDIA:
             known = ", ".join((*TEXT_PARTS, *MEDIA))
             raise BadRequestError(f"{where}.type must be one of {known}, not {quoted(kind)}", param=f"{where}.type")
-        check_fields(part, where, kind)
+        check_sources(part, where, kind)
         need, field = MEDIA[kind]
         holder = part.get(kind)
         name = f"{where}.{kind}"
@@ -76,14 +76,14 @@ class Media:
             raise BadRequestError(f"{name}.{field} must be a string", param=f"{name}.{field}")
         if need == "images":
             self._count(where)
-        self._check_source(need, source, f"{name}.{field}")
+        self._check_data(need, source, f"{name}.{field}")
 
     def _count(self, where: str) -> None:
         self.images += 1
         if self.images > self._limits.images:
             raise BadRequestError(f"there are more than {self._limits.images} images", param=where)
 
-    def _check_source(self, need: Need, source: str, name: str) -> None:
+    def _check_data(self, need: Need, source: str, name: str) -> None:
         if name.endswith(".data"):
             _check_base64(source, 0, name)
         elif source.startswith("data:"):
@@ -117,7 +117,7 @@ class Media:
             )
 
 
-def check_fields(part: Json, where: str, own: str | None = None) -> None:
+def check_sources(part: Json, where: str, own: str | None = None) -> None:
     """A part has the medium of its type only, and nothing that engines take from elsewhere. Raises BadRequestError."""
     for field in sorted(NO_CLIENTS & part.keys() - {own}):
         if part[field] is not None:
