@@ -14,7 +14,7 @@ from tests.support.waiting import wait_until
 
 Start = Callable[..., RunningProxy]
 AUDIO = {"type": "input_audio", "input_audio": {"data": "UklGRgAAAABXQVZF", "format": "wav"}}
-PICTURE = {"messages": about(image())}
+PICTURE = about(image())
 
 
 def of_engine(proxy: RunningProxy, name: str) -> set[str]:
@@ -37,18 +37,19 @@ def test_what_an_engine_reads_is_learnt_from_it(proxy: RunningProxy) -> None:
 
 
 def test_an_image_goes_where_it_is_seen(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    for fields in ({}, {"backend": "auto", "urgency": "low"}, {"stream": True}):
-        answer = chat(proxy, **PICTURE, **fields)
+    hints: list[dict[str, Any]] = [{}, {"backend": "auto", "urgency": "low"}, {"stream": True}]
+    for fields in hints:
+        answer = chat(proxy, messages=PICTURE, **fields)
         assert (answer.status_code, answer.headers["x-backend"]) == (200, "gpu"), answer.text
-    assert gpu.talks[-1].json["messages"] == PICTURE["messages"], "the image arrives as it was sent"
+    assert gpu.talks[-1].json["messages"] == PICTURE, "the image arrives as it was sent"
     gpu.running = 1000
     wait_until(lambda: chat(proxy).headers["x-backend"] == "cpu", what="text to spill")
-    assert chat(proxy, **PICTURE).headers["x-backend"] == "gpu"
+    assert chat(proxy, messages=PICTURE).headers["x-backend"] == "gpu"
     assert all(b"image_url" not in talk.body for talk in cpu.talks)
 
 
 def test_a_chosen_backend_that_cannot_see_is_the_clients_mistake(proxy: RunningProxy, cpu: FakeUpstream) -> None:
-    answer = chat(proxy, **PICTURE, backend="cpu")
+    answer = chat(proxy, messages=PICTURE, backend="cpu")
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "backend cpu cannot do images"
     assert cpu.talks == []
@@ -58,7 +59,7 @@ def test_no_engine_that_sees(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUp
     """While the one that sees is down, the other is not asked: it would not know what the request is about."""
     gpu.kill()
     wait_until(lambda: not of_state(proxy, "gpu"))
-    answer = chat(proxy, **PICTURE)
+    answer = chat(proxy, messages=PICTURE)
     assert answer.status_code == 503
     assert "no backend that can do this request is up" in answer.json()["error"]["message"]
     assert chat(proxy).status_code == 200
@@ -82,7 +83,7 @@ def test_no_engine_could_ever_see(start: Start, cpu: FakeUpstream) -> None:
 def test_an_engine_is_asked_once_for_each_of_its_lives(start: Start, gpu: FakeUpstream) -> None:
     gpu.sees = False
     proxy = start(backends={"gpu": backend(gpu)})
-    assert chat(proxy, **PICTURE).status_code == 400
+    assert chat(proxy, messages=PICTURE).status_code == 400
     checks = gpu.connections
     wait_until(lambda: chat(proxy).status_code == 200 and gpu.connections >= checks)
     assert gpu.looks == 2, "one image, one sound"
@@ -92,7 +93,7 @@ def test_an_engine_is_asked_once_for_each_of_its_lives(start: Start, gpu: FakeUp
     gpu.start()
     wait_until(lambda: of_state(proxy, "gpu"))
     assert gpu.looks == 4
-    assert chat(proxy, **PICTURE).status_code == 200
+    assert chat(proxy, messages=PICTURE).status_code == 200
 
 
 async def nonsense(talk: Talk) -> None:
@@ -119,16 +120,16 @@ def test_an_engine_that_does_not_tell_says_it_when_it_refuses(
     proxy = start(backends={"gpu": backend(gpu)}, scrape_timeout_s=0.3)
     assert "images" in of_engine(proxy, "gpu")
     gpu.scripts = [status(400, {"error": {"message": "m is not a multimodal model", "code": 400}})]
-    answer = chat(proxy, **PICTURE)
+    answer = chat(proxy, messages=PICTURE)
     assert (answer.status_code, len(gpu.talks)) == (400, 1)
     assert "images" not in of_engine(proxy, "gpu")
-    assert "gpu cannot do images" in chat(proxy, **PICTURE).json()["error"]["message"]
+    assert "gpu cannot do images" in chat(proxy, messages=PICTURE).json()["error"]["message"]
     assert len(gpu.talks) == 1, "it is not asked again"
 
 
 def test_an_engine_that_costs_money_is_asked_nothing(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"gpu": backend(gpu, dialect="openai")})
-    assert chat(proxy, **PICTURE).status_code == 200
+    assert chat(proxy, messages=PICTURE).status_code == 200
     assert gpu.looks == 0
 
 
@@ -136,9 +137,9 @@ def test_another_engine_that_sees_takes_over(start: Start, gpu: FakeUpstream, cp
     gpu.sees = cpu.sees = True
     proxy = start(backends={"gpu": backend(gpu), "cpu": backend(cpu, device_class="cpu")})
     gpu.scripts = [status(500)]
-    answer = chat(proxy, **PICTURE)
+    answer = chat(proxy, messages=PICTURE)
     assert (answer.status_code, answer.headers["x-backend"]) == (200, "cpu")
-    assert cpu.talks[0].json["messages"] == PICTURE["messages"]
+    assert cpu.talks[0].json["messages"] == PICTURE
 
 
 async def breaks(talk: Talk) -> None:
@@ -171,10 +172,10 @@ def test_a_stream_about_an_image_is_resumed_by_one_that_sees(
         }
     )
     gpu.scripts, cpu.default = [breaks], goes_on
-    answer = chat(proxy, **PICTURE, stream=True)
+    answer = chat(proxy, messages=PICTURE, stream=True)
     assert text_of(answer) == "A red square on a wall"
     [resumed] = [talk.json for talk in cpu.talks if talk.path != "/tokenize"]
-    assert resumed["messages"] == [*PICTURE["messages"], {"role": "assistant", "content": "A red square"}]
+    assert resumed["messages"] == [*PICTURE, {"role": "assistant", "content": "A red square"}]
     assert fake.talks == []
 
 

@@ -55,7 +55,7 @@ def test_origins_of_media_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_images_that_would_be_dropped_cannot_be_turned_on() -> None:
     with pytest.raises(ValidationError, match="use llama-server with --mmproj"):
-        BackendSettings(urls=["http://a:1"], dialect="llama-cpp-python", images=True)
+        BackendSettings.model_validate({"urls": ["http://a:1"], "dialect": "llama-cpp-python", "images": True})
 
 
 @pytest.mark.parametrize("url", ["http://a:1", "http://a", "http://127.0.0.1:8000", "http://[::1]:80", "http://a:1/"])
