@@ -50,7 +50,7 @@ def seeing_vllm(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     executable, tokenizer = os.environ.get("XGEN_TEST_VLLM"), os.environ.get("XGEN_TEST_VLLM_MODEL")
     if not executable or not tokenizer:
         unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    model = tmp_path_factory.mktemp("llava")
+    model = tmp_path_factory.mktemp("idefics3")
     maker = [str(Path(executable).with_name("python")), "tests/support/tiny_vision.py", tokenizer, str(model)]
     subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
     server = servers.vllm(logs / "seeing_vllm.log", executable, str(model), tools=False)

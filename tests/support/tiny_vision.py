@@ -1,6 +1,6 @@
 """Two ways to give a test server eyes: random weights, some megabytes, seconds to make.
 
-- For vLLM a LLaVA of its own with SmolLM2's tokenizer, by a Python that has transformers and torch:
+- For vLLM an Idefics 3 of its own with SmolLM2's tokenizer, by a Python that has transformers and torch:
   `python tests/support/tiny_vision.py TOKENIZER_DIR OUT_DIR`. Its text is noise; its API and prompt tokens are real.
 - For llama-server a projector (`--mmproj`) that turns images into embeddings of SmolLM2, which answers in words.
 
@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 SIDE, PATCH = 28, 14  # pixels
+SCALE = 2  # Idefics 3 joins as many patches in each direction
 PATCHES = (SIDE // PATCH) ** 2
 WIDTH, HEADS, LAYERS = 64, 2, 2
 MEAN, DEVIATION = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 IMAGE = "<image>"
+IDEFICS3_TOKENS = [IMAGE, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -27,42 +29,39 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_llava(tokenizer_dir: Path, out: Path) -> None:
-    """For vLLM. The weights are large enough that another image gives other words."""
+def make_idefics3(tokenizer_dir: Path, out: Path) -> None:
+    """For vLLM: of its models with eyes, one that needs no torchvision. The weights are large enough that another image
+    gives other words."""
     import torch
-    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoTokenizer, Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.add_tokens(IDEFICS3_TOKENS, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        image_size=SIDE, patch_size=PATCH, projection_dim=WIDTH,
-    )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.4,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), tie_word_embeddings=True,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), image_seq_length=PATCHES,
-        vision_feature_select_strategy="default", vision_feature_layer=-2,
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH // SCALE,
+    }  # fmt: skip
+    config = Idefics3Config(
+        vision_config=vision, text_config=text.to_dict(), tie_word_embeddings=True, scale_factor=SCALE,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(1)
-    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(out)
+    Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(out)
     image_processor = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE},
-        "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
-        "do_normalize": True, "do_convert_rgb": True, "image_mean": MEAN, "image_std": DEVIATION,
+        "image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor",
+        "do_image_splitting": False, "size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE},
+        "image_mean": MEAN, "image_std": DEVIATION,
     }  # fmt: skip
-    processor = {
-        "processor_class": "LlavaProcessor", "patch_size": PATCH, "image_token": IMAGE,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
-    }  # fmt: skip
-    (out / "preprocessor_config.json").write_text(json.dumps({**image_processor, "processor_class": "LlavaProcessor"}))
+    processor = {"processor_class": "Idefics3Processor", "image_seq_len": PATCHES}
+    (out / "preprocessor_config.json").write_text(json.dumps(image_processor))
     (out / "processor_config.json").write_text(json.dumps(processor))
 
 
@@ -118,4 +117,4 @@ def make_mmproj(path: Path, width: int = 576) -> None:
 
 
 if __name__ == "__main__":
-    make_llava(Path(sys.argv[1]), Path(sys.argv[2]))
+    make_idefics3(Path(sys.argv[1]), Path(sys.argv[2]))
