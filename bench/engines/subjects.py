@@ -128,8 +128,9 @@ def llama_cpp_python(options: argparse.Namespace) -> Subject:
 
 
 def llama_server(options: argparse.Namespace) -> Subject:
-    command = local.llama_server(options.gguf, NAME, 0, threads(options), CONTEXT)
-    return Subject("llama-server", "llama-server", options.gguf.name, (Server(with_port(command)),), gauges="llamacpp")
+    server = Server(with_port(local.llama_server(options.gguf, NAME, 0, threads(options), CONTEXT)))
+    no_cache = {"cache_prompt": False}  # direct and proxied runs have the same prompts
+    return Subject("llama-server", "llama-server", options.gguf.name, (server,), extra=no_cache, gauges="llamacpp")
 
 
 def with_port(command: list[str]) -> tuple[str, ...]:
