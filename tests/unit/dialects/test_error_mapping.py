@@ -59,7 +59,7 @@ CLIENTS: list[tuple[str, int, Any, str | None, str]] = [
      type="invalid_request_error"), None, "temperature"),
     ("llama-server, broken JSON", 500, error("[json.exception.type_error.302] type must be array", code=500), None,
      "type"),
-    ("llama-server, audio", 500, error("audio input is not supported - hint: mmproj", code=500), None, "audio"),
+    ("llama-server, image", 400, error("Failed to load image or audio file", code=400), None, "load image"),
     ("llama-server, template", 500, error(JINJA, code=500, type="server_error"), None, "roles must alternate"),
     ("llama-cpp-python, template", 500, error("Conversation roles must alternate user/assistant/user/..."), None,
      "roles must alternate"),
