@@ -6,6 +6,7 @@ https://platform.openai.com/docs/guides/images-vision. `audio_url` and `video_ur
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json, Need
@@ -35,6 +36,7 @@ NO_CLIENTS = frozenset({
     "input_video",
 })  # fmt: skip
 
+PARTS_KEYS = NO_CLIENTS - {"uuid", "file"}  # no other JSON is likely to have them
 DATA_URL = re.compile(r"data:([a-z]+)/([a-z0-9.+-]{1,40})((?:;[a-z0-9-]+=[A-Za-z0-9.+-]+)*);base64,")
 MAX_HEAD = 200  # characters of a data URL before its data
 IMAGE_FORMATS = frozenset({"png", "jpeg", "jpg", "webp", "gif"})
@@ -137,3 +139,25 @@ def _check_base64(text: str, start: int, name: str) -> str:
             param=name,
         )
     return data
+
+
+def check_everywhere(body: Json, limits: Limits) -> None:
+    """For a body whose shape is not checked further, such as that of /v1/score: vLLM fetches what its parts name, too.
+    Raises BadRequestError."""
+    media = Media(limits)
+    level: list[Any] = [body]
+    while level:
+        each = level.pop()
+        if isinstance(each, dict):
+            if not PARTS_KEYS.isdisjoint(each):
+                _check_part(each, media)
+            level.extend(each.values())
+        elif isinstance(each, list):
+            level.extend(each)
+
+
+def _check_part(part: Json, media: Media) -> None:
+    if isinstance(part.get("type"), str) and part["type"] in MEDIA:
+        media.add(part, "part")
+    else:
+        check_sources(part, "part")

@@ -9,7 +9,8 @@ from tests.support.images import RED, about, data_url, image, png, png_bytes
 from tests.unit.request.test_parsing import read
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Features
-from xgen_proxy.request.media.parts import IMAGE_TOKENS
+from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.media.parts import IMAGE_TOKENS, check_everywhere
 
 WAV = base64.b64encode(b"RIFF\0\0\0\0WAVEfmt ").decode()
 AUDIO = {"type": "input_audio", "input_audio": {"data": WAV, "format": "wav"}}
@@ -135,3 +136,24 @@ def test_embeddings_have_no_messages() -> None:
     """vLLM would take them in place of the input, and fetch their images."""
     with pytest.raises(BadRequestError, match="send the text as input"):
         read({"input": "a", "messages": about(image("http://10.0.0.1/"))}, endpoint="embeddings")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        image("http://10.0.0.1/"),
+        {"image_url": "http://10.0.0.1/"},
+        {"type": "text", "text": "x", "uuid": "x", "image_url": {"url": "http://10.0.0.1/"}},
+        {"type": "input_image", "image_url": "http://10.0.0.1/"},
+    ],
+)
+def test_bodies_of_an_unknown_shape_name_no_url(part: dict[str, Any]) -> None:
+    for body in ({"text_1": {"content": [part]}}, {"documents": [{"content": [part]}]}, {"messages": about(part)}):
+        with pytest.raises(BadRequestError):
+            check_everywhere(body, Limits())
+
+
+def test_bodies_of_an_unknown_shape_may_have_anything_else() -> None:
+    check_everywhere(
+        {"documents": [{"content": [image()]}, {"text": "x", "uuid": "1", "file": "a.txt", "url": "b"}]}, Limits()
+    )
