@@ -1,10 +1,8 @@
-"""Images on real engines: a vLLM and a llama-server that see, with random weights, and a llama-server that does not."""
+"""Images on real engines: a llama-server that sees, with a random projector, and one that does not."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -15,13 +13,11 @@ import pytest
 from PIL import Image
 
 from tests.support import real_servers as servers
-from tests.support.documents import ROOT
 from tests.support.images import BLUE, RED, about, data_url, image, png_bytes
 from tests.support.proxied_backend import GREEDY, NEVER_ENDING, Json, assert_openai_error
 from tests.support.real_servers import MODEL, Proxy, Server
 from tests.support.stream_cutter import StreamCutter
 from tests.support.tiny_vision import PATCHES, make_mmproj
-from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 
 Start = Callable[..., Proxy]
@@ -45,22 +41,7 @@ def seeing_llama(logs: Path, gguf: str, mmproj: Path) -> Iterator[Server]:
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def seeing_vllm(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    executable, tokenizer = os.environ.get("XGEN_TEST_VLLM"), os.environ.get("XGEN_TEST_VLLM_MODEL")
-    if not executable or not tokenizer:
-        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    model = tmp_path_factory.mktemp("idefics3")
-    maker = [str(Path(executable).with_name("python")), "tests/support/tiny_vision.py", tokenizer, str(model)]
-    subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
-    server = servers.vllm(logs / "seeing_vllm.log", executable, str(model), tools=False)
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module", params=["seeing_llama", "seeing_vllm"])
+@pytest.fixture(scope="module", params=["seeing_llama"])
 def seeing(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server

@@ -72,9 +72,19 @@ def _read_chat(body: Json, limits: Limits) -> Prompt:
     texts = list(_message_texts(body, limits, media))
     prefix = _prefix(texts[: 2 if body["messages"][0]["role"] in ("system", "developer") else 1])
     if written := _tool_fields(body):
+<<<<<<< HEAD
         texts += _texts_in(written)
     tokens = sum(map(estimate_tokens, texts)) + media.tokens
     return Prompt(_words(texts, tokens), tokens, False, False, prefix, frozenset(media.needs))
+=======
+        texts += texts_in(written)
+    tokens = sum(map(estimate_tokens, texts))
+    return Prompt(_words(texts, tokens), tokens, False, False, prefix)
+>>>>>>> main
+
+
+def words_in(texts: list[str]) -> int:
+    return _words(texts, sum(map(estimate_tokens, texts)))
 
 
 def _words(texts: list[str], tokens: int) -> int:
@@ -172,7 +182,8 @@ def _tool_fields(body: Json) -> list[Any]:
     return found
 
 
-def _texts_in(level: list[Any]) -> Iterator[str]:
+def texts_in(level: list[Any]) -> Iterator[str]:
+    """All texts of some JSON, keys too. Empties `level`."""
     while level:
         each = level.pop()
         if isinstance(each, str):
