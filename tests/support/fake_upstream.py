@@ -120,13 +120,10 @@ class FakeUpstream:
     kv: float = 0.0
     tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     preemptions: int = 0
-<<<<<<< HEAD
     sees: bool | None = None  # None: it has no route that tells
     looks: int = 0  # questions of the proxy whether it sees or hears
-=======
     reranks: bool = False
     routes: list[str] | None = None  # that it has for POST; None: it answers each GET
->>>>>>> main
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0

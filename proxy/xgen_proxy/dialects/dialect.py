@@ -87,15 +87,14 @@ class Dialect:
         lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
         return min(filter(None, map(count, lengths)), default=None)
 
-<<<<<<< HEAD
     async def missing_media(self, model: str, post: Post) -> frozenset[Need]:
         """What a replica that came up says it cannot read, of what `capabilities` has. Asked where `parse_info` is not
         told, with questions that generate nothing. Raises UpstreamError."""
-=======
+        return frozenset()
+
     async def missing_routes(self, ask: Ask) -> frozenset[Need]:
         """The capabilities that a replica lacks because it has no route for them; empty if it does not tell. Asked when
         it comes up. Raises UpstreamError, or any Exception if the answer is malformed."""
->>>>>>> main
         return frozenset()
 
     # the request

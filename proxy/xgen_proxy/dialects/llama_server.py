@@ -132,12 +132,8 @@ class LlamaServer(Dialect):
     name = "llama-server"
     device_class = "cpu"
     capabilities = NEEDS - {
-<<<<<<< HEAD
         "structured_outputs", "embeddings", "tools", "forced_tool", "echo", "suffix", "files", *MODALITIES,
-=======
-        "structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix",
         "score", "classify", "transcriptions", "translations",
->>>>>>> main
     }  # fmt: skip
     slots = 4
     overcommit = 0  # it queues without bound
@@ -184,15 +180,10 @@ class LlamaServer(Dialect):
         capabilities = self.capabilities
         if (props.get("chat_template_caps") or {}).get("supports_tools"):
             capabilities |= {"tools", "forced_tool"}
-<<<<<<< HEAD
         modalities = props.get("modalities") or {}
         capabilities |= {need for need, modality in MODALITIES.items() if modalities.get(modality)}
-=======
-        if (props.get("modalities") or {}).get("vision"):
-            capabilities |= {"images"}
-        if (props.get("modalities") or {}).get("audio"):
+        if modalities.get("audio"):
             capabilities |= {"transcriptions"}
->>>>>>> main
         return replace(info, slots=count(props.get("total_slots")), capabilities=capabilities)
 
     async def missing_routes(self, ask: Ask) -> frozenset[Need]:

@@ -246,12 +246,9 @@ class HealthMonitor:
         try:
             with self.admission.slot_for_check(replica):
                 info = await self._read_info(replica) or ReplicaInfo(())
-<<<<<<< HEAD
-                model = backend.served(min(backend.settings.models or info.models, default=""))
-                missing = await ask_missing_media(replica, model, self.settings.scrape_timeout_s)
-=======
                 missing = await replica.missing_routes()
->>>>>>> main
+                model = backend.served(min(backend.settings.models or info.models, default=""))
+                missing |= await ask_missing_media(replica, model, self.settings.scrape_timeout_s)
         except UpstreamConnectError:
             raise
         except UpstreamError as error:
@@ -259,13 +256,8 @@ class HealthMonitor:
                 log.warning("%s is not up: %s", replica.name, replica.reason)
             return
         backend.record_info(replica, info)
-<<<<<<< HEAD
-        for need in sorted(missing):
-            backend.lost_capability(replica, need)
-=======
         for capability in missing:
             backend.lost_capability(replica, capability)
->>>>>>> main
         if replica.joined_later and replica.state == "starting" and replica.dialect.uses_canary:
             replica.mark_suspect("new: must answer a canary first")
         else:
@@ -278,7 +270,7 @@ class HealthMonitor:
             replica.state,
             sorted(info.models)[:MODELS_LOGGED],
             backend.context,
-            f", no {', no '.join(sorted(missing))}" if missing else "",
+            f", without {', '.join(sorted(missing))}" if missing else "",
         )
 
     async def _reread(self, backend: Backend, replica: Replica) -> bool:

@@ -72,15 +72,9 @@ def _read_chat(body: Json, limits: Limits) -> Prompt:
     texts = list(_message_texts(body, limits, media))
     prefix = _prefix(texts[: 2 if body["messages"][0]["role"] in ("system", "developer") else 1])
     if written := _tool_fields(body):
-<<<<<<< HEAD
-        texts += _texts_in(written)
+        texts += texts_in(written)
     tokens = sum(map(estimate_tokens, texts)) + media.tokens
     return Prompt(_words(texts, tokens), tokens, False, False, prefix, frozenset(media.needs))
-=======
-        texts += texts_in(written)
-    tokens = sum(map(estimate_tokens, texts))
-    return Prompt(_words(texts, tokens), tokens, False, False, prefix)
->>>>>>> main
 
 
 def words_in(texts: list[str]) -> int:

@@ -155,14 +155,10 @@ class LlamaCppPython(Dialect):
 
     name = "llama-cpp-python"
     device_class = "cpu"
-<<<<<<< HEAD
-    capabilities = frozenset({"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo"})
-    why_no_images = "the proxy sends llama-cpp-python text only; use llama-server with --mmproj for images"
-=======
     capabilities = frozenset(
         {"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo", "tokenize"}
     )
->>>>>>> main
+    why_no_images = "the proxy sends llama-cpp-python text only; use llama-server with --mmproj for images"
     why_no_embeddings = "llama-cpp-python gives a vector for each token; use llama-server for embeddings"
     slots = 1  # one global lock
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
