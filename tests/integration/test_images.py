@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, status, whole
 from tests.support.images import BLUE, RED, about, data_url, image, png_bytes
-from tests.support.running_proxy import RunningProxy, backend, chat, get, text_of
+from tests.support.running_proxy import RunningProxy, backend, chat, get, post, text_of
 from tests.support.waiting import wait_until
 
 Start = Callable[..., RunningProxy]
@@ -188,6 +188,15 @@ def test_no_engine_fetches_what_a_client_names(proxy: RunningProxy, gpu: FakeUps
     assert (answer.status_code, error["param"]) == (400, "messages.0.content.1.image_url.url")
     assert "must be a data URL" in error["message"]
     assert gpu.talks == []
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/rerank", "/tokenize"])
+def test_no_engine_fetches_what_an_opaque_request_names(proxy: RunningProxy, gpu: FakeUpstream, path: str) -> None:
+    part = image("http://169.254.169.254/latest/")
+    body = {"model": "m", "documents": [{"content": [part]}], "messages": about(part), "query": "x"}
+    answer = post(proxy.url + path, json=body)
+    assert (answer.status_code, gpu.talks) == (400, [])
+    assert "must be a data URL" in answer.json()["error"]["message"]
 
 
 def test_an_engine_fetches_what_the_operator_allows(start: Start, gpu: FakeUpstream) -> None:

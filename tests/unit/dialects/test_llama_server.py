@@ -89,7 +89,7 @@ def test_info_has_what_props_reports() -> None:
     assert info.capabilities == LLAMA_SERVER.capabilities | {"tools", "forced_tool", "images"}
     heard = {"modalities": {"vision": False, "audio": True, "video": False}}
     info = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": heard})
-    assert info.capabilities == LLAMA_SERVER.capabilities | {"audio"}
+    assert info.capabilities == LLAMA_SERVER.capabilities | {"audio", "transcriptions"}
     plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
     assert plain.capabilities == LLAMA_SERVER.capabilities
     assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None
