@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--no-ui", "--no-webui", action="store_true")
     flags.add_argument("--offline", action="store_true")
     flags.add_argument("--embeddings", action="store_true")
+    flags.add_argument("--mmproj", metavar="FILE", help="the model's projector, a GGUF file: it can then read images")
     flags.add_argument("--sleep-idle-seconds", type=int, default=-1, help="unload the model when idle (-1: never)")
     flags.add_argument("--chat-template-file", metavar="FILE", help="a Jinja template in place of the model's own")
     flags.add_argument("--pooling", choices=["none", "mean", "cls", "last", "rank"])
@@ -55,6 +56,8 @@ def params(flags: argparse.Namespace) -> Any:
     made.n_batch, made.n_ubatch = flags.batch_size, flags.ubatch_size
     made.cpuparams.n_threads = flags.threads
     made.cpuparams_batch.n_threads = flags.threads_batch or flags.threads
+    if flags.mmproj:
+        made.mmproj.path = flags.mmproj
     made.endpoint_metrics, made.endpoint_slots = flags.metrics, flags.slots
     # Only the proxy is a client. The default would allow web pages of any origin.
     made.cors_origins, made.cors_origins_explicit, made.cors_credentials = "", True, False

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.through import Through, text_of, user
+from tests.support.images import image
 from tests.support.real_servers import CONTEXT, Server
 from xgen_proxy.errors import BadRequestError, MissingCapabilityError, RequestRejectedError
 
@@ -175,7 +176,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_an_image_is_what_the_engine_lacks(through: Through, stream: bool) -> None:
     ask = through.stream if stream else through.ask
     with pytest.raises(MissingCapabilityError, match="--mmproj"):
-        ask("chat", messages=user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]))
+        ask("chat", messages=user([image()]))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.through import JSON, Through, text_of, user
+from tests.e2e.through import JSON, Through, run, text_of, user
 from tests.support.chunks import VLLM
+from tests.support.images import image
 from tests.support.real_servers import CONTEXT, MODEL, Server
 from xgen_proxy.dialects.error_mapping import read_error
 from xgen_proxy.errors import BadRequestError, MissingCapabilityError, RequestRejectedError, UpstreamError
@@ -78,11 +79,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_it_tells_which_media_it_does_not_read(through: Through) -> None:
+    assert run(through.dialect.missing_media(MODEL, through.post)) == {"images", "audio", "video"}
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_an_image_is_what_the_engine_lacks(through: Through, stream: bool) -> None:
     ask = through.stream if stream else through.ask
     with pytest.raises(MissingCapabilityError, match="takes no images"):
-        ask("chat", messages=user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]))
+        ask("chat", messages=user([image()]))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from tests.support.fuzzing import examples, mutated, mutated_json, reported
+from tests.support.images import image
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import ProxyError, UpstreamError
@@ -32,7 +33,7 @@ CHAT: dict[str, Any] = {
     "model": "m",
     "messages": [
         {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, image()]},
         {"role": "assistant", "content": None, "tool_calls": [CALLED], "reasoning_content": "hm"},
         {"role": "tool", "tool_call_id": "c", "content": "42"},
     ],

@@ -120,6 +120,8 @@ class FakeUpstream:
     kv: float = 0.0
     tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     preemptions: int = 0
+    sees: bool | None = None  # None: it has no route that tells
+    looks: int = 0  # questions of the proxy whether it sees or hears
     reranks: bool = False
     routes: list[str] | None = None  # that it has for POST; None: it answers each GET
     health: int = 200
@@ -182,6 +184,9 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
+        elif path == "/tokenize" and b"messages" in body:
+            self.looks += 1
+            await self.answer_media_probe(talk)
         elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
             await self.answer_probe(talk)
         elif path == "/v1/rerank" and body == b"{}":  # whether a llama-server reranks
@@ -194,6 +199,17 @@ class FakeUpstream:
     async def answer_probe(self, talk: Talk) -> None:
         """The proxy compares the tokenizers of backends that serve the same model."""
         await talk.answer(*((200, {"tokens": self.tokens}) if self.tokens else (404, {})))
+
+    async def answer_media_probe(self, talk: Talk) -> None:
+        if self.sees is None:
+            await talk.answer(404, {"detail": "Not Found"})
+        elif self.sees and b"image_url" in talk.body:
+            await talk.answer(200, {"count": 5, "tokens": [1] * 5})
+        else:
+            at_most = (
+                "At most 0 audio(s) may be provided in one prompt." if self.sees else "m is not a multimodal model"
+            )
+            await talk.answer(400, {"error": {"message": at_most, "type": "BadRequestError", "code": 400}})
 
     async def answer_check(self, talk: Talk) -> None:
         if self.health != 200:

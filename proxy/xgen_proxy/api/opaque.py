@@ -13,6 +13,7 @@ from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json
+from xgen_proxy.request.media.parts import check_everywhere
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.request.opaque.multipart import boundary_of, read_form
 from xgen_proxy.request.opaque.parsing import parse_opaque
@@ -23,6 +24,7 @@ class OpaqueJson(InferenceEndpoint):
         limits, router = self.gateway.settings.limits, self.gateway.router
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         body = read_json(raw, origin.headers, limits)
+        check_everywhere(body, limits)
         return Incoming(parse_opaque(origin, self.endpoint, raw, body, router.default_model, router.find_alias))
 
 

@@ -161,7 +161,7 @@ class BackendSettings(BaseModel, extra="forbid"):
         None, description="Whether it can call tools. Unset: what the dialect or the replica says."
     )
     images: bool | None = Field(
-        None, description="Whether it can read images. Unset: what the dialect or the replica says."
+        None, description="Whether it can read images. Unset: what the replica says, else the dialect."
     )
     embeddings: bool | None = Field(
         None, description="Whether it can compute embeddings. Unset: what the dialect or the replica says."
@@ -199,9 +199,11 @@ class BackendSettings(BaseModel, extra="forbid"):
         return path
 
     @model_validator(mode="after")
-    def _embeddings_that_work(self) -> BackendSettings:
-        if self.embeddings and (reason := DIALECTS[self.dialect].why_no_embeddings):
-            raise ValueError(reason)
+    def _capabilities_that_work(self) -> BackendSettings:
+        dialect = DIALECTS[self.dialect]
+        for setting, reason in ((self.embeddings, dialect.why_no_embeddings), (self.images, dialect.why_no_images)):
+            if setting and reason:
+                raise ValueError(reason)
         return self
 
     @model_validator(mode="before")

@@ -52,6 +52,7 @@ class Dialect:
     device_class: ClassVar[str] = "gpu"  # where it usually runs
     capabilities: ClassVar[frozenset[str]] = NEEDS  # unless the settings or the replica say otherwise
     why_no_embeddings: ClassVar[str] = ""  # if not empty, embeddings cannot be turned on for it
+    why_no_images: ClassVar[str] = ""  # the same for images
     slots: ClassVar[int] = 64  # requests that a replica runs at once, unless something says otherwise
     overcommit: ClassVar[int] = 0  # requests sent beyond the slots, so that a free slot never waits for the network
     health_path: ClassVar[str] = "/v1/models"  # takes no lock and waits for no slot
@@ -85,6 +86,11 @@ class Dialect:
         """In tokens, from the cards of /v1/models: `max_model_len` in vLLM's, `meta.n_ctx` in llama-server's."""
         lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
         return min(filter(None, map(count, lengths)), default=None)
+
+    async def missing_media(self, model: str, post: Post) -> frozenset[Need]:
+        """What a replica that came up says it cannot read, of what `capabilities` has. Asked where `parse_info` is not
+        told, with questions that generate nothing. Raises UpstreamError."""
+        return frozenset()
 
     async def missing_routes(self, ask: Ask) -> frozenset[Need]:
         """The capabilities that a replica lacks because it has no route for them; empty if it does not tell. Asked when

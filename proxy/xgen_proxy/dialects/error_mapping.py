@@ -49,7 +49,7 @@ TEMPLATE = "the model's chat template refuses this conversation: "
 CLIENTS_500 = re.compile(
     r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
     r"|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported|roles are supported|"
-    + re.escape(TEMPLATE)
+    r"[Ff]ailed to load image|" + re.escape(TEMPLATE)
 )
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request
@@ -59,6 +59,7 @@ NO_ROUTE = frozenset({"Not Found", "File Not Found", "Method Not Allowed", "404 
 HOP_FAILED = frozenset({408, 425, 499})  # between us and the server: it says nothing about the client's request
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+NOT_ITS_MODEL = "its model, as it was started, does not read them"
 # What engines say that were started without something: the whole sentence, so that no message that repeats a client's
 # words can look like one. (sentence, capability, remedy)
 MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
@@ -89,11 +90,15 @@ MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "images",
             "start vLLM with another --limit-mm-per-prompt, or set the backend's images = false",
         ),
+        (r"At most 0 audio\(s\) may be provided in one (?:prompt|request)\.?.{0,200}", "audio", NOT_ITS_MODEL),
+        (r"At most 0 video\(s\) may be provided in one (?:prompt|request)\.?.{0,200}", "video", NOT_ITS_MODEL),
         (
             r"image input is not supported\b.{0,200}",
             "images",
             "start llama-server with --mmproj, or set the backend's images = false",
         ),
+        (r"audio input is not supported\b.{0,200}", "audio", NOT_ITS_MODEL),
+        (r"video input is not supported\b.{0,200}", "video", NOT_ITS_MODEL),
         (
             r"This server does not support embeddings\. Start it with `?--embeddings?`?\.?",
             "embeddings",

@@ -24,6 +24,7 @@ from xgen_proxy.request.limits import schemas
 SIZES = {"repeat_last_n": 4096, "dry_penalty_last_n": 4096, "n_probs": 20}
 MAX_ENUM = 250  # values in one place of a schema; 500 blocked the server for 3 s, 2,000 for 25 s
 ENUM_KEYWORDS = ("enum", "anyOf", "oneOf")
+MODALITIES = {"images": "vision", "audio": "audio", "video": "video"}  # what we call it → what /props does
 CREATED = re.compile(rb'"created":\d+')  # inside a JSON string the quotes would be escaped
 
 
@@ -131,7 +132,7 @@ class LlamaServer(Dialect):
     name = "llama-server"
     device_class = "cpu"
     capabilities = NEEDS - {
-        "structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix",
+        "structured_outputs", "embeddings", "tools", "forced_tool", "echo", "suffix", "files", *MODALITIES,
         "score", "classify", "transcriptions", "translations",
     }  # fmt: skip
     slots = 4
@@ -179,9 +180,9 @@ class LlamaServer(Dialect):
         capabilities = self.capabilities
         if (props.get("chat_template_caps") or {}).get("supports_tools"):
             capabilities |= {"tools", "forced_tool"}
-        if (props.get("modalities") or {}).get("vision"):
-            capabilities |= {"images"}
-        if (props.get("modalities") or {}).get("audio"):
+        modalities = props.get("modalities") or {}
+        capabilities |= {need for need, modality in MODALITIES.items() if modalities.get(modality)}
+        if modalities.get("audio"):
             capabilities |= {"transcriptions"}
         return replace(info, slots=count(props.get("total_slots")), capabilities=capabilities)
 

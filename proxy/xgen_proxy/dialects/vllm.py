@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import orjson
+
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.error_mapping import read_error
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
+from xgen_proxy.errors import MissingCapabilityError
 from xgen_proxy.request.features import NEEDS, Features, Json, Need
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 
 GENERATES = frozenset({"/v1/chat/completions", "/v1/completions"})
+# 64 × 64 grey pixels, since some models refuse smaller images, and 10 ms of silence.
+GREY = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PMQ0AAAwDoEqv9ErYvQQckD4XAQEBAQEB"
+    "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAYHLAB8+AWnmfUycAAAAAElFTkSuQmCC"
+)
+SILENCE = "UklGRmQBAABXQVZFZm10IBAAAAABAAEAgD4AAAB9AAACABAAZGF0YUAB" + "A" * 430 + "=="
 GUIDED = {"guided_json": "json", "guided_choice": "choice", "guided_regex": "regex", "guided_grammar": "grammar"}
 
 
@@ -50,7 +60,7 @@ class VLLM(Dialect):
     """Cancels whole responses too, so that they pass unparsed."""
 
     name = "vllm"
-    capabilities = NEEDS - {"grammar", "embeddings"}
+    capabilities = NEEDS - {"grammar", "embeddings", "files"}
     slots = 256  # vLLM's own default of --max-num-seqs
     overcommit = 16
     health_path = "/metrics"
@@ -104,6 +114,21 @@ class VLLM(Dialect):
         statuses = {path: (await ask(path, None))[0] for path in {each.path for each in OPAQUE.values()} | GENERATES}
         missing: set[Need] = {each.need for each in OPAQUE.values() if statuses[each.path] == 404}
         return frozenset(missing | {"generation"} if {statuses[path] for path in GENERATES} == {404} else missing)
+
+    async def missing_media(self, model: str, post: Post) -> frozenset[Need]:
+        """From /tokenize, which reads a chat as a request does, and generates nothing. No other route tells."""
+        missing: set[Need] = set()
+        if await self._refuses(model, {"type": "image_url", "image_url": {"url": GREY}}, post):
+            missing |= {"images", "video"}  # no model has the second alone; a video of a few bytes does not exist
+        if await self._refuses(model, {"type": "input_audio", "input_audio": {"data": SILENCE, "format": "wav"}}, post):
+            missing.add("audio")
+        return frozenset(missing)
+
+    async def _refuses(self, model: str, part: Json, post: Post) -> bool:
+        """Whether it says that its model takes no such part. Any other answer leaves it to the first request."""
+        messages = [{"role": "user", "content": [part]}]
+        status, answer = await post("/tokenize", {"model": model, "messages": messages})
+        return status != 200 and isinstance(read_error(status, orjson.dumps(answer)), MissingCapabilityError)
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True

@@ -1,11 +1,14 @@
-"""Canaries: a request for one token, which shows whether a replica really generates."""
+"""Questions in the form of requests: canaries, for one token, which show whether a replica really generates; and which
+media it reads, where no route of its engine tells.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamError, UpstreamProtocolError
 from xgen_proxy.fleet.replica import Replica
+from xgen_proxy.request.features import Json, Need
 
 # A completion is the cheapest. An engine may lack the route, and one that was started for embeddings has only the last.
 ROUTES: dict[str, dict[str, Any]] = {
@@ -29,3 +32,15 @@ async def ask_canary(replica: Replica, model: str) -> bool:
             raise UpstreamProtocolError(f"{path} returned {status}")
         return True
     return False
+
+
+async def ask_missing_media(replica: Replica, model: str, timeout_s: float) -> frozenset[Need]:
+    """What it says it cannot read. What it does not say now, it says when it refuses a request."""
+
+    async def post(path: str, body: Json) -> tuple[int, Any]:
+        return await replica.post_json(path, body, timeout_s)
+
+    try:
+        return await replica.dialect.missing_media(model, post)
+    except UpstreamError:
+        return frozenset()

@@ -37,7 +37,7 @@ from xgen_proxy.errors import (
 )
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Backend, Fleet
-from xgen_proxy.fleet.canary import ask_canary
+from xgen_proxy.fleet.canary import ask_canary, ask_missing_media
 from xgen_proxy.fleet.identity.tokenizers import Tokenizers
 from xgen_proxy.fleet.load import Scrape, parse_metrics
 from xgen_proxy.fleet.memory.watch import MemoryWatch
@@ -247,6 +247,8 @@ class HealthMonitor:
             with self.admission.slot_for_check(replica):
                 info = await self._read_info(replica) or ReplicaInfo(())
                 missing = await replica.missing_routes()
+                model = backend.served(min(backend.settings.models or info.models, default=""))
+                missing |= await ask_missing_media(replica, model, self.settings.scrape_timeout_s)
         except UpstreamConnectError:
             raise
         except UpstreamError as error:
@@ -263,11 +265,12 @@ class HealthMonitor:
         self.tokenizers.forget(replica)
         self.tokenizers.check_soon()
         log.info(
-            "%s is %s: models %s, context %s",
+            "%s is %s: models %s, context %s%s",
             replica.name,
             replica.state,
             sorted(info.models)[:MODELS_LOGGED],
             backend.context,
+            f", without {', '.join(sorted(missing))}" if missing else "",
         )
 
     async def _reread(self, backend: Backend, replica: Replica) -> bool:

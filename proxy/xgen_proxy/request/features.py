@@ -16,7 +16,10 @@ DeviceClass = Literal["gpu", "cpu"]
 Need = Literal[
     "generation",  # any text: all but embeddings; an engine may be started for embeddings only
     "embeddings",  # the /v1/embeddings endpoint
-    "images",  # any image, audio or file content part
+    "images",
+    "audio",
+    "video",
+    "files",  # a content part with a file, such as a PDF
     "tools",  # the model chooses a tool (tool_choice auto, required or absent)
     "forced_tool",  # tool_choice names the function
     "n",  # several choices (n or best_of > 1)

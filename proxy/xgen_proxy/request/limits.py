@@ -8,12 +8,14 @@ llama-server for minutes, 50,000 keys cost it 20 s, and a schema that refers to 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_settings import NoDecode
 
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
+from xgen_proxy.request.media.origins import read_origins
 
 
 class Limits(BaseModel, extra="forbid"):
@@ -30,6 +32,17 @@ class Limits(BaseModel, extra="forbid"):
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
     json_nodes: int = Field(150_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
     schema_nodes: int = Field(2_000, ge=10, description="Values in a request's JSON schemas; 20,000 block for minutes.")
+    images: int = Field(100, ge=0, description="Images in a request, as in Anthropic's API.")
+    image_pixels: int = Field(
+        256_000_000,
+        ge=1,
+        description="Pixels of all images of a request together: 120 screenshots. An engine takes 3 bytes for each.",
+    )
+    media_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(read_origins)] = Field(
+        default=(),
+        description="Where images and other media may be fetched from by an engine, comma-separated:"
+        " https://HOST, http://HOST:PORT, or https://*.DOMAIN for all names under it. Empty: only data URLs are taken.",
+    )
     queue: int = Field(512, ge=0, description="Requests that may wait for a slot.")
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot; then 429.")
 

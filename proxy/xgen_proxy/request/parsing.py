@@ -9,7 +9,7 @@ from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import HINTS, Endpoint, Features, Json, Need, Urgency
 from xgen_proxy.request.fields import NAME_LENGTH, check_fields, get_field
 from xgen_proxy.request.limits import Limits, check_schemas
-from xgen_proxy.request.prompt import Prompt, has_media, read_prompt
+from xgen_proxy.request.prompt import Prompt, read_prompt
 
 HINT_HEADERS = frozenset(HINTS.values())
 OTHER_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
@@ -115,9 +115,7 @@ NEED_FIELDS = {
 def _needs(body: Json, endpoint: Endpoint, prompt: Prompt) -> frozenset[Need]:
     if endpoint == "embeddings":
         return frozenset({"embeddings", "token_ids"}) if prompt.token_ids else frozenset({"embeddings"})
-    needs: set[Need] = {"generation"}
-    if endpoint == "chat" and has_media(body):
-        needs.add("images")
+    needs: set[Need] = {"generation", *prompt.media}
     if prompt.token_ids:
         needs.add("token_ids")
     if prompt.several:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.features import PROMPT_FIELD, Endpoint, Json
+from xgen_proxy.request.features import PROMPT_FIELD, Endpoint, Json, Need
 from xgen_proxy.request.fields import MAX_INPUTS, check_choices, get_field
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.media.parts import TEXT_PARTS, Media, check_sources
 from xgen_proxy.values import frozen
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -22,7 +23,8 @@ PREFIX_CHARACTERS = 512  # of each text; enough to tell one conversation from an
 @frozen
 class Prompt:
     """`words` are counted, or what the estimated tokens would be in English words if that is more: Chinese and minified
-    JSON have hardly any white space. `tokens` is an estimate for the context check: of several prompts, the longest.
+    JSON have hardly any white space, an image none. `tokens` is an estimate for the context check: of several prompts,
+    the longest. `media` is what the prompt has beside text.
     """
 
     words: int
@@ -30,6 +32,7 @@ class Prompt:
     token_ids: bool
     several: bool
     prefix: str  # the beginning of the prompt, up to and including the user's first message
+    media: frozenset[Need] = frozenset()
 
 
 def read_prompt(body: Json, endpoint: Endpoint, limits: Limits) -> Prompt:
@@ -38,6 +41,8 @@ def read_prompt(body: Json, endpoint: Endpoint, limits: Limits) -> Prompt:
         return _read_chat(body, limits)
     field = PROMPT_FIELD[endpoint]
     prompt = get_field(body, field, (str, list))
+    if endpoint == "embeddings" and body.get("messages") is not None:  # vLLM would fetch the images in them
+        raise BadRequestError("messages is not taken here; send the text as input", param="messages")
     if prompt is None or prompt == []:
         raise BadRequestError(f"{field} is missing; send a string", param=field)
     texts: list[str] = []
@@ -63,12 +68,13 @@ def read_prompt(body: Json, endpoint: Endpoint, limits: Limits) -> Prompt:
 
 
 def _read_chat(body: Json, limits: Limits) -> Prompt:
-    texts = list(_message_texts(body, limits))
+    media = Media(limits)
+    texts = list(_message_texts(body, limits, media))
     prefix = _prefix(texts[: 2 if body["messages"][0]["role"] in ("system", "developer") else 1])
     if written := _tool_fields(body):
         texts += texts_in(written)
-    tokens = sum(map(estimate_tokens, texts))
-    return Prompt(_words(texts, tokens), tokens, False, False, prefix)
+    tokens = sum(map(estimate_tokens, texts)) + media.tokens
+    return Prompt(_words(texts, tokens), tokens, False, False, prefix, frozenset(media.needs))
 
 
 def words_in(texts: list[str]) -> int:
@@ -113,7 +119,7 @@ def estimate_tokens(text: str) -> int:
     return int(max(size - other, 0) / 4.2 + other / 1.1) + 1
 
 
-def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
+def _message_texts(body: Json, limits: Limits, media: Media) -> Iterator[str]:
     messages = get_field(body, "messages", list)
     if not messages:
         raise BadRequestError("messages is missing or empty; send at least one message", param="messages")
@@ -134,18 +140,22 @@ def _message_texts(body: Json, limits: Limits) -> Iterator[str]:
             left -= len(content)
             if left < 0:
                 raise BadRequestError(f"there are more than {limits.messages} content parts", param=f"{name}.content")
-            yield from _part_texts(content, f"{name}.content")
+            yield from _part_texts(content, f"{name}.content", media)
         elif role not in NO_CONTENT:
             raise BadRequestError(f"{name}.content is missing; send a string", param=f"{name}.content")
 
 
-def _part_texts(content: list[Any], name: str) -> Iterator[str]:
+def _part_texts(content: list[Any], name: str, media: Media) -> Iterator[str]:
     for number, part in enumerate(content):
         where = f"{name}.{number}"
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise BadRequestError(f"{where} must be an object with a type, such as text", param=where)
-        if part["type"] in ("text", "refusal"):
+        if part["type"] in TEXT_PARTS:
+            if len(part) > 2:
+                check_sources(part, where)
             yield _part_text(part, where)
+        else:
+            media.add(part, where)
 
 
 def _part_text(part: Json, where: str) -> str:
@@ -181,13 +191,3 @@ def texts_in(level: list[Any]) -> Iterator[str]:
 
 def _is_token_ids(value: list[Any]) -> bool:
     return value != [] and all(type(each) is int and each >= 0 for each in value)
-
-
-def has_media(body: Json) -> bool:
-    """Whether a checked chat has any part that is no text."""
-    return any(
-        part["type"] not in ("text", "refusal")
-        for message in body["messages"]
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-    )

@@ -49,6 +49,16 @@ def test_lists_with_commas_or_as_json(written: object, read: object) -> None:
     assert split_commas(written) == read
 
 
+def test_origins_of_media_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = from_environment(monkeypatch, XGEN_LIMITS__MEDIA_ORIGINS="https://a.org, https://*.b.org")
+    assert read.limits.media_origins == ("https://a.org", "https://*.b.org")
+
+
+def test_images_that_would_be_dropped_cannot_be_turned_on() -> None:
+    with pytest.raises(ValidationError, match="use llama-server with --mmproj"):
+        BackendSettings.model_validate({"urls": ["http://a:1"], "dialect": "llama-cpp-python", "images": True})
+
+
 @pytest.mark.parametrize("url", ["http://a:1", "http://a", "http://127.0.0.1:8000", "http://[::1]:80", "http://a:1/"])
 def test_valid_backend_url(url: str) -> None:
     assert check_url(url) == url.rstrip("/")

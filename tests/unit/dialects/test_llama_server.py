@@ -87,6 +87,9 @@ def test_info_has_what_props_reports() -> None:
     info = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": props})
     assert (info.models, info.context, info.slots) == (("a",), 4096, 8)
     assert info.capabilities == LLAMA_SERVER.capabilities | {"tools", "forced_tool", "images"}
+    heard = {"modalities": {"vision": False, "audio": True, "video": False}}
+    info = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": heard})
+    assert info.capabilities == LLAMA_SERVER.capabilities | {"audio", "transcriptions"}
     plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
     assert plain.capabilities == LLAMA_SERVER.capabilities
     assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None

@@ -7,6 +7,8 @@ import pytest
 from tests.support.chunks import HI, VLLM, make_request
 from tests.support.requests import make_opaque_request
 from xgen_proxy.request.features import Json
+from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.parsing import parse_features
 
 AUDIO = "transcriptions", "translations"
 
@@ -20,6 +22,39 @@ def test_info_has_models_and_context() -> None:
 def test_malformed_info_raises(answer: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError)):
         VLLM.parse_info(answer)
+
+
+def refusal(message: str, code: int = 400) -> tuple[int, Json]:
+    return code, {"error": {"message": message, "type": "BadRequestError", "code": code}}
+
+
+TAKEN = 200, {"count": 5, "max_model_len": 2048, "tokens": [1, 2, 3, 4, 5]}
+TEXT_ONLY = refusal("smollm2 is not a multimodal model")
+NO_ROUTE = 404, {"detail": "Not Found"}
+
+
+@pytest.mark.parametrize(
+    ("image", "sound", "missing"),
+    [
+        (TEXT_ONLY, TEXT_ONLY, {"images", "video", "audio"}),
+        (TAKEN, refusal("At most 0 audio(s) may be provided in one prompt."), {"audio"}),
+        (refusal("At most 0 image(s) may be provided in one prompt."), TAKEN, {"images", "video"}),
+        (TAKEN, TAKEN, set()),
+        (NO_ROUTE, NO_ROUTE, set()),
+        (refusal("Failed to load image: x"), refusal("Please install vllm[audio]", 500), set()),
+    ],
+)
+async def test_missing_media(image: tuple[int, Json], sound: tuple[int, Json], missing: set[str]) -> None:
+    asked: list[tuple[str, Json]] = []
+
+    async def post(path: str, body: Json) -> tuple[int, Any]:
+        asked.append((path, body))
+        return image if "image_url" in body["messages"][0]["content"][0] else sound
+
+    assert await VLLM.missing_media("served", post) == missing
+    assert [path for path, _ in asked] == ["/tokenize", "/tokenize"]
+    for _, body in asked:  # they pass our own checks
+        assert parse_features(body, {}, "chat", Limits()).needs
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chunks import LLAMA_SERVER, OPENAI, Replica, delta, events, make_request, read, text
+from tests.support.images import about, image
 from tests.support.requests import make_call
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.forwarding.continuation import (
@@ -33,7 +34,7 @@ def sent(content: str, finish: str | None = None, usage: bool = False) -> SentPr
     ("fields", "reason"),
     [
         ({}, None),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
+        ({"messages": about(image())}, None),
         ({"tools": [TOOL]}, "tools cannot be resumed"),
         ({"logprobs": True, "n": 2}, "logprobs, n cannot be resumed"),
         ({"continuation": "none"}, "opted out"),

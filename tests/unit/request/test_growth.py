@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from tests.support.cpu_time import slowness, untraced
+from tests.support.images import about, data_url, image
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import BadRequestError
@@ -39,6 +40,8 @@ def schema(value: Any) -> Body:
     return {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}}
 
 
+GIF = data_url(b"GIF89a\x08\0\x08\0\0\0")
+JPEG = data_url(b"\xff\xd8\xff\xff\xff\xff")
 FORCED = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
 
 # Where a text can stand.
@@ -53,6 +56,11 @@ PLACES: dict[str, Callable[[str], Body]] = {
     },
     "content": lambda text: {**CHAT, "messages": [{"role": "user", "content": text}]},
     "a part": lambda text: {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]},
+    "an image": lambda text: {**CHAT, "messages": about(image(text))},
+    "an image's data": lambda text: {**CHAT, "messages": about(image(GIF + text[: len(text) // 4 * 4]))},
+    "an image's data, no image": lambda text: {**CHAT, "messages": about(image(JPEG + text[: len(text) // 4 * 4]))},
+    "audio": lambda text: {**CHAT, "messages": [{"role": "user", "content": [
+        {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}]}]},
     "a part's type": lambda text: {**CHAT, "messages": [{"role": "user", "content": [{"type": text}]}]},
     "role": lambda text: {**CHAT, "messages": [{"role": text, "content": "Hi"}]},
     "name": lambda text: {**CHAT, "messages": [{**USER, "name": text}]},
@@ -116,7 +124,9 @@ LISTS: dict[str, Callable[[int], Body]] = {
     "messages": lambda count: {**CHAT, "messages": many(USER, count)},
     "wrong messages": lambda count: {**CHAT, "messages": many({**USER, "name": 5}, count)},
     "parts": lambda count: {**CHAT, "messages": [{**USER, "content": many({"type": "text", "text": "a"}, count)}]},
-    "images": lambda count: {**CHAT, "messages": [{**USER, "content": many({"type": "image_url"}, count)}]},
+    "images": lambda count: {**CHAT, "messages": [{**USER, "content": many(image(), min(count, LIMITS.images))}]},
+    "too many images": lambda count: {**CHAT, "messages": [{**USER, "content": many(image(), count)}]},
+    "files": lambda count: {**CHAT, "messages": [{**USER, "content": many({"type": "file", "file": {}}, count)}]},
     "calls": lambda count: {**CHAT, "messages": [{**USER, "tool_calls": many({"id": 5}, count)}]},
     "tools": lambda count: {**CHAT, "tools": many(function(), count)},
     "forced tools": lambda count: {**CHAT, **FORCED, "tools": many(function(), count)},

@@ -64,7 +64,8 @@ def count(value: Any) -> tuple[int, int]:
 
 def allows(raw: bytes, **limits: int) -> bool:
     try:
-        check_structure(raw, Limits.model_construct(None, **{"json_nodes": 10**9, "json_depth": 10**9, **limits}))
+        none = Limits(json_nodes=10**9, json_depth=10**9)
+        check_structure(raw, none.model_copy(update=limits))
     except BadRequestError:
         return False
     return True

@@ -158,6 +158,7 @@ class LlamaCppPython(Dialect):
     capabilities = frozenset(
         {"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo", "tokenize"}
     )
+    why_no_images = "the proxy sends llama-cpp-python text only; use llama-server with --mmproj for images"
     why_no_embeddings = "llama-cpp-python gives a vector for each token; use llama-server for embeddings"
     slots = 1  # one global lock
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
