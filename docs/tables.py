@@ -60,6 +60,7 @@ ORDER = (
     "config",
     "models",
     "costs",
+    "launch",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
