@@ -48,7 +48,7 @@ class Model:
 
 @frozen
 class Target:
-    """`url` is without /v1. `key`: None if there is none to send. `key_is_set`: the shell has it in XGEN_KEY, so it need
+    """`url` is without /v1. `key`: None if there is none to send. `key_is_set`: the shell has it in XGEN_KEY; it need
     not be shown. `models`: all that generate text, as far as they are known."""
 
     url: str
