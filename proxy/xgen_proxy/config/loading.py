@@ -30,7 +30,7 @@ from xgen_proxy.config.settings import (
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.values import frozen
 
-# Two sources' own locations, the folder of `xgen-proxy models`, the key of `xgen-proxy launch`, and the tests' variables.
+# Two sources' own locations, what `xgen-proxy models` and `xgen-proxy launch` read, and the tests' variables.
 NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_MODELS_DIR", "XGEN_KEY", "XGEN_TEST_")
 
 

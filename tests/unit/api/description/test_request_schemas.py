@@ -16,6 +16,7 @@ from xgen_proxy.api.description.request_schemas import (
     embeddings_request,
     generate_request,
     hints,
+    message,
 )
 from xgen_proxy.api.generate import GenerateRequest, parse_generate
 from xgen_proxy.errors import BadRequestError
@@ -120,7 +121,7 @@ def test_bodies(endpoint: Endpoint, fields: Json, right: bool) -> None:
     body = {**LEAST[endpoint], **fields}
     schema = SCHEMAS[endpoint]
     if endpoint == "chat":
-        schema = {**schema, "components": {"schemas": {"Message": message_schema()}}}
+        schema = {**schema, "components": {"schemas": {"Message": message()}}}
     assert allowed(schema, body) == right
     try:
         parse_features(body, {}, endpoint, Limits())
@@ -128,12 +129,6 @@ def test_bodies(endpoint: Endpoint, fields: Json, right: bool) -> None:
         assert not right
     else:
         assert right
-
-
-def message_schema() -> Json:
-    from xgen_proxy.api.description.request_schemas import message
-
-    return message()
 
 
 @pytest.mark.parametrize(
