@@ -367,7 +367,7 @@ def kv_cache() -> timeseries.Panel:
 def preemptions() -> timeseries.Panel:
     return lines(
         "Interrupted by vLLM",
-        "Running requests that lost their KV cache and are computed again, per second. The first one reduces a replica.",
+        "Running requests that lost their KV cache and are computed again. The first one reduces a replica.",
         "reqps",
         query(rate("xgen_preemptions_total", "replica"), "{{replica}}"),
     )

@@ -20,7 +20,7 @@ PYTHON = blocks(README, "python")
 
 
 def shell_examples() -> list[str]:
-    """The shell blocks that ask a running proxy for something. tests/repo/test_docs.py checks those that are not run."""
+    """The shell blocks that ask a running proxy. tests/repo/test_docs.py checks those that are not run."""
     pages = (README, ROOT / "docs" / "api.md")
     return [block for page in pages for block in blocks(page, "sh") if "curl" in block or "| xgen-proxy" in block]
 
@@ -40,7 +40,7 @@ def url(start_proxy: Callable[..., Proxy], llama_cpp_python: Server) -> str:
 
 @pytest.fixture
 def run(url: str, tmp_path: Path) -> Callable[..., str]:
-    """run(program, *arguments) → its output. `xgen-proxy` is on PATH; where it asks a proxy by default, it asks this."""
+    """run(program, *arguments) → its output. `xgen-proxy` is on PATH and asks this proxy by default."""
     script = tmp_path / "xgen-proxy"
     default = f'case $1 in route|status|launch) set -- "$@" --url {url} ;; esac'
     script.write_text(f'#!/bin/sh\n{default}\nexec {sys.executable} -m xgen_proxy.cli "$@"\n')
