@@ -1,1 +1,1 @@
-"""`xgen-proxy launch`: what a client must be told so that it uses this proxy."""
+"""Starts clients on this proxy, or prints what they must be told to use it."""

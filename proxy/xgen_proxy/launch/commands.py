@@ -1,4 +1,4 @@
-"""`xgen-proxy launch CLIENT`: its arguments, what it prints, and how it starts the client."""
+"""The command launch: its arguments, what it prints, and how it starts the client."""
 
 from __future__ import annotations
 
