@@ -100,7 +100,7 @@ def claude(target: Target) -> Setup:
 
 def tier_model(target: Target, tier: str) -> str:
     """An alias that is named after the tier, such as claude-haiku, else the model."""
-    named = [each.id for each in target.models if each.id.startswith("claude") and tier in each.id]
+    named = [each.id for each in target.models if each.alias_of and each.id.startswith("claude") and tier in each.id]
     return min(named, default=target.model.id)
 
 
@@ -139,7 +139,8 @@ def opencode(target: Target) -> Setup:
     options = {"baseURL": target.v1}
     if target.key:
         options["apiKey"] = f"{{env:{KEY_VARIABLE}}}"
-    models = {each.id: opencode_model(each.id, each.context) for each in (target.model, *target.models)}
+    shown = (target.model, *(each for each in target.models if each.alias_of is None))
+    models = {each.id: opencode_model(each.id, each.context) for each in shown}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "xgen-proxy", "options": options, "models": models}
     config = {
         "$schema": "https://opencode.ai/config.json",

@@ -36,11 +36,13 @@ class UnreachableError(LaunchError):
 
 @frozen
 class Model:
-    """A public model name. `capabilities`: None if the server tells none, as other servers of OpenAI's API do."""
+    """A public model name. `capabilities`: None if the server tells none, as other servers of OpenAI's API do.
+    `alias_of`: the model that it stands for, if it is an alias."""
 
     id: str
     context: int | None = None
     capabilities: frozenset[str] | None = None
+    alias_of: str | None = None
 
     def can(self, capability: str) -> bool:
         return self.capabilities is None or capability in self.capabilities
@@ -113,6 +115,7 @@ def find_target(url: str | None, key: str | None, model: str | None, *, tools: b
 
 def choose(models: Sequence[Model], *, tools: bool) -> Model | None:
     """The proxy lists its default model first. An agent needs tools and as long a context as there is."""
+    models = [each for each in models if each.alias_of is None] or models
     if not tools:
         return next(iter(models), None)
     able = [each for each in models if each.can("tools")]
@@ -163,4 +166,5 @@ def read_model(card: Any) -> Model:
         name,
         context if isinstance(context, int) else None,
         frozenset(capabilities) if isinstance(capabilities, list) else None,
+        card.get("alias_of"),
     )

@@ -47,7 +47,8 @@ def test_claude_has_a_token_even_where_the_proxy_asks_for_none() -> None:
 
 
 def test_claude_uses_an_alias_that_is_named_after_a_tier() -> None:
-    found = environment("claude", models=(BIG, Model("claude-haiku"), Model("haiku-of-mine")))
+    aliases = Model("claude-haiku", alias_of="small"), Model("haiku-of-mine", alias_of="small")
+    found = environment("claude", models=(BIG, *aliases))
     assert found["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "claude-haiku"
     assert found["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "big"
 
@@ -87,7 +88,7 @@ def test_codex_reads_the_key_from_a_variable() -> None:
 
 
 def test_opencode_has_every_model_with_its_context() -> None:
-    found = setup("opencode", key="sk-1")
+    found = setup("opencode", key="sk-1", models=(BIG, SMALL, Model("claude-haiku", alias_of="small")))
     config = json.loads(found.file)
     assert config == json.loads(found.environment({})["OPENCODE_CONFIG_CONTENT"])
     assert (config["model"], config["small_model"]) == ("xgen/big", "xgen/big")

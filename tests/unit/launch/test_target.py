@@ -22,6 +22,8 @@ UNKNOWN = Model("unknown")
         ([CHAT], True, CHAT),
         ([UNKNOWN, TOOLS], True, TOOLS),
         ([UNKNOWN], True, UNKNOWN),
+        ([Model("claude-x", 99_999, alias_of="long"), LONG], True, LONG),
+        ([Model("claude-x", 99_999, alias_of="long")], False, Model("claude-x", 99_999, alias_of="long")),
         ([], True, None),
         ([], False, None),
     ],
