@@ -56,7 +56,8 @@ class Answer:
 class Operation:
     """`id`: the name of its function in generated clients. `answers`: by status, beside those of `errors`.
     `parameters`: names of components. `needs_key`: where `api_keys` is set. `asks_a_model`: a backend may reject the
-    request."""
+    request. `error`: the component that its errors are, beside those of the server itself. `body_type`: the media type
+    of the body."""
 
     method: str
     path: str
@@ -71,6 +72,8 @@ class Operation:
     needs_key: bool = False
     asks_a_model: bool = False
     example: Mapping[str, Any] = field(default_factory=dict)
+    error: str = "Error"
+    body_type: str = JSON
 
     def described(self) -> dict[str, Any]:
         """The operation as OpenAPI has it: https://spec.openapis.org/oas/v3.1.1.html#operation-object"""
@@ -83,7 +86,7 @@ class Operation:
         }
         if self.body is not None:
             example = {"example": dict(self.example)} if self.example else {}
-            found["requestBody"] = {"required": True, "content": {JSON: {"schema": self.body, **example}}}
+            found["requestBody"] = {"required": True, "content": {self.body_type: {"schema": self.body, **example}}}
         found["responses"] = dict(self._responses())
         found["security"] = [{"bearer": []}, {}] if self.needs_key else []
         return found
@@ -98,10 +101,18 @@ class Operation:
                     "content": {media_type: {"schema": schema} for media_type, schema in answer.content.items()},
                 },
             )
-        for status in sorted(set(self.errors) - self.answers.keys()):
-            yield str(status), {"$ref": f"#/components/responses/{status}"}
-        if self.asks_a_model:
-            yield "4XX", {"$ref": "#/components/responses/4XX"}
+        failed = [str(status) for status in sorted(set(self.errors) - self.answers.keys())]
+        for status in [*failed, "4XX"] if self.asks_a_model else failed:
+            if self.error == "Error":
+                yield status, {"$ref": f"#/components/responses/{status}"}
+            else:
+                yield status, self._failure(status)
+
+    def _failure(self, status: str) -> dict[str, Any]:
+        """In the words of another API, or in OpenAI's where the server itself refuses, before the route is known."""
+        shapes = [{"$ref": f"#/components/schemas/{name}"} for name in (self.error, "Error")]
+        meaning = REJECTED if status == "4XX" else MEANINGS[int(status)]
+        return {"description": meaning, "content": {JSON: {"schema": {"anyOf": shapes}}}}
 
 
 def headers(names: Sequence[str]) -> dict[str, Any]:

@@ -114,12 +114,16 @@ def _limits(schema: Json) -> str:
 
 def curl(method: str, path: str, operation: Json) -> str:
     """A command that works on a proxy without keys."""
-    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    content = operation.get("requestBody", {}).get("content", {})
     words = f"curl http://127.0.0.1:8080{path}"
-    if method == "post":
-        body = json.dumps(content.get("example", {}), ensure_ascii=False)
-        words += f" \\\n  -H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}"
-    return words
+    if "application/json" in content:
+        body = json.dumps(content["application/json"].get("example", {}), ensure_ascii=False)
+        return f"{words} \\\n  -H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}"
+    for form in content.values():
+        return " \\\n  ".join(
+            [words, *(f"-F {shlex.quote(f'{name}={value}')}" for name, value in form["example"].items())]
+        )
+    return words if method == "get" else words.replace("curl ", f"curl -X {method.upper()} ")
 
 
 def formatted(text: str) -> Markup:
