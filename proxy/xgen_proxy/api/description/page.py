@@ -119,10 +119,10 @@ def curl(method: str, path: str, operation: Json) -> str:
     if "application/json" in content:
         body = json.dumps(content["application/json"].get("example", {}), ensure_ascii=False)
         return f"{words} \\\n  -H 'Content-Type: application/json' \\\n  -d {shlex.quote(body)}"
-    for form in content.values():
-        return " \\\n  ".join(
-            [words, *(f"-F {shlex.quote(f'{name}={value}')}" for name, value in form["example"].items())]
-        )
+    if content:
+        [form] = content.values()
+        fields = [f"-F {shlex.quote(f'{name}={value}')}" for name, value in form["example"].items()]
+        return " \\\n  ".join([words, *fields])
     return words if method == "get" else words.replace("curl ", f"curl -X {method.upper()} ")
 
 
