@@ -166,6 +166,11 @@ def openwebui(target: Target) -> Setup:
         Variable("OPENAI_API_KEY", target.key or NO_KEY, "Sent as Authorization: Bearer."),
         Variable("DEFAULT_MODELS", target.model.id, "The model of a new chat."),
         Variable("ENABLE_OLLAMA_API", "false", "Else it looks for an Ollama, too."),
+        Variable(
+            "ENABLE_FORWARD_USER_INFO_HEADERS",
+            "true",
+            "Tells the proxy which chat a request is of, so that it goes to the replica that has the chat in its cache.",
+        ),
     )
     docker = (
         f"docker run --rm --network host --env-file openwebui.env -e PORT={WEB_PORT}"

@@ -109,6 +109,7 @@ def test_openwebui_has_the_proxy_and_a_port_of_its_own() -> None:
         "OPENAI_API_KEY": "sk-1",
         "DEFAULT_MODELS": "big",
         "ENABLE_OLLAMA_API": "false",
+        "ENABLE_FORWARD_USER_INFO_HEADERS": "true",
     }
     assert found.environment({}) == expected
     assert dict(line.split("=", 1) for line in found.file.splitlines()) == expected
