@@ -169,7 +169,7 @@ def openwebui(target: Target) -> Setup:
         Variable(
             "ENABLE_FORWARD_USER_INFO_HEADERS",
             "true",
-            "Tells the proxy which chat a request is of, so that it goes to the replica that has the chat in its cache.",
+            "Tells the proxy which chat it is, so that a chat stays with the replica that has it in its cache.",
         ),
     )
     docker = (
