@@ -343,7 +343,7 @@ def test_the_load_is_what_prometheus_measures(loaded: Loaded) -> None:
     for stage in ("queued", "waiting", "answering"):
         assert loaded.find(f'xgen_cancellations_total{{stage="{stage}"}} > 0')
     assert loaded.find('xgen_replica_memory_pressure{backend="short"} == 2')
-    assert loaded.find('xgen_memory_relief_total{backend="short", result="done"} == 1')
+    assert loaded.find('xgen_memory_relief_total{backend="short", result="done"} > 0')
     assert loaded.find("0 < xgen:requests_failed:ratio_rate5m < 0.5")
     assert loaded.find('device_class:xgen_replicas_up:sum{device_class="cpu"} == 1')
     assert loaded.query('ALERTS{alertname=~"XgenProxyDown|XgenNoBackendUp|XgenTargetDown"}') == []
