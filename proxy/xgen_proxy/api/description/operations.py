@@ -11,7 +11,7 @@ from xgen_proxy.api.description.operation import ANY, BODY, EVENTS, HTML, JSON, 
 HINT_HEADERS = ("X-Backend", "X-Urgency", "X-Task-Type", "X-Fallback", "X-Continuation", "X-Session-Id")
 REQUEST_HEADERS = ("X-Request-Id", "traceparent", "tracestate", *HINT_HEADERS)
 ANSWER_HEADERS = ("X-Backend", "X-Replica", "X-Route-Reason", "X-Attempts", "X-Overhead-Ms", "X-Model-Distance")
-EVENT_TEXT = {"type": "string", "description": "Server-sent events: `data: {…}` and a blank line each."}
+EVENT_TEXT = {"description": "Server-sent events: `data: {…}` and a blank line each."}  # 3.1 has no words for them
 ASKED = (*ANY, *KEY, *BODY, *MODEL)  # whatever a request to a model may end with
 TOKENS = '`{"token": "…"}` events, and `{"done": true}` at the end.'
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]

@@ -95,7 +95,7 @@ def type_of(schema: Json, description: Json) -> str:
         return " or ".join(dict.fromkeys(kinds))
     kinds = schema.get("type", "any")
     kind = " or ".join(each for each in kinds if each != "null") if isinstance(kinds, list) else kinds
-    if kind == "array" and (items := type_of(schema.get("items", {}), description)) != "any":
+    if kind == "array" and not (items := type_of(schema.get("items", {}), description)).startswith("any"):
         kind = f"array of {items}"
     return str(kind) + _limits(schema)
 

@@ -142,9 +142,9 @@ def message() -> Schema:
     return {
         "type": "object",
         "properties": {
-            "role": {"type": "string", "enum": sorted(ROLES)},
+            "role": {"type": "string", "enum": sorted(ROLES), "description": "Who says it."},
             "content": {
-                "description": "May be null for an assistant that calls tools.",
+                "description": "A text or parts. May be null for an assistant that calls tools.",
                 "anyOf": [{"type": "string"}, {"type": "array", "items": part}, {"type": "null"}],
             },
         },

@@ -17,7 +17,7 @@ from xgen_proxy.api.description.document import document
 
 schemathesis: Any = pytest.importorskip("schemathesis")
 
-EXAMPLES = 20  # for each operation, beside those that the limits of its schema give
+EXAMPLES = 5  # for each operation, beside those that the limits of its schema give
 KEPT = ("status_code_conformance", "content_type_conformance", "response_schema_conformance", "unsupported_method")
 
 

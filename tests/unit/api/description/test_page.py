@@ -94,6 +94,7 @@ def test_text_is_escaped() -> None:
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "integer"),
         ({"type": ["string", "null"], "enum": ["a", "b", None]}, '"a" | "b"'),
         ({"type": "array", "items": {"type": "string"}, "maxItems": 16}, "array of string, at most 16 entries"),
+        ({"type": "array", "items": {"maxLength": 9}, "maxItems": 16}, "array, at most 16 entries"),
         ({"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}, "string or array"),
         ({"$ref": "#/components/schemas/Error"}, "object"),
         ({}, "any"),
