@@ -143,18 +143,14 @@ def list_models(url: str, key: str | None) -> list[Model]:
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise UnreachableError(f"no proxy answers at {url} ({error or type(error).__name__})") from None
     if response.status_code == 401:
-        given = "is not one of its keys" if key else "is missing"
-        raise LaunchError(
-            f"the proxy at {url} asks for an API key, and yours {given}: pass --key or set {KEY_VARIABLE}"
-        )
+        why = "the key is not one of its own" if key else "it asks for an API key"
+        raise LaunchError(f"the proxy at {url} refuses: {why}; pass --key or set {KEY_VARIABLE}")
     try:
         if response.status_code != 200:
             raise ValueError(f"status {response.status_code}")
         return [read_model(each) for each in response.json()["data"]]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise LaunchError(
-            f"the server at {url} does not list models as a proxy does ({error}); correct --url"
-        ) from None
+        raise LaunchError(f"the server at {url} lists no models as a proxy does ({error}); correct --url") from None
 
 
 def read_model(card: Any) -> Model:

@@ -26,10 +26,10 @@ def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     """The GPU's model can call tools; the CPU's, which is the default, cannot."""
     gpu, cpu = fakes
     backends = {
-        "vllm": backend(gpu, models={"big": "m"}),
-        "llama_cpp": backend(cpu, device_class="cpu", models={"small": "m"}, tools=False),
+        "vllm": backend(gpu, models={"alpha": "m"}),
+        "llama_cpp": backend(cpu, device_class="cpu", models={"beta": "m"}, tools=False),
     }
-    with running_proxy(backends=backends, default_model="small", api_keys=[hash_key("sk-1")]) as running:
+    with running_proxy(backends=backends, default_model="beta", api_keys=[hash_key("sk-1")]) as running:
         yield running
 
 
@@ -75,7 +75,7 @@ def stub(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("client", "model"),
-    [("claude", "big"), ("codex", "big"), ("opencode", "big"), ("openwebui", "small"), ("python", "small")],
+    [("claude", "alpha"), ("codex", "alpha"), ("opencode", "alpha"), ("openwebui", "beta"), ("python", "beta")],
 )
 def test_agents_get_a_model_with_tools_and_others_the_default(
     launch: Launch, proxy: RunningProxy, client: str, model: str
@@ -83,7 +83,7 @@ def test_agents_get_a_model_with_tools_and_others_the_default(
     status, out, err = launch(client, "--url", proxy.url, "--key", "sk-1")
     assert (status, err) == (0, "")
     assert model in out
-    assert ({"big": "small", "small": "big"}[model] in out) == (client == "opencode"), "opencode lists all"
+    assert ({"alpha": "beta", "beta": "alpha"}[model] in out) == (client == "opencode"), "opencode lists all"
 
 
 def test_context_of_the_model(launch: Launch, proxy: RunningProxy) -> None:
@@ -94,13 +94,13 @@ def test_context_of_the_model(launch: Launch, proxy: RunningProxy) -> None:
 
 def test_a_model_that_is_named(launch: Launch, proxy: RunningProxy) -> None:
     url = ("--url", proxy.url, "--key", "sk-1")
-    assert "DEFAULT_MODELS=big" in launch("openwebui", *url, "--model", "big")[1]
-    status, out, err = launch("claude", *url, "--model", "small")
-    assert (status, "MODEL=small" in out) == (0, True)
-    assert err.startswith("xgen-proxy: note: no backend that serves small can call tools")
+    assert "DEFAULT_MODELS=alpha" in launch("openwebui", *url, "--model", "alpha")[1]
+    status, out, err = launch("claude", *url, "--model", "beta")
+    assert (status, "MODEL=beta" in out) == (0, True)
+    assert err.startswith("xgen-proxy: note: no backend that serves beta can call tools")
     status, out, err = launch("claude", *url, "--model", "claude-opus")
     assert (status, "MODEL=claude-opus" in out) == (0, True)
-    assert "note: the proxy does not list the model claude-opus (it lists small, big)" in err
+    assert "note: the proxy does not list the model claude-opus (it lists beta, alpha)" in err
 
 
 def test_no_model_yet(launch: Launch, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:

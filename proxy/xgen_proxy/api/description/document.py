@@ -20,7 +20,6 @@ from xgen_proxy.api.description.request_schemas import (
     completion_request,
     embeddings_request,
     generate_request,
-    hint,
     message,
 )
 from xgen_proxy.request.features import HINTS
@@ -105,8 +104,8 @@ def parameters() -> dict[str, Any]:
         found[name] = {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
     for name in HINTS:
         header = "-".join(word.capitalize() for word in ["x", *name.split("_")])
-        what = f"{HINT_MEANINGS[name]} A field of the body of that name wins."
-        found[header] = {"name": header, "in": "header", "description": what, "schema": hint(name)}
+        what = f"{HINT_MEANINGS[name]} A field of the body of that name wins, and then this is not looked at."
+        found[header] = {"name": header, "in": "header", "description": what, "schema": {"type": "string"}}
     return found
 
 

@@ -192,9 +192,7 @@ def embeddings_request() -> Schema:
         ["input"],
         model=MODEL_FIELD,
         input=prompt("A text, several, token ids, or several lists of them.", MAX_INPUTS),
-        encoding_format=nullable({
-            "type": "string", "enum": ["float", "base64"], "description": "How a vector is written.",
-        }),
+        encoding_format=text("How a vector is written: `float` or `base64`."),
         **hints(EMBEDDINGS_HINTS),
     )  # fmt: skip
 

@@ -18,7 +18,13 @@ from xgen_proxy.api.description.document import document
 schemathesis: Any = pytest.importorskip("schemathesis")
 
 EXAMPLES = 5  # for each operation, beside those that the limits of its schema give
-KEPT = ("status_code_conformance", "content_type_conformance", "response_schema_conformance", "unsupported_method")
+KEPT = (
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+)
 
 
 @pytest.fixture(scope="module")
