@@ -380,7 +380,7 @@ ROWS: dict[str, list[Any]] = {
     "What falls back, and what is lost?": [fallbacks(), failed_attempts(), broken_streams(), unanswered()],
 }
 # Closed, so that the rest stays on one screen: it is for when a replica is short of memory.
-CLOSED_ROW = ("Is memory short?", [pressure(), kv_cache(), preemptions(), relief()])
+CLOSED_ROW: tuple[str, list[Any]] = ("Is memory short?", [pressure(), kv_cache(), preemptions(), relief()])
 
 
 def build() -> dashboard.Dashboard:

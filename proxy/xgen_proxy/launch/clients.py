@@ -83,19 +83,14 @@ def claude(target: Target) -> Setup:
         Variable(
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1", "No telemetry and no updates: it asks only the proxy."
         ),
-    )
-    # As a variable of the shell this one has no effect; in settings.json it has.
-    kept = {each.name: each.value for each in variables if each.value} | {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}
-    return Setup(
-        variables,
-        ("claude",),
-        as_json({"env": kept}),
-        "~/.claude/settings.json",
-        hints=(
-            "Claude Code's prompt begins with a block that differs in each request, which makes prefix caches useless.",
-            "The proxy pins it. CLAUDE_CODE_ATTRIBUTION_HEADER=0 removes it, but only in settings.json: see --config.",
+        Variable(
+            "CLAUDE_CODE_ATTRIBUTION_HEADER",
+            "0",
+            "Else its prompt begins with a block that differs in each request, which makes prefix caches useless.",
         ),
     )
+    kept = {each.name: each.value for each in variables if each.value}
+    return Setup(variables, ("claude",), as_json({"env": kept}), "~/.claude/settings.json")
 
 
 def tier_model(target: Target, tier: str) -> str:

@@ -102,11 +102,9 @@ class Operation:
                 },
             )
         failed = [str(status) for status in sorted(set(self.errors) - self.answers.keys())]
-        for status in [*failed, "4XX"] if self.asks_a_model else failed:
-            if self.error == "Error":
-                yield status, {"$ref": f"#/components/responses/{status}"}
-            else:
-                yield status, self._failure(status)
+        for each in [*failed, "4XX"] if self.asks_a_model else failed:
+            shared = {"$ref": f"#/components/responses/{each}"}
+            yield each, shared if self.error == "Error" else self._failure(each)
 
     def _failure(self, status: str) -> dict[str, Any]:
         """In the words of another API, or in OpenAI's where the server itself refuses, before the route is known."""

@@ -41,7 +41,8 @@ INFERENCE = (
     ),
     Operation(
         "POST", "/v1/embeddings", "createEmbeddings", "Models", "Turn texts into vectors",
-        "OpenAI's embeddings, for backends that support them.",
+        "OpenAI's embeddings, for backends that support them. Fields that are not listed, such as `encoding_format`,"
+        " pass through to the backend.",
         answered("A vector for each text.", "Embeddings", None),
         named("EmbeddingsRequest"), REQUEST_HEADERS, ASKED, needs_key=True, asks_a_model=True,
         example={"input": ["one text", "another"]},

@@ -192,13 +192,13 @@ def embeddings_request() -> Schema:
         ["input"],
         model=MODEL_FIELD,
         input=prompt("A text, several, token ids, or several lists of them.", MAX_INPUTS),
-        encoding_format=text("How a vector is written: `float` or `base64`."),
         **hints(EMBEDDINGS_HINTS),
     )  # fmt: skip
 
 
 def generate_request() -> Schema:
-    return without_titles(GenerateRequest.model_json_schema())
+    schema: Schema = without_titles(GenerateRequest.model_json_schema())
+    return schema
 
 
 def _object(required: list[str], **properties: Schema) -> Schema:

@@ -58,6 +58,7 @@ def test_ranges(name: str) -> None:
     low, high, whole = RANGES[name]
     schema = checked_fields()[name]
     step = 1 if whole else 0.5
+    value: Any
     for value in (None, low, high, low - step, high + step, "1", True, [], 0.5 if whole else 1):
         assert allowed(schema, value) == accepted({name: value}), (name, value)
 
