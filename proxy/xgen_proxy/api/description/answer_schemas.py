@@ -80,9 +80,9 @@ def generated() -> Schema:
 
 
 def model() -> Schema:
-    context = {"max_model_len": WHOLE, "context_length": WHOLE}
+    optional = {"max_model_len": WHOLE, "context_length": WHOLE, "alias_of": TEXT}
     return fields(
-        context, id=TEXT, object=TEXT, created=WHOLE, owned_by=TEXT, backends=listed(TEXT), capabilities=listed(TEXT)
+        optional, id=TEXT, object=TEXT, created=WHOLE, owned_by=TEXT, backends=listed(TEXT), capabilities=listed(TEXT)
     )
 
 
@@ -91,8 +91,10 @@ def plan() -> Schema:
         {"model_distance": TEXT},
         backend=TEXT, replica=TEXT, device_class=TEXT, load=NUMBER, tier=WHOLE, memory=maybe(TEXT), reason=TEXT,
     )  # fmt: skip
+    alias = fields(asked=TEXT, pattern=TEXT, route=maybe(TEXT))
     features = fields(
-        endpoint=TEXT, model=maybe(TEXT), prompt_words=WHOLE, prompt_tokens_estimate=WHOLE, max_tokens=maybe(WHOLE),
+        endpoint=TEXT, model=maybe(TEXT), alias=maybe(alias), prompt_words=WHOLE, prompt_tokens_estimate=WHOLE,
+        max_tokens=maybe(WHOLE), max_tokens_believed=FLAG,
         stream=FLAG, needs=listed(TEXT), backend=TEXT, urgency=TEXT, task_type=maybe(TEXT), fallback=FLAG,
     )  # fmt: skip
     error = fields(status=WHOLE, message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT))
@@ -116,10 +118,12 @@ def fleet() -> Schema:
         name=TEXT, device_class=TEXT, dialect=TEXT, models={"type": "object", "additionalProperties": TEXT},
         context=maybe(WHOLE), capabilities=listed(TEXT), replicas=listed(replica),
     )  # fmt: skip
+    alias = fields(model=TEXT, route=maybe(TEXT), urgency=maybe(TEXT), served=FLAG)
+    by_pattern: Schema = {"type": "object", "additionalProperties": alias}
     pair = fields(model=TEXT, backends=listed(TEXT), same_tokenizer=maybe(FLAG), top1=maybe(NUMBER))
     return fields(
-        default_model=maybe(TEXT), models=listed(TEXT), queued=WHOLE, draining=FLAG, gpus=maybe(listed(of(Gpu))),
-        model_pairs=listed(pair), backends=listed(backend),
+        default_model=maybe(TEXT), models=listed(TEXT), aliases=by_pattern, queued=WHOLE, draining=FLAG,
+        gpus=maybe(listed(of(Gpu))), model_pairs=listed(pair), backends=listed(backend),
     )  # fmt: skip
 
 
