@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.fake_upstream import FakeUpstream, Talk, good
 from tests.support.running_proxy import RunningProxy, backend, running_proxy
 from xgen_proxy.api.description.document import document
-
-schemathesis: Any = pytest.importorskip("schemathesis")
 
 EXAMPLES = 5  # for each operation, beside those that the limits of its schema give
 KEPT = (
