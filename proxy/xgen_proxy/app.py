@@ -16,6 +16,7 @@ from xgen_proxy.api import openai, ops
 from xgen_proxy.api.description.document import openapi
 from xgen_proxy.api.description.page import docs
 from xgen_proxy.api.generate import GenerateEndpoint
+from xgen_proxy.api.opaque import opaque_routes
 from xgen_proxy.api.paths import canonical, similar
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
@@ -37,7 +38,7 @@ class ProxyApp:
     def __init__(self, app: Starlette, gateway: Gateway) -> None:
         self.app = app
         self.gateway = gateway
-        self.inference_routes = openai.inference_routes(gateway)
+        self.inference_routes = {**openai.inference_routes(gateway), **opaque_routes(gateway)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xgen_proxy import __version__
+from xgen_proxy.api.description import opaque, operations
 from xgen_proxy.api.description.answer_schemas import schemas
-from xgen_proxy.api.description.operation import JSON, Schema, error_responses
-from xgen_proxy.api.description.operations import OPERATIONS
+from xgen_proxy.api.description.operation import JSON, Operation, Schema, error_responses
 from xgen_proxy.api.description.request_schemas import (
     HINT_MEANINGS,
     chat_request,
@@ -23,6 +23,8 @@ from xgen_proxy.api.description.request_schemas import (
     message,
 )
 from xgen_proxy.request.features import HINTS
+
+OPERATIONS: tuple[Operation, ...] = (*operations.INFERENCE, *opaque.OPERATIONS, *operations.OPERATIONS_OF_THE_PROXY)
 
 ABOUT = """\
 An OpenAI-compatible proxy over vLLM (GPU) and llama.cpp (CPU). Each request goes to the backend that fits it; if one

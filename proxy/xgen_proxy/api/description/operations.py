@@ -1,6 +1,6 @@
 """Every route, described. A test compares this table with the routes of the app, both ways.
 
-To add a route: its Operation here, or in a module beside this one whose table is added to OPERATIONS.
+To add a route: its Operation here, or in a module beside this one whose table document.py adds.
 """
 
 from __future__ import annotations
@@ -126,5 +126,3 @@ OPERATIONS_OF_THE_PROXY = (
         {200: Answer("The page.", {HTML: TEXT})},
     ),
 )  # fmt: skip
-
-OPERATIONS: tuple[Operation, ...] = (*INFERENCE, *OPERATIONS_OF_THE_PROXY)

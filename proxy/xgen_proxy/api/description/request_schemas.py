@@ -8,7 +8,7 @@ from xgen_proxy.api.description.operation import Schema
 from xgen_proxy.api.generate import GenerateRequest
 from xgen_proxy.request.features import HINTS
 from xgen_proxy.request.fields import KINDS, LISTS, MAX_INPUTS, MAX_LOGPROBS, NAME_LENGTH, RANGES
-from xgen_proxy.request.parsing import EMBEDDINGS_HINTS, URGENCIES
+from xgen_proxy.request.parsing import OTHER_HINTS, URGENCIES
 from xgen_proxy.request.prompt import ROLES
 
 TYPES: dict[type, str] = {str: "string", list: "array", dict: "object", bool: "boolean", int: "integer"}
@@ -192,7 +192,7 @@ def embeddings_request() -> Schema:
         ["input"],
         model=MODEL_FIELD,
         input=prompt("A text, several, token ids, or several lists of them.", MAX_INPUTS),
-        **hints(EMBEDDINGS_HINTS),
+        **hints(OTHER_HINTS),
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
-from xgen_proxy.api.description.operations import HINT_HEADERS, OPERATIONS
+from xgen_proxy.api.description.document import OPERATIONS
+from xgen_proxy.api.description.operations import HINT_HEADERS
 from xgen_proxy.app import create_app
 from xgen_proxy.config.settings import Settings
 from xgen_proxy.request.features import HINTS

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from xgen_proxy.api.description.document import document
-from xgen_proxy.api.description.operations import OPERATIONS
+from xgen_proxy.api.description.document import OPERATIONS, document
 from xgen_proxy.api.description.page import curl, fields, formatted, page, style, type_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
