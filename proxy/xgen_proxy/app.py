@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from xgen_proxy.api import openai, ops
+from xgen_proxy.api import openai, ops, responses
 from xgen_proxy.api.description.document import openapi
 from xgen_proxy.api.description.page import docs
 from xgen_proxy.api.generate import GenerateEndpoint
@@ -92,6 +92,9 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
             Route("/", ops.root),
             Route("/v1/models", openai.list_models),
             Route("/v1/models/{model:path}", openai.get_model),
+            Route("/v1/responses/input_tokens", responses.count_input_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}/cancel", responses.no_such_response, methods=["POST"]),
+            Route("/v1/responses/{id:path}", responses.no_such_response, methods=["GET", "DELETE"]),
             Route("/generate", GenerateEndpoint(gateway, always_streams=False), methods=["POST"]),
             Route("/generate/stream", GenerateEndpoint(gateway, always_streams=True), methods=["POST"]),
             Route("/route", ops.route, methods=["POST"]),

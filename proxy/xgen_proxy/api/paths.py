@@ -9,7 +9,7 @@ from difflib import get_close_matches
 LONGEST = 300  # characters of a path that is looked at
 SLASHES = re.compile("/{2,}")
 WITHOUT_V1 = frozenset({
-    "/chat/completions", "/completions", "/embeddings", "/models",
+    "/chat/completions", "/completions", "/embeddings", "/models", "/responses",
     "/rerank", "/score", "/audio/transcriptions", "/audio/translations",
 })  # fmt: skip
 OTHER_NAMES = {  # of engines, for the same

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xgen_proxy import __version__
-from xgen_proxy.api.description import opaque, operations
+from xgen_proxy.api.description import opaque, operations, translated
 from xgen_proxy.api.description.answer_schemas import schemas
 from xgen_proxy.api.description.operation import JSON, Operation, Schema, error_responses
 from xgen_proxy.api.description.request_schemas import (
@@ -24,7 +24,12 @@ from xgen_proxy.api.description.request_schemas import (
 )
 from xgen_proxy.request.features import HINTS
 
-OPERATIONS: tuple[Operation, ...] = (*operations.INFERENCE, *opaque.OPERATIONS, *operations.OPERATIONS_OF_THE_PROXY)
+OPERATIONS: tuple[Operation, ...] = (
+    *operations.INFERENCE,
+    *translated.OPERATIONS,
+    *opaque.OPERATIONS,
+    *operations.OPERATIONS_OF_THE_PROXY,
+)
 
 ABOUT = """\
 An OpenAI-compatible proxy over vLLM (GPU) and llama.cpp (CPU). Each request goes to the backend that fits it; if one
@@ -41,6 +46,7 @@ ANSWER_HEADERS = {
     "X-Model-Distance": "How far its model is from that of the first choice, if another answered.",
     "X-Attempts": "The number of attempts.",
     "X-Overhead-Ms": "Milliseconds until the first output, without the waiting for slots and backends.",
+    "X-Dropped": "What a request in another API asked for and no engine has.",
     "X-Should-Retry": "false where a retry cannot help.",
     "Retry-After": "Seconds, where a later retry can help.",
     "Allow": "The methods that the path has.",
@@ -70,7 +76,7 @@ def document() -> dict[str, Any]:
         "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": {**request_bodies(), **schemas()},
+            "schemas": {**request_bodies(), **schemas(), **translated.schemas()},
             "responses": error_responses(),
             "parameters": parameters(),
             "headers": {
@@ -102,6 +108,7 @@ def parameters() -> dict[str, Any]:
     found: dict[str, Any] = {
         "model": {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     }
+    found["id"] = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     for name, description in REQUEST_HEADERS.items():
         found[name] = {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
     for name in HINTS:

@@ -51,7 +51,7 @@ def test_paths_have_the_parameters_that_they_name() -> None:
     for path, methods in document()["paths"].items():
         for operation in methods.values():
             names = {each["$ref"].rpartition("/")[2] for each in operation["parameters"]}
-            assert ("{model}" in path) == ("model" in names)
+            assert all((f"{{{name}}}" in path) == (name in names) for name in ("model", "id"))
 
 
 def test_headers_are_on_the_page() -> None:
