@@ -66,6 +66,7 @@ ORDER = (
     "gguf",
     "models",
     "costs",
+    "launch",
 )
 Row = tuple[str, ...]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

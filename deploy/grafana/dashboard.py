@@ -310,12 +310,77 @@ def unanswered() -> timeseries.Panel:
     )
 
 
+# Is memory short?
+
+
+def pressure() -> statetimeline.Panel:
+    panel: statetimeline.Panel = placed(
+        statetimeline.Panel(),
+        "Pressure of memory",
+        "What the memory guard does with each replica. Reduced: it holds fewer requests. Closed: it gets no new work "
+        "while another can do it.",
+        query("max by (backend, replica) (xgen_replica_memory_pressure)", "{{replica}}"),
+    )
+    levels = {
+        "0": ValueMappingResult(text="normal", color=GREEN),
+        "1": ValueMappingResult(text="reduced", color=YELLOW),
+        "2": ValueMappingResult(text="closed", color=RED),
+    }
+    return (
+        panel.mappings([ValueMap(options=levels)])
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+        .thresholds(steps((1, YELLOW), (2, RED)))
+        .merge_values(True)
+        .show_value(shapes.VisibilityMode.NEVER)
+        .row_height(0.8)
+        .legend(common.VizLegendOptions().show_legend(True).placement(shapes.LegendPlacement.BOTTOM))
+    )
+
+
+def relief() -> timeseries.Panel:
+    panel = stacked(
+        "Relief",
+        "Times that a replica short of memory was asked to free some, by result; with memory_guard.relief.",
+        "short",
+        query(
+            "sum by (replica, result) (increase(xgen_memory_relief_total[$__rate_interval]))", "{{replica}} {{result}}"
+        ),
+    )
+    return panel.draw_style(shapes.GraphDrawStyle.BARS).fill_opacity(80)
+
+
+def kv_cache() -> timeseries.Panel:
+    def found(counter: str) -> str:
+        return f"sum by (instance) (rate(vllm:prefix_cache_{counter}_total[$__rate_interval]))"
+
+    panel = lines(
+        "KV cache of vLLM",
+        "The share in use, and the share of prompt tokens that the prefix cache had already. Near 100 % in use vLLM "
+        "interrupts running requests.",
+        "percentunit",
+        query("max by (instance) (vllm:kv_cache_usage_perc)", "{{instance}} in use"),
+        query(f"{found('hits')} / {found('queries')}", "{{instance}} prefix hits"),
+    )
+    return limit(panel, 1)
+
+
+def preemptions() -> timeseries.Panel:
+    return lines(
+        "Interrupted by vLLM",
+        "Running requests that lost their KV cache and are computed again. The first one reduces a replica.",
+        "reqps",
+        query(rate("xgen_preemptions_total", "replica"), "{{replica}}"),
+    )
+
+
 ROWS: dict[str, list[Any]] = {
     "Is it up?": [answered(), replicas_up(), replica_states(), alerts()],
     "Is it fast?": [first_token(), between_chunks(), queue(), overhead()],
     "Where do requests go, and why?": [by_backend(), by_reason(), fullness(), tokens()],
     "What falls back, and what is lost?": [fallbacks(), failed_attempts(), broken_streams(), unanswered()],
 }
+# Closed, so that the rest stays on one screen: it is for when a replica is short of memory.
+CLOSED_ROW: tuple[str, list[Any]] = ("Is memory short?", [pressure(), kv_cache(), preemptions(), relief()])
 
 
 def build() -> dashboard.Dashboard:
@@ -335,7 +400,11 @@ def build() -> dashboard.Dashboard:
         board = board.with_row(dashboard.Row(title).id(10 * row))
         for number, panel in enumerate(panels, start=1):
             board = board.with_panel(panel.id(10 * row + number))
-    return board
+    title, panels = CLOSED_ROW
+    closed = dashboard.Row(title).id(10 * (len(ROWS) + 1))
+    for number, panel in enumerate(panels, start=1):
+        closed = closed.with_panel(panel.id(10 * (len(ROWS) + 1) + number))
+    return board.with_row(closed)
 
 
 def render() -> str:

@@ -13,6 +13,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api import openai, ops, responses
+from xgen_proxy.api.description.document import openapi
+from xgen_proxy.api.description.page import docs
 from xgen_proxy.api.generate import GenerateEndpoint
 from xgen_proxy.api.opaque import opaque_routes
 from xgen_proxy.api.paths import canonical, similar
@@ -100,6 +102,8 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
             Route("/ready", ops.ready),
             Route("/models/status", ops.status),
             Route("/metrics", ops.metrics),
+            Route("/openapi.json", openapi),
+            Route("/docs", docs),
         ],
         exception_handlers={
             ProxyError: respond_with_error,

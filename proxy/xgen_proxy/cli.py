@@ -1,4 +1,4 @@
-"""The command line: serve, check, route, status, key, models, cost. Only commands print."""
+"""The command line: serve, check, route, status, key, models, cost, launch. Only commands print."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources, doubts
 from xgen_proxy.costs import commands as cost_commands
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.launch import commands as launch_commands
 from xgen_proxy.models import commands as model_commands
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.server import PortInUseError, serve
@@ -29,6 +30,7 @@ examples:
   echo '{"messages": [{"role": "user", "content": "Hi"}]}' | xgen-proxy route
   xgen-proxy status
   xgen-proxy models pull smollm2
+  xgen-proxy launch claude --run
 """
 
 SERVE_EXAMPLES = """\
@@ -138,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     add("key", run_key, "Create an API key for a client.", KEY_EXAMPLES)
     model_commands.add_to(commands)
     cost_commands.add_to(commands)
+    launch_commands.add_to(commands)
     return top
 
 

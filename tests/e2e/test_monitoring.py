@@ -38,9 +38,10 @@ RULES = [
 RECORDED = [rule for rule in RULES if "record" in rule]
 ALERTS = [rule for rule in RULES if "alert" in rule]
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "xgen-proxy.json").read_text())
+PANELS = [each for panel in BOARD["panels"] for each in (panel, *(panel.get("panels") or ()))]
 SHOWN = [
     pytest.param(target["expr"], target.get("legendFormat", ""), id=f"{panel['title']} {target['refId']}")
-    for panel in BOARD["panels"]
+    for panel in PANELS
     for target in panel.get("targets", [])
 ]
 SELECTOR = re.compile(
@@ -204,9 +205,21 @@ slots = 256
 [backends.llama_cpp]
 urls = ["{cpu}"]
 dialect = "llama-server"
+[backends.short]
+urls = ["{short}"]
+dialect = "vllm"
+[memory_guard]
+enabled = true
+relief = "reset_prefix_cache"
 [limits]
 queue = 2
 queue_timeout_s = 3
+"""
+SHORT_OF_MEMORY = """\
+vllm:num_requests_running{engine="0"} 0
+vllm:num_requests_waiting{engine="0"} 0
+vllm:kv_cache_usage_perc{engine="0"} 1
+vllm:num_preemptions_total{engine="0"} 3
 """
 
 
@@ -221,12 +234,23 @@ def engines() -> Iterator[tuple[Engine, Engine]]:
 
 
 @pytest.fixture(scope="module")
-def load(engines: tuple[Engine, Engine], start_proxy: Callable[..., Proxy], tmp_path_factory: Any) -> Iterator[Load]:
+def short() -> Iterator[Engine]:
+    """A vLLM whose KV cache is full, with a model that nothing asks for."""
+    engine = Engine(models=["rarely-used"])
+    engine.page = SHORT_OF_MEMORY
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def load(
+    engines: tuple[Engine, Engine], short: Engine, start_proxy: Callable[..., Proxy], tmp_path_factory: Any
+) -> Iterator[Load]:
     config = tmp_path_factory.mktemp("monitored") / "xgen-proxy.toml"
     gpu, cpu = engines
-    config.write_text(SETTINGS.format(gpu=gpu.url, cpu=cpu.url))
+    config.write_text(SETTINGS.format(gpu=gpu.url, cpu=cpu.url, short=short.url))
     load = Load(start_proxy(env={"XGEN_CONFIG": str(config)}), config)
-    wait_until(load.all_up, 30, "both engines to be up")
+    wait_until(load.all_up, 30, "the engines to be up")
     yield load
     load.proxy.stop()
 
@@ -318,6 +342,8 @@ def test_the_load_is_what_prometheus_measures(loaded: Loaded) -> None:
         assert loaded.find(f'xgen_admission_rejections_total{{reason="{reason}"}} > 0')
     for stage in ("queued", "waiting", "answering"):
         assert loaded.find(f'xgen_cancellations_total{{stage="{stage}"}} > 0')
+    assert loaded.find('xgen_replica_memory_pressure{backend="short"} == 2')
+    assert loaded.find('xgen_memory_relief_total{backend="short", result="done"} > 0')
     assert loaded.find("0 < xgen:requests_failed:ratio_rate5m < 0.5")
     assert loaded.find('device_class:xgen_replicas_up:sum{device_class="cpu"} == 1')
     assert loaded.query('ALERTS{alertname=~"XgenProxyDown|XgenNoBackendUp|XgenTargetDown"}') == []

@@ -20,9 +20,15 @@ PYTHON = blocks(README, "python")
 
 
 def shell_examples() -> list[str]:
-    """The shell blocks that need a running proxy. tests/repo/test_docs.py checks the others."""
+    """The shell blocks that ask a running proxy. tests/repo/test_docs.py checks those that are not run."""
     pages = (README, ROOT / "docs" / "api.md")
     return [block for page in pages for block in blocks(page, "sh") if "curl" in block or "| xgen-proxy" in block]
+
+
+def example_with(words: str) -> str:
+    """The README's shell block that has these words."""
+    [block] = [block for block in blocks(README, "sh") if words in block]
+    return block
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +40,15 @@ def url(start_proxy: Callable[..., Proxy], llama_cpp_python: Server) -> str:
 
 @pytest.fixture
 def run(url: str, tmp_path: Path) -> Callable[..., str]:
-    """run(program, *arguments) → its output. `xgen-proxy` is on PATH and uses this proxy."""
+    """run(program, *arguments) → its output. `xgen-proxy` is on PATH and asks this proxy by default."""
     script = tmp_path / "xgen-proxy"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m xgen_proxy.cli "$@" --url {url}\n')
+    default = f'case $1 in route|status|launch) set -- "$@" --url {url} ;; esac'
+    script.write_text(f'#!/bin/sh\n{default}\nexec {sys.executable} -m xgen_proxy.cli "$@"\n')
     script.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    def run(*command: str, cwd: Path = ROOT) -> str:
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -75,3 +82,21 @@ def test_shell(run: Callable[..., str], url: str, example: str) -> None:
         assert any(answer.get(name) for name in ("choices", "text", "candidates")), output
     if "capital of France" in example and "temperature" in example:
         assert "Paris" in output
+
+
+def test_models_and_costs(run: Callable[..., str], url: str, gguf: str, tmp_path: Path) -> None:
+    """In a folder of its own, since a table of prices is written."""
+    (tmp_path / "models").symlink_to(Path(gguf).resolve().parent)
+    example = example_with("xgen-proxy cost").replace(ADDRESS, url).replace("--for 60", "--for 1")
+    output = run("bash", "-ec", example, cwd=tmp_path)
+    assert "SmolLM2" in output
+    assert "per 1,000 requests" in output
+    assert (tmp_path / "prices.toml").exists()
+
+
+def test_launch(run: Callable[..., str], url: str, tmp_path: Path) -> None:
+    """With a stand-in for Claude Code, which tests/e2e/test_client_matrix.py runs itself."""
+    claude = tmp_path / "claude"
+    claude.write_text('#!/bin/sh\necho "$ANTHROPIC_BASE_URL $ANTHROPIC_DEFAULT_SONNET_MODEL"\n')
+    claude.chmod(0o755)
+    assert run("bash", "-ec", example_with("xgen-proxy launch")) == f"{url} smollm2\n"

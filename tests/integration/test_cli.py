@@ -66,7 +66,7 @@ def table(out: str) -> list[list[str]]:
 # help
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key", "cost"])
+@pytest.mark.parametrize("command", ["serve", "check", "route", "status", "key", "cost", "launch"])
 def test_help_of_a_command_has_examples(run: Cli, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -78,7 +78,7 @@ def test_help_of_a_command_has_examples(run: Cli, command: str) -> None:
 def test_help_lists_every_command(run: Cli) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("serve", "check", "route", "status", "key", "cost"):
+    for command in ("serve", "check", "route", "status", "key", "cost", "launch"):
         assert f"\n    {command} " in out
     assert run("--version")[1] == f"xgen-proxy {__version__}\n"
 

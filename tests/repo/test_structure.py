@@ -20,6 +20,7 @@ TESTS = [ROOT / "tests" / "unit", ROOT / "tests" / "integration"]
 # Highest first. A package or top-level module imports only what stands on a line below its own.
 LEVELS = [
     {"cli"},
+    {"launch"},
     {"costs"},
     {"models"},
     {"server"},

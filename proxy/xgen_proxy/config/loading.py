@@ -30,8 +30,8 @@ from xgen_proxy.config.settings import (
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.values import frozen
 
-# Two sources' own locations, the folder of `xgen-proxy models`, and the tests' variables.
-NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_MODELS_DIR", "XGEN_TEST_")
+# Two sources' own locations, what `xgen-proxy models` and `xgen-proxy launch` read, and the tests' variables.
+NOT_SETTINGS = ("XGEN_CONFIG", "XGEN_SECRETS_DIR", "XGEN_MODELS_DIR", "XGEN_KEY", "XGEN_TEST_")
 
 
 class ConfigError(Exception):
