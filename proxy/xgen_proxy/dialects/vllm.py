@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import BackendRequest, Post
-from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.dialect import Dialect, continuing
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.request.features import NEEDS, Features, Json
@@ -94,6 +95,18 @@ class VLLM(Dialect):
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True
+
+    def resume_reasoning(self, request: BackendRequest, reasoning: str, text: str | None) -> Sequence[BackendRequest]:
+        """Its parser looks for the tags in the prompt. A template writes them around the field `reasoning` if it knows
+        it; else they are written into the content, which most templates leave alone."""
+        thought = reasoning.lstrip("\n")
+        if text is None:
+            return (continuing(request, {"role": "assistant", "content": f"<think>\n{thought}"}),)
+        closed = f"<think>\n{thought.rstrip()}\n</think>\n\n{text.lstrip()}"
+        return (
+            continuing(request, {"role": "assistant", "content": text, "reasoning": reasoning}),
+            continuing(request, {"role": "assistant", "content": closed}),
+        )
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)

@@ -50,6 +50,7 @@ class Forwarder:
         retry_budget: RetryBudget,
         observer: Observer,
         sse_keepalive_s: float,
+        hold_constrained: bool,
     ) -> None:
         self.router = router
         self.admission = admission
@@ -57,6 +58,7 @@ class Forwarder:
         self.retry_budget = retry_budget
         self.observer = observer
         self.sse_keepalive_s = sse_keepalive_s
+        self.hold_constrained = hold_constrained
         self.disconnects = DisconnectMonitor()
 
     async def forward(self, call: Call, receive: Receive, writer: ResponseWriter) -> Outcome:
@@ -97,7 +99,7 @@ class Forwarder:
         return self.router.plan(features)
 
     async def _forward(self, call: Call, targets: Sequence[Target], writer: ResponseWriter, progress: Progress) -> None:
-        delivery = Delivery(call, writer, progress)
+        delivery = Delivery(call, writer, progress, hold_constrained=self.hold_constrained)
         failover = Failover(call, targets, progress, self.admission, self.health, self.retry_budget, self.observer)
         self.retry_budget.request_started()
         try:
