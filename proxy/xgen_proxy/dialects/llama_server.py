@@ -165,7 +165,7 @@ class LlamaServer(Dialect):
     def resume_reasoning(self, request: BackendRequest, reasoning: str, text: str | None) -> Sequence[BackendRequest]:
         """It writes the tags of the model's template itself."""
         message = {"role": "assistant", "content": text or "", "reasoning_content": reasoning}
-        return (continuing(request, message),)
+        return (continuing(request, message),) if reasoning else ()
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)

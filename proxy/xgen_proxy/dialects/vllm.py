@@ -103,10 +103,10 @@ class VLLM(Dialect):
         if text is None:
             return (continuing(request, {"role": "assistant", "content": f"<think>\n{thought}"}),)
         closed = f"<think>\n{thought.rstrip()}\n</think>\n\n{text.lstrip()}"
-        return (
-            continuing(request, {"role": "assistant", "content": text, "reasoning": reasoning}),
-            continuing(request, {"role": "assistant", "content": closed}),
-        )
+        written = continuing(request, {"role": "assistant", "content": closed})
+        if not reasoning:
+            return (written,)
+        return (continuing(request, {"role": "assistant", "content": text, "reasoning": reasoning}), written)
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)

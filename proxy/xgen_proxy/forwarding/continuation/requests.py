@@ -73,7 +73,12 @@ def continuing_requests(
     if prefix.reasoning:
         reasoning = prefix.reasoning.rstrip(BLANK) if prefix.in_reasoning else prefix.reasoning
         return dialect.resume_reasoning(request, reasoning, None if prefix.in_reasoning else prefix.partial)
-    return (dialect.resume_chat(request, prefix.partial, template) if prefix.partial else request,)
+    if not prefix.partial:
+        return (request,)
+    return (
+        dialect.resume_chat(request, prefix.partial, template),
+        *dialect.resume_reasoning(request, "", prefix.partial),
+    )
 
 
 def _within(request: BackendRequest, prefix: SentPrefix, left: int | None) -> BackendRequest:
