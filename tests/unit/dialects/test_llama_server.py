@@ -77,9 +77,9 @@ def test_logprobs_of_a_completion_get_its_own_shape() -> None:
 
 
 def test_reasoning_is_resumed_by_its_own_field() -> None:
-    for text in (None, "Yes"):
-        [resumed] = LLAMA_SERVER.resume_reasoning(make_request(), "So", text)
-        message = {"role": "assistant", "content": text or "", "reasoning_content": "So"}
+    for after in (None, "Yes"):
+        [resumed] = LLAMA_SERVER.resume_reasoning(make_request(), "So", after)
+        message = {"role": "assistant", "content": after or "", "reasoning_content": "So"}
         assert resumed.body["messages"][-1] == message
         assert (resumed.body["continue_final_message"], resumed.body["add_generation_prompt"]) == (True, False)
     assert LLAMA_SERVER.resume_reasoning(make_request(), "", "Yes") == ()

@@ -64,7 +64,7 @@ def test_a_chat_without_text_is_asked_again() -> None:
 
 
 def test_the_tools_stay_in_the_request_that_continues_the_text_before_a_call() -> None:
-    [resumed] = continuing_requests(VLLM, make_request(tools=[TOOL]), sent("I call"), None, None)
+    resumed, _ = continuing_requests(VLLM, make_request(tools=[TOOL]), sent("I call"), None, None)
     assert resumed.body["tools"] == [TOOL]
     assert resumed.body["messages"] == [*HI, {"role": "assistant", "content": "I call"}]
 
