@@ -22,7 +22,7 @@ from xgen_proxy.errors import (
     UpstreamProtocolError,
 )
 from xgen_proxy.forwarding.continuation.hold import Hold, hold_for
-from xgen_proxy.forwarding.continuation.requests import CONSTRAINED, TOOLS, why_not_resumable
+from xgen_proxy.forwarding.continuation.requests import BLOCKS, why_not_resumable
 from xgen_proxy.forwarding.exchange import Exchange
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
@@ -105,8 +105,8 @@ class Delivery:
         resumable = why_not_resumable(self.call.features, self.call.body) is None
         with self.progress.waiting:
             await exchange.open()
-            # If the stream cannot be resumed as it is, commit as late as possible: hold back the role-only chunk.
-            plain = resumable and self.call.features.needs.isdisjoint(TOOLS | CONSTRAINED)
+            # Unless any replica can resume the stream, commit as late as possible: hold back the role-only chunk.
+            plain = resumable and self.call.features.needs.isdisjoint(BLOCKS)
             block = await exchange.first_events(skip_role=not plain)
         if resumable:
             self.replay = self.writer.sent_log = ReplayBuffer()

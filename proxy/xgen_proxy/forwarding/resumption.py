@@ -139,12 +139,10 @@ class Resumption:
             try:
                 await self._relay(target, trace, asked, stream)
                 return
-            except RequestRejectedError as error:
-                refused = UnsupportedByBackendError(f"cannot take over: {error.message}")
-            except (DifferentAnswerError, UpstreamServerError) as error:
+            except (DifferentAnswerError, RequestRejectedError, UpstreamServerError) as error:
                 if stream.began:
                     raise
-                refused = error
+                refused = error if isinstance(error, UpstreamError) else UnsupportedByBackendError(f"refuses: {error}")
         raise refused
 
     def _ways(

@@ -13,8 +13,9 @@ from xgen_proxy.request.features import Features, Json
 
 CONSTRAINED = frozenset({"json_object", "json_schema", "grammar", "structured_outputs"})
 TOOLS = frozenset({"tools", "forced_tool"})
+BLOCKS = CONSTRAINED | TOOLS  # the answer has a part that its client cannot use before it is complete
 # All other needs of a request are about single tokens or several answers, which do not go on in a text.
-RESUMABLE_NEEDS = frozenset({"generation", "images"}) | CONSTRAINED | TOOLS
+RESUMABLE_NEEDS = frozenset({"generation", "images"}) | BLOCKS
 PREFILLED = ("continue_final_message", "add_generation_prompt")
 
 
