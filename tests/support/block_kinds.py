@@ -28,7 +28,28 @@ WEATHER = {
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": WEATHER}}
 QUESTION = "What is the weather in Paris for 3 days?"
 NOT_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+def example(city: str, days: int, unit: str) -> list[Json]:
+    """A turn with a call, which a small model imitates."""
+    arguments = json.dumps({"city": city, "days": days, "unit": unit})
+    call = {"id": f"call-{city}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": f"What is the weather in {city} for {days} days, in {unit}?"},
+        {"role": "assistant", "content": f"I look up the weather in {city} for you.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "sunny"},
+        {"role": "assistant", "content": "It will be sunny."},
+    ]
+
+
+EXAMPLES = [
+    *example("Rome", 2, "celsius"),
+    *example("Oslo", 5, "fahrenheit"),
+    *example("Cairo", 4, "celsius"),
+    {"role": "user", "content": "What is the weather in Paris for 3 days, in celsius?"},
+]
 KINDS: dict[str, Json] = {
+    "text, tool call": chat(tools=[TOOL], max_tokens=90, **NOT_THINKING) | {"messages": EXAMPLES},
     "tool call": chat(QUESTION, tools=[TOOL], tool_choice="required", max_tokens=90, **NOT_THINKING),
     "JSON schema": chat(
         "The weather in Paris for 3 days, as JSON.",
@@ -73,7 +94,9 @@ def wrong(kind: str, stream: str) -> str:
             return f"finish_reasons {answer['finishes']}, {answer['roles']} roles"
         if kind == "reasoning":
             return wrong_reasoning(answer)
-        if kind == "tool call":
+        if kind == "text, tool call" and "<tool" in answer["content"]:
+            return "a part of a call in the text"
+        if kind.endswith("tool call"):
             [call] = answer["calls"].values()
             if call["name"] != "weather":
                 return f"calls {call['name']}"
