@@ -72,6 +72,7 @@ class Dialect:
     sends_request_id: ClassVar[bool] = True
     reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
     separates_reasoning: ClassVar[bool] = True  # it never sends reasoning as text, if started rightly
+    labels_by_prompt: ClassVar[bool] = False  # text is called reasoning if no tag in the prompt ends the reasoning
     resumes_constrained: ClassVar[frozenset[str]] = frozenset()  # needs whose grammar it can enter in the middle
     event_splitter: ClassVar[type[EventSplitter]] = EventSplitter  # its bytes are tested; see sse.py
     rules: ClassVar[tuple[Rule, ...]] = ()

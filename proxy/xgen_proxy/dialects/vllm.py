@@ -61,6 +61,7 @@ class VLLM(Dialect):
     swaps_models = False
     uses_canary = True
     hides_hangs = True
+    labels_by_prompt = True  # its parsers of reasoning; DeepSeek-R1's template deletes the tags from what is continued
     relief_paths = MappingProxyType({"reset_prefix_cache": "/reset_prefix_cache"})
     rules = (
         shared.MODEL_NAME,

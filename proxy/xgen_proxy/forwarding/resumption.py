@@ -150,8 +150,16 @@ class Resumption:
     ) -> Iterator[tuple[BackendRequest, ResumedStream]]:
         """What the target may be asked, until it understands: to go on, or to give the answer again."""
         features, backend = self.call.features, target.backend
-        for asked in requests.continuing_requests(backend.dialect, request, prefix, left, backend.template):
+        continuing = requests.continuing_requests(backend.dialect, request, prefix, left, backend.template)
+        for asked in continuing:
             yield asked, ResumedStream(prefix, spent, features)
+        if (
+            continuing
+            and prefix.text
+            and backend.dialect.labels_by_prompt
+            and features.needs.isdisjoint(requests.BLOCKS)
+        ):
+            yield continuing[0], ResumedStream(prefix, spent, features, relabels=True)
         if requests.may_repeat(features, prefix):
             yield request, ResumedStream(prefix, spent, features, repeats=True)
 

@@ -18,6 +18,7 @@ class ResumedStream:
     `spent`: tokens sent before. `usage_only`: the answer is complete, and the usage of its prompt alone is wanted.
     `repeats`: the answer is given anew from its beginning. What was shown of its text must
     come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together.
+    `relabels`: the engine goes on with the text and calls it reasoning.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ResumedStream:
         *,
         usage_only: bool = False,
         repeats: bool = False,
+        relabels: bool = False,
     ) -> None:
         self._head = prefix.head
         self._prefix = prefix
@@ -38,6 +40,7 @@ class ResumedStream:
         self._to_come = prefix.text if repeats else ""  # of what the client has already
         self._drops_reasoning = repeats and bool(prefix.reasoning)
         self._repeats = repeats
+        self._relabels = relabels
         self._spent = 0 if repeats else spent
         self._in_prompt = 0 if usage_only else self._spent
         self.usage_only = usage_only
@@ -56,7 +59,7 @@ class ResumedStream:
         An engine that was not told that it is reasoning, or that does not tell reasoning from text, is found out here,
         before anything is sent. Raises DifferentAnswerError.
         """
-        if self.usage_only or not self._chat:
+        if self.usage_only or self._relabels or not self._chat:
             return
         expected = self._drops_reasoning or (self._prefix.in_reasoning and not self._repeats)
         for chunk in sse.parse_chunks(block):
@@ -94,7 +97,10 @@ class ResumedStream:
     def _delta(self, delta: Json) -> Json:
         """What the client is to get of a delta."""
         reasoning = next((delta[name] for name in REASONING if delta.get(name)), "")
-        content = self._unsent(delta.get("content") or "")
+        text = delta.get("content") or ""
+        if self._relabels:
+            reasoning, text = "", reasoning + text
+        content = self._unsent(text)
         kept: Json = {}
         if reasoning and not self._drops_reasoning:
             if self._prefix.text and not self._repeats:

@@ -245,6 +245,26 @@ def test_reasoning_that_an_engine_takes_for_text_is_given_again(
     read(ask(proxy), THOUGHT[:1] + TEXT)
 
 
+def test_text_is_continued_by_an_engine_that_calls_it_reasoning(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """A vLLM whose template deletes the tags, as DeepSeek-R1's does: it refuses those that are written for it."""
+    proxy = pair("vllm")
+
+    async def without_tags(talk: Talk) -> None:
+        if "tokenize" in talk.path:
+            await answering(TEXT)(talk)
+        elif "</think>" in talk.json["messages"][-1]["content"]:
+            await status(400)(talk)
+        else:
+            talk.body = json.dumps({**talk.json, "messages": talk.json["messages"][:1]}).encode()
+            await answering([("reasoning", TEXT[1][1])])(talk)
+
+    cpu.default = without_tags
+    gpu.scripts.append(cut_after(THOUGHT + TEXT, 4))
+    read(ask(proxy), THOUGHT + TEXT)
+
+
 def test_reasoning_never_becomes_text(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     """An engine without a parser of reasoning sends it as text, also when it is asked again."""
     proxy = pair("vllm")

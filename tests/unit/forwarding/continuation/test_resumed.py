@@ -100,6 +100,17 @@ def test_another_answer_is_refused(again: list[Json]) -> None:
         edited(sent('{"a":'), *again, repeats=True)
 
 
+def test_text_that_the_engine_calls_reasoning_is_text() -> None:
+    resumed = ResumedStream(sent("Yes "), 0, make_call(stream=True).features, relabels=True)
+    block = events(delta(role="assistant", content=""), delta(reasoning=" it"), delta(reasoning=" is"), delta("stop"))
+    resumed.check(block)
+    assert [chunk["choices"][0]["delta"] for chunk in read(resumed.edit(block))] == [
+        {"content": "it"},
+        {"content": " is"},
+        {},
+    ]
+
+
 def test_reasoning_given_again_is_dropped() -> None:
     """The client has the beginning of other reasoning."""
     again = delta(reasoning="Well,"), delta(content="Yes"), delta("stop")
