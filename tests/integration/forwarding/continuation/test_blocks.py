@@ -21,7 +21,7 @@ Start = Callable[..., RunningProxy]
 Json = dict[str, Any]
 
 TEXT: Pieces = [("text", " I"), ("text", " look")]
-OBJECT: Pieces = [("text", '{"n":'), ("text", " 12"), ("text", "}")]
+OBJECT: Pieces = [("text", '{"n":'), ("text", " 12"), ("text", " }")]
 THOUGHT: Pieces = [("reasoning", " So"), ("reasoning", " be"), ("reasoning", " it")]
 SCHEMA = {"response_format": {"type": "json_object"}}
 USAGE = {"stream_options": {"include_usage": True}}
@@ -77,11 +77,10 @@ def ask(proxy: RunningProxy, client: httpx.Client | None = None, **fields: Any) 
 
 
 KINDS: dict[str, tuple[str, Pieces, Json, Json]] = {
-    "a tool call after text": ("llama-server", TEXT + CALL, {"tools": [TOOL]}, {}),
+    "a tool call after text": ("llama-server", TEXT[:1] + CALL, {"tools": [TOOL]}, {}),
     "JSON, held": ("vllm", OBJECT, SCHEMA, {"hold_constrained": True}),
     "JSON, streamed": ("llama-server", OBJECT, SCHEMA, {}),
-    "reasoning": ("llama-server", THOUGHT + TEXT, {}, {}),
-    "reasoning, vLLM": ("vllm", THOUGHT + TEXT[:1], {}, {}),
+    "reasoning": ("llama-server", THOUGHT[:2] + TEXT, {}, {}),
 }
 
 
