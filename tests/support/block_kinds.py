@@ -15,7 +15,7 @@ from tests.support.proxied_backend import NEVER_ENDING, chat
 Json = dict[str, Any]
 BLOCKS_TEMPLATE = Path(__file__).with_name("blocks.jinja")
 
-WEATHER = {
+WEATHER: Json = {
     "type": "object",
     "properties": {
         "city": {"type": "string", "maxLength": 12},
@@ -27,8 +27,8 @@ WEATHER = {
 }
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": WEATHER}}
 QUESTION = "What is the weather in Paris for 3 days?"
-NOT_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
-CALLING = {"max_tokens": 90, "parallel_tool_calls": False, **NOT_THINKING}
+NOT_THINKING: Json = {"chat_template_kwargs": {"enable_thinking": False}}
+CALLING: Json = {"max_tokens": 90, "parallel_tool_calls": False, **NOT_THINKING}
 
 
 def example(city: str, days: int, unit: str) -> list[Json]:

@@ -23,8 +23,8 @@ Json = dict[str, Any]
 TEXT: Pieces = [("text", " I"), ("text", " look")]
 OBJECT: Pieces = [("text", '{"n":'), ("text", " 12"), ("text", " }")]
 THOUGHT: Pieces = [("reasoning", " So"), ("reasoning", " be"), ("reasoning", " it")]
-SCHEMA = {"response_format": {"type": "json_object"}}
-USAGE = {"stream_options": {"include_usage": True}}
+SCHEMA: Json = {"response_format": {"type": "json_object"}}
+USAGE: Json = {"stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,15 +13,15 @@ from xgen_proxy.forwarding.continuation.hold import Hold, hold_for
 from xgen_proxy.request.features import Json
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-TOOLS = {"tools": [TOOL]}
-JSON = {"response_format": {"type": "json_object"}}
+TOOLS: Json = {"tools": [TOOL]}
+JSON: Json = {"response_format": {"type": "json_object"}}
 
 
 def call(arguments: str) -> Json:
     return delta(tool_calls=[{"index": 0, "function": {"arguments": arguments}}])
 
 
-def made(*, constrained: bool = False, **fields: object) -> Hold:
+def made(*, constrained: bool = False, **fields: Any) -> Hold:
     made = hold_for(make_call(**fields).features, constrained=constrained)
     assert made is not None
     return made
@@ -74,7 +76,12 @@ def test_the_pass_through_gets_nothing_that_is_to_be_held() -> None:
     passed: list[bytes] = []
     holds = made(**TOOLS)
     assert holds.guard(None) is None
-    on_data = holds.guard(lambda data: passed.append(data) is None)
+
+    def direct(data: bytes) -> bool:
+        passed.append(data)
+        return True
+
+    on_data = holds.guard(direct)
     assert on_data is not None
     text, calls = events(delta(content="a")), events(call("{"))
     assert on_data(text)

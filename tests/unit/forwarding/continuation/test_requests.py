@@ -17,7 +17,7 @@ from xgen_proxy.forwarding.continuation.requests import (
 from xgen_proxy.forwarding.continuation.sent import SentPrefix
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-JSON = {"response_format": {"type": "json_object"}}
+JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
 FLAGS = {"continue_final_message": True, "add_generation_prompt": False}
 
 
