@@ -29,9 +29,11 @@ PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from xgen_proxy.config.aliases import Alias, Models  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
@@ -60,6 +62,7 @@ ORDER = (
     "upstream",
     "observability",
     "config",
+    "gguf",
     "models",
     "costs",
 )
@@ -80,6 +83,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
         if not isinstance(field.default, BaseModel):
             setting = prefix + name
             yield f"`{setting}`", f"`{env_name(setting)}`", default(field), meaning(field)
+
+
+def alias_parts() -> Iterator[Row]:
+    yield "part", "what it is"
+    for name, field in Alias.model_fields.items():
+        yield f"`{name}`", meaning(field)
 
 
 def meaning(field: FieldInfo) -> str:
@@ -286,10 +295,15 @@ def ranged(figures: dict[str, float] | None) -> str:
     return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
 
 
+def memory_guard(content: dict[str, Any]) -> Iterator[Row]:
+    return guard_bench.table([guard_bench.Turn(**turn) for turn in content["turns"]])
+
+
 # A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
 RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cost_runs": ("cost.json", cost_runs),
     "cost_break_even": ("cost.json", cost_break_even),
+    "guard": ("memory-guard.json", memory_guard),
 }
 
 
@@ -305,6 +319,8 @@ def result(name: str) -> str:
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
+    "models": lambda: settings(Models, "models."),
+    "aliases": alias_parts,
     "routing": lambda: settings(Routing, "routing."),
     "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),
@@ -327,6 +343,8 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_gpu_small": lambda: engines(engine_tables.latencies, "gpu-small"),
+    "engines_gpu_small_conditions": lambda: engines(engine_tables.conditions, "gpu-small"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
     "vllm_flags": lambda: engines(advice.flags, "knobs"),
     "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from backends import local
+from backends import both, local
 from tests.support import documents
 from tests.support.documents import PAGES, README, ROOT, commands, inline, name, table_rows, ticked
 from xgen_proxy import cli, errors
@@ -136,11 +136,15 @@ def check_make(words: list[str]) -> None:
     values = [word for word in words if "=" in word]
     for target in set(words) - set(values):
         assert re.search(rf"^{target}:.*## \S", makefile, re.MULTILINE), f"make help does not list {target}"
-    if "run" in words:  # only this one: a line of make's with $(MAKE) in it, as `test` has, runs in spite of -n
+    programs = {
+        "run": local.parse,
+        "both": both.parse,
+    }  # a line with $(MAKE) in it, as `test` has, runs in spite of -n
+    if found := programs.keys() & set(words):
         plan = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        started = re.search(r"-m backends\.local (.*)", plan.stdout)
+        started = re.search(r"-m backends\.(?:local|both) (.*)", plan.stdout.replace("\\\n", ""))
         assert started, plan.stdout
-        local.parse(documents.words(started[1]))
+        programs[found.pop()](documents.words(started[1]))
         for word in values:
             assert word.partition("=")[2] in plan.stdout, f"{word} changes nothing"
     else:
@@ -413,7 +417,7 @@ def test_outcomes() -> None:
         (ROUTING, f"up to {circuit_breaker.LONGEST_OPEN_S:g} s"),
         (ROUTING, f"step by step over {circuit_breaker.SLOW_START_S:g} s"),
         (OPERATIONS, f"{pressure.GAP:g} below its threshold, without preemptions, and after {pressure.DWELL_S:g} s"),
-        (OPERATIONS, f"one request or a tenth every {pressure.GROWTH_S:g} s"),
+        (OPERATIONS, f"one request or an eighth every {pressure.GROWTH_S:g} s"),
         (OPERATIONS, f"only the last {pressure.MOST // 1024**3} count"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
