@@ -72,6 +72,7 @@ def proxy_between(log: Path, first: Server, second: Server, *, hold: bool) -> It
         values = {"URLS": url, "DIALECT": dialect, "DEVICE_CLASS": device, "CONTEXT": str(servers.CONTEXT)}
         env |= {f"XGEN_BACKENDS__{name}__{key}": value for key, value in values.items()}
     proxy = servers.proxy(log, env=env)
+    proxy.start_s = 120  # on a busy machine
     try:
         proxy.start().wait_ready()
         wait_until(lambda: all_up(proxy), 60, "both backends to be up")
