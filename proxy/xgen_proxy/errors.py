@@ -25,6 +25,7 @@
     ├── UpstreamOverloadedError         429 or 503: healthy but full
     ├── UnsupportedByBackendError       this backend cannot serve the request
     │   └── MissingCapabilityError      its engine says that it was started without something
+    ├── DifferentAnswerError            does not go on with a broken stream as it began: another may
     ├── UpstreamTimeoutError            no first byte, or silence, for longer than the limit
     ├── UpstreamOversizedError          a response larger than our limit: no candidate is tried after it
     └── UpstreamProtocolError           reset, invalid HTTP, error event, stream without finish_reason
@@ -270,6 +271,11 @@ class MissingCapabilityError(UnsupportedByBackendError):
         super().__init__(f"runs without {capability}: {remedy}")
         self.capability = capability
         self.remedy = remedy
+
+
+class DifferentAnswerError(UpstreamError):
+    outcome = "different"
+    blame = "engine"
 
 
 class UpstreamTimeoutError(UpstreamError):

@@ -47,7 +47,13 @@ class Gateway:
             observers.append(self.tracing)
         self.observer = Observers(*observers)
         self.forwarder = Forwarder(
-            self.router, self.admission, self.health, self.retry_budget, self.observer, settings.sse_keepalive_s
+            self.router,
+            self.admission,
+            self.health,
+            self.retry_budget,
+            self.observer,
+            settings.sse_keepalive_s,
+            settings.routing.hold_constrained,
         )
         self.draining = False
         self.started = int(time.time())
@@ -68,6 +74,7 @@ class Gateway:
         self.settings = settings
         self.admission.limit = settings.limits.queue
         self.forwarder.sse_keepalive_s = settings.sse_keepalive_s
+        self.forwarder.hold_constrained = settings.routing.hold_constrained
         self.admission.timeout_s = self.retry_budget.queue_timeout_s = settings.limits.queue_timeout_s
         for backend in removed:
             self.health.reconcile(backend, [], joined_later=True)

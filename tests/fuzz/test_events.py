@@ -12,7 +12,8 @@ from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, R
 from tests.support.fuzzing import cut, examples, mutated, mutated_json, reported
 from xgen_proxy import sse
 from xgen_proxy.errors import UpstreamError, UpstreamProtocolError
-from xgen_proxy.forwarding.continuation import ResumedStream, parse_sent_prefix
+from xgen_proxy.forwarding.continuation.resumed import ResumedStream
+from xgen_proxy.forwarding.continuation.sent import parse_sent_prefix
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 LOGPROBS = {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": [{"token": "b", "logprob": -2.0}]}]}
@@ -154,8 +155,10 @@ async def test_a_continuation_refuses_or_takes_any_chunk() -> None:
         with reported((endpoint, sent, more)):
             try:
                 prefix = parse_sent_prefix(b"".join(sent))
-                resumed = ResumedStream(prefix, 1, request.features, usage_only=rng.random() < 0.2)
+                only, repeats = rng.choice(((True, False), (False, True), (False, False)))
+                resumed = ResumedStream(prefix, 1, request.features, usage_only=only, repeats=repeats)
                 resumed.after(LLAMA_SERVER.stream_editor(request))
+                resumed.check(b"".join(more))
                 for event in more:
                     resumed.edit(event)
                 await resumed.finish(Replica().post)

@@ -233,6 +233,11 @@ class Routing(BaseModel, extra="forbid"):
     continuation: bool = Field(
         True, description="Resume a broken stream on another replica. A client opts out with `X-Continuation: none`."
     )
+    hold_constrained: bool = Field(
+        False,
+        description="Hold a streamed answer with a JSON schema or grammar until it is complete, so that any replica can"
+        " give it anew. Off: it streams, and another replica must be able to go on in its middle.",
+    )
     max_attempts: int = Field(4, ge=1, description="Maximum number of candidates in a plan, and so of attempts.")
 
 

@@ -6,7 +6,7 @@ The base class is any OpenAI-compatible server. Each engine overrides what it do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -45,6 +45,12 @@ def model_facts(meta: object) -> ModelFacts | None:
     )
 
 
+def continuing(request: BackendRequest, message: Json) -> BackendRequest:
+    """The request whose answer goes on with the assistant's message."""
+    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    return replace(request, body={**request.body, "messages": [*request.body["messages"], message], **flags})
+
+
 class Dialect:
     """The attributes are facts about the engine; the methods are what it takes to talk to it."""
 
@@ -66,6 +72,9 @@ class Dialect:
     relief_paths: ClassVar[Mapping[str, str]] = {}  # kind of relief → a POST that frees memory, if the engine has it
     sends_request_id: ClassVar[bool] = True
     reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
+    separates_reasoning: ClassVar[bool] = True  # it never sends reasoning as text, if started rightly
+    labels_by_prompt: ClassVar[bool] = False  # text is called reasoning if no tag in the prompt ends the reasoning
+    resumes_constrained: ClassVar[frozenset[str]] = frozenset()  # needs whose grammar it can enter in the middle
     event_splitter: ClassVar[type[EventSplitter]] = EventSplitter  # its bytes are tested; see sse.py
     rules: ClassVar[tuple[Rule, ...]] = ()
     opaque_rules: ClassVar[tuple[Rule, ...]] = (MODEL_NAME, INTERNALS)  # for the endpoints of request/opaque
@@ -151,9 +160,12 @@ class Dialect:
 
         Raises UpstreamProtocolError if the template fails.
         """
-        message = {"role": "assistant", "content": prefix}
-        flags = {"continue_final_message": True, "add_generation_prompt": False}
-        return replace(request, body={**request.body, "messages": [*request.body["messages"], message], **flags})
+        return continuing(request, {"role": "assistant", "content": prefix})
+
+    def resume_reasoning(self, request: BackendRequest, reasoning: str, text: str | None) -> Sequence[BackendRequest]:
+        """The requests that may make the engine go on after this reasoning, the likeliest first. `text` follows the
+        reasoning; None if the model still reasons. The first output shows whether the engine understood."""
+        return ()
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         """Number of tokens in `text`, as the replica counts them. None if it cannot. Raises UpstreamError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import orjson
 from xgen_proxy import sse
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post, ReplicaInfo
-from xgen_proxy.dialects.dialect import Dialect, count
+from xgen_proxy.dialects.dialect import Dialect, continuing, count
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.dialects.stream_editors import StreamEditor, joined_usage, legacy_logprobs, rename_model
@@ -141,6 +141,7 @@ class LlamaServer(Dialect):
     health_path_in_use = metrics_path = "/metrics"  # needs --metrics, and wakes a server that sleeps
     info_paths = ("/v1/models", "/props")
     uses_canary = True
+    resumes_constrained = frozenset({"json_object", "json_schema"})  # of a chat: its grammar reads the text so far
     reuse_after_stream = False  # it closes the connection after a stream, although it advertises keep-alive
     rules = (
         shared.MODEL_NAME,
@@ -205,6 +206,11 @@ class LlamaServer(Dialect):
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True
+
+    def resume_reasoning(self, request: BackendRequest, reasoning: str, text: str | None) -> Sequence[BackendRequest]:
+        """It writes the tags of the model's template itself."""
+        message = {"role": "assistant", "content": text or "", "reasoning_content": reasoning}
+        return (continuing(request, message),) if reasoning else ()
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import orjson
 
 from xgen_proxy.dialects import request_rules as shared
 from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post
-from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.dialect import Dialect, continuing
 from xgen_proxy.dialects.error_mapping import read_error
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
@@ -68,6 +69,7 @@ class VLLM(Dialect):
     swaps_models = False
     uses_canary = True
     hides_hangs = True
+    labels_by_prompt = True  # its parsers of reasoning; DeepSeek-R1's template deletes the tags from what is continued
     relief_paths = MappingProxyType({"reset_prefix_cache": "/reset_prefix_cache"})
     rules = (
         shared.MODEL_NAME,
@@ -132,6 +134,18 @@ class VLLM(Dialect):
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True
+
+    def resume_reasoning(self, request: BackendRequest, reasoning: str, text: str | None) -> Sequence[BackendRequest]:
+        """Its parser looks for the tags in the prompt. A template writes them around the field `reasoning` if it knows
+        it; else they are written into the content, which most templates leave alone."""
+        thought = reasoning.lstrip("\n")
+        if text is None:
+            return (continuing(request, {"role": "assistant", "content": f"<think>\n{thought}"}),)
+        closed = f"<think>\n{thought.rstrip()}\n</think>\n\n{text.lstrip()}"
+        written = continuing(request, {"role": "assistant", "content": closed})
+        if not reasoning:
+            return (written,)
+        return (continuing(request, {"role": "assistant", "content": text, "reasoning": reasoning}), written)
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)

@@ -21,7 +21,8 @@ from xgen_proxy.errors import (
     UpstreamError,
     UpstreamProtocolError,
 )
-from xgen_proxy.forwarding.continuation import why_not_resumable
+from xgen_proxy.forwarding.continuation.hold import Hold, hold_for
+from xgen_proxy.forwarding.continuation.requests import BLOCKS, why_not_resumable
 from xgen_proxy.forwarding.exchange import Exchange
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
@@ -30,13 +31,17 @@ from xgen_proxy.routing.router import Target
 
 
 class Delivery:
-    """`replay`: what the client has been sent of a stream; None if the stream cannot be resumed."""
+    """`replay`: what the client has been sent of a stream; None if the stream cannot be resumed. `hold`: what of it is
+    held back, if anything may be. `hold_constrained` is the setting.
+    """
 
-    def __init__(self, call: Call, writer: ResponseWriter, progress: Progress) -> None:
+    def __init__(self, call: Call, writer: ResponseWriter, progress: Progress, *, hold_constrained: bool) -> None:
         self.call = call
         self.writer = writer
         self.progress = progress
         self.replay: ReplayBuffer | None = None
+        self.hold: Hold | None = None
+        self._hold_constrained = hold_constrained
 
     async def deliver(self, target: Target, trace: bytes) -> None:
         """Raises UpstreamError before the commit point, and StreamInterruptedError after it."""
@@ -100,8 +105,9 @@ class Delivery:
         resumable = why_not_resumable(self.call.features, self.call.body) is None
         with self.progress.waiting:
             await exchange.open()
-            # If the stream cannot be resumed, commit as late as possible: hold back the role-only chunk.
-            block = await exchange.first_events(skip_role=not resumable)
+            # Unless any replica can resume the stream, commit as late as possible: hold back the role-only chunk.
+            plain = resumable and self.call.features.needs.isdisjoint(BLOCKS)
+            block = await exchange.first_events(skip_role=not plain)
         if resumable:
             self.replay = self.writer.sent_log = ReplayBuffer()
         await self._start()
@@ -127,6 +133,9 @@ class Delivery:
         request = exchange.request
         unparsed = editor is None and request.choices == 1 and exchange.splitter.passes_unparsed
         pass_through = self.writer.pass_through(exchange.splitter) if unparsed else None
+        hold = self.hold = self._new_hold()
+        if hold is not None:
+            pass_through = hold.guard(pass_through)
         done = False
         last = b""
         while block:
@@ -138,6 +147,8 @@ class Delivery:
             if block:
                 finished += sse.count_finished(block)
                 last = block
+                if hold is not None:
+                    block = await self._let_pass(block, hold)
                 await self.writer.send(block)
             if editor and editor.done:
                 exchange.cancel()
@@ -163,7 +174,20 @@ class Delivery:
             if sse.is_error(event) or sse.is_abort(event):
                 return
             if event := edited(event, editor):
-                await self.writer.send(event)
+                await self.writer.send(event if self.hold is None else self.hold.feed(event))
+
+    def _new_hold(self) -> Hold | None:
+        """What holds the stream of one replica. A stream that cannot be resumed is not held."""
+        if self.replay is None:
+            return None
+        return hold_for(self.call.features, constrained=self._hold_constrained)
+
+    async def _let_pass(self, block: bytes, hold: Hold) -> bytes:
+        """What the client may get now, b"" if nothing; a comment then shows it that the stream is alive."""
+        passed = hold.feed(block)
+        if not passed and hold.wants_comment():
+            await self.writer.comment("waiting")
+        return passed
 
 
 def edited(block: bytes, editor: StreamEditor | None) -> bytes:

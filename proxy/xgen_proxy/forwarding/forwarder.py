@@ -52,6 +52,7 @@ class Forwarder:
         retry_budget: RetryBudget,
         observer: Observer,
         sse_keepalive_s: float,
+        hold_constrained: bool,
     ) -> None:
         self.router = router
         self.admission = admission
@@ -59,6 +60,7 @@ class Forwarder:
         self.retry_budget = retry_budget
         self.observer = observer
         self.sse_keepalive_s = sse_keepalive_s
+        self.hold_constrained = hold_constrained
         self.disconnects = DisconnectMonitor()
 
     async def forward(self, call: Call, receive: Receive, writer: ResponseWriter) -> Outcome:
@@ -100,7 +102,7 @@ class Forwarder:
 
     async def _forward(self, call: Call, targets: Sequence[Target], writer: ResponseWriter, progress: Progress) -> None:
         kind = OpaqueDelivery if call.features.endpoint in OPAQUE else Delivery
-        delivery = kind(call, writer, progress)
+        delivery = kind(call, writer, progress, hold_constrained=self.hold_constrained)
         failover = Failover(call, targets, progress, self.admission, self.health, self.retry_budget, self.observer)
         self.retry_budget.request_started()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from xgen_proxy.errors import ProxyError, UpstreamError
 from xgen_proxy.forwarding.usage import Usage
@@ -11,6 +12,8 @@ from xgen_proxy.request.features import Endpoint
 from xgen_proxy.routing.router import Target
 from xgen_proxy.values import frozen
 
+Block = Literal["text", "reasoning", "tool_call", "constrained"]  # of an answer, in which its stream broke
+BLOCKS: tuple[Block, ...] = get_args(Block)
 CLIENT_DISCONNECTED = 499  # nginx's number; it appears only in metrics, logs and traces
 
 
@@ -43,6 +46,7 @@ class Outcome:
     chunks: int | None = None  # of a stream that could be resumed; None if not counted
     usage: Usage | None = None  # as the backend reported it
     completed: bool = False  # the response was sent to its end
+    broken_in: Block = "text"  # the kind of block in which a stream broke
 
 
 @frozen

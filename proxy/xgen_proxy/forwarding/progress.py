@@ -8,7 +8,7 @@ from types import TracebackType
 
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import ProxyError, UpstreamError
-from xgen_proxy.forwarding.outcome import Failure, Outcome
+from xgen_proxy.forwarding.outcome import Block, Failure, Outcome
 from xgen_proxy.forwarding.usage import usage_at_end
 from xgen_proxy.request.call import Call
 from xgen_proxy.routing.router import Target
@@ -39,6 +39,7 @@ class Progress:
 
     __slots__ = (
         "attempts",
+        "broken_in",
         "call",
         "failures",
         "first_choice",
@@ -59,6 +60,7 @@ class Progress:
         self.failures: list[Failure] = []
         self.resumed = 0
         self.interrupted: UpstreamError | None = None
+        self.broken_in: Block = "text"
         self.waiting = Stopwatch()
         self.queued = 0.0
         self.left_queue = False
@@ -126,4 +128,5 @@ class Progress:
             writer.chunks,
             usage_at_end(self.tail) if self.tail else None,
             bool(self.tail),
+            self.broken_in,
         )

@@ -1,22 +1,41 @@
 """Resumes a stream that broke after the commit point, on another replica or backend, from its next character.
 
 The fleet is planned anew, since it may have changed while the stream ran. Replicas that have failed this request are
-left out. Where no replica can resume the stream, one SSE error event ends it, without `[DONE]`.
+left out. A replica is asked to go on with the answer; if it cannot start in the middle, to give it again, and what the
+client has is not sent twice. Where no replica can do either, one SSE error event ends the stream, without `[DONE]`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from xgen_proxy import sse
+from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.downstream.response_writer import ResponseWriter
-from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamError, UpstreamProtocolError
-from xgen_proxy.forwarding import continuation
-from xgen_proxy.forwarding.continuation import ResumedStream, SentPrefix
+from xgen_proxy.errors import (
+    BadGatewayError,
+    DifferentAnswerError,
+    ProxyError,
+    RequestRejectedError,
+    UnsupportedByBackendError,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamServerError,
+)
+from xgen_proxy.forwarding.continuation import requests
+from xgen_proxy.forwarding.continuation.resumed import ResumedStream
+from xgen_proxy.forwarding.continuation.sent import (
+    SentPrefix,
+    is_complete,
+    parse_sent_prefix,
+    tokens_left,
+    tokens_sent,
+)
 from xgen_proxy.forwarding.delivery import Delivery, backend_request
 from xgen_proxy.forwarding.failover import Failover
+from xgen_proxy.forwarding.outcome import Block
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.prompt import estimate_tokens
@@ -49,13 +68,14 @@ class Resumption:
         prefix = None
         try:
             prefix = await self._sent_prefix()
+            self.progress.broken_in = self._block(prefix)
             targets = self._targets(prefix)
-            if continuation.is_complete(prefix, self.call.features):
+            if is_complete(prefix, self.call.features):
                 await self.writer.end(sse.DONE)
             else:
                 await self.failover.resume(targets, self._resume_on)
         except (UpstreamError, ProxyError) as last:
-            if prefix is not None and (await self._sent_prefix()).finish is not None:
+            if prefix is not None and await self._is_finished():
                 # The answer is complete; only its usage is missing.
                 await self.writer.end(sse.comment(f"no usage: {last}") + sse.DONE)
                 return
@@ -69,47 +89,102 @@ class Resumption:
         """
         replay = self.delivery.replay
         if replay is None:
-            reason = continuation.why_not_resumable(self.call.features, self.call.body)
+            reason = requests.why_not_resumable(self.call.features, self.call.body)
             raise UpstreamProtocolError(reason or "it has not begun")
         if replay.overflowed:
             raise UpstreamProtocolError("the answer is too long to be kept")
         if replay.size <= LONG:
-            return continuation.parse_sent_prefix(replay.all())
-        return await asyncio.to_thread(lambda: continuation.parse_sent_prefix(replay.all()))
+            return parse_sent_prefix(replay.all())
+        return await asyncio.to_thread(lambda: parse_sent_prefix(replay.all()))
+
+    async def _is_finished(self) -> bool:
+        try:
+            return (await self._sent_prefix()).finish is not None
+        except UpstreamProtocolError:
+            return False
+
+    def _block(self, prefix: SentPrefix) -> Block:
+        """The kind of block in which the stream broke."""
+        needs = self.call.features.needs
+        if prefix.in_reasoning:
+            return "reasoning"
+        if not needs.isdisjoint(requests.CONSTRAINED):
+            return "constrained"
+        return "tool_call" if self.delivery.hold is not None and self.delivery.hold.holding else "text"
 
     def _targets(self, prefix: SentPrefix) -> Sequence[Target]:
         """Targets that can resume the stream, by a new plan. Raises ProxyError if nothing can be planned."""
         features = self.call.features
-        longer = replace(features, prompt_tokens=features.prompt_tokens + estimate_tokens(prefix.text))
+        sent = estimate_tokens(prefix.reasoning + prefix.text)
+        longer = replace(features, prompt_tokens=features.prompt_tokens + sent)
         failed = {failure.target.replica for failure in self.progress.failures}
         return [
             target
             for target in self.router.targets(self.router.plan(longer))
-            if target.replica not in failed and target.backend.dialect.can_resume(features, target.backend.template)
+            if target.replica not in failed
+            and requests.can_take_over(target.backend.dialect, features, prefix, target.backend.template)
         ]
 
     async def _resume_on(self, target: Target, trace: bytes) -> None:
         """Bytes already sent stay sent: if this target fails too, the next one resumes after them."""
         prefix, features = await self._sent_prefix(), self.call.features
-        dialect, template = target.backend.dialect, target.backend.template
         request = backend_request(self.call, target)
-        spent = await continuation.tokens_sent(dialect, request, prefix, target.replica.post_json)
-        left = continuation.tokens_left(features, spent)
-        exhausted = prefix.finish is not None or (left is not None and left <= 0)
-        resumed = ResumedStream(prefix, spent, features, usage_only=exhausted)
-        if exhausted and prefix.finish is None:
-            await self.writer.send(resumed.event("", "length"))
-        if exhausted and not features.include_usage:
-            await self.writer.end(sse.DONE)
+        spent = await tokens_sent(target.backend.dialect, request, prefix, target.replica.post_json)
+        left = tokens_left(features, spent)
+        if prefix.finish is not None or (left is not None and left <= 0):
+            await self._end_exhausted(target, trace, request, prefix, spent)
             return
-        request = continuation.resumed_request(dialect, request, prefix, left, template)
-        with self.delivery.exchange_with(target, request, trace) as exchange:
+        refused: UpstreamError = UnsupportedByBackendError("cannot start in the middle of such an answer")
+        for asked, stream in self._ways(target, request, prefix, spent, left):
+            try:
+                await self._relay(target, trace, asked, stream)
+                return
+            except (DifferentAnswerError, RequestRejectedError, UpstreamServerError) as error:
+                if stream.began:
+                    raise
+                refused = error if isinstance(error, UpstreamError) else UnsupportedByBackendError(f"refuses: {error}")
+        raise refused
+
+    def _ways(
+        self, target: Target, request: BackendRequest, prefix: SentPrefix, spent: int, left: int | None
+    ) -> Iterator[tuple[BackendRequest, ResumedStream]]:
+        """What the target may be asked, until it understands: to go on, or to give the answer again."""
+        features, backend = self.call.features, target.backend
+        continuing = requests.continuing_requests(backend.dialect, request, prefix, left, backend.template)
+        for asked in continuing:
+            yield asked, ResumedStream(prefix, spent, features)
+        if (
+            continuing
+            and prefix.text
+            and backend.dialect.labels_by_prompt
+            and features.needs.isdisjoint(requests.BLOCKS)
+        ):
+            yield continuing[0], ResumedStream(prefix, spent, features, relabels=True)
+        if requests.may_repeat(features, prefix):
+            yield request, ResumedStream(prefix, spent, features, repeats=True)
+
+    async def _end_exhausted(
+        self, target: Target, trace: bytes, request: BackendRequest, prefix: SentPrefix, spent: int
+    ) -> None:
+        """Ends an answer that is complete, or as long as it may be. Only its finish_reason or usage is missing."""
+        resumed = ResumedStream(prefix, spent, self.call.features, usage_only=True)
+        if prefix.finish is None:
+            await self.writer.send(resumed.event({}, "length"))
+        if self.call.features.include_usage:
+            await self._relay(target, trace, requests.usage_request(request), resumed)
+        else:
+            await self.writer.end(sse.DONE)
+
+    async def _relay(self, target: Target, trace: bytes, asked: BackendRequest, resumed: ResumedStream) -> None:
+        with self.delivery.exchange_with(target, asked, trace) as exchange:
             await exchange.open()
-            block = await exchange.first_events()
+            block = await exchange.first_events(skip_role=True)
+            resumed.check(block)
+            resumed.began = True
             self.progress.resumed += 1
             await self.writer.comment(f"resumed on {self.progress.provenance}")
-            editor = resumed.after(dialect.stream_editor(exchange.request))
-            await self.delivery.relay(exchange, block, editor, finished=int(exhausted))
+            editor = resumed.after(exchange.dialect.stream_editor(exchange.request))
+            await self.delivery.relay(exchange, block, editor, finished=int(resumed.usage_only))
 
     def _error_event(self, error: UpstreamError, last: Exception) -> bytes:
         failures = self.progress.failures

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from xgen_proxy.errors import QueueFullError, UpstreamError
 from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.backend import Fleet
-from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Observer, Outcome, Refusal
+from xgen_proxy.forwarding.outcome import BLOCKS, CLIENT_DISCONNECTED, Observer, Outcome, Refusal
 from xgen_proxy.observability.fleet_metrics import FleetMetrics
 from xgen_proxy.observability.log_output import DROPPED
 from xgen_proxy.observability.metric_types import Counter, Histogram
@@ -59,10 +59,10 @@ class Metrics(Collector, Observer):
         )
         self.continuations = Counter(
             "xgen_continuations",
-            "Streams that broke: the backend that resumed them, or `none`.",
-            ["backend"],
-            initial_labels=["none"],
+            "Streams that broke: the backend that resumed them, or `none`, and the kind of block they broke in.",
+            ["backend", "block"],
         )
+        self.continuations.values = {("none", block): 0.0 for block in BLOCKS}
         self.cancellations = Counter(
             "xgen_cancellations",
             "Requests whose client disconnected: in the queue, before the first output, or after it.",
@@ -198,7 +198,7 @@ class Metrics(Collector, Observer):
         if outcome.target is not None and outcome.target.distance:
             self.distant.inc(backend, _class_of(outcome.target.distance))
         if outcome.interrupted is not None or outcome.resumed:
-            self.continuations.inc("none" if outcome.interrupted is not None else backend)
+            self.continuations.inc("none" if outcome.interrupted is not None else backend, outcome.broken_in)
         if outcome.usage is not None:
             self.tokens.inc_by(outcome.usage[0], backend, call.model, "input")
             self.tokens.inc_by(outcome.usage[1], backend, call.model, "output")

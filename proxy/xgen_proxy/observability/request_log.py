@@ -101,6 +101,7 @@ def _failure_fields(outcome: Outcome) -> dict[str, Any]:
         ]
     if outcome.resumed:
         line["continued"] = outcome.resumed
+        line["broken_in"] = outcome.broken_in
     if outcome.interrupted is not None:
         line["broken"] = outcome.interrupted.reason
     return line

@@ -275,10 +275,8 @@ def test_a_complete_answer_whose_usage_cannot_be_counted_ends_normally(
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 FINAL: dict[str, dict[str, Any]] = {
-    "tools": {"tools": [TOOL]},
     "n": {"n": 2},
     "logprobs": {"logprobs": True},
-    "json": {"response_format": {"type": "json_object"}},
     "opt-out in the body": {"continuation": "none"},
     "opt-out by header": {"headers": {"x-continuation": "none"}},
     "the client's prefill": {"messages": [*CHAT["messages"], {"role": "assistant", "content": "0"}]},
@@ -310,23 +308,6 @@ def test_resumption_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: Fa
     proxy = start(backends=backends, routing={"continuation": False})
     gpu.scripts.append(cut_after(2, reset))
     assert "stream_broken" in stream(proxy).text
-    assert cpu.talks == []
-
-
-def test_reasoning_is_not_resumed(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    proxy = pair("vllm")
-
-    async def script(talk: Talk) -> None:
-        await talk.start_stream()
-        chunk = delta()
-        chunk["choices"][0]["delta"] = {"reasoning": "hm"}
-        await talk.event(chunk)
-        await until_seen()
-        talk.reset()
-
-    gpu.scripts.append(script)
-    answer = stream(proxy)
-    assert "the answer so far has reasoning" in answer.text
     assert cpu.talks == []
 
 

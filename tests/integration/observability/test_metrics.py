@@ -15,6 +15,7 @@ from tests.support.fake_upstream import FakeUpstream, Talk, delta, status, whole
 from tests.support.running_proxy import CHAT, RunningProxy, ask, backend, chat, get, post
 from tests.support.waiting import wait_until
 from xgen_proxy.api.api_keys import hash_key
+from xgen_proxy.forwarding.outcome import BLOCKS
 
 Start = Callable[..., RunningProxy]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
@@ -38,7 +39,7 @@ def until(proxy: RunningProxy, name: str, expected: dict[tuple[str, ...], float]
 def test_series_that_alerts_query_exist_from_the_start(start: Start, gpu: FakeUpstream) -> None:
     """The first event must be a change of a series, not a new series, which has no rate."""
     proxy = start(backends={"vllm": backend(gpu)})
-    assert samples(proxy, "xgen_continuations_total") == {("none",): 0}
+    assert samples(proxy, "xgen_continuations_total") == {("none", block): 0 for block in BLOCKS}
     assert samples(proxy, "xgen_config_reloads_total") == {("taken",): 0, ("refused",): 0}
     assert samples(proxy, "xgen_admission_rejections_total") == {("queue_full",): 0, ("queue_timeout",): 0}
     assert samples(proxy, "xgen_cancellations_total") == {("queued",): 0, ("waiting",): 0, ("answering",): 0}
@@ -124,7 +125,7 @@ def test_a_resumed_stream_is_counted(proxy: RunningProxy, gpu: FakeUpstream) -> 
 
     gpu.scripts.append(breaks)
     assert chat(proxy, stream=True).status_code == 200
-    until(proxy, "xgen_continuations_total", {("llama_cpp",): 1})
+    until(proxy, "xgen_continuations_total", {("llama_cpp", "text"): 1})
     assert samples(proxy, "xgen_fallbacks_total") == {("vllm", "llama_cpp"): 1}
     assert samples(proxy, "xgen_retries_total") == {("llama_cpp",): 1}
 

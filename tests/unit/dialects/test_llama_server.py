@@ -81,6 +81,15 @@ def test_logprobs_of_a_completion_get_its_own_shape() -> None:
     assert logprobs[3] is None
 
 
+def test_reasoning_is_resumed_by_its_own_field() -> None:
+    for after in (None, "Yes"):
+        [resumed] = LLAMA_SERVER.resume_reasoning(make_request(), "So", after)
+        message = {"role": "assistant", "content": after or "", "reasoning_content": "So"}
+        assert resumed.body["messages"][-1] == message
+        assert (resumed.body["continue_final_message"], resumed.body["add_generation_prompt"]) == (True, False)
+    assert LLAMA_SERVER.resume_reasoning(make_request(), "", "Yes") == ()
+
+
 def test_info_has_what_props_reports() -> None:
     models = {"data": [{"id": "a", "meta": {"n_ctx": 4096}}]}
     props = {"total_slots": 8, "chat_template_caps": {"supports_tools": True}, "modalities": {"vision": True}}

@@ -82,6 +82,17 @@ def test_a_chat_is_resumed_as_the_assistants_message() -> None:
     assert VLLM.can_resume(resumed.features, None)
 
 
+def test_the_tags_of_reasoning_are_in_the_prompt() -> None:
+    """Its parsers look for them there."""
+    [thinking] = VLLM.resume_reasoning(make_request(), "\nSo", None)
+    assert thinking.body["messages"][-1] == {"role": "assistant", "content": "<think>\nSo"}
+    by_template, written = VLLM.resume_reasoning(make_request(), "So\n", "\n\nYes")
+    assert by_template.body["messages"][-1] == {"role": "assistant", "content": "\n\nYes", "reasoning": "So\n"}
+    assert written.body["messages"][-1] == {"role": "assistant", "content": "<think>\nSo\n</think>\n\nYes"}
+    [without] = VLLM.resume_reasoning(make_request(), "", "Yes")
+    assert without.body["messages"][-1] == {"role": "assistant", "content": "<think>\n\n</think>\n\nYes"}
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "count"),
     [(200, {"tokens": [1, 2]}, 2), (404, {}, None), (200, [], None), (200, {"tokens": None}, None)],

@@ -164,6 +164,7 @@ class LlamaCppPython(Dialect):
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
     models_change = False  # and /v1/models waits for its lock
     uses_canary = True
+    separates_reasoning = False  # it sends all that the model writes as text
     sends_request_id = False  # it answers 400 to an X-Request-Id that is not a UUID
     rules = RULES
     opaque_rules = (

@@ -1,0 +1,159 @@
+"""Cut streams within tool calls, JSON and reasoning, and let the other engine take over: vLLM → llama-server and back.
+
+    python -m bench.blocks --kills 100 --vllm PATH/TO/vllm --vllm-model DIR --gguf FILE
+
+Each stream is cut after a random number of events, as the kernel cuts the connections of a process that dies; a seeded
+client asks until `--kills` answers were cut in each kind and direction. Every answer must be one valid stream: valid
+arguments, JSON by the schema, reasoning that stays reasoning. Prints a table: answers that were cut, those taken over
+within a block, and what was wrong. Exits with 1 unless every answer was valid.
+
+vLLM gets `--reasoning-parser deepseek_r1`, a template that opens reasoning, and a copy of the model's folder whose
+tokenizer has the tags of reasoning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.support import real_servers as servers
+from tests.support.block_kinds import BLOCKS_TEMPLATE, KINDS, wrong
+from tests.support.real_servers import Proxy, Server
+from tests.support.stream_cutter import StreamCutter
+from tests.support.waiting import wait_until
+
+PATH = "/v1/chat/completions"
+TAGS = {3: "<think>", 4: "</think>"}  # put in place of two tokens that no text has
+TRIES = 4  # requests for each cut that is wanted: some answers end before it
+
+
+def reasoning_model(source: Path, folder: Path) -> Path:
+    """A copy of a model's folder whose tokenizer has the tags of reasoning."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "tokenizer.json":
+            (folder / file.name).symlink_to(file.resolve())
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for token in tokenizer["added_tokens"]:
+        if tag := TAGS.get(token["id"]):
+            vocabulary.pop(token["content"], None)
+            vocabulary[tag] = token["id"]
+            token |= {"content": tag, "special": False}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    try:
+        yield server.start().wait_ready()
+    finally:
+        server.stop()
+
+
+@contextmanager
+def proxy_between(log: Path, first: Server, second: Server, *, hold: bool) -> Iterator[tuple[Proxy, StreamCutter]]:
+    """`first` is cut, `second` takes over."""
+    cutter = StreamCutter(first.url)
+    env = {"XGEN_ROUTING__HOLD_CONSTRAINED": str(hold), "XGEN_LOG_FORMAT": "json"}
+    for name, server, url, device in (("FIRST", first, cutter.url, "gpu"), ("SECOND", second, second.url, "cpu")):
+        dialect = "vllm" if server.name == "vLLM" else server.name
+        values = {"URLS": url, "DIALECT": dialect, "DEVICE_CLASS": device, "CONTEXT": str(servers.CONTEXT)}
+        env |= {f"XGEN_BACKENDS__{name}__{key}": value for key, value in values.items()}
+    proxy = servers.proxy(log, env=env)
+    proxy.start_s = 120  # on a busy machine
+    try:
+        proxy.start().wait_ready()
+        wait_until(lambda: all_up(proxy), 60, "both backends to be up")
+        yield proxy, cutter
+    finally:
+        proxy.stop()
+        cutter.close()
+
+
+def all_up(proxy: Proxy) -> bool:
+    backends = httpx.get(f"{proxy.url}/models/status", timeout=10).json()["backends"]
+    return all(replica["up"] for backend in backends for replica in backend["replicas"])
+
+
+def cut_and_judge(proxy: Proxy, cutter: StreamCutter, kind: str, kills: int, seed: int) -> Counter[str]:
+    """Counts of "cut", "resumed", and of each thing that was wrong."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    body = {**KINDS[kind], "stream": True, "backend": "first", "stream_options": {"include_usage": True}}
+    with httpx.Client(base_url=proxy.url, timeout=120, trust_env=False) as client:
+        events = client.post(PATH, json=body).text.count("\ndata: {")
+        for _ in range(kills * TRIES):
+            if found["cut"] >= kills:
+                break
+            cuts = cutter.cuts
+            cutter.cut_after = rng.randint(1, max(events - 2, 2))
+            answer = client.post(PATH, json=body)
+            cutter.cut_after = None
+            if cutter.cuts == cuts:
+                continue
+            found["cut"] += 1
+            found["resumed"] += ": resumed on second@" in answer.text
+            if reason := wrong(kind, answer.text):
+                found[f"wrong: {reason[:300]}"] += 1
+            good = client.post(PATH, json={**body, "stream": False, "stream_options": None, "max_tokens": 1})
+            good.raise_for_status()  # it keeps the circuit breaker closed
+    return found
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(prog="bench.blocks", description=__doc__.partition("\n")[0])
+    flags.add_argument("--kills", type=int, default=100, help="answers to cut, for each kind and direction")
+    flags.add_argument("--seed", type=int, default=1)
+    flags.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    flags.add_argument("--hold", action="store_true", help="routing.hold_constrained")
+    flags.add_argument(
+        "--vllm", default=os.environ.get("XGEN_TEST_VLLM"), help="vLLM's command; default XGEN_TEST_VLLM"
+    )
+    flags.add_argument("--vllm-model", default=os.environ.get("XGEN_TEST_VLLM_MODEL"), help="the model's folder")
+    flags.add_argument("--gguf", default=os.environ.get("XGEN_TEST_GGUF"), help="the same model for llama-server")
+    args = flags.parse_args()
+    if not (args.vllm and args.vllm_model and args.gguf):
+        flags.error(
+            "--vllm, --vllm-model and --gguf are needed, or XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF"
+        )
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blocks-")))
+        vllm = servers.vllm(logs / "vllm.log", args.vllm, str(reasoning_model(Path(args.vllm_model), logs / "model")))
+        vllm.command += ["--reasoning-parser", "deepseek_r1", "--chat-template", str(BLOCKS_TEMPLATE)]
+        llama = servers.llama_server(logs / "llama.log", args.gguf, "--chat-template-file", str(BLOCKS_TEMPLATE))
+        engines = [stack.enter_context(running(server)) for server in (llama, vllm)]
+        sys.exit(report(args, logs, engines))
+
+
+def report(args: argparse.Namespace, logs: Path, engines: list[Server]) -> int:
+    """Prints the table. Returns the exit status."""
+    status = 0
+    print(f"{'kind':12} {'direction':28} {'cut':>4} {'resumed':>8} {'valid':>6}", flush=True)
+    for first, second in (engines[::-1], engines):
+        with proxy_between(logs / f"proxy-{first.name}.log", first, second, hold=args.hold) as (proxy, cutter):
+            for kind in args.kinds:
+                found = cut_and_judge(proxy, cutter, kind, args.kills, args.seed)
+                bad = {reason: count for reason, count in found.items() if reason.startswith("wrong")}
+                valid = found["cut"] - sum(bad.values())
+                direction = f"{first.name} → {second.name}"
+                print(f"{kind:12} {direction:28} {found['cut']:4} {found['resumed']:8} {valid:6}", flush=True)
+                for reason, count in bad.items():
+                    print(f"  {count} {reason}", flush=True)
+                status |= bool(bad) or found["cut"] < args.kills
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Turns the events of the resuming stream into events of the stream that broke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from xgen_proxy import sse
+from xgen_proxy.dialects.backend_request import Post
+from xgen_proxy.dialects.stream_editors import StreamEditor
+from xgen_proxy.errors import DifferentAnswerError
+from xgen_proxy.forwarding.continuation.sent import REASONING, SentPrefix, outputs
+from xgen_proxy.request.features import Features, Json
+
+
+class ResumedStream:
+    """A stream editor: the id and shape of the broken stream, no second role, and nothing that was already sent.
+
+    `spent`: tokens sent before. `usage_only`: the answer is complete, and the usage of its prompt alone is wanted.
+    `repeats`: the answer is given anew from its beginning. What was shown of its text must
+    come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together.
+    `relabels`: the engine goes on with the text and calls it reasoning.
+    """
+
+    def __init__(
+        self,
+        prefix: SentPrefix,
+        spent: int,
+        features: Features,
+        *,
+        usage_only: bool = False,
+        repeats: bool = False,
+        relabels: bool = False,
+    ) -> None:
+        self._head = prefix.head
+        self._prefix = prefix
+        self._role_sent = bool(prefix.head)
+        self._chat = features.endpoint == "chat"
+        self._include_usage = features.include_usage
+        self._blank = "" if repeats else prefix.blank
+        self._to_come = prefix.text if repeats else ""  # of what the client has already
+        self._drops_reasoning = repeats and bool(prefix.reasoning)
+        self._repeats = repeats
+        self._relabels = relabels
+        self._spent = 0 if repeats else spent
+        self._in_prompt = 0 if usage_only else self._spent
+        self.usage_only = usage_only
+        self.began = False  # its first output was as expected
+        self._inner: StreamEditor | None = None
+        self._usage: Json | None = None
+
+    def after(self, inner: StreamEditor | None) -> ResumedStream:
+        """`inner` repairs the backend's own events first."""
+        self._inner = inner
+        return self
+
+    def check(self, block: bytes) -> None:
+        """Checks the first output: reasoning must go on as reasoning, text as text.
+
+        An engine that was not told that it is reasoning, or that does not tell reasoning from text, is found out here,
+        before anything is sent. Raises DifferentAnswerError.
+        """
+        if self.usage_only or self._relabels or not self._chat:
+            return
+        expected = self._drops_reasoning or (self._prefix.in_reasoning and not self._repeats)
+        for chunk in sse.parse_chunks(block):
+            for choice in chunk["choices"]:
+                for kind, _ in outputs(choice):
+                    if expected != (kind == "reasoning") and not (self._repeats and not self._drops_reasoning):
+                        raise DifferentAnswerError(f"goes on with {kind}, not as the answer so far")
+                    return
+
+    @property
+    def done(self) -> bool:
+        return self._inner is not None and self._inner.done
+
+    def edit(self, block: bytes) -> bytes:
+        """Raises UpstreamProtocolError, and DifferentAnswerError if the answer does not come again."""
+        block = self._inner.edit(block) if self._inner else block
+        return b"".join(part for chunk in sse.parse_chunks(block) for part in self._parts(chunk))
+
+    def _parts(self, chunk: Json) -> Iterator[bytes]:
+        self._usage = chunk.get("usage") or self._usage
+        if not self._head:
+            self._head = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+        for choice in () if self.usage_only else chunk["choices"]:
+            output = self._text(choice) if "text" in choice else self._delta(choice.get("delta") or {})
+            finish = choice.get("finish_reason")
+            if finish and self._to_come:
+                raise DifferentAnswerError("the new answer is shorter than what was shown")
+            if output or finish:
+                yield self.event(output, finish)
+
+    def _text(self, choice: Json) -> Json:
+        text = self._unsent(choice["text"])
+        return {"text": text} if text else {}
+
+    def _delta(self, delta: Json) -> Json:
+        """What the client is to get of a delta."""
+        reasoning = next((delta[name] for name in REASONING if delta.get(name)), "")
+        text = delta.get("content") or ""
+        if self._relabels:
+            reasoning, text = "", reasoning + text
+        content = self._unsent(text)
+        kept: Json = {}
+        if reasoning and not self._drops_reasoning:
+            if self._prefix.text and not self._repeats:
+                raise DifferentAnswerError("reasoning after the text")
+            kept["reasoning"] = self._without_sent_spaces(reasoning)
+        if content:
+            kept["content"] = content
+        for name in ("tool_calls", "function_call"):
+            if delta.get(name):
+                if self._to_come:
+                    raise DifferentAnswerError("a tool call before the text that was shown")
+                kept[name] = delta[name]
+        return {name: value for name, value in kept.items() if value}
+
+    def _unsent(self, text: str) -> str:
+        """The part of the text that the client does not have."""
+        if not self._to_come:
+            return self._without_sent_spaces(text)
+        both = min(len(text), len(self._to_come))
+        if text[:both] != self._to_come[:both]:
+            raise DifferentAnswerError("the new answer begins differently from what was shown")
+        self._to_come = self._to_come[both:]
+        return text[both:]
+
+    def _without_sent_spaces(self, text: str) -> str:
+        """The text without those spaces at its start that the client already has."""
+        while self._blank and text:
+            if text[0] != self._blank[0]:
+                self._blank = ""
+            else:
+                text, self._blank = text[1:], self._blank[1:]
+        return text
+
+    def event(self, output: Json, finish: str | None) -> bytes:
+        """A chunk. `output`: a delta of a chat, or {text} of a completion."""
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
+        if self._chat:
+            role = {} if self._role_sent else {"role": "assistant"}
+            choice["delta"] = {**role, **({"content": output["text"]} if "text" in output else output)}
+            self._role_sent = True
+        else:
+            choice["text"] = output.get("text") or output.get("content") or ""
+        return sse.encode({**self._head, "choices": [choice]})
+
+    async def finish(self, post: Post) -> bytes:
+        """The usage of the whole answer: the resuming backend counted the sent prefix as part of its prompt."""
+        for chunk in sse.parse_chunks(await self._inner.finish(post) if self._inner else b""):
+            self._usage = chunk.get("usage") or self._usage
+        if self._usage is None or not self._include_usage:
+            return b""
+        prompt = (self._usage.get("prompt_tokens") or 0) - self._in_prompt
+        completion = self._spent + (0 if self.usage_only else self._usage.get("completion_tokens") or 0)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return sse.encode({**self._head, "choices": [], "usage": usage})

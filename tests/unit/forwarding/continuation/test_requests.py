@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.chunks import HI, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
+from tests.support.images import about, image
+from tests.support.requests import make_call
+from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.forwarding.continuation.requests import (
+    can_take_over,
+    continuing_requests,
+    may_repeat,
+    usage_request,
+    why_not_resumable,
+)
+from xgen_proxy.forwarding.continuation.sent import SentPrefix
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
+FLAGS = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+def sent(text: str = "", reasoning: str = "") -> SentPrefix:
+    return SentPrefix({"id": "chatcmpl-1"}, text, 1, None, False, reasoning)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, None),
+        ({"messages": about(image())}, None),
+        ({"tools": [TOOL]}, None),
+        ({"tools": [TOOL], "tool_choice": "required"}, None),
+        (JSON, None),
+        ({"logprobs": True, "n": 2}, "logprobs, n cannot be resumed"),
+        ({"continuation": "none"}, "opted out"),
+        ({"messages": [{"role": "assistant", "content": "I"}]}, "the client's own words"),
+        ({"continue_final_message": False}, "how the prompt ends"),
+    ],
+)
+def test_why_not_resumable(fields: dict[str, Any], reason: str | None) -> None:
+    call = make_call(**fields)
+    found = why_not_resumable(call.features, call.body)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in (found or "")
+
+
+def test_a_completion_is_resumed_by_its_prompt() -> None:
+    request = make_request("completions", prompt=["One"], min_tokens=5, max_tokens=9)
+    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" two "), 3, None)
+    assert resumed.body == {"model": "m", "prompt": "One two", "min_tokens": 4, "max_tokens": 3}
+    assert (resumed.raw, resumed.features.max_tokens) == (None, 3)
+    assert request.body["prompt"] == ["One"], "the client's body is unchanged"
+
+
+def test_a_chat_without_text_is_asked_again() -> None:
+    request = make_request(max_completion_tokens=9)
+    assert continuing_requests(LLAMA_SERVER, request, sent(), 9, None) == ()
+    assert may_repeat(request.features, sent())
+    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" "), 9, None)
+    assert resumed.body["messages"] == request.body["messages"]
+    assert (resumed.body["max_tokens"], "max_completion_tokens" in resumed.body) == (9, False)
+
+
+def test_the_tools_stay_in_the_request_that_continues_the_text_before_a_call() -> None:
+    resumed, _ = continuing_requests(VLLM, make_request(tools=[TOOL]), sent("I call"), None, None)
+    assert resumed.body["tools"] == [TOOL]
+    assert resumed.body["messages"] == [*HI, {"role": "assistant", "content": "I call"}]
+
+
+@pytest.mark.parametrize(("dialect", "goes_on"), [(LLAMA_SERVER, True), (VLLM, False), (OPENAI, False)])
+def test_constrained_text_is_continued_where_the_grammar_reads_it(dialect: Dialect, goes_on: bool) -> None:
+    request = make_request(**JSON)
+    assert bool(continuing_requests(dialect, request, sent("{"), None, None)) == goes_on
+    assert may_repeat(request.features, sent("{")), "else it must come again"
+    assert can_take_over(dialect, request.features, sent("{"), None)
+
+
+def test_a_constrained_completion_is_not_continued() -> None:
+    """Without a chat template, llama.cpp's grammar begins with the first new token."""
+    request = make_request("completions", **JSON)
+    assert continuing_requests(LLAMA_SERVER, request, sent("{"), None, None) == ()
+
+
+def test_constrained_output_may_still_be_reasoned_about() -> None:
+    """The grammar begins after the reasoning."""
+    assert len(continuing_requests(VLLM, make_request(**JSON), sent(reasoning="hm"), None, None)) == 1
+
+
+def test_reasoning_is_continued_by_its_engine() -> None:
+    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent(reasoning="I think "), None, None)
+    message = {"role": "assistant", "content": "", "reasoning_content": "I think"}
+    assert resumed.body == {"model": "m", "messages": [*HI, message], **FLAGS}
+    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent("Yes ", "I think "), None, None)
+    assert resumed.body["messages"][-1] == {"role": "assistant", "content": "Yes", "reasoning_content": "I think "}
+    [resumed] = continuing_requests(VLLM, make_request(), sent(reasoning="\nI think"), None, None)
+    assert resumed.body["messages"][-1] == {"role": "assistant", "content": "<think>\nI think"}
+    first, second = continuing_requests(VLLM, make_request(), sent("\n\nYes", "\nI think\n"), None, None)
+    assert first.body["messages"][-1] == {
+        "role": "assistant", "content": "\n\nYes", "reasoning": "\nI think\n",
+    }  # fmt: skip
+    assert second.body["messages"][-1] == {"role": "assistant", "content": "<think>\nI think\n</think>\n\nYes"}
+
+
+def test_an_engine_without_reasoning_does_not_take_over_reasoning() -> None:
+    features = make_request().features
+    assert not can_take_over(LLAMA_CPP_PYTHON, features, sent(reasoning="hm"), None)
+    assert can_take_over(LLAMA_CPP_PYTHON, features, sent(), None), "nothing was shown"
+    assert not can_take_over(LLAMA_CPP_PYTHON, features, sent("Yes"), None), "it has no template"
+    assert not can_take_over(OPENAI, features, sent("Yes"), None)
+
+
+def test_the_usage_of_the_prompt_costs_one_token() -> None:
+    asked = usage_request(make_request(max_completion_tokens=9, tools=[TOOL]))
+    assert (asked.body["max_tokens"], asked.body["tools"], asked.raw) == (1, [TOOL], None)
