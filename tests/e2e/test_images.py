@@ -141,7 +141,7 @@ def test_an_image_that_cannot_be_decoded_is_the_clients_mistake(mixed: Proxy) ->
 def test_the_engine_that_does_not_see_is_never_asked(start_proxy: Start, llama_server: Server) -> None:
     proxy = proxy_of(start_proxy, blind=(llama_server.url, "llama-server"))
     error = assert_openai_error(ask(proxy.url, about(image())), 400)
-    assert error["message"] == "no backend can do this request: blind cannot do images"
+    assert error["message"].endswith(": blind cannot do images")
 
 
 @pytest.fixture
