@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from xgen_proxy.api import messages
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.errors import ModelNotFoundError, quoted
@@ -22,7 +23,10 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
 
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
-    return JSONResponse({"object": "list", "data": [model_card(gateway, name) for name in gateway.fleet.models]})
+    cards = [model_card(gateway, name) for name in gateway.fleet.models]
+    if messages.is_spoken(request):
+        return JSONResponse(messages.models_page(cards, request.query_params))
+    return JSONResponse({"object": "list", "data": cards})
 
 
 async def get_model(request: Request) -> Response:
@@ -31,7 +35,8 @@ async def get_model(request: Request) -> Response:
     if name not in gateway.fleet.models:
         known = ", ".join(gateway.fleet.models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
-    return JSONResponse(model_card(gateway, name))
+    card = model_card(gateway, name)
+    return JSONResponse(messages.model_info(card) if messages.is_spoken(request) else card)
 
 
 def authenticated(request: Request) -> Gateway:

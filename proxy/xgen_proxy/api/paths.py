@@ -8,7 +8,9 @@ from difflib import get_close_matches
 
 LONGEST = 300  # characters of a path that is looked at
 SLASHES = re.compile("/{2,}")
-WITHOUT_V1 = frozenset({"/chat/completions", "/completions", "/embeddings", "/models"})
+WITHOUT_V1 = frozenset({
+    "/chat/completions", "/completions", "/embeddings", "/models", "/messages", "/messages/count_tokens",
+})  # fmt: skip
 
 
 def canonical(path: str) -> str:

@@ -13,6 +13,10 @@ from xgen_proxy.request.features import NEEDS, Features, Json
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 TEMPLATE_TOKENS = 64  # what a chat template adds; SmolLM2's default system prompt has 36
+# Of a chat; what else a request has, /tokenize does not take.
+PROMPT_FIELDS = (
+    "model", "messages", "tools", "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
+)  # fmt: skip
 GUIDED = {"guided_json": "json", "guided_choice": "choice", "guided_regex": "regex", "guided_grammar": "grammar"}
 
 
@@ -97,6 +101,12 @@ class VLLM(Dialect):
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)
+        return None if tokens is None else len(tokens)
+
+    async def count_chat(self, request: BackendRequest, post: Post) -> int | None:
+        body = self.prepared(request)
+        question = {name: body[name] for name in PROMPT_FIELDS if name in body}
+        tokens = await self.tokenize(question, post)
         return None if tokens is None else len(tokens)
 
     async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
