@@ -120,6 +120,8 @@ class Conversation:
                 self.dropped[kind] = None
             elif kind != "redacted_thinking":  # encrypted
                 raise unknown_block(block, at, "text, tool_use, thinking or redacted_thinking")
+        if not (any(texts) or thoughts or calls):
+            return
         self._flush()
         message = self._assistant()
         message["content"] += "".join(texts)
@@ -158,12 +160,12 @@ def _tool_call(block: Json, where: str) -> Json:
     return {"id": get_text(block, "id", where), "type": "function", "function": function}
 
 
-def prefill_flags(messages: list[Json], last: Any) -> Json:
-    """What makes an engine continue the assistant's last message, as Anthropic's API does. Raises BadRequestError."""
-    if last != "assistant" or not messages[-1]["content"] or "tool_calls" in messages[-1]:
+def prefill_flags(last: Json) -> Json:
+    """What makes an engine continue the conversation's last message if it is the assistant's, as Anthropic's API does.
+    Raises BadRequestError."""
+    if last["role"] != "assistant" or not last["content"] or "tool_calls" in last:
         return {}
-    if messages[-1]["content"][-1] in BLANK:
-        where = "messages"
+    if last["content"][-1] in BLANK:
         message = "messages: the text of a final assistant message must not end with white space"
-        raise BadRequestError(message, param=where)
+        raise BadRequestError(message, param="messages")
     return {"continue_final_message": True, "add_generation_prompt": False}

@@ -43,7 +43,7 @@ def to_chat(body: Json, dropped: Dropped, *, strip_attribution: bool, counts: bo
     chat["messages"] = chat_messages(body.get("system"), messages, dropped, strip_attribution=strip_attribution)
     if not chat["messages"]:
         raise BadRequestError("messages have no content", param="messages")
-    chat |= prefill_flags(chat["messages"], messages[-1]["role"])
+    chat |= prefill_flags(chat["messages"][-1])
     chat |= tool_fields(body, dropped)
     chat |= _output(body)
     chat |= _thinking(body, dropped)
@@ -93,10 +93,8 @@ def _output(body: Json) -> Json:
 
 
 def _thinking(body: Json, dropped: Dropped) -> Json:
-    """Models that think do so unless told not to.
-
-    Only `disabled` is passed on: llama-server refuses to continue a broken answer where enable_thinking is true.
-    """
+    """Models that think do so unless told not to, and templates without that switch ignore it. Engines have no budget
+    that all of them know."""
     thinking = get_field(body, "thinking", dict)
     if thinking is None:
         return {}

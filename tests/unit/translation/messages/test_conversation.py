@@ -74,6 +74,7 @@ def test_the_attribution_stays_where_the_setting_says_so() -> None:
         ([user([text("see"), IMAGE])], [user([text("see"), IMAGE_PART])]),
         ([user("a"), assistant("b"), user("c")], [user("a"), assistant("b"), user("c")]),
         ([user("a"), assistant([text("b")]), assistant([text("c")])], [user("a"), assistant("bc")]),
+        ([user("a"), assistant([]), user("b")], [user("a\nb")]),
         # system messages, as newer clients send them
         (
             [{"role": "system", "content": "S"}, user("a")],
@@ -162,9 +163,8 @@ def test_a_bad_message_is_named(message: Any, param: str) -> None:
 
 def test_a_final_assistant_message_is_continued() -> None:
     flags = {"continue_final_message": True, "add_generation_prompt": False}
-    assert prefill_flags([user("a"), assistant("The answer is (")], "assistant") == flags
-    assert prefill_flags([user("a")], "user") == {}
-    assert prefill_flags([assistant("")], "assistant") == {}
-    assert prefill_flags([assistant("a", tool_calls=[CALL])], "assistant") == {}
+    assert prefill_flags(assistant("The answer is (")) == flags
+    for last in (user("a"), user([IMAGE_PART]), tool("a"), assistant(""), assistant("a", tool_calls=[CALL])):
+        assert prefill_flags(last) == {}
     with pytest.raises(BadRequestError, match="white space"):
-        prefill_flags([assistant("a ")], "assistant")
+        prefill_flags(assistant("a "))
