@@ -29,6 +29,7 @@ PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
@@ -327,9 +328,14 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
+    "vllm_flags": lambda: engines(advice.flags, "knobs"),
     "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),
     "engines_two_gpus": lambda: engines(engine_tables.latencies, "two-gpus"),
+    "engines_two_gpus_conditions": lambda: engines(engine_tables.conditions, "two-gpus"),
 }
+
+
+PAGES = (*DOCS.glob("*.md"), DOCS.parent / "backends" / "vllm" / "README.md")  # those with tables
 
 
 def rendered(text: str) -> str:
@@ -344,5 +350,5 @@ def render(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in DOCS.glob("*.md"):
+    for page in PAGES:
         page.write_text(rendered(page.read_text()))
