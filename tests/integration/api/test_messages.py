@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.commit_point import seen, until_seen
 from tests.support.fake_upstream import FakeUpstream, Talk, delta, silent, status, whole
 from tests.support.running_proxy import RunningProxy, backend, get, post, running_proxy
 from tests.support.waiting import wait_until
@@ -252,19 +253,27 @@ def test_no_backend_is_an_overload(start: Start, gpu: FakeUpstream) -> None:
 
 
 def test_an_error_in_the_stream_is_its_last_event(proxy: RunningProxy, fake: FakeUpstream) -> None:
-    """A stream with tools cannot be resumed once a call has begun."""
-
     async def breaks(talk: Talk) -> None:
         await talk.start_stream()
-        await talk.event(tool_delta(0, '{"pa', name="read", id="a"))
+        await talk.event(delta("hel"))
+        await until_seen()
         await talk.event({"error": {"message": "gone", "type": "InternalServerError", "code": 500}})
         await talk.end()
 
     fake.scripts.append(breaks)
-    found = events(ask(proxy, stream=True, tools=[READ]))
-    assert found[-1]["type"] == "error"
-    assert found[-1]["error"]["type"] == "api_error"
-    assert "message_stop" not in [each["type"] for each in found]
+    seen.clear()
+    body = {**HI, "stream": True, "continuation": "none"}
+    with httpx.stream("POST", f"{proxy.url}/v1/messages", json=body, verify=False, timeout=20) as answer:
+        lines = answer.iter_lines()
+        first = [next(lines), next(lines)]
+        seen.set()
+        rest = list(lines)
+    assert first[0] == "event: message_start"
+    assert "event: message_stop" not in rest
+    error = json.loads(rest[-2].removeprefix("data: "))
+    assert rest[-3] == "event: error"
+    assert (error["type"], error["error"]["type"]) == ("error", "api_error")
+    assert "gone" in error["error"]["message"]
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _choice(body: Json, tools: list[Json]) -> Json:
     choice = get_field(body, "tool_choice", dict)
     if choice is None:
         return {}
-    kind = choice.get("type")
+    kind = get_field(choice, "type", str, "tool_choice.type")
     chosen: Any
     if kind == "tool":
         name = get_text(choice, "name", "tool_choice")
