@@ -2,7 +2,7 @@
 
     python -m bench.memory_guard --vllm "vllm serve MODEL --num-gpu-blocks-override 400" --streams 64
 
-One vLLM runs, with two proxies in front: one with the guard, one without. They take turns. In each turn `--streams`
+In front of one vLLM, a proxy with the guard and one without take turns. In each turn `--streams`
 clients ask for a completion of `--tokens` tokens, again and again, for `--seconds`; then the rest of the answers comes
 in. A preemption is a running request whose KV cache vLLM throws away and computes again, so what is told of a turn is
 how many there were, how many tokens per second were generated, and how long an answer took. Give vLLM a cache that
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,25 +94,32 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Turn]:
         engine = stack.enter_context(children.running(command, log, env=OFFLINE))
         url = f"http://127.0.0.1:{port}"
         until_ready(f"{url}/health", engine, log, 600)
-        proxies = {}
-        for guard in (False, True):
-            env = {
-                "XGEN_BACKENDS__ENGINE__URLS": json.dumps([url]),
-                "XGEN_BACKENDS__ENGINE__DIALECT": "vllm",
-                "XGEN_BACKENDS__ENGINE__SLOTS": str(options.streams),
-                "XGEN_LIMITS__QUEUE_TIMEOUT_S": "600",
-                "XGEN_MEMORY_GUARD__ENABLED": str(guard).lower(),
-            }
-            log = folder / f"proxy-{guard}.log"
-            proxy = stack.enter_context(children.running(children.PROXY, log, env=env))
-            proxies[guard] = children.listening_port(proxy, log)
-            children.until_ready(proxies[guard])
         turns = []
         for repeat in range(options.repeats):
             for guard in (False, True) if repeat % 2 == 0 else (True, False):
-                turns.append(asyncio.run(drive(f"http://127.0.0.1:{proxies[guard]}", url, options, guard)))
+                with proxy(url, guard, options, folder) as front:
+                    turns.append(asyncio.run(drive(front, url, options, guard)))
                 print(f"memory_guard: {turns[-1]}", file=sys.stderr, flush=True)
         return turns
+
+
+@contextmanager
+def proxy(engine: str, guard: bool, options: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """A new proxy for each turn, so that none has learnt anything from the turn before. Raises StartError."""
+    env = {
+        "XGEN_BACKENDS__ENGINE__URLS": json.dumps([engine]),
+        "XGEN_BACKENDS__ENGINE__DIALECT": "vllm",
+        "XGEN_BACKENDS__ENGINE__SLOTS": str(options.streams),
+        "XGEN_LIMITS__QUEUE_TIMEOUT_S": "600",
+        "XGEN_MEMORY_GUARD__ENABLED": str(guard).lower(),
+    }
+    log = folder / "proxy.log"
+    log.unlink(missing_ok=True)
+    with children.running(children.PROXY, log, env=env) as process:
+        port = children.listening_port(process, log)
+        children.until_ready(port)
+        yield f"http://127.0.0.1:{port}"
+        print(*re.findall(r"takes .*", log.read_text())[:20], sep="\n", file=sys.stderr)
 
 
 def table(turns: list[Turn]) -> Iterator[Row]:

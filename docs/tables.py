@@ -29,6 +29,7 @@ PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 RESULT_FILES = DOCS.parent / "bench" / "results"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
@@ -286,10 +287,15 @@ def ranged(figures: dict[str, float] | None) -> str:
     return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
 
 
+def memory_guard(content: dict[str, Any]) -> Iterator[Row]:
+    return guard_bench.table([guard_bench.Turn(**turn) for turn in content["turns"]])
+
+
 # A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
 RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cost_runs": ("cost.json", cost_runs),
     "cost_break_even": ("cost.json", cost_break_even),
+    "guard": ("memory-guard.json", memory_guard),
 }
 
 
@@ -327,6 +333,8 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_gpu_small": lambda: engines(engine_tables.latencies, "gpu-small"),
+    "engines_gpu_small_conditions": lambda: engines(engine_tables.conditions, "gpu-small"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
     "vllm_flags": lambda: engines(advice.flags, "knobs"),
     "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),
