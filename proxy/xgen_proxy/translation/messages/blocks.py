@@ -81,8 +81,8 @@ def unknown_block(block: Json, where: str, known: str) -> BadRequestError:
 def image_url(block: Json, where: str) -> str:
     """A data URL, or the client's own. Raises BadRequestError."""
     where = f"{where}.source"
-    source = block.get("source")
-    kind = source.get("type") if isinstance(source, dict) else None
+    source: Json = get_field(block, "source", dict, where) or {}
+    kind = source.get("type")
     if kind == "url":
         return get_text(source, "url", where)
     if kind == "base64":
@@ -94,8 +94,8 @@ def _document(block: Json, where: str, dropped: Dropped) -> list[Json]:
     """A document of text or blocks. A sentence stands for a PDF, which no engine reads, so that the conversation goes
     on."""
     where = f"{where}.source"
-    source = block.get("source")
-    kind = source.get("type") if isinstance(source, dict) else None
+    source: Json = get_field(block, "source", dict, where) or {}
+    kind = source.get("type")
     title = [as_part(f"{block[name]}") for name in ("title", "context") if isinstance(block.get(name), str)]
     if kind == "text":
         return [*title, as_part(get_text(source, "data", where))]

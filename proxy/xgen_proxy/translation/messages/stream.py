@@ -75,7 +75,7 @@ class MessageStream:
         if self._started:
             return b""
         self._started = True
-        message = {
+        message: Json = {
             "id": self._id,
             "type": "message",
             "role": "assistant",
