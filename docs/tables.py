@@ -33,6 +33,7 @@ from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from xgen_proxy.config.aliases import Alias, Models  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
@@ -61,6 +62,7 @@ ORDER = (
     "upstream",
     "observability",
     "config",
+    "gguf",
     "models",
     "costs",
 )
@@ -81,6 +83,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
         if not isinstance(field.default, BaseModel):
             setting = prefix + name
             yield f"`{setting}`", f"`{env_name(setting)}`", default(field), meaning(field)
+
+
+def alias_parts() -> Iterator[Row]:
+    yield "part", "what it is"
+    for name, field in Alias.model_fields.items():
+        yield f"`{name}`", meaning(field)
 
 
 def meaning(field: FieldInfo) -> str:
@@ -311,6 +319,8 @@ def result(name: str) -> str:
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
+    "models": lambda: settings(Models, "models."),
+    "aliases": alias_parts,
     "routing": lambda: settings(Routing, "routing."),
     "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),

@@ -23,19 +23,34 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
 
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
-    cards = [model_card(gateway, name) for name in gateway.fleet.models]
+    cards = model_cards(gateway)
     if messages.is_spoken(request):
         return JSONResponse(messages.models_page(cards, request.query_params))
     return JSONResponse({"object": "list", "data": cards})
 
 
+def model_cards(gateway: Gateway) -> list[dict[str, object]]:
+    """Of the models, and of the aliases of models that are served; a pattern has one example."""
+    models = gateway.fleet.models
+    aliases = [
+        alias_card(gateway, name, model)
+        for name, model in gateway.settings.models.names().items()
+        if model in models and name not in models
+    ]
+    return [*(model_card(gateway, name) for name in models), *aliases]
+
+
 async def get_model(request: Request) -> Response:
     gateway = authenticated(request)
     name = request.path_params["model"]
-    if name not in gateway.fleet.models:
-        known = ", ".join(gateway.fleet.models[:20]) or "none yet"
+    alias, models = gateway.router.find_alias(name), gateway.fleet.models
+    if alias is not None and alias.model in models:
+        card = alias_card(gateway, name, alias.model)
+    elif name in models:
+        card = model_card(gateway, name)
+    else:
+        known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
-    card = model_card(gateway, name)
     return JSONResponse(messages.model_info(card) if messages.is_spoken(request) else card)
 
 
@@ -63,3 +78,8 @@ def model_card(gateway: Gateway, name: str) -> dict[str, object]:
         **context,
         "capabilities": sorted(set().union(*(backend.capabilities for backend in owners))),
     }
+
+
+def alias_card(gateway: Gateway, name: str, model: str) -> dict[str, object]:
+    """That of the model, under the name of the alias."""
+    return {**model_card(gateway, model), "id": name, "alias_of": model}

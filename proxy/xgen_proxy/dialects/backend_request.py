@@ -19,8 +19,8 @@ class BackendRequest:
     """A request as asked of one backend.
 
     `body` is the client's JSON without our hints and with presets filled in. `raw` is the client's own bytes while they
-    still say the same as `body`, else None. `alias` is the public model name, which the response must carry. `served`
-    is the name that the backend knows the model by. `context` is its context length in tokens, if known.
+    still say the same as `body`, else None. `alias` is the name that the client sent, which the response must carry.
+    `served` is the name that the backend knows the model by. `context` is its context length in tokens, if known.
     """
 
     features: Features

@@ -11,8 +11,6 @@ from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.request.features import NEEDS, Features, Json
 
-LIMITS = ("max_tokens", "max_completion_tokens")
-TEMPLATE_TOKENS = 64  # what a chat template adds; SmolLM2's default system prompt has 36
 # Of a chat; what else a request has, /tokenize does not take.
 PROMPT_FIELDS = (
     "model", "messages", "tools", "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
@@ -40,16 +38,6 @@ def schema_of_json_object(body: Json, _: BackendRequest) -> Json:
         return body
     wrapper = {"name": "schema", "schema": response_format["schema"]}
     return {**body, "response_format": {"type": "json_schema", "json_schema": wrapper}}
-
-
-def clamp_max_tokens(body: Json, request: BackendRequest) -> Json:
-    """To what the prompt leaves of the context by estimate, because vLLM 0.26 refuses one token more than fits."""
-    context = request.context
-    if context is None or (request.features.max_tokens or 0) <= context:
-        return body
-    beyond = {field for field in LIMITS if (body.get(field) or 0) > context}
-    room = context - request.features.prompt_tokens * 3 // 2 - TEMPLATE_TOKENS
-    return {**body, **dict.fromkeys(beyond, room if room > 0 else context)}
 
 
 class VLLM(Dialect):
@@ -85,7 +73,7 @@ class VLLM(Dialect):
             "one client overtakes all others; an id in use twice breaks both requests",
             shared.drop(*shared.VLLM_INTERNALS),
         ),
-        Rule("max_tokens beyond the context", "limit", "400, which agents take for a long prompt", clamp_max_tokens),
+        shared.MAX_TOKENS_BEYOND_CONTEXT,
         shared.NO_FUNCTIONS,
         shared.LEGACY_MAX_COMPLETION_TOKENS,
         Rule(

@@ -8,6 +8,7 @@ from xgen_proxy.values import frozen
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Urgency = Literal["high", "normal", "low"]
+DeviceClass = Literal["gpu", "cpu"]
 
 Need = Literal[
     "generation",  # any text: all but embeddings; an engine may be started for embeddings only
@@ -35,8 +36,21 @@ Json = dict[str, Any]
 
 
 @frozen
+class UsedAlias:
+    """The alias that a request's model name is. `asked`: the name that the client sent. `pattern`: its entry in
+    `models.aliases`. `model`: the public name that it stands for. `route`: the device class that comes first."""
+
+    asked: str
+    pattern: str
+    model: str
+    route: DeviceClass | None = None
+    urgency: Urgency | None = None
+
+
+@frozen
 class Features:
-    """`prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None if the client set none."""
+    """`model` is a public name, no alias. `prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None
+    if the client set none; it is believed unless it is so large that it says nothing about the answer's length."""
 
     endpoint: Endpoint
     model: str | None
@@ -54,3 +68,5 @@ class Features:
     hinted: bool  # the client gave an urgency or a task type, so presets apply
     session: str | None  # requests of one session begin alike
     prefix: str  # the beginning of the prompt, up to and including the user's first message
+    max_tokens_believed: bool = True
+    alias: UsedAlias | None = None

@@ -13,6 +13,10 @@ from xgen_proxy.request.prompt import Prompt, has_media, read_prompt
 
 HINT_HEADERS = frozenset(HINTS.values())
 EMBEDDINGS_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
+# Open WebUI's. It sends the chat's id with ENABLE_FORWARD_USER_INFO_HEADERS, and the task where its connection has the
+# header X-OpenWebUI-Task: {{TASK}}. No one waits for these tasks.
+# https://docs.openwebui.com/getting-started/env-configuration
+BACKGROUND = frozenset({b"title_generation", b"tags_generation", b"follow_up_generation", b"emoji_generation"})
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 
 
@@ -33,14 +37,19 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
         include_usage=_include_usage(body),
         needs=_needs(body, endpoint, prompt),
         backend=None if backend in (None, "auto") else backend,
-        urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
+        urgency=urgency or ("low" if headers.get(b"x-openwebui-task") in BACKGROUND else "normal"),  # type: ignore[arg-type]  # checked
         task_type=task_type,
         fallback=hints.get("fallback") != "none",
         continuation=hints.get("continuation") != "none",
         hinted=urgency is not None or task_type is not None,
-        session=hints.get("session_id") or get_field(body, "prompt_cache_key", str),
+        session=hints.get("session_id") or get_field(body, "prompt_cache_key", str) or _chat_id(headers),
         prefix=prompt.prefix,
     )
+
+
+def _chat_id(headers: Mapping[bytes, bytes]) -> str | None:
+    value = headers.get(b"x-openwebui-chat-id")
+    return value[:NAME_LENGTH].decode("latin-1") or None if value else None
 
 
 def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:

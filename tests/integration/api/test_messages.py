@@ -154,6 +154,17 @@ def test_arguments_that_are_no_json(proxy: RunningProxy, fake: FakeUpstream) -> 
     ]
 
 
+def test_an_alias_of_claude(start: Start, gpu: FakeUpstream) -> None:
+    proxy = start(backends={"vllm": backend(gpu)}, models={"aliases": {"claude-*": "m"}})
+    for fields in ({"stream": False}, {"stream": True}):
+        answer = ask(proxy, model="claude-sonnet-4-5", **fields)
+        assert (answer.status_code, gpu.talks[-1].json["model"]) == (200, "m")
+        assert '"model":"claude-sonnet-4-5"' in answer.text
+    listed = get(f"{proxy.url}/v1/models", headers=VERSION).json()["data"]
+    assert [each["id"] for each in listed] == ["m", "claude-xgen-m"]
+    assert count(proxy, model="claude-opus-4-1").status_code == 200
+
+
 def test_a_conversation_is_a_session(proxy: RunningProxy, fake: FakeUpstream) -> None:
     assert ask(proxy, metadata={"user_id": "user_a_account_b_session_c"}).status_code == 200
     assert "session_id" not in fake.talks[0].json
