@@ -156,8 +156,8 @@ def test_arguments_that_are_no_json(proxy: RunningProxy, fake: FakeUpstream) -> 
 
 def test_an_alias_of_claude(start: Start, gpu: FakeUpstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)}, models={"aliases": {"claude-*": "m"}})
-    for fields in ({"stream": False}, {"stream": True}):
-        answer = ask(proxy, model="claude-sonnet-4-5", **fields)
+    for stream in (False, True):
+        answer = ask(proxy, model="claude-sonnet-4-5", stream=stream)
         assert (answer.status_code, gpu.talks[-1].json["model"]) == (200, "m")
         assert '"model":"claude-sonnet-4-5"' in answer.text
     listed = get(f"{proxy.url}/v1/models", headers=VERSION).json()["data"]
