@@ -38,6 +38,7 @@ from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
+from xgen_proxy.dialects.dialect import Dialect  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
@@ -121,7 +122,8 @@ def rules() -> Iterator[Row]:
     yield "what", "engines", "done", "otherwise"
     engines: dict[Rule, list[str]] = {}
     for dialect in DIALECTS.values():
-        for rule in dialect.rules:
+        own = [rule for rule in dialect.opaque_rules if rule not in Dialect.opaque_rules]
+        for rule in (*dialect.rules, *own):
             engines.setdefault(rule, []).append(dialect.name)
     for rule, names in engines.items():
         yield rule.name, "all" if len(names) == len(DIALECTS) else ", ".join(names), rule.action, rule.hazard

@@ -8,8 +8,10 @@ from starlette.responses import JSONResponse, Response
 from xgen_proxy.api import messages
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
+from xgen_proxy.api.translated import TranslatedEndpoint
 from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
+from xgen_proxy.translation.responses.api import ResponsesApi
 
 
 def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
@@ -18,6 +20,7 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
         "/v1/chat/completions": InferenceEndpoint(gateway, "chat"),
         "/v1/completions": InferenceEndpoint(gateway, "completions"),
         "/v1/embeddings": InferenceEndpoint(gateway, "embeddings"),
+        "/v1/responses": TranslatedEndpoint(gateway, ResponsesApi()),
     }
 
 

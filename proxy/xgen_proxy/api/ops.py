@@ -45,8 +45,8 @@ async def root(request: Request) -> Response:
         {
             "name": "xgen-proxy",
             "version": __version__,
-            "api": "OpenAI's and Anthropic's, under /v1: POST /v1/chat/completions, /v1/completions, /v1/embeddings and"
-            " /v1/messages",
+            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings;"
+            " Anthropic's POST /v1/messages",
             "links": ["/v1/models", "/models/status", "/health", "/ready", "/metrics"],
         }
     )

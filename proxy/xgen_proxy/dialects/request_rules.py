@@ -12,6 +12,7 @@ from typing import Literal
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
+from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
 Action = Literal["rename", "fill", "drop", "translate", "limit", "refuse"]
@@ -125,6 +126,9 @@ LLAMA_SERVER_INTERNALS = (
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
 )  # fmt: skip
+NOT_FOR_BACKENDS = frozenset(  # of a form
+    name.encode() for name in (*VLLM_INTERNALS, *LLAMA_SERVER_INTERNALS, *OTHER_INTERNALS, *OTHER_HINTS)
+)
 INTERNALS = Rule(
     "every engine's scheduling, identity and transfer fields",
     "drop",

@@ -5,16 +5,18 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from xgen_proxy.dialects import request_rules as shared
-from xgen_proxy.dialects.backend_request import BackendRequest, Post
+from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
-from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.request.features import NEEDS, Features, Json, Need
+from xgen_proxy.request.opaque.endpoints import OPAQUE
 
 # Of a chat; what else a request has, /tokenize does not take.
 PROMPT_FIELDS = (
     "model", "messages", "tools", "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
 )  # fmt: skip
+GENERATES = frozenset({"/v1/chat/completions", "/v1/completions"})
 GUIDED = {"guided_json": "json", "guided_choice": "choice", "guided_regex": "regex", "guided_grammar": "grammar"}
 
 
@@ -38,6 +40,14 @@ def schema_of_json_object(body: Json, _: BackendRequest) -> Json:
         return body
     wrapper = {"name": "schema", "schema": response_format["schema"]}
     return {**body, "response_format": {"type": "json_schema", "json_schema": wrapper}}
+
+
+def prompt_of_content(body: Json, request: BackendRequest) -> Json:
+    """llama-server's names, with its default: a text without special tokens."""
+    if request.features.endpoint != "tokenize" or "prompt" in body or not isinstance(body.get("content"), str):
+        return body
+    kept = {name: value for name, value in body.items() if name not in ("content", "add_special")}
+    return {**kept, "prompt": body["content"], "add_special_tokens": bool(body.get("add_special"))}
 
 
 class VLLM(Dialect):
@@ -83,6 +93,21 @@ class VLLM(Dialect):
             shared.rename("repeat_penalty", "repetition_penalty"),
         ),
     )
+
+    opaque_rules = (
+        *Dialect.opaque_rules,
+        Rule("content on /tokenize", "rename", "llama-server's name: 400", prompt_of_content),
+    )
+
+    async def missing_routes(self, ask: Ask) -> frozenset[Need]:
+        """It has only the routes that its model can serve. A GET for one of them is a 405, for any other a 404.
+
+        /openapi.json lists them too, but to make the list kept the API process of vLLM 0.32 busy for 8 s on two loaded
+        cores.
+        """
+        statuses = {path: (await ask(path, None))[0] for path in {each.path for each in OPAQUE.values()} | GENERATES}
+        missing: set[Need] = {each.need for each in OPAQUE.values() if statuses[each.path] == 404}
+        return frozenset(missing | {"generation"} if {statuses[path] for path in GENERATES} == {404} else missing)
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
         return True

@@ -12,6 +12,7 @@ from typing import Any
 from xgen_proxy.request.corrections import corrected
 from xgen_proxy.request.features import Endpoint, Features, UsedAlias
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.opaque.multipart import Form
 from xgen_proxy.request.parsing import parse_features, strip_hints
 from xgen_proxy.request.presets import apply_preset
 from xgen_proxy.values import frozen
@@ -43,7 +44,8 @@ class Call:
 
     `body` is corrected, without our hints and with presets filled in. `raw` is the client's own bytes while they still
     say the same as `body`, else None. `model` is the public model name. `trace` is the client's trace context as header
-    lines. `started` is `time.perf_counter()`.
+    lines. `started` is `time.perf_counter()`. `form`: the request was a multipart form, of which `body` has the short
+    fields that the proxy reads.
     """
 
     origin: Origin
@@ -53,6 +55,7 @@ class Call:
     model: str
     trace: bytes
     started: float
+    form: Form | None = None
 
     @property
     def id(self) -> str:

@@ -6,7 +6,10 @@ from typing import Any, Literal, get_args
 
 from xgen_proxy.values import frozen
 
-Endpoint = Literal["chat", "completions", "embeddings"]
+Endpoint = Literal[
+    "chat", "completions", "embeddings",
+    "rerank", "score", "classify", "tokenize", "detokenize", "transcriptions", "translations",  # request/opaque
+]  # fmt: skip
 Urgency = Literal["high", "normal", "low"]
 DeviceClass = Literal["gpu", "cpu"]
 
@@ -26,6 +29,12 @@ Need = Literal[
     "token_ids",  # a prompt as token ids
     "echo",
     "suffix",
+    "rerank",  # these and the following: an endpoint of the same name, see request/opaque
+    "score",
+    "classify",
+    "tokenize",  # /detokenize too
+    "transcriptions",
+    "translations",
 ]
 NEEDS = frozenset(get_args(Need))
 HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback",

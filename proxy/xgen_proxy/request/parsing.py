@@ -12,7 +12,7 @@ from xgen_proxy.request.limits import Limits, check_schemas
 from xgen_proxy.request.prompt import Prompt, has_media, read_prompt
 
 HINT_HEADERS = frozenset(HINTS.values())
-EMBEDDINGS_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
+OTHER_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
 # Open WebUI's. It sends the chat's id with ENABLE_FORWARD_USER_INFO_HEADERS, and the task where its connection has the
 # header X-OpenWebUI-Task: {{TASK}}. No one waits for these tasks.
 # https://docs.openwebui.com/getting-started/env-configuration
@@ -25,7 +25,7 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
     check_schemas(body, limits)
     check_fields(body)
     prompt = read_prompt(body, endpoint, limits)
-    hints = _hints(body, headers, endpoint)
+    hints = read_hints(body, headers, endpoint)
     urgency, task_type, backend = hints.get("urgency"), hints.get("task_type"), hints.get("backend")
     return Features(
         endpoint=endpoint,
@@ -52,7 +52,7 @@ def _chat_id(headers: Mapping[bytes, bytes]) -> str | None:
     return value[:NAME_LENGTH].decode("latin-1") or None if value else None
 
 
-def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:
+def read_hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:
     """The hints that are given, from the body, else from the header X-Name. An empty value counts as not given.
 
     Raises BadRequestError.
@@ -77,9 +77,9 @@ def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> di
 
 
 def _body_hints(endpoint: Endpoint) -> Set[str]:
-    """For embeddings the others have no use, and other APIs have fields of these names: Jina's and Google's `task_type`
-    chooses the kind of vector."""
-    return EMBEDDINGS_HINTS if endpoint == "embeddings" else HINTS.keys()
+    """Where no text is generated the others have no use, and other APIs have fields of these names: Jina's and Google's
+    `task_type` chooses the kind of vector."""
+    return HINTS.keys() if endpoint in ("chat", "completions") else OTHER_HINTS
 
 
 def strip_hints(body: Json, endpoint: Endpoint) -> Json:

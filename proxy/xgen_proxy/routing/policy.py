@@ -151,7 +151,7 @@ def _unable_error(features: Features, rejections: Sequence[Rejection]) -> ProxyE
         if error := _too_long(features, rejection):
             return error
     reasons = "; ".join(f"{rejection.name} {rejection.reason}" for rejection in rejections)
-    return BadRequestError(f"no backend can do this request: {reasons}")
+    return BadRequestError(f"no backend can do this request with the model {quoted(features.model)}: {reasons}")
 
 
 def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:

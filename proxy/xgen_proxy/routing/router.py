@@ -10,6 +10,8 @@ from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Features, UsedAlias
+from xgen_proxy.request.opaque.endpoints import OPAQUE
+from xgen_proxy.request.opaque.parsing import sequences_of
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.policy import decide
 from xgen_proxy.values import frozen
@@ -40,6 +42,8 @@ SEVERAL = frozenset({"n", "prompt_list"})  # what a request of several sequences
 def sequences(call: Call) -> int:
     """How many sequences an engine runs for the request at once: its choices times its prompts."""
     body, features = call.body, call.features
+    if features.endpoint in OPAQUE:
+        return sequences_of(features.endpoint, body)
     if features.endpoint != "embeddings" and features.needs.isdisjoint(SEVERAL):
         return 1
     prompts = body.get("input" if features.endpoint == "embeddings" else "prompt")
