@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from xgen_proxy.api import openai, ops, responses
+from xgen_proxy.api import messages, openai, ops, responses
 from xgen_proxy.api.description.document import openapi
 from xgen_proxy.api.description.page import docs
 from xgen_proxy.api.generate import GenerateEndpoint
@@ -29,6 +29,7 @@ from xgen_proxy.gateway import Gateway
 from xgen_proxy.reload import Reloader
 from xgen_proxy.request.call import Origin
 from xgen_proxy.supervision import exit_when_hung, stop, supervise
+from xgen_proxy.translation.messages.errors import error_response
 
 
 class ProxyApp:
@@ -38,7 +39,11 @@ class ProxyApp:
     def __init__(self, app: Starlette, gateway: Gateway) -> None:
         self.app = app
         self.gateway = gateway
-        self.inference_routes = {**openai.inference_routes(gateway), **opaque_routes(gateway)}
+        self.inference_routes = {
+            **openai.inference_routes(gateway),
+            **messages.inference_routes(gateway),
+            **opaque_routes(gateway),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,6 +97,7 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
             Route("/", ops.root),
             Route("/v1/models", openai.list_models),
             Route("/v1/models/{model:path}", openai.get_model),
+            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
             Route("/v1/responses/input_tokens", responses.count_input_tokens, methods=["POST"]),
             Route("/v1/responses/{id}/cancel", responses.no_such_response, methods=["POST"]),
             Route("/v1/responses/{id:path}", responses.no_such_response, methods=["GET", "DELETE"]),
@@ -127,8 +133,11 @@ async def respond_with_error(request: Request, error: Exception) -> Response:
     client = client_address(request.scope, gateway.settings.trusted_proxies)
     origin = Origin(request_id(request_headers), request_headers, client)
     gateway.observer.request_refused(Refusal(origin, "other", error))
-    headers = {name.decode(): value.decode() for name, value in error.headers()}
-    return Response(error.body(), error.status, {**headers, "x-request-id": origin.request_id})
+    headers = {name.decode(): value.decode() for name, value in error.headers()} | {"x-request-id": origin.request_id}
+    if messages.is_spoken(request):
+        status, body = error_response(error, origin.request_id)
+        return Response(body, status, {**headers, "request-id": origin.request_id})
+    return Response(error.body(), error.status, headers)
 
 
 async def respond_with_http_error(request: Request, error: Exception) -> Response:

@@ -23,15 +23,24 @@ def hash_key(key: str) -> str:
 def check_key(headers: Mapping[bytes, bytes], hashes: Sequence[str] | None) -> str | None:
     """Return the first 8 digits of the key's hash, which is how logs name the key.
 
+    The key is a bearer token, or in X-Api-Key, as Anthropic's clients send it. Of both, one valid key is enough: Claude
+    Code sends a key of its own beside the token that a gateway was given.
     `hashes`: those of the valid keys, or the setting's word `none`, or None where it is unset; then every request is
     accepted, and None returned. An empty sequence has no valid key. Raises AuthenticationError.
     """
     if hashes is None or hashes == "none":
         return None
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    given = hashlib.sha256(key.strip()).hexdigest()
-    # Compare with every hash, so that the time does not reveal which one matches.
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    keys = [token] if scheme.lower() == b"bearer" else []
+    if other := headers.get(b"x-api-key"):
+        keys.append(other)
+    valid = [given for key in keys if _is_valid(given := hashlib.sha256(key.strip()).hexdigest(), hashes)]
+    if not valid:
+        raise AuthenticationError("send a valid API key, as in Authorization: Bearer sk-… or X-Api-Key: sk-…")
+    return valid[0][:8]
+
+
+def _is_valid(given: str, hashes: Sequence[str]) -> bool:
+    """Compares with every hash, so that the time does not reveal which one matches."""
     matches = [hmac.compare_digest(given, each) for each in hashes]
-    if scheme.lower() != b"bearer" or not any(matches):
-        raise AuthenticationError("send a valid API key, as in Authorization: Bearer sk-…")
-    return given[:8]
+    return any(matches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from xgen_proxy.api import messages
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.api.translated import TranslatedEndpoint
@@ -25,7 +26,10 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
 
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
-    return JSONResponse({"object": "list", "data": model_cards(gateway)})
+    cards = model_cards(gateway)
+    if messages.is_spoken(request):
+        return JSONResponse(messages.models_page(cards, request.query_params))
+    return JSONResponse({"object": "list", "data": cards})
 
 
 def model_cards(gateway: Gateway) -> list[dict[str, object]]:
@@ -44,11 +48,13 @@ async def get_model(request: Request) -> Response:
     name = request.path_params["model"]
     alias, models = gateway.router.find_alias(name), gateway.fleet.models
     if alias is not None and alias.model in models:
-        return JSONResponse(alias_card(gateway, name, alias.model))
-    if name not in models:
+        card = alias_card(gateway, name, alias.model)
+    elif name in models:
+        card = model_card(gateway, name)
+    else:
         known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
-    return JSONResponse(model_card(gateway, name))
+    return JSONResponse(messages.model_info(card) if messages.is_spoken(request) else card)
 
 
 def authenticated(request: Request) -> Gateway:

@@ -45,7 +45,8 @@ async def root(request: Request) -> Response:
         {
             "name": "xgen-proxy",
             "version": __version__,
-            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings",
+            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings;"
+            " Anthropic's POST /v1/messages",
             "links": ["/docs", "/openapi.json", "/v1/models", "/models/status", "/health", "/ready", "/metrics"],
         }
     )

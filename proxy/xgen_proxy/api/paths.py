@@ -10,6 +10,7 @@ LONGEST = 300  # characters of a path that is looked at
 SLASHES = re.compile("/{2,}")
 WITHOUT_V1 = frozenset({
     "/chat/completions", "/completions", "/embeddings", "/models", "/responses",
+    "/messages", "/messages/count_tokens",
     "/rerank", "/score", "/audio/transcriptions", "/audio/translations",
 })  # fmt: skip
 OTHER_NAMES = {  # of engines, for the same

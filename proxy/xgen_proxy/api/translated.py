@@ -37,5 +37,6 @@ class TranslatedEndpoint(InferenceEndpoint):
         return TranslatingWriter(send, direct_writer_for(scope), self.api, incoming.translation, incoming.call)
 
     async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
-        headers = [(b"x-request-id", origin.request_id.encode())]
+        id = origin.request_id.encode()
+        headers = [(b"x-request-id", id), (b"request-id", id)]
         await send_error(send, error, headers, self.api.error(error, origin.request_id))

@@ -268,6 +268,11 @@ class Settings(BaseSettings):
         description="SHA-256 (hex) of each key a client may use; `xgen-proxy key` makes one. `none`: no key is asked"
         " for. Unset: the same, but only on a loopback address.",
     )
+    strip_attribution: bool = Field(
+        True,
+        description="Leave the billing header out of the system prompts of Claude Code: it changes with every request,"
+        " so that no engine finds the rest of the prompt in its prefix cache.",
+    )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
         default=(),
         description="IP networks, comma-separated, whose X-Forwarded-For is trusted when the log names the client.",

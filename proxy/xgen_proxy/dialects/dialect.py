@@ -171,6 +171,11 @@ class Dialect:
         """Number of tokens in `text`, as the replica counts them. None if it cannot. Raises UpstreamError."""
         return None
 
+    async def count_chat(self, request: BackendRequest, post: Post) -> int | None:
+        """Number of tokens of a chat's prompt, as the model's template writes it. None if the replica cannot tell.
+        Raises UpstreamError, BadRequestError."""
+        return None
+
     async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
         """The tokens of `text` without special ones. None if the engine cannot tell. Raises UpstreamError."""
         return None

@@ -216,6 +216,10 @@ class LlamaServer(Dialect):
         tokens = await self.token_ids(request.served, text, post)
         return None if tokens is None else len(tokens)
 
+    async def count_chat(self, request: BackendRequest, post: Post) -> int | None:
+        status, answer = await post("/v1/chat/completions/input_tokens", self.prepared(request))
+        return count(answer.get("input_tokens")) if status == 200 and isinstance(answer, dict) else None
+
     async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:
         return await self.tokenize({"content": text, "add_special": False}, post)
 

@@ -17,6 +17,10 @@ from xgen_proxy.errors import MissingCapabilityError
 from xgen_proxy.request.features import NEEDS, Features, Json, Need
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 
+# Of a chat; what else a request has, /tokenize does not take.
+PROMPT_FIELDS = (
+    "model", "messages", "tools", "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
+)  # fmt: skip
 GENERATES = frozenset({"/v1/chat/completions", "/v1/completions"})
 # 64 × 64 grey pixels, since some models refuse smaller images, and 10 ms of silence.
 GREY = (
@@ -149,6 +153,12 @@ class VLLM(Dialect):
 
     async def count_tokens(self, request: BackendRequest, text: str, post: Post) -> int | None:
         tokens = await self.token_ids(request.served, text, post)
+        return None if tokens is None else len(tokens)
+
+    async def count_chat(self, request: BackendRequest, post: Post) -> int | None:
+        body = self.prepared(request)
+        question = {name: body[name] for name in PROMPT_FIELDS if name in body}
+        tokens = await self.tokenize(question, post)
         return None if tokens is None else len(tokens)
 
     async def token_ids(self, model: str, text: str, post: Post) -> list[int] | None:

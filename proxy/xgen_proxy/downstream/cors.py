@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 ANY = "*"
-EXPOSED = b"X-Request-Id, X-Backend, X-Replica, X-Route-Reason, X-Attempts, X-Overhead-Ms, X-Should-Retry, Retry-After"
+EXPOSED = (
+    b"X-Request-Id, Request-Id, X-Backend, X-Replica, X-Route-Reason, X-Attempts, X-Overhead-Ms, X-Dropped,"
+    b" X-Should-Retry, Retry-After"
+)
 MAX_AGE_S = 600  # how long a browser may keep the answer to a preflight
 HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
 

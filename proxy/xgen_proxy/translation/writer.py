@@ -32,7 +32,9 @@ class TranslatingWriter(ResponseWriter):
         self._stream = translation.stream(call)
         self._failed = False
         names = ", ".join(translation.dropped).encode("ascii", "replace")
-        self._headers: Headers = [(b"x-dropped", names)] if names else []
+        self._headers: list[tuple[bytes, bytes]] = [(b"request-id", call.id.encode())]  # where Anthropic's SDK looks
+        if names:
+            self._headers.append((b"x-dropped", names))
 
     async def whole(self, headers: Headers, data: bytes) -> None:
         """Raises BadGatewayError before anything is sent."""
@@ -56,7 +58,7 @@ class TranslatingWriter(ResponseWriter):
         if self.status:
             await self.end(error.event())
         elif not self._ended:
-            await send_error(self._send, error, headers, self._api.error(error, self._call.id))
+            await send_error(self._send, error, [*headers, *self._headers], self._api.error(error, self._call.id))
             self._ended = True
 
     async def end(self, data: bytes = b"") -> None:

@@ -65,6 +65,18 @@ def test_unknown_key_is_refused(headers: dict[bytes, bytes]) -> None:
     assert "sk-min" not in error.value.message
 
 
+def test_a_key_may_be_in_the_header_of_anthropics_clients() -> None:
+    hashes = [hash_key("sk-mine"), hash_key("sk-two")]
+    mine, two = hash_key("sk-mine")[:8], hash_key("sk-two")[:8]
+    assert check_key({b"x-api-key": b" sk-mine "}, hashes) == mine
+    assert check_key({b"x-api-key": b"sk-two", **bearer("sk-mine")}, hashes) == mine  # the token names the client
+    assert check_key({b"x-api-key": b"sk-two", **bearer("sk-none")}, hashes) == two
+    assert check_key({b"x-api-key": b"sk-none", **bearer("sk-mine")}, hashes) == mine
+    for headers in ({b"x-api-key": b""}, {b"x-api-key": b"sk-none", **bearer("sk-none")}, bearer("sk-mine", "Basic")):
+        with pytest.raises(AuthenticationError):
+            check_key(headers, hashes)
+
+
 def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those after the match: the time must not reveal which hash matches, nor how much of it."""
     compared: list[str] = []

@@ -1,0 +1,63 @@
+"""The Messages API, for the translating endpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import orjson
+
+from xgen_proxy.errors import ProxyError
+from xgen_proxy.request.call import Call
+from xgen_proxy.request.features import Json
+from xgen_proxy.translation.chat import read_answer
+from xgen_proxy.translation.messages.blocks import Dropped
+from xgen_proxy.translation.messages.errors import error_response
+from xgen_proxy.translation.messages.request import to_chat
+from xgen_proxy.translation.messages.response import message_of
+from xgen_proxy.translation.messages.stream import MessageStream
+
+NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # what may stand in a header; clients write these names
+MAX_NAMES = 20
+
+
+class MessagesApi:
+    """`strip_attribution` reads the setting, which may change while the proxy runs."""
+
+    name = "messages"
+
+    def __init__(self, strip_attribution: Callable[[], bool]) -> None:
+        self._strip_attribution = strip_attribution
+
+    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> MessagesTranslation:
+        return self._translate(body, counts=False)
+
+    def translate_count(self, body: Json) -> MessagesTranslation:
+        """The request of count_tokens. Raises BadRequestError."""
+        return self._translate(body, counts=True)
+
+    def _translate(self, body: Json, *, counts: bool) -> MessagesTranslation:
+        dropped: Dropped = {}
+        chat = to_chat(body, dropped, strip_attribution=self._strip_attribution(), counts=counts)
+        return MessagesTranslation(chat, dropped)
+
+    def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
+        return error_response(error, request_id)
+
+
+class MessagesTranslation:
+    """One request. The answer names the model as the client did, and has an id by which the log can be searched."""
+
+    def __init__(self, body: Json, dropped: Dropped) -> None:
+        self.body = body
+        self.dropped = tuple([name for name in dropped if NAME.fullmatch(name)][:MAX_NAMES])
+
+    def whole(self, data: bytes, call: Call) -> bytes:
+        return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
+
+    def stream(self, call: Call) -> MessageStream:
+        return MessageStream(f"msg_{call.id}", self._model(call), call.features.prompt_tokens, call.id)
+
+    def _model(self, call: Call) -> str:
+        model: str = self.body.get("model") or call.model
+        return model

@@ -1,0 +1,68 @@
+"""A whole chat completion as a message."""
+
+from __future__ import annotations
+
+import orjson
+
+from xgen_proxy.request.features import Json
+from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage
+
+SIGNATURE = "xgen-proxy"  # clients send it back unread; only Anthropic's own models sign what they think
+REASONS = {"length": "max_tokens", "content_filter": "refusal"}
+# The key under which Anthropic's documentation asks clients to return arguments that are no JSON. No tool has it, so
+# that a client that checks arguments refuses to run the call and tells the model.
+INVALID = "INVALID_JSON"
+
+
+def message_of(answer: Answer, id: str, model: str) -> Json:
+    content: list[Json] = []
+    if answer.reasoning:
+        content.append({"type": "thinking", "thinking": answer.reasoning, "signature": SIGNATURE})
+    if answer.text or not (answer.reasoning or answer.tool_calls):
+        content.append({"type": "text", "text": answer.text})
+    content += [_tool_use(call) for call in answer.tool_calls]
+    reason, stop = stop_reason(answer.finish, called=bool(answer.tool_calls))
+    return {
+        "id": id,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": content,
+        "stop_reason": reason,
+        "stop_sequence": stop,
+        "usage": usage_of(answer.usage),
+    }
+
+
+def _tool_use(call: ToolCall) -> Json:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": tool_input(call.arguments)}
+
+
+def tool_input(arguments: str) -> Json:
+    if not arguments.strip():
+        return {}
+    try:
+        found = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return {INVALID: arguments}
+    return found if isinstance(found, dict) else {INVALID: arguments}
+
+
+def stop_reason(finish: Finish, *, called: bool) -> tuple[str, str | None]:
+    """(stop_reason, stop_sequence). vLLM says "stop" after a call of a tool that it was told to call."""
+    if finish.reason in REASONS:
+        return REASONS[finish.reason], None
+    if called:
+        return "tool_use", None
+    return ("stop_sequence", finish.stop) if finish.stop is not None else ("end_turn", None)
+
+
+def usage_of(usage: Usage) -> Json:
+    """`input_tokens` are those that were not in the cache."""
+    return {
+        "input_tokens": max(usage.prompt - usage.cached, 0),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.completion,
+        **({"output_tokens_details": {"thinking_tokens": usage.reasoning}} if usage.reasoning else {}),
+    }
