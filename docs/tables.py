@@ -55,6 +55,7 @@ ORDER = (
     "fleet",
     "forwarding",
     "dialects",
+    "translation",
     "upstream",
     "observability",
     "config",

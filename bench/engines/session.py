@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,7 @@ class Session:
             requests = max(FEWEST, math.ceil(rate * self.options.open_seconds))
             return requests, rate, requests / min(rate, rate / level.share)
         assert level.streams
-        lower = [run for run in known if run.level.streams and run.level.streams <= level.streams and run.req_s]
-        pace = max((run.req_s for run in lower), default=0.0)
+        pace = expected_pace(known, level.streams)
         wanted = max(FEWEST, level.streams, min(MOST, 4 * level.streams))
         if pace:
             affordable = int(pace * self.options.closed_seconds)
@@ -131,6 +130,26 @@ class Session:
 
     def cpu(self) -> float:
         return sum(processes.cpu_seconds(pid) for pid in self.engines)
+
+
+def expected_pace(runs: Sequence[Run], streams: int) -> float:
+    """Requests per second at so many streams, from what smaller closed loads did; 0 if there were none.
+
+    From the two largest of them it is known how the pace grows with the streams: not at all where requests run one at
+    a time, in proportion while a batch has room. After a single load, growth in proportion is assumed.
+    """
+    best: dict[int, float] = {}
+    for run in runs:
+        if run.level.streams and run.level.streams <= streams and run.req_s:
+            best[run.level.streams] = max(run.req_s, best.get(run.level.streams, 0.0))
+    if not best:
+        return 0.0
+    *smaller, last = sorted(best)
+    growth = 1.0
+    if smaller and last < streams:
+        before = smaller[-1]
+        growth = math.log(best[last] / best[before]) / math.log(last / before)
+    return best[last] * (streams / last) ** min(1.0, max(0.0, growth))
 
 
 @contextmanager

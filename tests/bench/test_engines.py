@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.engines import __main__ as engines
-from bench.engines import plot, results, subjects, table, timeline
+from bench.engines import plot, results, session, subjects, table, timeline
 from bench.engines.results import DIRECT, PROXY, Level, Results, Run
 from tests.support.documents import ROOT
 from tests.support.unavailable import unavailable
@@ -126,3 +126,23 @@ def test_a_real_engine_is_measured_direct_and_through_the_proxy(tmp_path: Path, 
     }  # fmt: skip
     assert all(run["completed"] and not run["failed"] and run["output_tok_s"] for run in written["runs"])
     assert "command" in written["conditions"]
+
+
+@pytest.mark.parametrize(
+    ("paces", "streams", "expected"),
+    [
+        ({}, 8, 0.0),
+        ({1: 2.0}, 1, 2.0),
+        ({1: 2.0}, 8, 16.0),  # nothing is known of how it grows
+        ({1: 2.0, 4: 2.0}, 64, 2.0),  # one at a time
+        ({1: 2.0, 4: 8.0}, 64, 128.0),  # a batch with room
+        ({1: 2.0, 4: 4.0}, 16, 8.0),
+        ({1: 2.0, 4: 1.0}, 16, 1.0),  # it gets slower: hardly more than at 4
+        ({1: 2.0, 64: 8.0}, 4, 8.0),
+    ],
+)
+def test_the_pace_at_a_level_is_expected_from_smaller_ones(
+    paces: dict[int, float], streams: int, expected: float
+) -> None:
+    runs = [a_run("vllm", level=Level(at), tokens=16 * pace) for at, pace in paces.items()]
+    assert session.expected_pace(runs, streams) == pytest.approx(expected)

@@ -31,7 +31,7 @@ LEVELS = [
     {"routing"},
     {"fleet"},
     {"config"},
-    {"dialects"},
+    {"dialects", "translation"},
     {"request", "downstream"},
     {"upstream", "sse"},
     {"errors", "garbage_collection", "own_limits", "supervision", "values"},
@@ -47,6 +47,8 @@ UNDOCUMENTED_LINES = 15  # of a public class that explains itself
 # Modules without a test file of their own, and the tests that cover them.
 TESTED_ELSEWHERE = {
     "app": "every integration test starts it",
+    "api.translated": "tests of each API that is translated",
+    "translation.translation": "has protocols only, which type checkers read",
     "gateway": "every integration test runs through it",
 }
 

@@ -10,12 +10,12 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from xgen_proxy import sse
-from xgen_proxy.api.inference import InferenceEndpoint
+from xgen_proxy.api.inference import Incoming, InferenceEndpoint
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.downstream.response_writer import ResponseWriter
 from xgen_proxy.errors import BadGatewayError, BadRequestError
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.call import Origin
 from xgen_proxy.request.json_body import read_json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # what reading a malformed answer raises
@@ -49,15 +49,15 @@ class GenerateEndpoint(InferenceEndpoint):
         super().__init__(gateway, "completions")
         self.always_streams = always_streams
 
-    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         request = parse_generate(read_json(raw, origin.headers, limits))
         body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
-        return self.parse(origin, orjson.dumps(body), body)
+        return Incoming(self.parse(origin, orjson.dumps(body), body))
 
-    def writer(self, call: Call, scope: Scope, send: Send) -> ResponseWriter:
-        return ResponseWriter(TokenStream(send) if call.features.stream else WholeText(send), None)
+    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
+        return ResponseWriter(TokenStream(send) if incoming.call.features.stream else WholeText(send), None)
 
 
 class WholeText:

@@ -16,6 +16,16 @@ from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint, Json
 from xgen_proxy.request.json_body import read_json
+from xgen_proxy.translation.translation import Translation
+from xgen_proxy.values import frozen
+
+
+@frozen
+class Incoming:
+    """A request that was read. `translation`: how its answer becomes one of the API that it came in."""
+
+    call: Call
+    translation: Translation | None = None
 
 
 class InferenceEndpoint:
@@ -35,22 +45,23 @@ class InferenceEndpoint:
                     raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
                 if (key := check_key(headers, settings.api_keys)) is not None:
                     origin = origin.with_key(key)
-                call = await self.read(origin, receive, held)
+                incoming = await self.read(origin, receive, held)
             except ProxyError as error:
-                await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])
+                await self.refuse(origin, error, send)
                 self.gateway.observer.request_refused(Refusal(origin, self.endpoint, error))
             except ClientDisconnectedError:
                 pass
             else:
+                call = incoming.call
                 self.gateway.observer.request_started(call)
-                outcome = await self.gateway.forwarder.forward(call, receive, self.writer(call, scope, send))
+                outcome = await self.gateway.forwarder.forward(call, receive, self.writer(incoming, scope, send))
                 self.gateway.observer.request_finished(call, outcome)
 
-    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Call:
+    async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         """Raises ProxyError, ClientDisconnectedError."""
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
-        return self.parse(origin, raw, read_json(raw, origin.headers, limits))
+        return Incoming(self.parse(origin, raw, read_json(raw, origin.headers, limits)))
 
     def parse(self, origin: Origin, raw: bytes, body: Json) -> Call:
         """`raw` are the bytes that `body` was parsed from. Raises ProxyError."""
@@ -65,5 +76,8 @@ class InferenceEndpoint:
             default_model=self.gateway.router.default_model,
         )
 
-    def writer(self, call: Call, scope: Scope, send: Send) -> ResponseWriter:
+    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
         return ResponseWriter(send, direct_writer_for(scope))
+
+    async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
+        await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])

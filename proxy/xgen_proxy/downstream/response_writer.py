@@ -80,18 +80,21 @@ class ResponseWriter:
         else:
             headers.append((b"content-length", b"%d" % len(data)))
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self.end(data)
+            await self._finish(data)
 
     def waiting(self, headers: Headers) -> None:
         """Send a comment that says nothing; if it is the first output, it starts the stream. Never waits: without a
         direct writer, or while the client reads too slowly, it does nothing."""
+        self._keep_alive(headers, lambda: WAITING)
+
+    def _keep_alive(self, headers: Headers, events: Callable[[], bytes]) -> None:
         direct = self._direct
         if direct is None or direct.paused or direct.ended:
             return
         if not self.status:
             self.status = 200
             direct.start([*EVENT_STREAM, *headers])
-        direct.chunk(WAITING)
+        direct.chunk(events())
 
     async def start(self, headers: Headers) -> None:
         """Begin the stream, unless waiting() has; then `headers` come too late."""
@@ -111,6 +114,9 @@ class ResponseWriter:
             return
         if self.sent_log is not None:
             self.sent_log.add(events)
+        await self._write(events)
+
+    async def _write(self, events: bytes) -> None:
         if self._direct is not None and not self._direct.paused:
             self._direct.chunk(events)
         else:
@@ -130,6 +136,9 @@ class ResponseWriter:
             self._ended = True
 
     async def end(self, data: bytes = b"") -> None:
+        await self._finish(data)
+
+    async def _finish(self, data: bytes) -> None:
         if not self._ended:
             await self._send({"type": "http.response.body", "body": data, "more_body": False})
             self._ended = True
@@ -177,12 +186,17 @@ class KeepAlive:
         self._start_timer()
 
 
-async def send_error(send: Send, error: ProxyError, headers: Headers) -> None:
-    """Send an error as a complete response, before anything else has been sent."""
-    body = error.body()
+async def send_error(
+    send: Send, error: ProxyError, headers: Headers, translated: tuple[int, bytes] | None = None
+) -> None:
+    """Send an error as a complete response, before anything else has been sent.
+
+    `translated`: status and body in the words of another API than OpenAI's.
+    """
+    status, body = translated or (error.status, error.body())
     start: Message = {
         "type": "http.response.start",
-        "status": error.status,
+        "status": status,
         "headers": [*error.headers(), (b"content-length", str(len(body)).encode()), *headers],
     }
     await send(start)

@@ -1,0 +1,79 @@
+"""Sends a chat completion to a client of another API.
+
+The forwarding side writes chat completions, as always. The log of a stream has the chat's events, so that a stream that
+breaks is resumed as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.types import Send
+
+from xgen_proxy import sse
+from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
+from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
+from xgen_proxy.errors import ProxyError
+from xgen_proxy.request.call import Call
+from xgen_proxy.translation.chat import Failure, read_pieces
+from xgen_proxy.translation.translation import Api, Translation
+
+
+class TranslatingWriter(ResponseWriter):
+    """A response writer whose input is a chat completion and whose output is the other API's answer."""
+
+    __slots__ = ("_api", "_call", "_failed", "_headers", "_stream", "_translation")
+
+    def __init__(self, send: Send, direct: DirectWriter | None, api: Api, translation: Translation, call: Call) -> None:
+        super().__init__(send, direct)
+        self._api = api
+        self._call = call
+        self._translation = translation
+        self._stream = translation.stream(call)
+        self._failed = False
+        names = ", ".join(translation.dropped).encode("ascii", "replace")
+        self._headers: Headers = [(b"x-dropped", names)] if names else []
+
+    async def whole(self, headers: Headers, data: bytes) -> None:
+        """Raises BadGatewayError before anything is sent."""
+        await super().whole([*headers, *self._headers], self._translation.whole(data, self._call))
+
+    def waiting(self, headers: Headers) -> None:
+        self._keep_alive([*headers, *self._headers], self._stream.ping)
+
+    async def start(self, headers: Headers) -> None:
+        await super().start([*headers, *self._headers])
+
+    async def send(self, events: bytes) -> None:
+        if not events or self._ended:
+            return
+        if self.sent_log is not None:
+            self.sent_log.add(events)
+        if translated := self._translated(events):
+            await self._write(translated)
+
+    async def fail(self, error: ProxyError, headers: Headers) -> None:
+        if self.status:
+            await self.end(error.event())
+        elif not self._ended:
+            await send_error(self._send, error, headers, self._api.error(error, self._call.id))
+            self._ended = True
+
+    async def end(self, data: bytes = b"") -> None:
+        if self._ended:
+            return
+        events = self._translated(data)
+        await self._finish(events if self._failed else events + self._stream.end())
+
+    def pass_through(self, splitter: sse.EventSplitter) -> Callable[[bytes], bool] | None:
+        """Every chunk is translated."""
+        return None
+
+    def _translated(self, events: bytes) -> bytes:
+        out = []
+        for piece in read_pieces(events):
+            out.append(self._stream.feed(piece))
+            if isinstance(piece, Failure):
+                self._failed = True
+                break
+        return b"".join(out)

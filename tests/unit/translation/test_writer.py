@@ -1,0 +1,138 @@
+"""The translating writer, with an API whose words are easy to tell from a chat's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+import pytest
+from starlette.types import Message
+
+from tests.support.chunks import HI, delta, events
+from xgen_proxy import sse
+from xgen_proxy.errors import BadGatewayError, ProxyError, ServiceUnavailableError
+from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
+from xgen_proxy.request.call import Call, Origin, parse_call
+from xgen_proxy.request.features import Json
+from xgen_proxy.request.limits import Limits
+from xgen_proxy.translation.chat import Failure, Piece, Text, read_answer
+from xgen_proxy.translation.writer import TranslatingWriter
+
+HELLO = events(delta(role="assistant", content=""), delta(content="Hel"), delta(content="lo"))
+FINISH = events(delta(finish="stop"))
+
+
+class Words:
+    """A stream of words in brackets."""
+
+    def ping(self) -> bytes:
+        return b"<ping>"
+
+    def feed(self, piece: Piece) -> bytes:
+        if isinstance(piece, Failure):
+            return b"<failed: %b>" % piece.error["message"].encode()
+        return b"<%b>" % piece.text.encode() if isinstance(piece, Text) else b""
+
+    def end(self) -> bytes:
+        return b"<end>"
+
+
+class Shout:
+    """The translation."""
+
+    def __init__(self) -> None:
+        self.body: Json = {}
+        self.dropped: tuple[str, ...] = ("web_search", "é")
+
+    def whole(self, data: bytes, call: Call) -> bytes:
+        return read_answer(data).text.upper().encode()
+
+    def stream(self, call: Call) -> Words:
+        return Words()
+
+
+class ShoutingApi:
+    """The API."""
+
+    name = "shout"
+
+    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> Shout:
+        return Shout()
+
+    def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
+        return 599, f"{request_id}: {error.message}".encode()
+
+
+@pytest.fixture
+def sent() -> list[Message]:
+    return []
+
+
+@pytest.fixture
+def writer(sent: list[Message]) -> TranslatingWriter:
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    body: dict[str, Any] = {"model": "m", "messages": HI}
+    call = parse_call(
+        Origin("req-1", {}), "chat", orjson.dumps(body), body, limits=Limits(), continuation=True,
+        default_model=lambda: "m",
+    )  # fmt: skip
+    return TranslatingWriter(send, None, ShoutingApi(), Shout(), call)
+
+
+def bodies(sent: list[Message]) -> list[bytes]:
+    return [message["body"] for message in sent if message["type"] == "http.response.body"]
+
+
+async def test_a_stream(writer: TranslatingWriter, sent: list[Message]) -> None:
+    writer.sent_log = log = ReplayBuffer()
+    await writer.start([(b"x-a", b"1")])
+    await writer.send(HELLO)
+    await writer.send(FINISH)
+    await writer.end(sse.DONE)
+    await writer.end(sse.DONE)  # once is enough
+    assert bodies(sent) == [b"<Hel><lo>", b"<end>"]
+    assert (b"x-dropped", b"web_search, ?") in sent[0]["headers"]
+    assert log.all() == HELLO + FINISH  # what a resumption needs
+
+
+async def test_a_whole_answer(writer: TranslatingWriter, sent: list[Message]) -> None:
+    message = {"role": "assistant", "content": "hi"}
+    await writer.whole([], orjson.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}))
+    assert bodies(sent) == [b"HI"]
+    assert (b"content-length", b"2") in sent[0]["headers"]
+
+
+async def test_an_answer_that_is_none_fails_before_anything_is_sent(
+    writer: TranslatingWriter, sent: list[Message]
+) -> None:
+    with pytest.raises(BadGatewayError):
+        await writer.whole([], b"{}")
+    assert not sent
+
+
+async def test_an_error_before_the_stream_has_the_apis_own_shape(
+    writer: TranslatingWriter, sent: list[Message]
+) -> None:
+    await writer.fail(ServiceUnavailableError("full"), [])
+    assert sent[0]["status"] == 599
+    assert bodies(sent) == [b"req-1: full"]
+
+
+async def test_an_error_in_the_stream_is_its_last_event(writer: TranslatingWriter, sent: list[Message]) -> None:
+    await writer.start([])
+    await writer.send(HELLO)
+    await writer.fail(ServiceUnavailableError("gone"), [])
+    await writer.send(HELLO)
+    assert bodies(sent) == [b"<Hel><lo>", b"<failed: gone>"]
+
+
+async def test_what_says_nothing_is_not_sent(writer: TranslatingWriter, sent: list[Message]) -> None:
+    """An empty chunk would end the body."""
+    await writer.start([])
+    await writer.send(events(delta(role="assistant", content="")))
+    await writer.comment("resumed on b")
+    assert bodies(sent) == [sse.comment("resumed on b")]
+    assert writer.pass_through(sse.EventSplitter()) is None
