@@ -42,16 +42,24 @@ class Place:
     work: Path
     home: Path
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def environment(self, **more: str) -> dict[str, str]:
         """Without the variables of this process, except those that programs need to start.
 
         No maker's host is reached: a proxy that does not exist stands for the network, except for this machine.
         """
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
-        env = {**kept, **nowhere, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+        return {**kept, **nowhere, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=self.work, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+            command,
+            cwd=self.work,
+            env=self.environment(**environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
         )
 
 

@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.clients.agents import claude_code, cline, codex, opencode, qwen_code
+from tests.e2e.clients.agents.claude_code import CLAUDE_CODE
+from tests.e2e.clients.agents.cline import CLINE
+from tests.e2e.clients.agents.codex import CODEX
+from tests.e2e.clients.agents.opencode import OPENCODE
+from tests.e2e.clients.agents.qwen_code import QWEN_CODE
 from tests.e2e.clients.client import Client, Place, Seen, node, python
 from tests.e2e.clients.scripted_model import AFTER, QUESTION, TASK, ScriptedModel, scripted_backend
 from tests.support.running_proxy import RunningProxy, backend, running_proxy
@@ -39,11 +43,7 @@ CLIENTS = (
     node("Vercel AI SDK, compatible", "chat completions", "with_ai_sdk.mjs"),
     node("Vercel AI SDK, OpenAI", "responses", "with_ai_sdk_openai.mjs"),
     node("Vercel AI SDK, Anthropic", "messages", "with_ai_sdk_anthropic.mjs"),
-    claude_code.CLIENT,
-    codex.CLIENT,
-    opencode.CLIENT,
-    qwen_code.CLIENT,
-    cline.CLIENT,
+    *(agent.client for agent in (CLAUDE_CODE, CODEX, OPENCODE, QWEN_CODE, CLINE)),
 )
 
 Row = dict[str, str]

@@ -1,1 +1,1 @@
-"""Coding agents: whole programs that are given a task and a folder. Each task is a process of its own."""
+"""The coding agents of the matrix."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-
-from tests.e2e.clients.client import MODEL, Client, Place, Seen
+from tests.e2e.clients.agents.agent import Agent, Done, objects
+from tests.e2e.clients.client import MODEL, Place, Seen
 from tests.e2e.clients.installed import BIN
 
-CODEX = str(BIN / "codex")
 CONFIG = """\
 model = "{model}"
 model_provider = "xgen"
@@ -24,24 +21,22 @@ stream_max_retries = 0
 """
 
 
-def run(place: Place, prompts: Sequence[str]) -> tuple[str, list[Seen]]:
-    version = place.run(CODEX, "--version").stdout.split()[-1]
-    home = place.home / ".codex"
+def setup(place: Place) -> dict[str, str]:
+    home = place.home / "codex"
     home.mkdir()
     (home / "config.toml").write_text(CONFIG.format(model=MODEL, url=place.url))
-    return version, [ask(place, prompt) for prompt in prompts]
+    return {"CODEX_HOME": str(home)}
 
 
-def ask(place: Place, prompt: str) -> Seen:
-    done = place.run(CODEX, "exec", "--json", "--skip-git-repo-check", prompt)
-    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    errors = [event["error"]["message"] for event in events if event["type"] == "turn.failed"]
-    if errors or done.returncode:
-        return Seen(error="".join(errors) or done.stderr)
+def read(done: Done) -> Seen:
+    events = objects(done.stdout)
+    for event in events:
+        if event["type"] == "turn.failed":
+            return Seen(error=event["error"]["message"])
     items = [event["item"] for event in events if event["type"] == "item.completed"]
     text = "".join(item["text"] for item in items if item["type"] == "agent_message")
     usage = next(event["usage"] for event in events if event["type"] == "turn.completed")
     return Seen(text, None, (usage["input_tokens"], usage["output_tokens"]))
 
 
-CLIENT = Client("Codex", "responses", run)
+CODEX = Agent("Codex", "responses", (str(BIN / "codex"), "exec", "--skip-git-repo-check"), ("--json",), setup, read)
