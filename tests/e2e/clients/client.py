@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.e2e.clients.installed import NODE, PYTHON
+from tests.e2e.clients.installed import NODE
 
 MODEL = "m"
 TIMEOUT_S = 120
@@ -72,8 +73,9 @@ class Client:
     run: Callable[[Place, Sequence[str]], tuple[str, list[Seen]]]
 
 
-def python(name: str, api: Api, program: str) -> Client:
-    return Client(name, api, lambda place, prompts: sdk(place, prompts, str(PYTHON), str(PROGRAMS / program)))
+def python(name: str, api: Api, program: str, interpreter: str = sys.executable) -> Client:
+    """`interpreter`: that of this process has openai and LangChain."""
+    return Client(name, api, lambda place, prompts: sdk(place, prompts, interpreter, str(PROGRAMS / program)))
 
 
 def node(name: str, api: Api, program: str) -> Client:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from pathlib import Path
 from tests.support.documents import ROOT
 
 NODE = Path(__file__).parent / "node"
-BIN = NODE / "node_modules" / ".bin"
+MODULES = NODE / "node_modules"
+BIN = MODULES / ".bin"
+PLATFORM = f"linux-{'arm64' if platform.machine() == 'aarch64' else 'x64'}"
 VENV = ROOT / ".venv-clients"
-PYTHON = VENV / "bin" / "python"
+PYTHON = str(VENV / "bin" / "python")
 
 
 class NotInstalledError(Exception):
@@ -32,7 +35,7 @@ def install_python() -> None:
     with _made_from(requirements, VENV) as is_new:
         if is_new:
             _run(sys.executable, "-m", "venv", "--clear", str(VENV))
-            _run(str(PYTHON), "-m", "pip", "install", "-q", "--require-hashes", "--no-deps", "-r", str(requirements))
+            _run(PYTHON, "-m", "pip", "install", "-q", "--require-hashes", "--no-deps", "-r", str(requirements))
 
 
 def install_node() -> None:
@@ -43,7 +46,7 @@ def install_node() -> None:
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         raise NotInstalledError("node and npm are not installed")
-    with _made_from(NODE / "package-lock.json", NODE / "node_modules") as is_new:
+    with _made_from(NODE / "package-lock.json", MODULES) as is_new:
         if is_new:
             _run(npm, "ci", "--prefix", str(NODE), "--no-audit", "--no-fund", "--ignore-scripts")
 

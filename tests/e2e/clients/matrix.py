@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.e2e.clients.agents.claude_code import CLAUDE_CODE
-from tests.e2e.clients.agents.cline import CLINE
 from tests.e2e.clients.agents.codex import CODEX
 from tests.e2e.clients.agents.opencode import OPENCODE
 from tests.e2e.clients.agents.qwen_code import QWEN_CODE
 from tests.e2e.clients.client import Client, Place, Seen, node, python
+from tests.e2e.clients.installed import PYTHON
 from tests.e2e.clients.scripted_model import AFTER, QUESTION, TASK, ScriptedModel, scripted_backend
 from tests.support.running_proxy import RunningProxy, backend, running_proxy
 
@@ -34,16 +34,16 @@ CLIENTS = (
     python("openai (Python), Responses", "responses", "with_openai_responses.py"),
     node("openai (Node)", "chat completions", "with_openai.mjs"),
     node("openai (Node), Responses", "responses", "with_openai_responses.mjs"),
-    python("anthropic (Python)", "messages", "with_anthropic.py"),
+    python("anthropic (Python)", "messages", "with_anthropic.py", PYTHON),
     node("anthropic (Node)", "messages", "with_anthropic.mjs"),
     python("LangChain", "chat completions", "with_langchain.py"),
-    python("LlamaIndex", "chat completions", "with_llama_index.py"),
-    python("pydantic-ai", "chat completions", "with_pydantic_ai.py"),
-    python("instructor", "chat completions", "with_instructor.py"),
+    python("LlamaIndex", "chat completions", "with_llama_index.py", PYTHON),
+    python("pydantic-ai", "chat completions", "with_pydantic_ai.py", PYTHON),
+    python("instructor", "chat completions", "with_instructor.py", PYTHON),
     node("Vercel AI SDK, compatible", "chat completions", "with_ai_sdk.mjs"),
     node("Vercel AI SDK, OpenAI", "responses", "with_ai_sdk_openai.mjs"),
     node("Vercel AI SDK, Anthropic", "messages", "with_ai_sdk_anthropic.mjs"),
-    *(agent.client for agent in (CLAUDE_CODE, CODEX, OPENCODE, QWEN_CODE, CLINE)),
+    *(agent.client for agent in (CLAUDE_CODE, CODEX, OPENCODE, QWEN_CODE)),
 )
 
 Row = dict[str, str]

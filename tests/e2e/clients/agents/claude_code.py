@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.e2e.clients.agents.agent import Agent, Done, objects
 from tests.e2e.clients.client import MODEL, Place, Seen
-from tests.e2e.clients.installed import BIN
+from tests.e2e.clients.installed import MODULES, PLATFORM
 
 
 def setup(place: Place) -> dict[str, str]:
@@ -30,7 +30,7 @@ def read(done: Done) -> Seen:
 CLAUDE_CODE = Agent(
     "Claude Code",
     "messages",
-    (str(BIN / "claude"), "--allowedTools=Write", "-p"),
+    (str(MODULES / "@anthropic-ai" / f"claude-code-{PLATFORM}" / "claude"), "--allowedTools=Write", "-p"),
     ("--output-format", "json"),
     setup,
     read,

@@ -6,7 +6,7 @@ import json
 
 from tests.e2e.clients.agents.agent import Agent, Done, objects
 from tests.e2e.clients.client import MODEL, Place, Seen
-from tests.e2e.clients.installed import BIN
+from tests.e2e.clients.installed import MODULES, PLATFORM
 
 
 def setup(place: Place) -> dict[str, str]:
@@ -37,4 +37,5 @@ def read(done: Done) -> Seen:
     return Seen(text, None, (steps[-1]["input"], steps[-1]["output"]))
 
 
-OPENCODE = Agent("opencode", "chat completions", (str(BIN / "opencode"), "run"), ("--format", "json"), setup, read)
+PROGRAM = str(MODULES / f"opencode-{PLATFORM}" / "bin" / "opencode")
+OPENCODE = Agent("opencode", "chat completions", (PROGRAM, "run"), ("--format", "json"), setup, read)
