@@ -30,6 +30,8 @@ RESULT_FILES = DOCS.parent / "bench" / "results"
 CLIENTS = DOCS.parent / "tests" / "e2e" / "clients" / "results.json"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench import memory_guard as guard_bench  # noqa: E402
+from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
@@ -294,10 +296,15 @@ def ranged(figures: dict[str, float] | None) -> str:
     return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
 
 
+def memory_guard(content: dict[str, Any]) -> Iterator[Row]:
+    return guard_bench.table([guard_bench.Turn(**turn) for turn in content["turns"]])
+
+
 # A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
 RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cost_runs": ("cost.json", cost_runs),
     "cost_break_even": ("cost.json", cost_break_even),
+    "guard": ("memory-guard.json", memory_guard),
 }
 
 
@@ -336,10 +343,17 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "engines_gpu_loads": lambda: engines(engine_tables.latencies, "gpu"),
     "engines_gpu_ratios": lambda: engines(engine_tables.ratios, "gpu"),
     "engines_gpu_conditions": lambda: engines(engine_tables.conditions, "gpu"),
+    "engines_gpu_small": lambda: engines(engine_tables.latencies, "gpu-small"),
+    "engines_gpu_small_conditions": lambda: engines(engine_tables.conditions, "gpu-small"),
     "engines_knobs": lambda: engines(engine_tables.knobs, "knobs"),
+    "vllm_flags": lambda: engines(advice.flags, "knobs"),
     "engines_knobs_conditions": lambda: engines(engine_tables.conditions, "knobs"),
     "engines_two_gpus": lambda: engines(engine_tables.latencies, "two-gpus"),
+    "engines_two_gpus_conditions": lambda: engines(engine_tables.conditions, "two-gpus"),
 }
+
+
+PAGES = (*DOCS.glob("*.md"), DOCS.parent / "backends" / "vllm" / "README.md")  # those with tables
 
 
 def rendered(text: str) -> str:
@@ -354,5 +368,5 @@ def render(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in DOCS.glob("*.md"):
+    for page in PAGES:
         page.write_text(rendered(page.read_text()))

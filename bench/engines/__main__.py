@@ -162,7 +162,7 @@ def report(options: argparse.Namespace, results: Results) -> int:
     if options.plot:
         plots.throughput(results, options.plot)
         if results.timelines:
-            plots.timelines(results, options.plot.with_name(f"{options.plot.stem}-batch.svg"))
+            plots.timelines(results, options.plot.with_stem(f"{options.plot.stem}-batch"))
     return 1 if any(each.failed for each in results.runs) else 0
 
 

@@ -18,6 +18,7 @@ from bench import children
 from bench.engines.results import PERCENTILES, TIMES, Level
 from bench.engines.subjects import NAME, OFFLINE, Subject
 
+PREFIXES = 4  # beginnings that prompts share
 CLIENT = Path(__file__).parent.parent / "vllm_client.py"
 
 
@@ -73,6 +74,8 @@ def bench_flags(
         flags += ["--max-concurrency", str(level.streams)]
     if rate:
         flags += ["--request-rate", f"{rate:g}", "--burstiness", "1"]
+    if subject.headers:
+        flags += ["--header", *(f"{name}={value}" for name, value in subject.headers.items())]
     return flags + (["--extra-body", json.dumps(subject.extra)] if subject.extra else [])
 
 
@@ -81,7 +84,7 @@ def dataset(options: argparse.Namespace, level: Level) -> list[str]:
         rest = max(8, options.input_len - level.shared_prefix)
         return [
             "--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", str(level.shared_prefix),
-            "--prefix-repetition-suffix-len", str(rest), "--prefix-repetition-num-prefixes", "4",
+            "--prefix-repetition-suffix-len", str(rest), "--prefix-repetition-num-prefixes", str(PREFIXES),
             "--prefix-repetition-output-len", str(options.output_len),
         ]  # fmt: skip
     lengths = ["--random-input-len", str(options.input_len), "--random-output-len", str(options.output_len)]

@@ -58,10 +58,11 @@ def timelines(results: Results, path: Path) -> None:
         axes[1][column].set_xlabel("seconds")
     axes[0][0].set_ylabel("request")
     axes[1][0].set_ylabel("requests")
-    for axis in axes[:, -1]:
-        axis.legend(loc="upper right", fontsize=8)
-    rate = results.timelines[names[0]]["rate"]
-    plot.save(plt, figure, f"The same {rate:.2g} requests per second, arriving at random", path)
+    axes[1][0].set_ylim(bottom=0)  # once all are drawn: it would end their scaling
+    axes[0][0].legend(loc="lower right", fontsize=8)
+    axes[1][-1].legend(loc="best", fontsize=8)
+    rate = f"{results.timelines[names[0]]['rate']:.2g} requests per second, arriving at random"
+    plot.save(plt, figure, f"The same {rate}" if len(names) > 1 else rate, path)
 
 
 def requests_of(axis: Any, timeline: dict[str, Any]) -> None:
@@ -75,4 +76,3 @@ def gauges_of(axis: Any, timeline: dict[str, Any]) -> None:
     at, running, waiting = zip(*timeline["gauges"], strict=True)
     axis.step(at, running, where="post", color=RUNNING, label="in the batch")
     axis.step(at, waiting, where="post", color="#d55e00", label="waiting")
-    axis.set_ylim(bottom=0)

@@ -108,6 +108,8 @@ class Session:
         if pace:
             affordable = int(pace * self.options.closed_seconds)
             wanted = max(FEWEST, level.streams, min(wanted, affordable))
+        if level.shared_prefix:
+            wanted = -(-wanted // load.PREFIXES) * load.PREFIXES  # the generator makes as many for each
         return wanted, None, wanted / pace if pace else 0.0
 
     def run(self, where: str, level: Level, repeat: int, requests: int, rate: float | None) -> Run:
@@ -149,7 +151,7 @@ def expected_pace(runs: Sequence[Run], streams: int) -> float:
     if smaller and last < streams:
         before = smaller[-1]
         growth = math.log(best[last] / best[before]) / math.log(last / before)
-    return best[last] * (streams / last) ** min(1.0, max(0.0, growth))
+    return best[last] * math.pow(streams / last, min(1.0, max(0.0, growth)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine as one or more servers. `extra`: fields that the load generator adds to each request. `gauges`: the
-    prefix of its metrics of running and waiting requests."""
+    """An engine as one or more servers.
+
+    `extra`: fields that the load generator adds to each request. `headers`: what it sends before its own. `gauges`: the
+    prefix of its metrics of running and waiting requests.
+    """
 
     name: str
     dialect: str
@@ -41,6 +45,7 @@ class Subject:
     servers: tuple[Server, ...]
     ready: str = "/health"
     extra: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     gauges: str | None = None
     knob: str = ""
 
@@ -52,6 +57,7 @@ class Subject:
             "commands": [shlex.join(server.command) for server in self.servers],
             "environment": [dict(server.env) for server in self.servers],
             "extra": dict(self.extra),
+            "headers": dict(self.headers),
             "knob": self.knob,
         }
 
@@ -114,13 +120,17 @@ def no_end(options: argparse.Namespace) -> dict[str, Any]:
 def llama_cpp_python(options: argparse.Namespace) -> Subject:
     command = local.llama_cpp_python(options.gguf, NAME, 0, threads(options), CONTEXT)
     server = Server(with_port(command))
-    weights = options.gguf.name
-    return Subject("llama-cpp-python", "llama-cpp-python", weights, (server,), "/openapi.json", no_end(options))
+    # It answers 400 to a request ID that is no UUID. The generator's own is none, and comes after this one.
+    headers = {"X-Request-Id": str(uuid.UUID(int=0))}
+    return Subject(
+        "llama-cpp-python", "llama-cpp-python", options.gguf.name, (server,), "/openapi.json", no_end(options), headers
+    )
 
 
 def llama_server(options: argparse.Namespace) -> Subject:
-    command = local.llama_server(options.gguf, NAME, 0, threads(options), CONTEXT)
-    return Subject("llama-server", "llama-server", options.gguf.name, (Server(with_port(command)),), gauges="llamacpp")
+    server = Server(with_port(local.llama_server(options.gguf, NAME, 0, threads(options), CONTEXT)))
+    no_cache = {"cache_prompt": False}  # direct and proxied runs have the same prompts
+    return Subject("llama-server", "llama-server", options.gguf.name, (server,), extra=no_cache, gauges="llamacpp")
 
 
 def with_port(command: list[str]) -> tuple[str, ...]:

@@ -120,8 +120,8 @@ def claims(results: Results) -> Iterator[Row]:
     measured = f"{statistics.median(mine) / statistics.median(plain):,.0f} ×" if mine and plain else "–"
     yield f"{SOURCE_RATIO} × Transformers at {SOURCE_AT} at once", measured
     at_64 = runs_of(results, "vllm", DIRECT, Level(64))
-    found = f"{spread(run.output_tok_s for run in at_64)} tokens/s, E2E P95 {middle(at_64, 'e2el', 'p95')} ms"
-    yield SOURCE_64, found if at_64 else "–"
+    found = spread(run.output_tok_s for run in at_64)
+    yield SOURCE_64, f"{found} tokens/s, E2E P95 {middle(at_64, 'e2el', 'p95')} ms" if at_64 else "–"
 
 
 def conditions(results: Results) -> Iterator[Row]:

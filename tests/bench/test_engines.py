@@ -62,6 +62,11 @@ def test_the_sources_claims_stand_beside_the_figures(found: Results) -> None:
     assert [row[1] for row in table.claims(found)][1:] == ["16 ×", "2,000 tokens/s, E2E P95 20 ms"]
 
 
+def test_a_claim_that_was_not_measured_says_so(found: Results) -> None:
+    found.runs = [run for run in found.runs if run.level != Level(64)]
+    assert table.text(table.claims(found)).splitlines()[-1].endswith("–")
+
+
 def test_failures_are_reasons_to_doubt(found: Results) -> None:
     assert table.warnings(found) == []
     found.runs[0] = replace(found.runs[0], failed=1, short=5)

@@ -32,14 +32,14 @@ SETTINGS = {
     "VLLM_GPU_MEMORY_UTILIZATION": ("0.8", "gpu_memory_utilization", 0.8),
     "VLLM_MAX_MODEL_LEN": ("4096", "max_model_len", 4096),
     "VLLM_MAX_NUM_SEQS": ("64", "max_num_seqs", 64),
-    "VLLM_MAX_NUM_BATCHED_TOKENS": ("2048", "max_num_batched_tokens", 2048),
+    "VLLM_MAX_NUM_BATCHED_TOKENS": ("4096", "max_num_batched_tokens", 4096),
     "VLLM_BLOCK_SIZE": ("32", "block_size", 32),
     "VLLM_KV_CACHE_DTYPE": ("fp8", "kv_cache_dtype", "fp8"),
     "VLLM_KV_OFFLOADING_SIZE": ("4", "kv_offloading_size", 4.0),
     "VLLM_CPU_OFFLOAD_GB": ("1", "cpu_offload_gb", 1.0),
 }
 GIVEN = {name: value for name, (value, _, _) in SETTINGS.items()}
-LEFT_OUT = ("max_num_batched_tokens", "block_size", "kv_offloading_size")  # while their variables are empty
+LEFT_OUT = ("block_size", "kv_offloading_size")  # while their variables are empty
 
 
 @pytest.fixture(scope="module")

@@ -413,7 +413,7 @@ def test_outcomes() -> None:
         (ROUTING, f"up to {circuit_breaker.LONGEST_OPEN_S:g} s"),
         (ROUTING, f"step by step over {circuit_breaker.SLOW_START_S:g} s"),
         (OPERATIONS, f"{pressure.GAP:g} below its threshold, without preemptions, and after {pressure.DWELL_S:g} s"),
-        (OPERATIONS, f"one request or a tenth every {pressure.GROWTH_S:g} s"),
+        (OPERATIONS, f"one request or an eighth every {pressure.GROWTH_S:g} s"),
         (OPERATIONS, f"only the last {pressure.MOST // 1024**3} count"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
         (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),

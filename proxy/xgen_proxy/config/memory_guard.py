@@ -12,7 +12,7 @@ class MemoryGuard(BaseModel, extra="forbid"):
 
     enabled: bool = Field(
         False,
-        description="Whether short memory changes slots and routes. Off until it has been measured on real engines.",
+        description="Whether short memory changes slots and routes. Off: with short requests vLLM copes better alone.",
     )
     kv_reduce: float = Field(
         0.95, gt=0, le=1, description="At this share of KV cache used a replica holds fewer requests."

@@ -13,7 +13,7 @@
 10. Panic: if none of them is up, all that answer health checks count as up. A refusal would be certain failure.
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
 11. A replica that the memory guard has closed counts as full. It comes after those that are not closed, and the CPU
-    before it. It is never left out: where all are closed, each takes one request at a time (fleet/memory/pressure.py).
+    before it. It is never left out: where all are closed, each holds a little less (fleet/memory/pressure.py).
 12. A backend whose model is too far from that of the first choice gets nothing, or is marked. The first choice is the
     explicit backend, else the first GPU backend that is able, whether it is up and has room or not.
 """

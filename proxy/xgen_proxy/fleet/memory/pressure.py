@@ -2,13 +2,15 @@
 
     normal   takes all that its slots allow
     reduced  holds fewer requests: nine tenths of those that it ran when memory ran short
-    closed   gets no new work while another replica can do it; otherwise one request at a time
+    closed   gets no new work while another replica can do it; otherwise it holds nine tenths again
 
 Memory is short when the share in use is at a threshold in three readings in a row. One reading of a full wave of
 requests says nothing. A preemption does: vLLM threw away a running request's KV cache and will compute it again. So the
 first one reduces at once. A replica is closed only while it holds no more than it may: before that, its requests need
-time to end, and it gets no new ones anyway. It gets better when three readings in a row are well below the threshold,
-and never within five seconds, so that the end of one wave and the beginning of the next do not swing it.
+time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, but never to one
+request at a time: that cost seven eighths of the throughput (bench/memory_guard.py). It gets better when three readings
+in a row are well below the threshold, and never within five seconds, so that the end of one wave and the beginning of
+the next do not swing it.
 
 Once memory is back to normal the number of requests grows step by step, as TCP's window does after a loss. Without
 that, all waiting requests would enter at once and fill the cache again. https://www.rfc-editor.org/rfc/rfc5681
@@ -30,7 +32,7 @@ READINGS = 3  # in a row, to get worse or better
 DWELL_S = 5.0  # that a level lasts before it gets better
 GAP = 0.1  # below its threshold, for a level to get better
 KEPT = 0.9  # of the requests that it held when memory ran short
-GROWTH_S = 3.0  # between two steps by which the requests that it may hold grow again, by one or a tenth
+GROWTH_S = 3.0  # between two steps by which the requests that it may hold grow again, by one or an eighth
 MOST = 20 * 1024**3  # bytes of RAM that count: of a machine of 512 GiB, 95 % leave 25 GiB, which is plenty
 
 
@@ -43,8 +45,6 @@ class Pressure:
     reason: str
 
     def open_slots(self, slots: int) -> int:
-        if self.level == "closed":
-            return 1
         return slots if self.limit is None else min(self.limit, slots)
 
 
@@ -67,10 +67,12 @@ class Room:
 
 
 class Signal:
-    """The level of one kind of memory. `level` is an index of LEVELS."""
+    """The level of one kind of memory. `level` is an index of LEVELS. `worse`: the last reading made it worse, or found
+    that its worst level is not enough."""
 
     def __init__(self) -> None:
         self.level = 0
+        self.worse = False
         self._hot = self._cool = 0  # readings in a row that would make it worse, or better
         self._since = -math.inf
 
@@ -79,12 +81,14 @@ class Signal:
     ) -> None:
         """`enter`: the shares at which `reduced` and `closed` begin. `lost`: requests lost their memory since the last
         reading. `settled`: the replica holds no more than it may. Before that, it is too early to close it."""
-        hot = self.level < 2 and (lost or share >= enter[self.level]) and (self.level == 0 or settled)
+        full = lost or (self.level < 2 and share >= enter[self.level])
+        hot = full and (self.level == 0 or settled)
         cool = self.level > 0 and not lost and share < enter[self.level - 1] - GAP
         self._hot = self._hot + 1 if hot else 0
         self._cool = self._cool + 1 if cool else 0
-        if self._hot >= READINGS or (lost and self.level == 0):
-            self._move(self.level + 1, now)
+        self.worse = self._hot >= READINGS or (lost and self.level == 0)
+        if self.worse:
+            self._move(min(self.level + 1, 2), now)
         elif self._cool >= READINGS and now - self._since >= DWELL_S:
             self._move(self.level - 1, now)
 
@@ -126,11 +130,10 @@ class MemoryPressure:
             )
             preempted = f", {self._preempted} requests preempted" if self._preempted else ""
             self._kv_words = f"KV cache {share:.0%} used{preempted}"
-        self._update(before, in_flight, _held(scrape, in_flight), slots, share < settings.kv_reduce - GAP, now)
+        self._update(self.kv, in_flight, _held(scrape, in_flight), slots, share < settings.kv_reduce - GAP, now)
 
     def observe_ram(self, room: Room | None, in_flight: int, slots: int, settings: MemoryGuard, now: float) -> None:
         """`room`: the tightest that the replica's process lives in. None: unknown, which has no effect."""
-        before = self.level
         share = 0.0
         if room is None:
             self.ram = Signal()
@@ -139,7 +142,7 @@ class MemoryPressure:
             enter = settings.ram_reduce, settings.ram_close
             self.ram.observe(share, enter, now, settled=self._settled(in_flight))
             self._ram_words = str(room)
-        self._update(before, in_flight, in_flight, slots, share < settings.ram_reduce - GAP, now)
+        self._update(self.ram, in_flight, in_flight, slots, share < settings.ram_reduce - GAP, now)
 
     def _settled(self, in_flight: int) -> bool:
         return self._limit is None or in_flight <= self._limit
@@ -148,15 +151,15 @@ class MemoryPressure:
         before, self._counted = self._counted, count
         return 0 if before is None or count is None else max(0, int(count - before))  # a restart begins at 0
 
-    def _update(self, before: int, in_flight: int, held: int, slots: int, calm: bool, now: float) -> None:
-        """`held`: the requests of ours that had memory. A limit that was not reached yet is not lowered again: requests
-        that run need time to end."""
-        if self.level > before and self._settled(in_flight):
+    def _update(self, seen: Signal, in_flight: int, held: int, slots: int, calm: bool, now: float) -> None:
+        """`seen`: the signal that was read. `held`: the requests of ours that had memory. A limit that was not reached
+        yet is not lowered again: requests that run need time to end."""
+        if seen.worse and in_flight and self._settled(in_flight):  # else it was another proxy's load
             self._limit = max(1, int(KEPT * min(held, self._limit or held)))
         if self.level or not calm:
             self._grown_at = now
         elif self._limit is not None and now - self._grown_at >= GROWTH_S:
-            self._limit += max(1, self._limit // 10)
+            self._limit += max(1, self._limit // 8)
             self._grown_at = now
         if self.level == 0 and self._limit is not None and self._limit >= slots:
             self._limit = None

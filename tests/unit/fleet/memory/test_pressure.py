@@ -85,6 +85,22 @@ def test_preemptions_that_go_on_close() -> None:
     assert story.memory.pressure.reason == "memory: KV cache 85% used, 4 requests preempted"
 
 
+def test_preemptions_of_a_closed_replica_lower_it_further() -> None:
+    story = Story()
+    limits = []
+    for count in range(12):
+        pressure = story.scrape(0.85, preemptions=count, running=20)
+        limits.append(pressure.limit if pressure else None)
+    assert limits == [None, 18, 18, 18, 16, 16, 16, 14, 14, 14, 12, 12]
+
+
+def test_a_full_cache_without_preemptions_is_not_lowered_further() -> None:
+    story = Story()
+    pressure = story.scrape(*[0.99] * 60, running=20)
+    assert pressure
+    assert (pressure.level, pressure.limit) == ("closed", 16)
+
+
 def test_a_counter_that_began_again_is_no_preemption() -> None:
     story = Story()
     story.scrape(0.1, preemptions=50)
@@ -177,7 +193,9 @@ def test_of_a_large_machine_the_last_20_gib_count(left: int, size: int, share: f
     assert Room(left * GIB, size * GIB, "this machine").share == pytest.approx(share)
 
 
-@pytest.mark.parametrize(("level", "limit", "slots"), [("closed", 5, 1), ("reduced", 5, 5), ("normal", 99, 16)])
+@pytest.mark.parametrize(
+    ("level", "limit", "slots"), [("closed", 5, 5), ("closed", 99, 16), ("reduced", 5, 5), ("normal", 99, 16)]
+)
 def test_open_slots(level: Any, limit: int, slots: int) -> None:
     assert Pressure(level, limit, "").open_slots(SLOTS) == slots
     assert Pressure("normal", None, "").open_slots(SLOTS) == SLOTS
