@@ -72,12 +72,10 @@ def row(client: Client, folder: Path) -> Row:
         version, seen = client.run(place, prompts)
         written = {line: path.read_text() if path.exists() else "" for line, path in files.items()}
         observed = Observed(*seen, gpu, cpu, written)
-    return {
-        "client": client.name,
-        "version": version,
-        "api": client.api,
-        **{column: cell(CHECKS[column], observed) for column in COLUMNS},
-    }
+    cells = {column: cell(CHECKS[column], observed) for column in COLUMNS}
+    if cells["chat"] != YES:  # the others fail for the same reason
+        cells = {column: cells["chat"] if column == "chat" else "no" for column in COLUMNS}
+    return {"client": client.name, "version": version, "api": client.api, **cells}
 
 
 @contextmanager
@@ -115,8 +113,8 @@ def check_chat(observed: Observed) -> None:
 
 def check_stream(observed: Observed) -> None:
     check_chat(observed)
-    first = next(each for each in observed.gpu.asked if QUESTION in json.dumps(each))
-    assert first.get("stream"), "it asks for whole answers"
+    asked = [each for each in observed.gpu.asked if QUESTION in json.dumps(each)]
+    assert any(each.get("stream") for each in asked), "it asks for whole answers"
     assert observed.question.pieces != 1, "the answer came in one piece"
 
 

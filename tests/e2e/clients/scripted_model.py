@@ -143,8 +143,8 @@ class ScriptedModel:
 
     async def __call__(self, talk: Talk) -> None:
         body = talk.json
-        if not talk.path.startswith("/v1/"):  # a tokenizer: a token for each word
-            await talk.answer(200, {"count": len(str(body.get("prompt") or body.get("content")).split())})
+        if talk.path != "/v1/chat/completions":  # the proxy asks for a number of tokens, or whether the engine lives
+            await self._answer_proxy(talk, body)
             return
         self.asked.append(body)
         words, said = words_for(body), begun(body)
@@ -157,6 +157,12 @@ class ScriptedModel:
             await self._die()
         else:
             await talk.answer(200, whole(body, words))
+
+    async def _answer_proxy(self, talk: Talk, body: Json) -> None:
+        if talk.path == "/v1/completions":
+            await talk.answer(200, {"choices": [{"index": 0, "text": "a", "finish_reason": "length"}]})
+        else:
+            await talk.answer(200, {"count": len(str(body.get("prompt") or body.get("content")).split())})
 
     def _is_to_die(self, words: Words) -> bool:
         return self.die is not None and words.call is not None and self.dies_writing in words.call.arguments
