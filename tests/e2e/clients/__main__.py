@@ -26,8 +26,8 @@ def main(names: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 known[client.name] = row(client, Path(folder))
             print(*known[client.name].values(), sep=" | ", flush=True)
-    rows = [known[client.name] for client in CLIENTS if client.name in known]
-    RESULTS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+            rows = [known[each.name] for each in CLIENTS if each.name in known]
+            RESULTS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print("Now run: python docs/tables.py")
 
 

@@ -44,13 +44,9 @@ class Place:
     home: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Without the variables of this process, except those that programs need to start.
-
-        No maker's host is reached: a proxy that does not exist stands for the network, except for this machine.
-        """
+        """Without the variables of this process, except those that programs need to start."""
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
-        return {**kept, **nowhere, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **more}
+        return {**kept, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

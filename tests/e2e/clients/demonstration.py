@@ -102,7 +102,7 @@ def watched(place: Place, agent: Agent, task: str, gpu: Server, lines: list[Line
         env=place.environment(**agent.setup(place)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.DEVNULL,  # the agents' remarks on a model that they do not know
         text=True,
     )
 

@@ -23,11 +23,11 @@ Json = dict[str, Any]
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
-TASK = 'Write the line "{line}" into the file {path}'
+TASK = "Write the line {line} into the file {path}"
 BEFORE = "I will write the file. "
 AFTER = "The file is written."
 PROMPT_TOKENS = 17
-ASKED = re.compile(r'Write the line "([^"]+)" into the file (\S+\.txt)')
+ASKED = re.compile(r"Write the line (\w+) into the file (\S+\.txt)")
 
 # What agents call their tools and the arguments of these, in the order in which the model prefers the tools.
 TOOLS = (
