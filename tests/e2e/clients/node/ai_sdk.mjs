@@ -4,12 +4,13 @@ import { z } from "zod";
 
 import { TOOL, run, saw, writeFile } from "./tasks.mjs";
 
-export function runWith(model) {
+export function runWith(model, providerOptions = {}) {
   return run("ai", async (prompt) => {
     const pieces = [];
     const result = streamText({
       model,
       prompt,
+      providerOptions,
       maxRetries: 0,
       stopWhen: stepCountIs(3),
       tools: {

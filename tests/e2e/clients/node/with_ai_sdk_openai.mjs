@@ -4,4 +4,4 @@ import { createOpenAI } from "@ai-sdk/openai";
 import { URL, MODEL } from "./tasks.mjs";
 import { runWith } from "./ai_sdk.mjs";
 
-await runWith(createOpenAI({ baseURL: `${URL}/v1`, apiKey: "none" })(MODEL));
+await runWith(createOpenAI({ baseURL: `${URL}/v1`, apiKey: "none" })(MODEL), { openai: { store: false } });

@@ -27,12 +27,16 @@ class WriteFile(BaseModel):
 def do(prompt: str) -> Json:
     messages: list[Any] = [{"role": "user", "content": prompt}]
     if "Write" in prompt:
-        task, raw = client.chat.completions.create_with_completion(WriteFile, messages, max_retries=0)
+        task, raw = client.chat.completions.create_with_completion(
+            messages=messages, response_model=WriteFile, max_retries=0
+        )
         [call] = raw.choices[0].message.tool_calls
         result = write_file(task.path, task.content)
         messages += [raw.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": result}]
-    grown = [each.text for each in client.chat.completions.create_partial(Answer, messages)]
-    answer, raw = client.chat.completions.create_with_completion(Answer, messages, max_retries=0)
+    grown = [each.text for each in client.chat.completions.create_partial(response_model=Answer, messages=messages)]
+    answer, raw = client.chat.completions.create_with_completion(
+        messages=messages, response_model=Answer, max_retries=0
+    )
     usage = raw.usage.prompt_tokens, raw.usage.completion_tokens
     return {"text": answer.text, "pieces": len(set(grown)), "usage": usage}
 
