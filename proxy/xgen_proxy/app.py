@@ -12,8 +12,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from xgen_proxy.api import openai, ops
+from xgen_proxy.api import openai, ops, responses
 from xgen_proxy.api.generate import GenerateEndpoint
+from xgen_proxy.api.opaque import opaque_routes
 from xgen_proxy.api.paths import canonical, similar
 from xgen_proxy.config.loading import ConfigSources
 from xgen_proxy.config.settings import Settings
@@ -35,7 +36,7 @@ class ProxyApp:
     def __init__(self, app: Starlette, gateway: Gateway) -> None:
         self.app = app
         self.gateway = gateway
-        self.inference_routes = openai.inference_routes(gateway)
+        self.inference_routes = {**openai.inference_routes(gateway), **opaque_routes(gateway)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,6 +90,9 @@ def create_app(settings: Settings, sources: ConfigSources | None = None) -> Prox
             Route("/", ops.root),
             Route("/v1/models", openai.list_models),
             Route("/v1/models/{model:path}", openai.get_model),
+            Route("/v1/responses/input_tokens", responses.count_input_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}/cancel", responses.no_such_response, methods=["POST"]),
+            Route("/v1/responses/{id:path}", responses.no_such_response, methods=["GET", "DELETE"]),
             Route("/generate", GenerateEndpoint(gateway, always_streams=False), methods=["POST"]),
             Route("/generate/stream", GenerateEndpoint(gateway, always_streams=True), methods=["POST"]),
             Route("/route", ops.route, methods=["POST"]),

@@ -14,7 +14,7 @@ import orjson
 
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import new_key
-from xgen_proxy.config.loading import ConfigError, ConfigSources
+from xgen_proxy.config.loading import ConfigError, ConfigSources, doubts
 from xgen_proxy.costs import commands as cost_commands
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.models import commands as model_commands
@@ -49,7 +49,8 @@ examples:
   XGEN_ROUTING__LONG_PROMPT_WORDS=200 xgen-proxy check --vllm http://gpu-box:8000
 
 Each line is a setting, its value and the source of the value: flag, environment, .env, the secrets directory, the TOML
-file or default. If a setting is invalid, the command says which one and how to correct it, and exits with 2.
+file or default. If a setting is invalid, the command says which one and how to correct it, and exits with 2. It warns
+of an alias (models.aliases) for a model that no backend serves, if the settings name the models of all backends.
 """
 
 ROUTE_EXAMPLES = """\
@@ -186,7 +187,10 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     sources = config_sources(arguments)
-    print_table([("setting", "value", "from"), *sources.explain(sources.load())])
+    settings = sources.load()
+    print_table([("setting", "value", "from"), *sources.explain(settings)])
+    for doubt in doubts(settings):
+        print(f"xgen-proxy: warning: {doubt}", file=sys.stderr)
     return 0
 
 
@@ -195,6 +199,8 @@ def run_route(arguments: argparse.Namespace) -> int:
     plan = ask(arguments, "POST", "/route", body)
     if plan.get("error"):
         print(f"refused: {plan['error']['message']}")
+    if alias := plan["features"].get("alias"):  # an older proxy has none
+        print(f"alias: {alias['asked']} is {plan['features']['model']} (models.aliases, {alias['pattern']})")
     rows = [
         (str(index), each["backend"], each["replica"], f"{each['load']:.2f}", planned_reason(each))
         for index, each in enumerate(plan["candidates"], 1)
@@ -238,6 +244,9 @@ def run_status(arguments: argparse.Namespace) -> int:
     ]
     print_table([("replica", "device", "state", "busy", "load", "models", "context", "memory", "reason"), *rows])
     print(f"waiting for a slot: {status['queued']}")
+    for pattern, alias in status.get("aliases", {}).items():  # an older proxy has none
+        if not alias["served"]:
+            print(f"alias {pattern}: no backend serves {alias['model']}")
     if arguments.details:
         print_details(status)
     return 0

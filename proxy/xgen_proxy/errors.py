@@ -301,8 +301,8 @@ class ClientDisconnectedError(Exception):
     """The client closed its connection; all work for it must stop."""
 
 
-def all_failed(failures: Iterable[tuple[str, UpstreamError]]) -> ProxyError:
-    """The error for a request whose every candidate failed, given (replica name, error) in order.
+def all_failed(failures: Iterable[tuple[str, UpstreamError]], model: str = "") -> ProxyError:
+    """The error for a request for `model` whose every candidate failed, given (replica name, error) in order.
 
     By blame: the request's or the proxy's own fault says so; 400 if no engine has what the request needs; 503 if all
     were overloaded, down or unsuitable; 504 if the last one timed out; else 502.
@@ -318,7 +318,7 @@ def all_failed(failures: Iterable[tuple[str, UpstreamError]]) -> ProxyError:
     if all(error.blame == "proxy" for error in errors):
         return OutOfResourcesError(f"the proxy itself ran out of resources ({tried}); try again later", retry_after=2)
     if all(isinstance(error, MissingCapabilityError) for error in errors):
-        return BadRequestError(f"no backend can do this request ({tried})")
+        return BadRequestError(f"no backend can do this request with the model {quoted(model)} ({tried})")
     message = f"every backend that could answer was tried and failed ({tried})"
     blames = {error.blame for error in errors}
     if all(error.blame in ("busy", "engine", "proxy") or isinstance(error, UpstreamConnectError) for error in errors):

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-from xgen_proxy.config.loading import ConfigError, ConfigSources, UnreadableError, missing_secrets
+from xgen_proxy.config.loading import ConfigError, ConfigSources, UnreadableError, doubts, missing_secrets
 from xgen_proxy.config.settings import NO_KEYS, Settings
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.supervision import stop, supervise
@@ -104,6 +104,8 @@ class Reloader:
         for name in NEEDS_RESTART:
             if getattr(old, name) != getattr(settings, name):
                 log.warning("%s is read at the start only: restart for it to change", name)
+        for doubt in doubts(settings):
+            log.warning("%s", doubt)
         if settings.api_keys == NO_KEYS and old.api_keys not in (None, NO_KEYS):
             log.warning("api_keys says none: no key is asked for any more")
         return settings

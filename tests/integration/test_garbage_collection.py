@@ -34,6 +34,11 @@ def stream(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert chat(proxy, stream=True).text.endswith("data: [DONE]\n\n")
 
 
+def response(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    body = {"model": "m", "input": [{"role": "user", "content": "Hi"}], "stream": True}
+    assert "event: response.completed" in post(f"{proxy.url}/v1/responses", json=body).text
+
+
 def disconnect(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(endless)
     with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json={**CHAT, "stream": True}) as response:
@@ -85,7 +90,7 @@ def test_loaded_objects_are_frozen() -> None:
         gc.set_threshold(*threshold)
 
 
-@pytest.mark.parametrize("request_", [whole, stream, disconnect, failover, resume, invalid, not_found])
+@pytest.mark.parametrize("request_", [whole, stream, response, disconnect, failover, resume, invalid, not_found])
 def test_requests_leave_no_reference_cycles(
     request_: Callable[[RunningProxy, FakeUpstream], None],
     start: Callable[..., RunningProxy],

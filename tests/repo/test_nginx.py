@@ -36,8 +36,9 @@ def test_limits_match_the_proxys() -> None:
     settings = Settings(backends={"vllm": {"urls": ["http://127.0.0.1:1"]}})
     backend = settings.backends["vllm"]
     sizes = re.findall(r"client_max_body_size (\d+);", CONFIGURATION.read_text())
-    assert sizes == [str(settings.limits.body_bytes), "0"], "only the error pages may have another limit"
-    assert f"more than {settings.limits.body_bytes} bytes" in CONFIGURATION.read_text()
+    limits = settings.limits
+    assert sizes == [str(limits.body_bytes), str(limits.upload_bytes), "0"], "only the error pages may have another"
+    assert f"more than {limits.body_bytes} bytes ({limits.upload_bytes} with audio)" in CONFIGURATION.read_text()
     assert seconds("send_timeout") == http_protocol.STALL_TIMEOUT_S
     assert seconds("client_header_timeout") <= http_protocol.HEAD_TIMEOUT_S
     assert seconds("proxy_read_timeout") > settings.limits.queue_timeout_s + backend.total_timeout_s

@@ -33,7 +33,7 @@ LEVELS = [
     {"config"},
     {"dialects", "translation"},
     {"request", "downstream"},
-    {"upstream", "sse"},
+    {"upstream", "sse", "gguf"},
     {"errors", "garbage_collection", "own_limits", "supervision", "values"},
     {"__init__"},  # the version
 ]

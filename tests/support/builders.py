@@ -6,11 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from xgen_proxy.config.settings import DeviceClass, Routing
+from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.hash_ring import ring_of
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.snapshot import BackendSnapshot, ReplicaSnapshot
-from xgen_proxy.request.features import NEEDS, Features
+from xgen_proxy.request.features import NEEDS, DeviceClass, Features
 
 AT_REST = Features(
     endpoint="chat",

@@ -120,6 +120,8 @@ class FakeUpstream:
     kv: float = 0.0
     tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
     preemptions: int = 0
+    reranks: bool = False
+    routes: list[str] | None = None  # that it has for POST; None: it answers each GET
     health: int = 200
     talks: list[Talk] = field(default_factory=list)
     connections: int = 0
@@ -182,6 +184,8 @@ class FakeUpstream:
             await self.answer_check(talk)
         elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
             await self.answer_probe(talk)
+        elif path == "/v1/rerank" and body == b"{}":  # whether a llama-server reranks
+            await talk.answer(400 if self.reranks else 501, {})
         else:
             self.talks.append(talk)
             await (self.scripts.pop(0) if self.scripts else self.default)(talk)
@@ -196,6 +200,8 @@ class FakeUpstream:
             await talk.answer(self.health, {})
         elif talk.path == "/v1/models":
             await talk.answer(200, {"data": [{"id": name, "max_model_len": 2048} for name in self.models]})
+        elif self.routes is not None and talk.path != "/metrics":
+            await talk.answer(405 if talk.path in self.routes else 404, {})
         else:
             page = METRICS.format(running=self.running, waiting=self.waiting, kv=self.kv, preemptions=self.preemptions)
             await talk.answer(200, page.encode())

@@ -11,8 +11,9 @@ TOKENS = [f"token {number}" for number in range(100)]
 LAYERS, WIDTH, HEADS, KV_HEADS, CONTEXT = 2, 64, 4, 2, 1024
 
 
-def tiny_gguf(path: Path, *, template: str | None = None, type: type = numpy.float16) -> Path:
-    """A llama of two layers, without the tensors that would make it answer."""
+def tiny_gguf(path: Path, *, template: str | None = None, type: type = numpy.float16, **numbers: int) -> Path:
+    """A llama of two layers, without the tensors that would make it answer. `numbers`: more of its metadata, with `__`
+    for a dot."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_file_type(1)
@@ -26,6 +27,8 @@ def tiny_gguf(path: Path, *, template: str | None = None, type: type = numpy.flo
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_array("tiny.short", [1, 2, 3])
+    for key, value in numbers.items():
+        writer.add_uint32(f"llama.{key.replace('__', '.')}", value)
     if template is not None:
         writer.add_chat_template(template)
     generator = numpy.random.default_rng(1)

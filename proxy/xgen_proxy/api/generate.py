@@ -23,6 +23,7 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # what reading
 
 class GenerateRequest(BaseModel):
     prompt: str = Field(min_length=1)
+    model: str | None = None
     max_tokens: int = Field(1024, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -74,6 +74,8 @@ class InferenceEndpoint:
             limits=settings.limits,
             continuation=settings.routing.continuation,
             default_model=self.gateway.router.default_model,
+            believed_below=settings.routing.max_tokens_believed_below,
+            find_alias=self.gateway.router.find_alias,
         )
 
     def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:

@@ -7,8 +7,10 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
+from xgen_proxy.api.translated import TranslatedEndpoint
 from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
+from xgen_proxy.translation.responses.api import ResponsesApi
 
 
 def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
@@ -17,19 +19,34 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
         "/v1/chat/completions": InferenceEndpoint(gateway, "chat"),
         "/v1/completions": InferenceEndpoint(gateway, "completions"),
         "/v1/embeddings": InferenceEndpoint(gateway, "embeddings"),
+        "/v1/responses": TranslatedEndpoint(gateway, ResponsesApi()),
     }
 
 
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
-    return JSONResponse({"object": "list", "data": [model_card(gateway, name) for name in gateway.fleet.models]})
+    return JSONResponse({"object": "list", "data": model_cards(gateway)})
+
+
+def model_cards(gateway: Gateway) -> list[dict[str, object]]:
+    """Of the models, and of the aliases of models that are served; a pattern has one example."""
+    models = gateway.fleet.models
+    aliases = [
+        alias_card(gateway, name, model)
+        for name, model in gateway.settings.models.names().items()
+        if model in models and name not in models
+    ]
+    return [*(model_card(gateway, name) for name in models), *aliases]
 
 
 async def get_model(request: Request) -> Response:
     gateway = authenticated(request)
     name = request.path_params["model"]
-    if name not in gateway.fleet.models:
-        known = ", ".join(gateway.fleet.models[:20]) or "none yet"
+    alias, models = gateway.router.find_alias(name), gateway.fleet.models
+    if alias is not None and alias.model in models:
+        return JSONResponse(alias_card(gateway, name, alias.model))
+    if name not in models:
+        known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
     return JSONResponse(model_card(gateway, name))
 
@@ -58,3 +75,8 @@ def model_card(gateway: Gateway, name: str) -> dict[str, object]:
         **context,
         "capabilities": sorted(set().union(*(backend.capabilities for backend in owners))),
     }
+
+
+def alias_card(gateway: Gateway, name: str, model: str) -> dict[str, object]:
+    """That of the model, under the name of the alias."""
+    return {**model_card(gateway, model), "id": name, "alias_of": model}

@@ -45,7 +45,7 @@ async def root(request: Request) -> Response:
         {
             "name": "xgen-proxy",
             "version": __version__,
-            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/completions and /v1/embeddings",
+            "api": "OpenAI's, under /v1: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings",
             "links": ["/v1/models", "/models/status", "/health", "/ready", "/metrics"],
         }
     )
@@ -80,6 +80,7 @@ async def status(request: Request) -> Response:
         {
             "default_model": gateway.fleet.default_model,
             "models": gateway.fleet.models,
+            "aliases": aliases(gateway),
             "queued": len(gateway.admission.queue),
             "draining": gateway.draining,
             "gpus": gpus,
@@ -87,6 +88,13 @@ async def status(request: Request) -> Response:
             "backends": [backend_status(backend, replicas, local) for backend, replicas in fleet],
         }
     )
+
+
+def aliases(gateway: Gateway) -> dict[str, dict[str, Any]]:
+    """By pattern. `served`: whether a backend serves the model that it stands for."""
+    models = gateway.fleet.models
+    found = gateway.settings.models.aliases.items()
+    return {pattern: {**alias.model_dump(), "served": alias.model in models} for pattern, alias in found}
 
 
 def local_facts(replicas: list[Replica]) -> Local:

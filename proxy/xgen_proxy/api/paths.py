@@ -8,7 +8,18 @@ from difflib import get_close_matches
 
 LONGEST = 300  # characters of a path that is looked at
 SLASHES = re.compile("/{2,}")
-WITHOUT_V1 = frozenset({"/chat/completions", "/completions", "/embeddings", "/models"})
+WITHOUT_V1 = frozenset({
+    "/chat/completions", "/completions", "/embeddings", "/models", "/responses",
+    "/rerank", "/score", "/audio/transcriptions", "/audio/translations",
+})  # fmt: skip
+OTHER_NAMES = {  # of engines, for the same
+    "/v2/rerank": "/v1/rerank",  # Cohere's, and vLLM's
+    "/reranking": "/v1/rerank",  # llama-server's
+    "/v1/reranking": "/v1/rerank",
+    "/v1/classify": "/classify",
+    "/v1/tokenize": "/tokenize",
+    "/v1/detokenize": "/detokenize",
+}
 
 
 def canonical(path: str) -> str:
@@ -19,7 +30,7 @@ def canonical(path: str) -> str:
     while path.startswith("/v1/v1/"):
         path = path[3:]
     path = path.rstrip("/") or "/"
-    return f"/v1{path}" if path in WITHOUT_V1 else path
+    return f"/v1{path}" if path in WITHOUT_V1 else OTHER_NAMES.get(path, path)
 
 
 def similar(path: str, routes: Iterable[str]) -> str | None:

@@ -116,9 +116,9 @@ class ConfigSources:
     def explain(self, settings: Settings) -> Iterator[tuple[str, str, str]]:
         """(setting, value, source) for every value; secrets are masked."""
         origins = self._origins()
-        for setting, value in _leaves(settings):
-            origin = next((name for name, values in origins if _contains(values, setting)), "default")
-            yield setting, str(value), origin
+        for path, value in _leaves(settings):
+            origin = next((name for name, values in origins if _contains(values, path)), "default")
+            yield ".".join(path), str(value), origin
 
     def _origins(self) -> list[tuple[str, Mapping[str, Any]]]:
         path = self.config_file
@@ -154,6 +154,17 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"{path} is a folder; it must be a file")
     if path.name.lower().startswith("xgen_") and not path.resolve().is_relative_to(path.parent.resolve()):
         raise ConfigError(f"{path} is a link that leads out of its folder, where secrets are not read from")
+
+
+def doubts(settings: Settings) -> Iterator[str]:
+    """What is valid and yet cannot be meant, as far as the settings alone tell: a backend without `models` serves the
+    names that it lists itself."""
+    served = {name for backend in settings.backends.values() for name in backend.models}
+    if all(backend.models for backend in settings.backends.values()):
+        for pattern, alias in settings.models.aliases.items():
+            if alias.model not in served:
+                known = ", ".join(sorted(served))
+                yield f"models.aliases.{pattern}: no backend serves {alias.model!r}; there are {known}"
 
 
 def missing_secrets(old: Settings, new: Settings) -> list[str]:
@@ -193,20 +204,22 @@ def env_name(setting: str) -> str:
     return "XGEN_" + setting.upper().replace(".", "__")
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, BaseModel):
         items = [(name, getattr(value, name)) for name in type(value).model_fields]
     elif isinstance(value, dict) and value and all(isinstance(each, BaseModel) for each in value.values()):
         items = list(value.items())
     else:
-        yield prefix, "********" if isinstance(value, SecretStr) else value
+        yield path, "********" if isinstance(value, SecretStr) else value
         return
     for name, each in items:
-        yield from _leaves(each, f"{prefix}.{name}" if prefix else str(name))
+        yield from _leaves(each, (*path, str(name)))
 
 
-def _contains(values: Any, setting: str) -> bool:
-    for part in setting.split("."):
+def _contains(values: Any, path: tuple[str, ...]) -> bool:
+    for part in path:
+        if isinstance(values, str):  # the short form of what has parts, such as an alias
+            return True
         if not isinstance(values, Mapping) or part not in values:
             return False
         values = values[part]

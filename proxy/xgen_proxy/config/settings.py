@@ -33,16 +33,16 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from xgen_proxy.config.aliases import Models
 from xgen_proxy.config.fallback import Fallback
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
 from xgen_proxy.dialects.registry import DIALECTS
+from xgen_proxy.request.features import DeviceClass
 from xgen_proxy.request.limits import Limits
 
 DEFAULT_CONFIG = Path("xgen-proxy.toml")
 DEFAULT_SECRETS = Path("/run/secrets")  # where Docker Compose mounts them
-
-DeviceClass = Literal["gpu", "cpu"]
 
 
 def split_commas(value: Any) -> Any:
@@ -218,6 +218,12 @@ class Routing(BaseModel, extra="forbid"):
 
     long_prompt_words: int = Field(100, ge=0, description="Rule 2: a prompt of more words goes to the GPU.")
     long_max_tokens: int = Field(1024, ge=0, description="Rule 2: a larger max_tokens goes to the GPU.")
+    max_tokens_believed_below: int = Field(
+        8192,
+        ge=1,
+        description="A max_tokens of this or more is a client's constant and says nothing about the answer's length:"
+        " Claude Code and opencode send 32000 with every request, Zed 65535. Rule 2 ignores it.",
+    )
     urgent_load: float = Field(0.7, gt=0, description="Rule 3: urgent work takes the GPU below this load.")
     load_limit: float = Field(1.0, gt=0, description="Rule 6: at or over this load short work spills to the CPU.")
     waiting_full: float = Field(5.0, gt=0, description="Rule 5: this many waiting requests are load 1.")
@@ -264,6 +270,7 @@ class Settings(BaseSettings):
         description="Origins, comma-separated, whose web pages may call the API, as https://chat.example.org; `*` for"
         " all. Empty: none may.",
     )
+    models: Models = Models()
     routing: Routing = Routing()
     fallback: Fallback = Fallback()
     limits: Limits = Limits()

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from xgen_proxy.request.features import Features, Json
+from xgen_proxy.request.features import Features, Json, Need
+from xgen_proxy.request.opaque.endpoints import OPAQUE
+from xgen_proxy.request.opaque.multipart import Form
 from xgen_proxy.values import frozen
 
 # (path, body) → (status, JSON). Asks the same replica, while a slot of it is held. Raises UpstreamError.
 Post = Callable[[str, Json], Awaitable[tuple[int, Any]]]
+Ask = Callable[[str, Json | None], Awaitable[tuple[int, Any]]]  # the same; None: a GET
 
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+    **{name: endpoint.path for name, endpoint in OPAQUE.items()},
+}
 
 
 @frozen
@@ -19,8 +27,9 @@ class BackendRequest:
     """A request as asked of one backend.
 
     `body` is the client's JSON without our hints and with presets filled in. `raw` is the client's own bytes while they
-    still say the same as `body`, else None. `alias` is the public model name, which the response must carry. `served`
-    is the name that the backend knows the model by. `context` is its context length in tokens, if known.
+    still say the same as `body`, else None. `alias` is the name that the client sent, which the response must carry.
+    `served` is the name that the backend knows the model by. `context` is its context length in tokens, if known.
+    `form`: the request is a multipart form.
     """
 
     features: Features
@@ -29,6 +38,7 @@ class BackendRequest:
     alias: str
     served: str
     context: int | None = None
+    form: Form | None = None
 
     @property
     def choices(self) -> int:
@@ -43,6 +53,12 @@ class BackendRequest:
     @property
     def path(self) -> str:
         return PATHS[self.features.endpoint]
+
+    @property
+    def opaque(self) -> Need | None:
+        """The capability that the endpoint is, if the request and its answer pass unread."""
+        endpoint = OPAQUE.get(self.features.endpoint)
+        return endpoint.need if endpoint else None
 
 
 @frozen

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import orjson
 
-from xgen_proxy.dialects.backend_request import BackendRequest, ModelFacts, Post, ReplicaInfo
+from xgen_proxy.dialects.backend_request import Ask, BackendRequest, ModelFacts, Post, ReplicaInfo
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
-from xgen_proxy.dialects.request_rules import Rule
+from xgen_proxy.dialects.request_rules import INTERNALS, MODEL_NAME, NOT_FOR_BACKENDS, Rule
 from xgen_proxy.dialects.stream_collector import StreamCollector
 from xgen_proxy.dialects.stream_editors import ModelName, StreamEditor, rename_model
 from xgen_proxy.errors import ProxyError, UpstreamError, UpstreamProtocolError
-from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.request.features import NEEDS, Features, Json, Need
 from xgen_proxy.sse import EventSplitter
 
 MAX_MODELS = 1_000  # of one replica
@@ -67,6 +67,7 @@ class Dialect:
     reuse_after_stream: ClassVar[bool] = True  # a connection can serve again after a stream
     event_splitter: ClassVar[type[EventSplitter]] = EventSplitter  # its bytes are tested; see sse.py
     rules: ClassVar[tuple[Rule, ...]] = ()
+    opaque_rules: ClassVar[tuple[Rule, ...]] = (MODEL_NAME, INTERNALS)  # for the endpoints of request/opaque
 
     # what a replica reports
 
@@ -85,10 +86,20 @@ class Dialect:
         lengths = [card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx") for card in cards]
         return min(filter(None, map(count, lengths)), default=None)
 
+    async def missing_routes(self, ask: Ask) -> frozenset[Need]:
+        """The capabilities that a replica lacks because it has no route for them; empty if it does not tell. Asked when
+        it comes up. Raises UpstreamError, or any Exception if the answer is malformed."""
+        return frozenset()
+
     # the request
+
+    def path(self, request: BackendRequest) -> str:
+        return request.path
 
     def prepare(self, request: BackendRequest) -> bytes:
         """The request body for this engine. Raises BadRequestError, whose message says what to change."""
+        if request.form is not None:
+            return request.form.encoded(request.served, NOT_FOR_BACKENDS)
         body = self.prepared(request)
         if body is request.body and request.raw is not None:
             return request.raw
@@ -96,7 +107,7 @@ class Dialect:
 
     def prepared(self, request: BackendRequest) -> Json:
         body = request.body
-        for rule in self.rules:
+        for rule in self.opaque_rules if request.opaque else self.rules:
             body = rule.apply(body, request)
         return body
 

@@ -54,6 +54,8 @@ CLIENTS_500 = re.compile(
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request
 
+# FastAPI's words, llama-server's, and Go's
+NO_ROUTE = frozenset({"Not Found", "File Not Found", "Method Not Allowed", "404 page not found"})
 HOP_FAILED = frozenset({408, 425, 499})  # between us and the server: it says nothing about the client's request
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -113,6 +115,41 @@ MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "start llama-server with another --pooling, or set the backend's embeddings = false",
         ),
         (
+            r"This server does not support reranking\. Start it with `?--rerank(?:ing)?`?\.?",
+            "rerank",
+            "start llama-server with --reranking and a model made for it",
+        ),
+        (
+            r"The current model does not support audio input\.?",
+            "transcriptions",
+            "start llama-server with a model that hears, and its --mmproj",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?(?:Rerank(?: \(Score\))?) API\.?",
+            "rerank",
+            "vLLM reranks with a model made for it",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?(?:Score|Scoring) API\.?",
+            "score",
+            "vLLM scores with a model made for it",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?Classification API\.?",
+            "classify",
+            "vLLM classifies with a model made for it",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?Transcriptions? API\.?",
+            "transcriptions",
+            "vLLM transcribes with a model made for speech",
+        ),
+        (
+            r"(?:The|This) model does not support (?:the )?Translations? API\.?",
+            "translations",
+            "vLLM translates with a model made for speech",
+        ),
+        (
             r"logprobs is not supported for models created with logits_all=False",
             "logprobs",
             "start llama-cpp-python with --logits_all true",
@@ -131,8 +168,8 @@ MISSING: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 
 
-def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
-    """The error for a response whose status is not 200."""
+def read_error(status: int, body: bytes, route: str | None = None) -> ProxyError | UpstreamError:
+    """The error for a response whose status is not 200. `route`: the capability that the path itself stands for."""
     message, code, param = _fields(body)
     if status in (429, 503):
         return UpstreamOverloadedError(f"says {status}", message)
@@ -142,6 +179,8 @@ def read_error(status: int, body: bytes) -> ProxyError | UpstreamError:
         return missing
     if status in (401, 403, 407):
         return UnsupportedByBackendError(f"says {status}: the backend's api_key setting is wrong")
+    if route and status in (404, 405) and message in NO_ROUTE:
+        return MissingCapabilityError(route, "it has no route for it")
     if status in (404, 405, 501):
         return UnsupportedByBackendError(f"says {status}: it has no such model or route", message)
     if status in HOP_FAILED or (status >= 500 and not CLIENTS_500.search(message)):

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import orjson
+
 from xgen_proxy import sse
 from xgen_proxy.dialects import request_rules as shared
-from xgen_proxy.dialects.backend_request import BackendRequest, Post, ReplicaInfo
+from xgen_proxy.dialects.backend_request import Ask, BackendRequest, Post, ReplicaInfo
 from xgen_proxy.dialects.dialect import Dialect, count
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.dialects.stream_editors import StreamEditor, joined_usage, legacy_logprobs, rename_model
-from xgen_proxy.errors import BadRequestError
-from xgen_proxy.request.features import NEEDS, Features, Json
+from xgen_proxy.errors import BadRequestError, MissingCapabilityError, UpstreamProtocolError
+from xgen_proxy.request.features import NEEDS, Features, Json, Need
 from xgen_proxy.request.limits import schemas
 
 # Fields of llama.cpp whose size costs memory or time, with their limits: a repeat_last_n of 10^9 took 19 s.
@@ -99,12 +101,39 @@ def always_usage(body: Json, request: BackendRequest) -> Json:
     return {**body, "stream_options": {"include_usage": True}}
 
 
+def content_of_prompt(body: Json, request: BackendRequest) -> Json:
+    """vLLM's names, with its default: special tokens are added. It renders no chat there."""
+    if request.features.endpoint != "tokenize" or "content" in body:
+        return body
+    if not isinstance(body.get("prompt"), str):
+        raise MissingCapabilityError("tokenize for messages", "llama-server takes a prompt, one text, only")
+    special = body.get("add_special_tokens")
+    kept = {name: value for name, value in body.items() if name not in ("prompt", "add_special_tokens")}
+    return {**kept, "content": body["prompt"], "add_special": special is None or bool(special)}
+
+
+def _as_vllm_tokenizes(request: BackendRequest, data: bytes) -> bytes:
+    """Its answers on /tokenize and /detokenize with vLLM's fields too. Raises UpstreamProtocolError."""
+    if request.opaque != "tokenize":
+        return data
+    try:
+        answer = orjson.loads(data)
+        if request.features.endpoint == "detokenize":
+            return orjson.dumps({**answer, "prompt": answer["content"]})
+        return orjson.dumps({**answer, "count": len(answer["tokens"]), "max_model_len": request.context})
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise UpstreamProtocolError("the response has no tokens") from None
+
+
 class LlamaServer(Dialect):
     """Cancels only streams, so that whole responses are collected from them."""
 
     name = "llama-server"
     device_class = "cpu"
-    capabilities = NEEDS - {"structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix"}
+    capabilities = NEEDS - {
+        "structured_outputs", "embeddings", "tools", "forced_tool", "images", "echo", "suffix",
+        "score", "classify", "transcriptions", "translations",
+    }  # fmt: skip
     slots = 4
     overcommit = 0  # it queues without bound
     health_path = "/health"
@@ -136,6 +165,10 @@ class LlamaServer(Dialect):
         Rule("stream: false", "fill", "a client that disconnects does not stop the generation", always_stream),
         Rule("usage", "fill", "a stream has no usage unless asked", always_usage),
     )
+    opaque_rules = (
+        *Dialect.opaque_rules,
+        Rule("prompt on /tokenize", "rename", "vLLM's name: 200 and no tokens", content_of_prompt),
+    )
 
     def parse_info(self, answers: Mapping[str, Any]) -> ReplicaInfo:
         """/props says what the model's template and projector can do."""
@@ -148,7 +181,18 @@ class LlamaServer(Dialect):
             capabilities |= {"tools", "forced_tool"}
         if (props.get("modalities") or {}).get("vision"):
             capabilities |= {"images"}
+        if (props.get("modalities") or {}).get("audio"):
+            capabilities |= {"transcriptions"}
         return replace(info, slots=count(props.get("total_slots")), capabilities=capabilities)
+
+    async def missing_routes(self, ask: Ask) -> frozenset[Need]:
+        """Nothing but a request tells whether it was started with --reranking. This one is wrong either way: 400 or
+        501."""
+        status, _ = await ask("/v1/rerank", {})
+        return frozenset({"rerank"}) if status in (404, 501) else frozenset()
+
+    def repair_whole(self, request: BackendRequest, data: bytes) -> bytes:
+        return super().repair_whole(request, _as_vllm_tokenizes(request, data))
 
     def asks_for_stream(self, request: BackendRequest) -> bool:
         """Always, since it cancels only streams."""

@@ -10,4 +10,4 @@ from xgen_proxy.sse import EventNormaliser
 class OpenAI(Dialect):
     name = "openai"
     event_splitter = EventNormaliser
-    rules = (shared.MODEL_NAME, shared.INTERNALS)
+    rules = (shared.MODEL_NAME, shared.INTERNALS, shared.MAX_TOKENS_BEYOND_CONTEXT)

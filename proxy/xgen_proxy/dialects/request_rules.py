@@ -12,11 +12,14 @@ from typing import Literal
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
+from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
 Action = Literal["rename", "fill", "drop", "translate", "limit", "refuse"]
 Rewrite = Callable[[Json, BackendRequest], Json]
 
+LIMITS = ("max_tokens", "max_completion_tokens")
+TEMPLATE_TOKENS = 64  # what a chat template adds; SmolLM2's default system prompt has 36
 LEGACY_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
 
 
@@ -79,6 +82,22 @@ def limit_legacy_completion(body: Json, request: BackendRequest) -> Json:
     return {**body, "max_tokens": LEGACY_COMPLETION_TOKENS}
 
 
+def clamp_max_tokens(body: Json, request: BackendRequest) -> Json:
+    """To what the prompt leaves of the context by estimate, because vLLM 0.26 refuses one token more than fits.
+
+    One that is believed and does not exceed the context itself is left to the engine.
+    """
+    context, features = request.context, request.features
+    limit = features.max_tokens or 0
+    if context is None or (limit <= context and features.max_tokens_believed):
+        return body
+    room = context - features.prompt_tokens * 3 // 2 - TEMPLATE_TOKENS
+    room = room if room > 0 else context
+    if limit <= room:
+        return body
+    return {**body, **{field: room for field in LIMITS if (body.get(field) or 0) > room}}
+
+
 def drop(*fields: str) -> Rewrite:
     names = frozenset(fields)
 
@@ -107,6 +126,9 @@ LLAMA_SERVER_INTERNALS = (
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
 )  # fmt: skip
+NOT_FOR_BACKENDS = frozenset(  # of a form
+    name.encode() for name in (*VLLM_INTERNALS, *LLAMA_SERVER_INTERNALS, *OTHER_INTERNALS, *OTHER_HINTS)
+)
 INTERNALS = Rule(
     "every engine's scheduling, identity and transfer fields",
     "drop",
@@ -121,6 +143,9 @@ LEGACY_MAX_COMPLETION_TOKENS = Rule(
 )
 REPETITION_PENALTY = Rule(
     "repetition_penalty", "rename", "vLLM's name: ignored", rename("repetition_penalty", "repeat_penalty")
+)
+MAX_TOKENS_BEYOND_CONTEXT = Rule(
+    "max_tokens beyond the context", "limit", "400, which agents take for a long prompt", clamp_max_tokens
 )
 LEGACY_COMPLETION_LIMIT = Rule(
     "no max_tokens on /v1/completions",

@@ -42,15 +42,17 @@ class ResponseWriter:
 
     `status` is 0 until something has been sent. `first_output`: when that was, as time.perf_counter(). Set `sent_log`
     before a stream starts to record and count its events. Once the response has ended, nothing is sent or recorded.
+    `content_type`: the header of a whole response.
     """
 
-    __slots__ = ("_body_size", "_direct", "_ended", "_send", "first_output", "sent_log", "status")
+    __slots__ = ("_body_size", "_direct", "_ended", "_send", "content_type", "first_output", "sent_log", "status")
 
     def __init__(self, send: Send, direct: DirectWriter | None) -> None:
         self._send = send
         self._direct = direct
         self._body_size: int | None = None
         self._ended = False
+        self.content_type = JSON
         self.status = 0
         self.first_output = 0.0
         self.sent_log: SentLog | None = None
@@ -70,10 +72,10 @@ class ResponseWriter:
         self.status = 200
 
     async def whole(self, headers: Headers, data: bytes) -> None:
-        """Send a complete JSON response."""
+        """Send a complete response, of the type `content_type`."""
         self._begin()
         self._body_size = len(data)
-        headers = [JSON, *headers]
+        headers = [self.content_type, *headers]
         if self._direct is not None and not self._direct.paused:
             self._direct.whole(headers, data)
             self._ended = True

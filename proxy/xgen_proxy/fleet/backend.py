@@ -12,7 +12,7 @@ from xgen_proxy.dialects.llama_cpp_python.chat_template import load_template
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
 from xgen_proxy.fleet.replica import Replica
-from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
+from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, Usable, usable_of
 
 
 class Backend:
@@ -33,6 +33,7 @@ class Backend:
         self._changed: set[Replica] = set()  # since the last snapshot
         self._indexes: dict[Replica, int] = {}  # in `replicas` and in the snapshots
         self._replica_snapshots: list[ReplicaSnapshot] = []
+        self._usable: Usable | None = None  # of these snapshots
         self._ring: HashRing = ring_of(())
         self._snapshot: BackendSnapshot | None = None
         self.configure(settings, routing)
@@ -70,6 +71,7 @@ class Backend:
         self.replicas_by_name = {replica.name: replica for replica in self.replicas}
         self._indexes = {replica: index for index, replica in enumerate(self.replicas)}
         self._replica_snapshots = [replica.snapshot() for replica in self.replicas]
+        self._usable = None
         self._ring = ring_of(tuple(self.replicas_by_name))
         self._merge_infos()  # what only a removed one served is gone
         return removed
@@ -148,8 +150,13 @@ class Backend:
         for replica in self._changed:
             index = self._indexes.get(replica)
             if index is not None:  # else it is draining
-                self._replica_snapshots[index] = replica.snapshot()
+                before, after = self._replica_snapshots[index], replica.snapshot()
+                self._replica_snapshots[index] = after
+                if (before.up, before.closed) != (after.up, after.closed):
+                    self._usable = None
         self._changed.clear()
+        if self._usable is None:
+            self._usable = usable_of(self._replica_snapshots)
         self._snapshot = BackendSnapshot(
             self.name,
             self.device_class,
@@ -159,6 +166,7 @@ class Backend:
             tuple(self._replica_snapshots),
             self.in_flight,
             self._ring,
+            self._usable,
         )
         return self._snapshot
 

@@ -246,6 +246,7 @@ class HealthMonitor:
         try:
             with self.admission.slot_for_check(replica):
                 info = await self._read_info(replica) or ReplicaInfo(())
+                missing = await replica.missing_routes()
         except UpstreamConnectError:
             raise
         except UpstreamError as error:
@@ -253,6 +254,8 @@ class HealthMonitor:
                 log.warning("%s is not up: %s", replica.name, replica.reason)
             return
         backend.record_info(replica, info)
+        for capability in missing:
+            backend.lost_capability(replica, capability)
         if replica.joined_later and replica.state == "starting" and replica.dialect.uses_canary:
             replica.mark_suspect("new: must answer a canary first")
         else:

@@ -23,6 +23,8 @@ from xgen_proxy.upstream.pool import Pool
 
 ANSWER_BYTES = 4 * 1024 * 1024  # of a health check, replica info or a canary: a page of vLLM has 70 KB
 
+ROUTES_TIMEOUT_S = 5.0  # for each question about an engine's routes
+
 # Called at every change that the replica's snapshot shows, with the change of its requests in flight.
 OnChange = Callable[["Replica", int], None]
 
@@ -255,12 +257,24 @@ class Replica:
             raise UpstreamTimeoutError(f"{path} was not answered within {timeout_s:g} s") from None
 
     async def post_json(self, path: str, body: Any, timeout_s: float | None = None) -> tuple[int, Any]:
-        """Send a small request while holding a slot. Returns the status and the parsed JSON. Raises UpstreamError."""
+        """Send a small request while holding a slot; a GET if `body` is None. Returns the status and the parsed JSON.
+        Raises UpstreamError."""
         status, answer = await self.ask(path, body, timeout_s=timeout_s or self.settings.first_byte_timeout_s)
         try:
             return status, orjson.loads(answer)
         except orjson.JSONDecodeError:
             raise UpstreamProtocolError(f"{path} did not answer with JSON") from None
+
+    async def missing_routes(self) -> frozenset[str]:
+        """What its engine says that it has no route for; nothing if it does not say."""
+
+        async def ask(path: str, body: Any) -> tuple[int, Any]:
+            return await self.post_json(path, body, ROUTES_TIMEOUT_S)
+
+        try:
+            return frozenset(await self.dialect.missing_routes(ask))
+        except Exception:  # any shape may come from a server that is not what the settings say
+            return frozenset()
 
     def close(self) -> None:
         self.pool.close()

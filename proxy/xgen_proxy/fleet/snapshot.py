@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from xgen_proxy.config.settings import DeviceClass, Routing
+from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.circuit_breaker import slow_start_fraction
 from xgen_proxy.fleet.hash_ring import HashRing, ring_of
 from xgen_proxy.fleet.load import LoadParts, Scrape, load_of
 from xgen_proxy.fleet.memory.pressure import Pressure
+from xgen_proxy.request.features import DeviceClass
 from xgen_proxy.values import frozen
 
 if TYPE_CHECKING:
@@ -61,12 +63,31 @@ class ReplicaSnapshot:
     def load_parts(self, now: float, routing: Routing) -> LoadParts:
         slots = self.open_slots(now)
         parts = load_of(in_flight=self.in_flight, slots=slots, scraped=self.scraped, now=now, routing=routing)
-        return replace(parts, total=max(parts.total, 1.0)) if self.closed else parts
+        return replace(parts, total=1.0) if self.closed and parts.total < 1 else parts
+
+
+@frozen
+class Usable:
+    """The indexes of the replicas that are up: those that the memory guard has not closed, and those that it has."""
+
+    open: tuple[int, ...]
+    closed: tuple[int, ...]
+
+
+def usable_of(replicas: Sequence[ReplicaSnapshot]) -> Usable:
+    opened: list[int] = []
+    closed: list[int] = []
+    for index, replica in enumerate(replicas):
+        if replica.up:
+            (closed if replica.closed else opened).append(index)
+    return Usable(tuple(opened), tuple(closed))
 
 
 @frozen
 class BackendSnapshot:
-    """`in_flight`: our requests on all its replicas, draining ones included. `ring`: over the names of `replicas`."""
+    """`in_flight`: our requests on all its replicas, draining ones included. `ring`: over the names of `replicas`.
+    `usable` follows from `replicas`; it is given where it is known already, since looking at 1,000 of them takes long.
+    """
 
     name: str
     device_class: DeviceClass
@@ -76,6 +97,7 @@ class BackendSnapshot:
     replicas: tuple[ReplicaSnapshot, ...]
     in_flight: int
     ring: HashRing = field(compare=False)  # it follows from the names
+    usable: Usable | None = field(default=None, compare=False)
 
 
 @frozen
@@ -84,13 +106,13 @@ class FleetSnapshot:
 
 
 def to_json(fleet: FleetSnapshot) -> dict[str, Any]:
-    """Plain dicts and lists. The rings are left out: they follow from the names."""
+    """Plain dicts and lists. What follows from the rest is left out."""
     return {"backends": [_backend_to_json(backend) for backend in fleet.backends]}
 
 
 def _backend_to_json(backend: BackendSnapshot) -> dict[str, Any]:
     values = shallow_dict(backend)
-    del values["ring"]
+    del values["ring"], values["usable"]
     replicas = [
         {
             **shallow_dict(replica),

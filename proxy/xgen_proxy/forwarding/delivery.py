@@ -177,4 +177,4 @@ def edited(block: bytes, editor: StreamEditor | None) -> bytes:
 
 def backend_request(call: Call, target: Target) -> BackendRequest:
     backend = target.backend
-    return BackendRequest(call.features, call.body, call.raw, call.model, backend.served(call.model), backend.context)
+    return BackendRequest(call.features, call.body, call.raw, call.asked, backend.served(call.model), backend.context)

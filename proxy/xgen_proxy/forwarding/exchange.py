@@ -23,6 +23,7 @@ from xgen_proxy.upstream.connection import Connection
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of a whole response; the largest batch of embeddings has 45 MB in base64
 ERROR_LIMIT = 128 * 1024  # bytes; engines repeat the whole request in some errors
 MAX_HELD = 256 * 1024  # bytes of comments and roles before the first output
+JSON_TYPE = b"content-type: application/json"  # as a replica's head has it
 TOKENS_PER_WORD = 1.3  # of English
 # Parsers hold a tool's argument back until it is complete: 32 s of silence for one file on eight B300s, 130 s on one
 # small GPU. https://github.com/vllm-project/vllm/pull/50627
@@ -33,7 +34,7 @@ PATIENCE = 10  # times the idle limit
 class Exchange:
     """`with Exchange(…) as exchange:`, then `open()`, then either `whole()` or the events.
 
-    `streams`: the replica was asked for a stream.
+    `streams`: the replica was asked for a stream, or answers with one although its request is opaque.
     """
 
     __slots__ = (
@@ -59,7 +60,7 @@ class Exchange:
         self.replica = replica
         self.dialect = replica.dialect
         self.request = request
-        self.streams = self.dialect.asks_for_stream(request)
+        self.streams = not request.opaque and self.dialect.asks_for_stream(request)
         self.splitter = self.dialect.event_splitter()
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
@@ -100,7 +101,7 @@ class Exchange:
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
-            raise read_error(connection.status, await self._error_body(connection))
+            raise read_error(connection.status, await self._error_body(connection), self.request.opaque)
         head = connection.headers
         if head.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UpstreamProtocolError("a compressed answer, although none was asked for")
@@ -118,7 +119,10 @@ class Exchange:
         lines = self._trace
         if self.dialect.sends_request_id:
             lines += b"x-request-id: " + self._request_id.encode() + b"\r\n"
-        parts = self.request.path.encode(), self.replica.head, lines, len(self._payload)
+        head, form = self.replica.head, self.request.form
+        if form is not None:
+            head = head.replace(JSON_TYPE, b"content-type: " + form.content_type, 1)
+        parts = self.dialect.path(self.request).encode(), head, lines, len(self._payload)
         return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % parts
 
     @property
@@ -127,13 +131,18 @@ class Exchange:
 
     async def whole(self) -> bytes:
         """The whole body. Raises UpstreamError, or the meaning of an error with status 200."""
+        data = await self.body()
+        check_whole(data, self.request.features.endpoint, parse=not self.splitter.passes_unparsed)
+        if sse.is_abort(data):
+            raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
+        return data
+
+    async def body(self) -> bytes:
+        """The whole body, unread. Raises UpstreamError."""
         if not self.connection.framed:
             raise UpstreamProtocolError("an answer without a length, which may be cut short")
         data = await self.connection.read_all(self.replica.settings.total_timeout_s, ANSWER_LIMIT)
         self.replica.record_activity()
-        check_whole(data, self.request.features.endpoint, parse=not self.splitter.passes_unparsed)
-        if sse.is_abort(data):
-            raise UpstreamProtocolError("finish_reason abort: the engine is shutting down")
         return data
 
     async def first_events(self, *, skip_role: bool = False) -> bytes:

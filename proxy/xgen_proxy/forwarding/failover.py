@@ -72,7 +72,8 @@ class Failover:
                 await self._retry(work)
             except UpstreamError:
                 failures = self.progress.failures
-                raise all_failed((failure.target.replica.name, failure.error) for failure in failures) from None
+                named = ((failure.target.replica.name, failure.error) for failure in failures)
+                raise all_failed(named, self.call.model) from None
 
     async def resume(self, targets: Sequence[Target], work: Work) -> None:
         """Runs `work` on new targets, after the commit point. Raises UpstreamError, the last one, if all fail.

@@ -27,12 +27,14 @@ from xgen_proxy.fleet.admission import Admission
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.forwarding.delivery import Delivery
 from xgen_proxy.forwarding.failover import Failover
+from xgen_proxy.forwarding.opaque.delivery import OpaqueDelivery
 from xgen_proxy.forwarding.outcome import CLIENT_DISCONNECTED, Observer, Outcome
 from xgen_proxy.forwarding.progress import Progress
 from xgen_proxy.forwarding.resumption import Resumption
 from xgen_proxy.forwarding.retry_budget import RetryBudget
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Features
+from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.router import Router, Target, sequences
 
@@ -70,7 +72,7 @@ class Forwarder:
             targets = self.router.targets(await self._plan(call.features), sequences(call))
             progress.first_choice = targets[0]
             with self.disconnects.watch(receive):
-                if self.sse_keepalive_s and call.features.stream:
+                if self.sse_keepalive_s and call.features.stream and call.features.endpoint not in OPAQUE:
                     with KeepAlive(writer, self.sse_keepalive_s, [(b"x-request-id", call.id.encode())]):
                         await self._forward(call, targets, writer, progress)
                 else:
@@ -97,7 +99,8 @@ class Forwarder:
         return self.router.plan(features)
 
     async def _forward(self, call: Call, targets: Sequence[Target], writer: ResponseWriter, progress: Progress) -> None:
-        delivery = Delivery(call, writer, progress)
+        kind = OpaqueDelivery if call.features.endpoint in OPAQUE else Delivery
+        delivery = kind(call, writer, progress)
         failover = Failover(call, targets, progress, self.admission, self.health, self.retry_budget, self.observer)
         self.retry_budget.request_started()
         try:

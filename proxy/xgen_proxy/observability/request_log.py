@@ -60,6 +60,8 @@ def request_line(call: Call, outcome: Outcome) -> dict[str, Any]:
         "attempts": outcome.attempts,
         "duration_s": _rounded(outcome.finished - call.started),
     }
+    if features.alias is not None:
+        line["alias"] = features.alias.pattern
     if origin.client is not None:
         line["client"] = origin.client
     if origin.key is not None:

@@ -21,10 +21,16 @@ from xgen_proxy.errors import ProxyError, UpstreamError
 from xgen_proxy.forwarding.outcome import Observer, Outcome
 from xgen_proxy.forwarding.usage import finish_reasons, usage_at_end
 from xgen_proxy.request.call import Call
+from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.routing.router import Target
 
 EXPORT_TIMEOUT_S = 5.0  # also the longest that a shutdown waits for a collector that does not answer
-OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+OPERATIONS = {
+    "chat": "chat",
+    "completions": "text_completion",
+    "embeddings": "embeddings",
+    **{name: name for name in OPAQUE},
+}
 CONTEXT = TraceContextTextMapPropagator()
 
 

@@ -6,8 +6,12 @@ from typing import Any, Literal, get_args
 
 from xgen_proxy.values import frozen
 
-Endpoint = Literal["chat", "completions", "embeddings"]
+Endpoint = Literal[
+    "chat", "completions", "embeddings",
+    "rerank", "score", "classify", "tokenize", "detokenize", "transcriptions", "translations",  # request/opaque
+]  # fmt: skip
 Urgency = Literal["high", "normal", "low"]
+DeviceClass = Literal["gpu", "cpu"]
 
 Need = Literal[
     "generation",  # any text: all but embeddings; an engine may be started for embeddings only
@@ -25,6 +29,12 @@ Need = Literal[
     "token_ids",  # a prompt as token ids
     "echo",
     "suffix",
+    "rerank",  # these and the following: an endpoint of the same name, see request/opaque
+    "score",
+    "classify",
+    "tokenize",  # /detokenize too
+    "transcriptions",
+    "translations",
 ]
 NEEDS = frozenset(get_args(Need))
 HINTS = {"backend": b"x-backend", "urgency": b"x-urgency", "task_type": b"x-task-type", "fallback": b"x-fallback",
@@ -35,8 +45,21 @@ Json = dict[str, Any]
 
 
 @frozen
+class UsedAlias:
+    """The alias that a request's model name is. `asked`: the name that the client sent. `pattern`: its entry in
+    `models.aliases`. `model`: the public name that it stands for. `route`: the device class that comes first."""
+
+    asked: str
+    pattern: str
+    model: str
+    route: DeviceClass | None = None
+    urgency: Urgency | None = None
+
+
+@frozen
 class Features:
-    """`prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None if the client set none."""
+    """`model` is a public name, no alias. `prompt_tokens` is an estimate, see estimate_tokens(). `max_tokens` is None
+    if the client set none; it is believed unless it is so large that it says nothing about the answer's length."""
 
     endpoint: Endpoint
     model: str | None
@@ -54,3 +77,5 @@ class Features:
     hinted: bool  # the client gave an urgency or a task type, so presets apply
     session: str | None  # requests of one session begin alike
     prefix: str  # the beginning of the prompt, up to and including the user's first message
+    max_tokens_believed: bool = True
+    alias: UsedAlias | None = None

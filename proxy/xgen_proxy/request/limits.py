@@ -20,6 +20,11 @@ class Limits(BaseModel, extra="forbid"):
     """What a client may send. Over it: 400, 408 or 413. The reasons are hostile requests that were tried."""
 
     body_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Request body. nginx's limit is the same.")
+    upload_bytes: int = Field(
+        26 * 1024 * 1024,
+        ge=1024,
+        description="A form with audio: OpenAI and vLLM take 25 MiB of it. nginx's limit is the same.",
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
     messages: int = Field(10_000, ge=1, description="Messages, and parts; 100,000 kept llama-server busy for a minute.")
     json_depth: int = Field(64, ge=4, description="Nesting of the request body.")

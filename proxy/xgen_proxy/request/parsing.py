@@ -12,7 +12,11 @@ from xgen_proxy.request.limits import Limits, check_schemas
 from xgen_proxy.request.prompt import Prompt, has_media, read_prompt
 
 HINT_HEADERS = frozenset(HINTS.values())
-EMBEDDINGS_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
+OTHER_HINTS = frozenset({"backend", "session_id"})  # in the body; all headers are hints
+# Open WebUI's. It sends the chat's id with ENABLE_FORWARD_USER_INFO_HEADERS, and the task where its connection has the
+# header X-OpenWebUI-Task: {{TASK}}. No one waits for these tasks.
+# https://docs.openwebui.com/getting-started/env-configuration
+BACKGROUND = frozenset({b"title_generation", b"tags_generation", b"follow_up_generation", b"emoji_generation"})
 URGENCIES: tuple[str, ...] = get_args(Urgency)
 
 
@@ -21,7 +25,7 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
     check_schemas(body, limits)
     check_fields(body)
     prompt = read_prompt(body, endpoint, limits)
-    hints = _hints(body, headers, endpoint)
+    hints = read_hints(body, headers, endpoint)
     urgency, task_type, backend = hints.get("urgency"), hints.get("task_type"), hints.get("backend")
     return Features(
         endpoint=endpoint,
@@ -33,17 +37,22 @@ def parse_features(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoin
         include_usage=_include_usage(body),
         needs=_needs(body, endpoint, prompt),
         backend=None if backend in (None, "auto") else backend,
-        urgency=urgency or "normal",  # type: ignore[arg-type]  # checked above
+        urgency=urgency or ("low" if headers.get(b"x-openwebui-task") in BACKGROUND else "normal"),  # type: ignore[arg-type]  # checked
         task_type=task_type,
         fallback=hints.get("fallback") != "none",
         continuation=hints.get("continuation") != "none",
         hinted=urgency is not None or task_type is not None,
-        session=hints.get("session_id") or get_field(body, "prompt_cache_key", str),
+        session=hints.get("session_id") or get_field(body, "prompt_cache_key", str) or _chat_id(headers),
         prefix=prompt.prefix,
     )
 
 
-def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:
+def _chat_id(headers: Mapping[bytes, bytes]) -> str | None:
+    value = headers.get(b"x-openwebui-chat-id")
+    return value[:NAME_LENGTH].decode("latin-1") or None if value else None
+
+
+def read_hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> dict[str, str]:
     """The hints that are given, from the body, else from the header X-Name. An empty value counts as not given.
 
     Raises BadRequestError.
@@ -68,9 +77,9 @@ def _hints(body: Json, headers: Mapping[bytes, bytes], endpoint: Endpoint) -> di
 
 
 def _body_hints(endpoint: Endpoint) -> Set[str]:
-    """For embeddings the others have no use, and other APIs have fields of these names: Jina's and Google's `task_type`
-    chooses the kind of vector."""
-    return EMBEDDINGS_HINTS if endpoint == "embeddings" else HINTS.keys()
+    """Where no text is generated the others have no use, and other APIs have fields of these names: Jina's and Google's
+    `task_type` chooses the kind of vector."""
+    return HINTS.keys() if endpoint in ("chat", "completions") else OTHER_HINTS
 
 
 def strip_hints(body: Json, endpoint: Endpoint) -> Json:

@@ -66,9 +66,13 @@ def _read_chat(body: Json, limits: Limits) -> Prompt:
     texts = list(_message_texts(body, limits))
     prefix = _prefix(texts[: 2 if body["messages"][0]["role"] in ("system", "developer") else 1])
     if written := _tool_fields(body):
-        texts += _texts_in(written)
+        texts += texts_in(written)
     tokens = sum(map(estimate_tokens, texts))
     return Prompt(_words(texts, tokens), tokens, False, False, prefix)
+
+
+def words_in(texts: list[str]) -> int:
+    return _words(texts, sum(map(estimate_tokens, texts)))
 
 
 def _words(texts: list[str], tokens: int) -> int:
@@ -162,7 +166,8 @@ def _tool_fields(body: Json) -> list[Any]:
     return found
 
 
-def _texts_in(level: list[Any]) -> Iterator[str]:
+def texts_in(level: list[Any]) -> Iterator[str]:
+    """All texts of some JSON, keys too. Empties `level`."""
     while level:
         each = level.pop()
         if isinstance(each, str):

@@ -67,9 +67,11 @@ def explain(plan: Plan, features: Features) -> dict[str, Any]:
         "features": {
             "endpoint": features.endpoint,
             "model": features.model,
+            "alias": _alias(features),
             "prompt_words": features.prompt_words,
             "prompt_tokens_estimate": features.prompt_tokens,
             "max_tokens": features.max_tokens,
+            "max_tokens_believed": features.max_tokens_believed,
             "stream": features.stream,
             "needs": sorted(features.needs),
             "backend": features.backend or "auto",
@@ -78,3 +80,9 @@ def explain(plan: Plan, features: Features) -> dict[str, Any]:
             "fallback": features.fallback,
         },
     }
+
+
+def _alias(features: Features) -> dict[str, Any] | None:
+    """The name that the client sent, and the setting that says what it stands for."""
+    alias = features.alias
+    return {"asked": alias.asked, "pattern": alias.pattern, "route": alias.route} if alias else None

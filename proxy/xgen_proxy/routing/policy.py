@@ -1,7 +1,8 @@
 """decide(): which replicas may serve a request, in which order, and why. No I/O, no clock, no live objects.
 
 1. An explicit backend wins.
-2. GPU up and (prompt > 100 words or max_tokens > 1024): GPU; long work waits for a full GPU.
+2. GPU up and (prompt > 100 words or max_tokens > 1024): GPU; long work waits for a full GPU. A max_tokens that clients
+   send with every request is not believed.
 3. Urgency high: GPU while its load < 0.7, else CPU.
 4. Otherwise GPU if it is up, else CPU.
 5. Load is the worst of in-flight, waiting and KV usage (fleet/load.py).
@@ -16,6 +17,8 @@
     before it. It is never left out: where all are closed, each holds a little less (fleet/memory/pressure.py).
 12. A backend whose model is too far from that of the first choice gets nothing, or is marked. The first choice is the
     explicit backend, else the first GPU backend that is able, whether it is up and has room or not.
+13. The route of an alias stands above rules 2 to 6: the GPU, as for long work, or the CPU, and the GPU while that is
+    full or closed.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from operator import attrgetter
 from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import BadRequestError, ModelTooFarError, ProxyError, ServiceUnavailableError, quoted
-from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot
-from xgen_proxy.request.features import PROMPT_FIELD, Features
+from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, usable_of
+from xgen_proxy.request.features import PROMPT_FIELD, Features, UsedAlias
 from xgen_proxy.routing.plan import Candidate, Plan, Rejection
 from xgen_proxy.values import frozen
 
@@ -41,8 +44,8 @@ in_flight = attrgetter("in_flight")
 # a decision takes five times as long.
 WINDOW = 64
 SHARE = 1.25  # times the mean of all replicas: the paper's trade-off between balance and staying at home
-# Replicas along the ring: one of them nearly always has room. With 2 x 1,000 full replicas a decision for a session
-# takes 64 us; walking the whole ring, 9 ms.
+# Replicas along the ring: one of them nearly always has room. Walking the whole ring of 2 x 1,000 full replicas takes
+# 9 ms, and a decision under 50 us (bench/parts.py).
 WALK = 8
 PREFIX_WORDS = 50  # shorter prompts hardly hit a cache: vLLM keeps blocks of 16 tokens
 TOO_FAR = ModelTooFarError.code  # the error if nothing else is left
@@ -148,7 +151,7 @@ def _unable_error(features: Features, rejections: Sequence[Rejection]) -> ProxyE
         if error := _too_long(features, rejection):
             return error
     reasons = "; ".join(f"{rejection.name} {rejection.reason}" for rejection in rejections)
-    return BadRequestError(f"no backend can do this request: {reasons}")
+    return BadRequestError(f"no backend can do this request with the model {quoted(features.model)}: {reasons}")
 
 
 def _too_long(features: Features, rejection: Rejection) -> ProxyError | None:
@@ -216,14 +219,14 @@ def _is_closed(option: Option) -> bool:
 def _in_panic(backend: BackendSnapshot) -> BackendSnapshot:
     """The backend as if each replica were up that answers health checks (rule 10)."""
     replicas = [replace(replica, up=True) if replica.answers else replica for replica in backend.replicas]
-    return replace(backend, replicas=tuple(replicas))
+    return replace(backend, replicas=tuple(replicas), usable=None)
 
 
 def _option(features: Features, backend: BackendSnapshot, routing: Routing, rng: random.Random, now: float) -> Option:
     """Up to `routing.max_attempts` live replicas: the home first, then the less loaded of two."""
     if len(backend.replicas) == 1:
         return Option(backend, [replica for replica in backend.replicas if replica.up])
-    live = _draw(backend.replicas, max(routing.max_attempts, 2), routing, rng, now)
+    live = _draw(backend, max(routing.max_attempts, 2), routing, rng, now)
     if len(live) < 2:
         return Option(backend, live)
     key, kind = _home_key(features)
@@ -235,39 +238,30 @@ def _option(features: Features, backend: BackendSnapshot, routing: Routing, rng:
 
 
 def _draw(
-    replicas: Sequence[ReplicaSnapshot], most: int, routing: Routing, rng: random.Random, now: float
+    backend: BackendSnapshot, most: int, routing: Routing, rng: random.Random, now: float
 ) -> list[ReplicaSnapshot]:
     """Up to `most` live replicas, those with the fewest of our requests first, since only that count is never old.
 
-    The first two are ordered by load (https://ieeexplore.ieee.org/document/963420). If there are many replicas, only a
-    window at a random position is considered, and the others only if most of it is down. Closed ones come last.
+    The first two are ordered by load (https://ieeexplore.ieee.org/document/963420). Closed ones come last (rule 11).
     """
-    start = rng.randrange(len(replicas)) if replicas else 0
-    window = replicas[start : start + WINDOW]
-    if len(window) < WINDOW:  # wrap around
-        window = (*window, *replicas[: min(start, WINDOW - len(window))])
-    live = _open(window)
-    closed: list[ReplicaSnapshot] = []
-    if len(live) < most:
-        closed = [replica for replica in window if replica.up and replica.closed]
-        if len(window) < len(replicas) and (not live or len(live) + len(closed) < most):
-            live = _open(replicas)
-            rng.shuffle(live)
-            closed = closed or [replica for replica in replicas if replica.up and replica.closed]
-        closed.sort(key=in_flight)
-    live.sort(key=in_flight)
+    usable = backend.usable or usable_of(backend.replicas)
+    live = _window(backend.replicas, usable.open, rng)
     if len(live) > 1 and live[1].load(now, routing) < live[0].load(now, routing):
         live[0], live[1] = live[1], live[0]
-    return [*live, *closed][:most]
+    if len(live) < most and usable.closed:
+        live += _window(backend.replicas, usable.closed, rng)
+    return live[:most]
 
 
-def _open(replicas: Sequence[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
-    """Those that are up and that the memory guard has not closed (rule 11)."""
-    return [
-        replica
-        for replica in replicas
-        if replica.up and (replica.pressure is None or replica.pressure.level != "closed")
-    ]
+def _window(replicas: Sequence[ReplicaSnapshot], indexes: Sequence[int], rng: random.Random) -> list[ReplicaSnapshot]:
+    """WINDOW of these replicas from a random position on, those with the fewest of our requests first."""
+    if not indexes:
+        return []
+    start = rng.randrange(len(indexes))
+    chosen = indexes[start : start + WINDOW]
+    if len(chosen) < WINDOW:  # wrap around
+        chosen = (*chosen, *indexes[: min(start, WINDOW - len(chosen))])
+    return sorted([replicas[index] for index in chosen], key=in_flight)
 
 
 def _home_key(features: Features) -> tuple[str, str]:
@@ -287,7 +281,7 @@ def _home(backend: BackendSnapshot, key: str, routing: Routing, now: float) -> R
     share = math.ceil(SHARE * (backend.in_flight + 1) / len(backend.replicas))
     for index in islice(backend.ring.walk(key), WALK):
         replica = backend.replicas[index]
-        if replica.up and replica.in_flight < share and replica.load(now, routing) < 1:
+        if replica.up and replica.in_flight < share and not replica.closed and replica.load(now, routing) < 1:
             return replica
     return None
 
@@ -309,6 +303,8 @@ def _rank(features: Features, live: Sequence[Option], routing: Routing, now: flo
     cpus = [option for option in live if option.backend.device_class == "cpu"]
     if not gpus or not cpus:
         return _tiers([gpus or cpus], f"only: no {'CPU' if gpus else 'GPU'} backend is up that can do it")
+    if features.alias is not None and features.alias.route is not None:
+        return _by_alias(features.alias, gpus, cpus)
     long = _long(features, routing)
     if long:
         return _tiers([gpus, cpus], long)
@@ -328,10 +324,20 @@ def _rank(features: Features, live: Sequence[Option], routing: Routing, now: flo
     return _tiers([cpus + gpus], f"{word}_spill: GPU load {load:.2f} >= {limit:g}")
 
 
+def _by_alias(alias: UsedAlias, gpus: list[Option], cpus: list[Option]) -> list[Ranked]:
+    """Rule 13."""
+    if alias.route == "gpu":
+        return _tiers([gpus, cpus], f"alias: {alias.pattern} goes to the GPU")
+    pressure = cpus[0].replicas[0].pressure
+    if pressure is not None and _is_closed(cpus[0]) and not _is_closed(gpus[0]):
+        return _tiers([gpus + cpus], f"alias_spill: CPU closed, {pressure.reason}")
+    return _tiers([cpus + gpus], f"alias: {alias.pattern} goes to the CPU first")
+
+
 def _long(features: Features, routing: Routing) -> str | None:
     if features.prompt_words > routing.long_prompt_words:
         return f"long_prompt: {features.prompt_words} words > {routing.long_prompt_words}"
-    if (features.max_tokens or 0) > routing.long_max_tokens:
+    if (features.max_tokens or 0) > routing.long_max_tokens and features.max_tokens_believed:
         return f"long_output: max_tokens {features.max_tokens} > {routing.long_max_tokens}"
     return None
 

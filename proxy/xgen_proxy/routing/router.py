@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 
-from xgen_proxy.errors import ModelNotFoundError, ServiceUnavailableError, quoted
+from xgen_proxy.errors import ModelNotFoundError, ProxyError, ServiceUnavailableError, quoted
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.call import Call
-from xgen_proxy.request.features import Features
+from xgen_proxy.request.features import Features, UsedAlias
+from xgen_proxy.request.opaque.endpoints import OPAQUE
+from xgen_proxy.request.opaque.parsing import sequences_of
 from xgen_proxy.routing.plan import Plan
 from xgen_proxy.routing.policy import decide
 from xgen_proxy.values import frozen
@@ -40,6 +42,8 @@ SEVERAL = frozenset({"n", "prompt_list"})  # what a request of several sequences
 def sequences(call: Call) -> int:
     """How many sequences an engine runs for the request at once: its choices times its prompts."""
     body, features = call.body, call.features
+    if features.endpoint in OPAQUE:
+        return sequences_of(features.endpoint, body)
     if features.endpoint != "embeddings" and features.needs.isdisjoint(SEVERAL):
         return 1
     prompts = body.get("input" if features.endpoint == "embeddings" else "prompt")
@@ -63,26 +67,37 @@ class Router:
             raise ServiceUnavailableError("no backend has been reached yet, so that no model is known", retry_after=5)
         return model
 
+    def find_alias(self, name: str) -> UsedAlias | None:
+        """None: it is a model's own name, or unknown."""
+        models = self.fleet.settings.models
+        return models.find(name, self._is_served) if models.aliases else None
+
+    def _is_served(self, model: str | None) -> bool:
+        return any(model in backend.models for backend in self.fleet.backends)
+
     def plan(self, features: Features) -> Plan:
         """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
-        self._check_model(features.model)
+        if not self._is_served(features.model):
+            raise self._unknown(features)
         fleet = self.fleet
         return decide(features, fleet.snapshot(), fleet.settings.routing, self._rng, time.monotonic(), fleet.nearness)
 
-    def _check_model(self, model: str | None) -> None:
+    def _unknown(self, features: Features) -> ProxyError:
         """404 only once every backend has been reached; until then 503."""
-        backends = self.fleet.backends
-        for backend in backends:
-            if model in backend.models:
-                return
-        unknown = [each.name for each in backends if not each.models and not any(r.info for r in each.replicas)]
-        if unknown:
-            raise ServiceUnavailableError(
-                f"no running backend serves {quoted(model)}, and {', '.join(unknown)} has not been reached yet",
+        name, alias = quoted(features.model), features.alias
+        if alias is not None:
+            name += f", for which {quoted(alias.asked)} stands (models.aliases, {alias.pattern}),"
+        unreached = [
+            each.name for each in self.fleet.backends if not each.models and not any(r.info for r in each.replicas)
+        ]
+        if unreached:
+            return ServiceUnavailableError(
+                f"no running backend serves {name}{'' if alias else ','} and {', '.join(unreached)} has not been"
+                " reached yet",
                 retry_after=5,
             )
         known = ", ".join(self.fleet.models[:20])
-        raise ModelNotFoundError(f"the model {quoted(model)} does not exist; known models: {known}", param="model")
+        return ModelNotFoundError(f"the model {name} does not exist; known models: {known}", param="model")
 
     def targets(self, plan: Plan, sequences: int = 1) -> list[Target]:
         """The live replicas of the plan, without those that are no longer listed. Raises the plan's error if it has

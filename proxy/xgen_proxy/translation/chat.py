@@ -15,9 +15,10 @@ from xgen_proxy.values import frozen
 
 @frozen
 class Text:
-    """A piece of the answer. A refusal counts as text."""
+    """A piece of the answer. A refusal counts as text. `logprobs`: of its tokens, if the client asked for them."""
 
     text: str
+    logprobs: tuple[Json, ...] = ()
 
 
 @frozen
@@ -81,6 +82,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...]
     finish: Finish
     usage: Usage
+    logprobs: tuple[Json, ...] = ()
 
 
 def read_pieces(events: bytes) -> Iterator[Piece]:
@@ -90,7 +92,7 @@ def read_pieces(events: bytes) -> Iterator[Piece]:
         return
     for chunk in sse.parse_chunks(events):
         for choice in chunk["choices"]:
-            yield from _delta_pieces(choice.get("delta") or {})
+            yield from _delta_pieces(choice.get("delta") or {}, choice)
             if choice.get("finish_reason"):
                 yield Finish(choice["finish_reason"], _stop(choice))
         if chunk.get("usage"):
@@ -106,11 +108,11 @@ def _pieces_and_failure(events: bytes) -> Iterator[Piece]:
         yield Failure(error if isinstance(error, dict) else {"message": str(error)})
 
 
-def _delta_pieces(delta: Json) -> Iterator[Piece]:
+def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
     if reasoning := delta.get("reasoning") or delta.get("reasoning_content"):
         yield Reasoning(reasoning)
     if text := delta.get("content") or delta.get("refusal"):
-        yield Text(text)
+        yield Text(text, _logprobs(choice))
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
         yield ToolCallPiece(
@@ -134,6 +136,7 @@ def read_answer(data: bytes) -> Answer:
             tuple(calls),
             Finish(choice.get("finish_reason") or "stop", _stop(choice)),
             read_usage(completion.get("usage") or {}),
+            _logprobs(choice),
         )
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadGatewayError("the backend's answer is no chat completion", code="bad_answer") from None
@@ -149,6 +152,10 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
         prompt_details.get("cached_tokens") or 0,
         completion_details.get("reasoning_tokens") or 0,
     )
+
+
+def _logprobs(choice: Json) -> tuple[Json, ...]:
+    return tuple((choice.get("logprobs") or {}).get("content") or ())
 
 
 def _stop(choice: Json) -> str | None:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Talk
-from tests.support.running_proxy import RunningProxy, backend, chat, get, post, running_proxy
+from tests.support.running_proxy import CHAT, RunningProxy, backend, chat, get, post, running_proxy
 from xgen_proxy.forwarding.delivery import Delivery
 
 
@@ -168,3 +168,117 @@ def test_a_malformed_stream_is_not_an_internal_error(
         assert stream.status_code == 502 or '"code":"stream_broken"' in stream.text
         replica.set_state("up", "for the next try")
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+# aliases
+
+ALIASES = {
+    "gpt-4o": "org/big",
+    "claude-*": {"model": "org/big", "route": "gpu"},
+    "claude-*haiku*": {"model": "shared", "route": "cpu", "urgency": "low"},
+    "lost-*": "gone",
+}
+
+
+@pytest.fixture(scope="module")
+def aliased(fake: FakeUpstream) -> Iterator[RunningProxy]:
+    backends = {
+        "vllm": backend(fake, models={"org/big": "m", "shared": "m"}),
+        "llama_cpp": backend(fake, device_class="cpu", models={"shared": "m"}, embeddings=True),
+    }
+    with running_proxy(backends=backends, models={"aliases": ALIASES}, default_model="gpt-4o") as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "first", "reason"),
+    [
+        ("gpt-4o", "vllm", "only: no CPU backend is up that can do it"),
+        ("claude-opus-4-1", "vllm", "only: no CPU backend is up that can do it"),
+        ("claude-haiku-4-5", "llama_cpp", "alias: claude-*haiku* goes to the CPU first"),
+        ("shared", "vllm", "default: GPU load 0.00 < 1"),
+    ],
+)
+def test_the_answer_carries_the_name_that_the_client_sent(
+    aliased: RunningProxy, fake: FakeUpstream, name: str, first: str, reason: str, stream: bool
+) -> None:
+    fake.talks.clear()
+    answer = chat(aliased, model=name, stream=stream)
+    assert (answer.status_code, answer.headers["x-backend"], answer.headers["x-route-reason"]) == (200, first, reason)
+    assert f'"model":"{name}"' in answer.text.replace(": ", ":")
+    assert '"model":"m"' not in answer.text.replace(": ", ":")
+    assert fake.talks[-1].json["model"] == "m"
+
+
+def test_aliases_hold_on_every_endpoint(aliased: RunningProxy, fake: FakeUpstream) -> None:
+    async def completes(talk: Talk) -> None:
+        choice = {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}
+        await talk.answer(200, {"id": "c", "object": "text_completion", "model": "m", "choices": [choice]})
+
+    async def embeds(talk: Talk) -> None:
+        await talk.answer(200, {"object": "list", "model": "m", "data": [], "usage": {"prompt_tokens": 1}})
+
+    fake.scripts += [completes, embeds, completes]
+    haiku = "claude-3-5-haiku-20241022"
+    completion = post(f"{aliased.url}/v1/completions", json={"model": haiku, "prompt": "Hi"})
+    embedding = post(f"{aliased.url}/v1/embeddings", json={"model": haiku, "input": "Hi"})
+    generated = post(f"{aliased.url}/generate", json={"model": haiku, "prompt": "Hi"})
+    assert completion.json()["model"] == embedding.json()["model"] == haiku
+    assert generated.json()["backend_used"] == "llama_cpp"
+    for answer in (completion, generated):
+        assert answer.headers["x-route-reason"] == "alias: claude-*haiku* goes to the CPU first"
+    assert {talk.json["model"] for talk in fake.talks[-3:]} == {"m"}
+
+
+def test_the_dry_run_shows_the_alias(aliased: RunningProxy) -> None:
+    body = {"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "Hi"}]}
+    shown = post(f"{aliased.url}/route", json=body).json()
+    assert shown["candidates"][0]["backend"] == "llama_cpp"
+    assert shown["features"]["model"] == "shared"
+    assert shown["features"]["urgency"] == "low"
+    assert shown["features"]["alias"] == {"asked": "claude-haiku-4-5", "pattern": "claude-*haiku*", "route": "cpu"}
+
+
+def test_an_alias_of_a_model_that_is_gone_is_a_404_with_both_names(aliased: RunningProxy) -> None:
+    for answer in (chat(aliased, model="lost-one"), chat(aliased, model="lost-one", stream=True)):
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "'gone', for which 'lost-one' stands (models.aliases, lost-*), does not exist" in error["message"]
+    assert get(f"{aliased.url}/v1/models/lost-one").status_code == 404
+
+
+def test_aliases_are_listed_with_an_example_of_each_pattern(aliased: RunningProxy) -> None:
+    cards = {card["id"]: card for card in get(f"{aliased.url}/v1/models").json()["data"]}
+    assert list(cards) == ["org/big", "shared", "gpt-4o", "claude-xgen-org-big", "claude-haiku-xgen-shared"]
+    assert cards["claude-xgen-org-big"] == {**cards["org/big"], "id": "claude-xgen-org-big", "alias_of": "org/big"}
+    for name in ("gpt-4o", "claude-xgen-org-big", "claude-anything"):
+        card = get(f"{aliased.url}/v1/models/{name}").json()
+        assert (card["id"], card["alias_of"]) == (name, "org/big")
+        assert chat(aliased, model=name).status_code == 200
+
+
+def test_metrics_and_status_name_the_model_and_never_the_clients_word(aliased: RunningProxy) -> None:
+    assert chat(aliased, model="claude-secret-word").status_code == 200
+    page = get(f"{aliased.url}/metrics").text
+    assert 'model="org/big"' in page
+    assert "claude" not in page
+    status = get(f"{aliased.url}/models/status").json()["aliases"]
+    assert status["lost-*"] == {"model": "gone", "route": None, "urgency": None, "served": False}
+    assert status["claude-*haiku*"] == {"model": "shared", "route": "cpu", "urgency": "low", "served": True}
+
+
+def test_new_aliases_hold_from_the_next_request_on(fake: FakeUpstream) -> None:
+    with running_proxy(backends={"vllm": backend(fake)}) as proxy:
+        assert chat(proxy, model="gpt-4o").status_code == 404
+        models = proxy.gateway.settings.models.model_validate({"aliases": {"gpt-4o": "m"}})
+        settings = proxy.gateway.settings.model_copy(update={"models": models})
+        proxy.gateway.configure(settings)
+        assert chat(proxy, model="gpt-4o").json()["model"] == "gpt-4o"
+
+
+def test_a_large_max_tokens_does_not_make_work_long(proxy: RunningProxy) -> None:
+    for tokens, word in ((4096, "long_output"), (32_000, "default")):
+        answer = post(f"{proxy.url}/route", json={**CHAT, "model": "shared", "max_tokens": tokens})
+        assert answer.json()["candidates"][0]["reason"].partition(":")[0] == word

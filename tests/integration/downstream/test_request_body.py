@@ -25,7 +25,15 @@ from tests.support.running_proxy import (
 )
 
 LIMIT = 4096
-ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/generate", "/generate/stream", "/route"]
+ROUTES = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/generate",
+    "/generate/stream",
+    "/route",
+]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +250,7 @@ def test_wrong_method(proxy: RunningProxy, route: str) -> None:
     assert "POST" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v2/chat/completions", "/v1/responses", "/generate/x"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/chat/completions", "/v1/assistants", "/generate/x"])
 def test_unknown_path(proxy: RunningProxy, path: str) -> None:
     for response in (get(proxy.url + path), post(proxy.url + path, json=CHAT)):
         assert response.status_code == 404

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
+from xgen_proxy.config.aliases import Alias, Models
 from xgen_proxy.config.fallback import Fallback
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings, check_url, split_commas
@@ -247,6 +248,6 @@ def test_only_a_loopback_address_is_local(host: str, local: bool) -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    for model in (Settings, BackendSettings, Routing, Fallback, Limits, MemoryGuard):
+    for model in (Settings, BackendSettings, Models, Alias, Routing, Fallback, Limits, MemoryGuard):
         for name, field in model.model_fields.items():
-            assert field.description or name in ("routing", "fallback", "limits", "memory_guard"), name
+            assert field.description or name in ("models", "routing", "fallback", "limits", "memory_guard"), name

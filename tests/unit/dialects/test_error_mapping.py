@@ -18,6 +18,7 @@ from xgen_proxy.errors import (
     Blame,
     MissingCapabilityError,
     RequestRejectedError,
+    UnsupportedByBackendError,
     UpstreamError,
     UpstreamOverloadedError,
     UpstreamServerError,
@@ -151,6 +152,14 @@ CONFESSIONS: list[tuple[int, str, str]] = [
     (500, "Llama model must be created with embedding=True to call this method", "embeddings"),
     (400, "Pooling type 'none' is not OAI compatible. Please use a different pooling type", "embeddings"),
     (500, "logprobs is not supported for models created with logits_all=False", "logprobs"),
+    (501, "This server does not support reranking. Start it with `--reranking`", "rerank"),
+    (400, "The model does not support Rerank (Score) API", "rerank"),
+    (400, "The model does not support Score API", "score"),
+    (400, "This model does not support the Scoring API.", "score"),
+    (400, "The model does not support Classification API", "classify"),
+    (501, "The current model does not support audio input.", "transcriptions"),
+    (400, "The model does not support Transcriptions API", "transcriptions"),
+    (400, "The model does not support Translations API", "translations"),
     (501, "This server does not support completions. Start it without `--embeddings`", "generation"),
     (400, "The model does not support Chat Completions API", "generation"),
 ]
@@ -336,3 +345,21 @@ def test_deep_nesting_is_no_crash() -> None:
     for depth in (200, 900, 1020, 5000):
         for body in (b"[" * depth + b"]" * depth, b'{"error":' + b"[" * depth + b"]" * depth + b"}"):
             assert isinstance(read_error(500, body), UpstreamError)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(404, {"detail": "Not Found"}), (405, {"detail": "Method Not Allowed"}),
+     (404, error("File Not Found", code=404, type="not_found_error"))],
+)  # fmt: skip
+def test_a_missing_route_is_a_missing_capability(status: int, body: Any) -> None:
+    verdict = read_error(status, orjson.dumps(body), "rerank")
+    assert isinstance(verdict, MissingCapabilityError)
+    assert verdict.capability == "rerank"
+    assert not isinstance(read_error(status, orjson.dumps(body)), MissingCapabilityError)
+
+
+def test_a_missing_model_is_no_missing_route() -> None:
+    verdict = read_error(404, orjson.dumps(error("The model `x` does not exist.", code=404)), "rerank")
+    assert isinstance(verdict, UnsupportedByBackendError)
+    assert not isinstance(verdict, MissingCapabilityError)

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.chunks import LLAMA_SERVER, Replica, delta, events, make_request, read, text
-from xgen_proxy.request.features import Json
+import orjson
+import pytest
+
+from tests.support.chunks import HI, LLAMA_SERVER, Replica, delta, events, make_request, read, text
+from tests.support.requests import make_opaque_request
+from xgen_proxy.errors import MissingCapabilityError, UpstreamProtocolError
+from xgen_proxy.request.features import Endpoint, Json
 
 QUIET: dict[str, Any] = {}
 ASKED: dict[str, Any] = {"stream_options": {"include_usage": True}}
@@ -85,3 +90,53 @@ def test_info_has_what_props_reports() -> None:
     plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
     assert plain.capabilities == LLAMA_SERVER.capabilities
     assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None
+
+
+# tokens, reranking and audio
+
+
+@pytest.mark.parametrize(
+    ("sent", "prepared"),
+    [
+        ({"prompt": "a"}, {"content": "a", "add_special": True}),
+        ({"prompt": "a", "add_special_tokens": False}, {"content": "a", "add_special": False}),
+        ({"content": "a", "with_pieces": True}, {"content": "a", "with_pieces": True}),
+    ],
+)
+def test_vllms_names_on_tokenize(sent: Json, prepared: Json) -> None:
+    """llama-server answers a prompt with 200 and no tokens."""
+    assert LLAMA_SERVER.prepared(make_opaque_request("tokenize", **sent)) == {"model": "m", **prepared}
+
+
+def test_messages_are_for_another_engine_to_tokenize() -> None:
+    with pytest.raises(MissingCapabilityError, match="a prompt, one text, only"):
+        LLAMA_SERVER.prepared(make_opaque_request("tokenize", messages=HI))
+
+
+def test_answers_of_tokenize_have_vllms_fields_too() -> None:
+    def answer(endpoint: Endpoint, data: bytes) -> Json:
+        body: Json = orjson.loads(LLAMA_SERVER.repair_whole(make_opaque_request(endpoint), data))
+        return body
+
+    assert answer("tokenize", b'{"tokens":[1,2]}') == {"tokens": [1, 2], "count": 2, "max_model_len": 2048}
+    assert answer("detokenize", b'{"content":"a"}') == {"content": "a", "prompt": "a"}
+    assert answer("rerank", b'{"results":[]}') == {"results": []}
+    for malformed in (b"", b"[]", b"{}", b'{"tokens":5}'):
+        with pytest.raises(UpstreamProtocolError):
+            answer("tokenize", malformed)
+
+
+@pytest.mark.parametrize(("status", "missing"), [(400, set()), (501, {"rerank"}), (404, {"rerank"})])
+async def test_a_request_without_a_query_tells_whether_it_reranks(status: int, missing: set[str]) -> None:
+    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
+        assert (path, body) == ("/v1/rerank", {})
+        return status, {}
+
+    assert await LLAMA_SERVER.missing_routes(ask) == missing
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_model_that_hears_transcribes(hears: bool) -> None:
+    info = LLAMA_SERVER.parse_info({"/v1/models": {"data": [{"id": "a"}]}, "/props": {"modalities": {"audio": hears}}})
+    assert info.capabilities is not None
+    assert ("transcriptions" in info.capabilities) == hears

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -39,7 +40,8 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | str]] = [
      {"response_format": {"type": "json_object", "schema": INTEGER}},
      {"response_format": {"type": "json_schema", "json_schema": {"name": "schema", "schema": INTEGER}}}),
     ("response_format json_object with a schema", V, "chat", {"response_format": {"type": "json_object"}}, {}),
-    ("max_tokens beyond the context", V, "chat", {"max_tokens": 32_000}, {}),
+    ("max_tokens beyond the context", V, "chat", {"max_tokens": 32_000}, {}),  # the context is unknown
+    ("max_tokens beyond the context", A, "chat", {"max_tokens": 32_000}, {}),
     ("tool_choice that names functions", S, "chat", {"tools": [*TOOLS, G], "tool_choice": USE_F},
      {"tools": TOOLS, "tool_choice": "required"}),
     ("tool_choice that names functions", S, "chat", {"tools": [*TOOLS, G, H], "tool_choice": {
@@ -169,3 +171,28 @@ def test_every_rule_has_a_case() -> None:
 def test_a_name_means_one_rule() -> None:
     rules = {rule for dialect in DIALECTS.values() for rule in dialect.rules}
     assert len({rule.name for rule in rules}) == len(rules)
+
+
+# (tokens of the prompt by estimate, what the client asks for, whether it is believed, the context, what is sent)
+LIMITS = [
+    (1_000, 32_000, False, 8_192, 8_192 - 1_564),
+    (1_000, 32_000, True, 8_192, 8_192 - 1_564),  # more than the context can never be served
+    (17_459, 32_000, False, 32_768, 32_768 - 26_252),  # https://github.com/farion1231/cc-switch/issues/1022
+    (100, 32_000, False, 32_768, 32_000),  # it fits
+    (17_459, 16_000, True, 32_768, 16_000),  # the client means it, and the engine may refuse
+    (8_000, 32_000, False, 8_192, 8_192),  # nothing fits by estimate: the engine decides
+    (8_000, 8_192, False, 8_192, 8_192),
+    (1_000, 32_000, False, None, 32_000),
+]
+
+
+@pytest.mark.parametrize("dialect", [V, A])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize(("prompt", "limit", "believed", "context", "sent"), LIMITS)
+def test_a_limit_that_is_not_meant_is_cut_to_what_fits(
+    dialect: str, field: str, prompt: int, limit: int, believed: bool, context: int | None, sent: int
+) -> None:
+    request = make_request("chat", "m", "m", context, **{field: limit})
+    features = replace(request.features, prompt_tokens=prompt, max_tokens_believed=believed)
+    prepared = orjson.loads(DIALECTS[dialect].prepare(replace(request, features=features)))
+    assert prepared[field] == sent

@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 
 from tests.support.chunks import HI, VLLM, make_request
+from tests.support.requests import make_opaque_request
 from xgen_proxy.request.features import Json
+
+AUDIO = "transcriptions", "translations"
 
 
 def test_info_has_models_and_context() -> None:
@@ -54,3 +57,35 @@ async def test_tokens_are_counted_if_the_replica_can(status: int, answer: Any, c
         return status, answer
 
     assert await VLLM.count_tokens(make_request(), "abc", post) == count
+
+
+@pytest.mark.parametrize(
+    ("routes", "missing"),
+    [
+        ({"/v1/chat/completions", "/tokenize", "/detokenize"}, {"rerank", "score", "classify", *AUDIO}),
+        ({"/v1/score", "/v1/rerank", "/tokenize", "/detokenize"}, {"generation", "classify", *AUDIO}),
+        ({"/v1/completions", "/v1/audio/transcriptions", "/tokenize"},
+         {"rerank", "score", "classify", "tokenize", "translations"}),
+    ],
+)  # fmt: skip
+async def test_its_routes_tell_what_its_model_can(routes: set[str], missing: set[str]) -> None:
+    async def ask(path: str, body: Json | None) -> tuple[int, Any]:
+        assert body is None, "a GET"
+        return 405 if path in routes else 404, {}
+
+    assert await VLLM.missing_routes(ask) == missing
+
+
+@pytest.mark.parametrize(
+    ("sent", "prepared"),
+    [
+        ({"content": "a"}, {"prompt": "a", "add_special_tokens": False}),
+        ({"content": "a", "add_special": True}, {"prompt": "a", "add_special_tokens": True}),
+        ({"prompt": "a", "content": "b"}, {"prompt": "a", "content": "b"}),
+        ({"messages": HI}, {"messages": HI}),
+    ],
+)
+def test_llama_servers_names_on_tokenize(sent: Json, prepared: Json) -> None:
+    assert VLLM.prepared(make_opaque_request("tokenize", **sent)) == {"model": "m", **prepared}
+    rerank = make_opaque_request("rerank", **sent)
+    assert VLLM.prepare(rerank) is rerank.raw

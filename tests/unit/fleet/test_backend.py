@@ -9,7 +9,9 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import ReplicaInfo
 from xgen_proxy.fleet.backend import Backend, Fleet
 from xgen_proxy.fleet.load import Scrape
+from xgen_proxy.fleet.memory.pressure import Pressure
 from xgen_proxy.fleet.replica import Replica
+from xgen_proxy.fleet.snapshot import Usable, usable_of
 
 URLS = [f"http://127.0.0.1:{port}" for port in (1, 2)]
 
@@ -48,6 +50,26 @@ def test_snapshot_follows_each_change_of_a_replica(change: Callable[[Replica], o
     assert after.in_flight == made.in_flight == replica.in_flight
     assert after.replicas[1] is before.replicas[1], "the other one is not rebuilt"
     assert after.replicas[1] == other.snapshot()
+
+
+def test_snapshot_knows_which_replicas_are_usable() -> None:
+    made = backend(slots=None)
+    one, other = made.replicas
+    assert made.snapshot().usable == Usable((), ())
+    one.set_state("up", "test")
+    other.set_state("up", "test")
+    assert made.snapshot().usable == Usable((0, 1), ())
+    one.memory.pressure = Pressure("closed", 3, "memory: short")
+    one.record_pressure()
+    assert made.snapshot().usable == Usable((1,), (0,))
+    before = made.snapshot().usable
+    other.acquire()
+    assert made.snapshot().usable is before, "looking at all replicas again would take long"
+    other.release()
+    other.set_state("down", "test")
+    assert made.snapshot().usable == Usable((), (0,))
+    made.reconcile([URLS[1]])
+    assert made.snapshot().usable == usable_of(made.snapshot().replicas) == Usable((), ())
 
 
 def test_snapshot_is_cached_until_something_changes() -> None:

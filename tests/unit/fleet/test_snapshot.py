@@ -32,11 +32,11 @@ def test_slow_start_leaves_at_least_one_slot() -> None:
     assert replace(REPLICA, slots=2, slow_start_at=STARTED).capacity(STARTED) == 1
 
 
-def test_pressure_leaves_fewer_slots_and_a_closed_replica_one() -> None:
+def test_pressure_leaves_fewer_slots_and_a_closed_replica_counts_as_full() -> None:
     reduced = replace(REPLICA, pressure=Pressure("reduced", 6, ""), in_flight=3)
     assert (reduced.open_slots(0), reduced.capacity(0), reduced.load(0, Routing())) == (6, 6, 0.5)
     closed = replace(REPLICA, pressure=Pressure("closed", 6, ""))
-    assert (closed.closed, closed.capacity(0), closed.load(0, Routing())) == (True, 1, 1.0)
+    assert (closed.closed, closed.capacity(0), closed.load(0, Routing())) == (True, 6, 1.0)
     opening = replace(REPLICA, pressure=Pressure("normal", 30, ""))
     assert opening.capacity(0) == 24
 

@@ -5,9 +5,10 @@ from typing import Any
 import orjson
 import pytest
 
+from xgen_proxy.config.settings import Routing
 from xgen_proxy.errors import BadRequestError, ServiceUnavailableError
 from xgen_proxy.request.call import Call, Origin, parse_call
-from xgen_proxy.request.features import Endpoint
+from xgen_proxy.request.features import Endpoint, UsedAlias
 from xgen_proxy.request.limits import Limits
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -53,6 +54,76 @@ def test_the_default_model_is_asked_for_only_if_the_client_names_none() -> None:
     assert call.model == call.features.model == "fallback"
     with pytest.raises(ServiceUnavailableError):
         parse({"messages": CHAT["messages"]})
+
+
+HAIKU = UsedAlias("claude-haiku-4", "claude-haiku-*", "small", "cpu", "low")
+
+
+def aliased(body: dict[str, Any], headers: dict[bytes, bytes] | None = None, named: str = "claude-haiku-4") -> Call:
+    return parse_call(
+        Origin("id-1", headers or {}),
+        "chat",
+        orjson.dumps(body),
+        body,
+        limits=Limits(),
+        continuation=True,
+        default_model=lambda: named,
+        find_alias=lambda name: HAIKU if name.startswith("claude-haiku-") else None,
+    )
+
+
+def test_an_alias_is_resolved_once_and_its_name_is_kept_for_the_answer() -> None:
+    call = aliased({**CHAT, "model": "claude-haiku-4"})
+    assert (call.model, call.features.model, call.asked) == ("small", "small", "claude-haiku-4")
+    assert call.features.alias == HAIKU
+    assert call.features.urgency == "low"
+    assert not call.features.hinted, "no preset may change what the client asks for"
+    assert call.raw is not None
+    plain = aliased({**CHAT, "model": "small"})
+    assert (plain.model, plain.asked, plain.features.alias) == ("small", "small", None)
+
+
+def test_the_default_model_may_be_an_alias() -> None:
+    call = aliased({"messages": CHAT["messages"]})
+    assert (call.model, call.asked) == ("small", "claude-haiku-4")
+    assert call.features.alias == HAIKU
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"), [({"urgency": "normal"}, {}), ({}, {b"x-urgency": b"normal"}), ({"urgency": "high"}, {})]
+)
+def test_an_urgency_of_the_clients_own_wins(fields: dict[str, Any], headers: dict[bytes, bytes]) -> None:
+    call = aliased({**CHAT, "model": "claude-haiku-4", **fields}, headers)
+    assert call.features.urgency == fields.get("urgency", "normal")
+
+
+@pytest.mark.parametrize(
+    ("fields", "believed"),
+    [
+        ({}, True),
+        ({"max_tokens": 4096}, True),
+        ({"max_tokens": 8191}, True),
+        ({"max_tokens": 8192}, False),
+        ({"max_tokens": 32_000}, False),
+        ({"max_completion_tokens": 32_000}, False),
+        ({"max_completion_tokens": 100, "max_tokens": 32_000}, True),
+    ],
+)
+def test_what_a_client_always_sends_is_not_believed(fields: dict[str, Any], believed: bool) -> None:
+    body = {**CHAT, **fields}
+    believed_below = Routing().max_tokens_believed_below
+    call = parse_call(
+        Origin("id-1", {}),
+        "chat",
+        orjson.dumps(body),
+        body,
+        limits=Limits(),
+        continuation=True,
+        default_model=no_default,
+        believed_below=believed_below,
+    )
+    assert call.features.max_tokens_believed is believed
+    assert call.raw is not None, "it reaches the backend as it came"
 
 
 PARENT = b"00-" + b"0af7651916cd43dd8448eb211c80319c" + b"-b7ad6b7169203331-01"

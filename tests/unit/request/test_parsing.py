@@ -110,6 +110,19 @@ def test_a_session_comes_from_the_hint_or_openais_field() -> None:
     assert read({"session_id": "a", "prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "a"
     assert read({"prompt_cache_key": "b"}, {b"x-session-id": b"c"}).session == "c"
     assert read({"prompt_cache_key": "b"}).session == "b"
+
+
+def test_open_webuis_headers_tell_the_chat_and_that_nobody_waits() -> None:
+    chat = {b"x-openwebui-chat-id": b"chat-1"}
+    assert read({}, chat).session == "chat-1"
+    assert read({"prompt_cache_key": "b"}, chat).session == "b"
+    assert read({}, {b"x-openwebui-chat-id": b""}).session is None
+    assert len(read({}, {b"x-openwebui-chat-id": b"x" * 9000}).session or "") == 512
+    task = {b"x-openwebui-task": b"title_generation"}
+    assert (read({}, task).urgency, read({}, task).hinted) == ("low", False)
+    assert read({"urgency": "high"}, task).urgency == "high"
+    for waited_for in (b"", b"query_generation", b"{{TASK}}"):
+        assert read({}, {b"x-openwebui-task": waited_for}).urgency == "normal"
     with pytest.raises(BadRequestError, match="prompt_cache_key must be a string"):
         read({"prompt_cache_key": 1})
 

@@ -7,7 +7,7 @@ from tests.support.builders import cpu, down, features, gpu
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot
-from xgen_proxy.request.features import Features
+from xgen_proxy.request.features import Features, UsedAlias
 from xgen_proxy.routing.plan import Plan, explain
 from xgen_proxy.routing.policy import decide
 
@@ -47,6 +47,17 @@ def test_explain_shows_the_rule_that_decided() -> None:
         "memory": None,
         "reason": "long_prompt: 180 words > 100",
     }
+
+
+def test_explain_shows_the_alias_and_whether_max_tokens_is_believed() -> None:
+    assert explain(plan(features(), gpu()), features())["features"]["alias"] is None
+    alias = UsedAlias("claude-haiku-4", "claude-haiku-*", "m", "cpu")
+    asked = features(alias=alias, max_tokens=32_000, max_tokens_believed=False)
+    explained = explain(plan(asked, gpu(), cpu()), asked)
+    assert explained["candidates"][0]["reason"] == "alias: claude-haiku-* goes to the CPU first"
+    shown = explained["features"]
+    assert shown["alias"] == {"asked": "claude-haiku-4", "pattern": "claude-haiku-*", "route": "cpu"}
+    assert (shown["model"], shown["max_tokens"], shown["max_tokens_believed"]) == ("m", 32_000, False)
 
 
 def test_explain_shows_the_error() -> None:

@@ -14,10 +14,18 @@ from xgen_proxy.config.fallback import Nearness
 from xgen_proxy.config.settings import Routing
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.memory.pressure import LEVELS, Pressure
-from xgen_proxy.fleet.snapshot import BackendSnapshot, FleetSnapshot, ReplicaSnapshot, from_json, shallow_dict, to_json
-from xgen_proxy.request.features import NEEDS, Features
+from xgen_proxy.fleet.snapshot import (
+    BackendSnapshot,
+    FleetSnapshot,
+    ReplicaSnapshot,
+    from_json,
+    shallow_dict,
+    to_json,
+    usable_of,
+)
+from xgen_proxy.request.features import NEEDS, Features, UsedAlias
 from xgen_proxy.routing.plan import Plan, explain
-from xgen_proxy.routing.policy import decide
+from xgen_proxy.routing.policy import WINDOW, decide
 
 ROUTING = Routing()
 NOW = 1000.0
@@ -39,6 +47,10 @@ def word(plan: Plan) -> str:
     return plan.candidates[0].reason.partition(":")[0]
 
 
+def alias(route: Any) -> UsedAlias:
+    return UsedAlias("claude-3", "claude-*", "m", route)
+
+
 RULES = [
     # rule 1: an explicit backend wins, whatever the load and the length
     ({"backend": "llama_cpp", "prompt_words": 500}, gpu(), cpu(), ["llama_cpp", "vllm"], "explicit"),
@@ -48,6 +60,15 @@ RULES = [
     ({"prompt_words": 101}, gpu(), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
     ({"max_tokens": 1024}, gpu(), cpu(), ["vllm", "llama_cpp"], "default"),
     ({"max_tokens": 1025}, gpu(), cpu(), ["vllm", "llama_cpp"], "long_output"),
+    ({"max_tokens": 32000, "max_tokens_believed": False}, gpu(), cpu(), ["vllm", "llama_cpp"], "default"),
+    ({"max_tokens": 32000, "max_tokens_believed": False}, gpu(1.0), cpu(), ["llama_cpp", "vllm"], "default_spill"),
+    (
+        {"max_tokens": 9, "max_tokens_believed": False, "prompt_words": 101},
+        gpu(),
+        cpu(),
+        ["vllm", "llama_cpp"],
+        "long_prompt",
+    ),
     ({"prompt_words": 101}, gpu(3.0), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
     ({"prompt_words": 101}, down(gpu()), cpu(), ["llama_cpp"], "only"),
     ({"prompt_words": 101, "urgency": "high"}, gpu(0.9), cpu(), ["vllm", "llama_cpp"], "long_prompt"),
@@ -71,6 +92,15 @@ RULES = [
     ({"fallback": False}, gpu(), cpu(), ["vllm"], "default"),
     ({"fallback": False, "backend": "llama_cpp"}, gpu(), cpu(), ["llama_cpp"], "explicit"),
     ({"backend": "vllm"}, down(gpu()), cpu(), ["llama_cpp"], "fallback"),
+    # rule 13: the route of an alias stands above rules 2 to 6, and below rule 1
+    ({"alias": alias("cpu")}, gpu(), cpu(), ["llama_cpp", "vllm"], "alias"),
+    ({"alias": alias("cpu"), "prompt_words": 500, "urgency": "high"}, gpu(), cpu(), ["llama_cpp", "vllm"], "alias"),
+    ({"alias": alias("cpu"), "fallback": False}, gpu(), cpu(), ["llama_cpp"], "alias"),
+    ({"alias": alias("cpu"), "backend": "vllm"}, gpu(), cpu(), ["vllm", "llama_cpp"], "explicit"),
+    ({"alias": alias("cpu")}, gpu(), down(cpu()), ["vllm"], "only"),
+    ({"alias": alias("gpu")}, gpu(9.0), cpu(), ["vllm", "llama_cpp"], "alias"),
+    ({"alias": alias("gpu")}, down(gpu()), cpu(), ["llama_cpp"], "only"),
+    ({"alias": alias(None)}, gpu(1.0), cpu(), ["llama_cpp", "vllm"], "default_spill"),
 ]
 
 
@@ -101,6 +131,9 @@ CLOSED = [
     ({"backend": "vllm"}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "explicit"),
     ({}, closed(gpu()), down(cpu()), ["vllm"], "only"),
     ({}, closed(backend("a")), backend("b", load=5.0), ["b", "a"], "only"),
+    ({"alias": alias("cpu")}, gpu(), closed(cpu()), ["vllm", "llama_cpp"], "alias_spill"),
+    ({"alias": alias("cpu")}, closed(gpu()), closed(cpu()), ["llama_cpp", "vllm"], "alias"),
+    ({"alias": alias("gpu")}, closed(gpu()), cpu(), ["vllm", "llama_cpp"], "alias"),
 ]
 
 
@@ -146,6 +179,8 @@ def test_only_long_or_explicit_work_waits_for_the_gpu() -> None:
     assert tiers(plan([gpu(2.0), cpu()], prompt_words=101)) == [0, 1]
     assert tiers(plan([gpu(2.0), cpu()])) == [0, 0]
     assert tiers(plan([gpu(), cpu()], backend="vllm")) == [0, 1]
+    assert tiers(plan([gpu(2.0), cpu()], alias=alias("gpu"))) == [0, 1]
+    assert tiers(plan([gpu(), cpu(2.0)], alias=alias("cpu"))) == [0, 0]
 
 
 ERRORS = [
@@ -291,7 +326,9 @@ def test_equal_replicas_share_the_work() -> None:
     assert firsts == {"r0", "r1", "r2", "r3"}
 
 
-def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
+@pytest.mark.parametrize("session", [None, "s"])
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_load_is_computed_for_few_of_a_thousand_replicas(level: Any, session: str | None) -> None:
     computed = 0
 
     class Counting(ReplicaSnapshot):
@@ -302,8 +339,30 @@ def test_load_is_computed_for_few_of_a_thousand_replicas() -> None:
             computed += 1
             return super().load(now, routing)
 
-    plan([gpu(replicas=tuple(Counting(**shallow_dict(replica(f"r{n}"))) for n in range(1000)))])
-    assert 0 < computed <= 4
+    pressure = None if level is None else Pressure(level, 3, "memory: short")
+    thousand = [replace(replica(f"r{n}", 9.0), pressure=pressure) for n in range(1000)]
+    plan([gpu(replicas=tuple(Counting(**shallow_dict(each)) for each in thousand))], session=session)
+    assert computed <= 2 + 8, "two of the window, and along the ring"
+
+
+def test_only_a_window_of_the_usable_replicas_is_looked_at() -> None:
+    """As many as there are; which are usable is known from the snapshot."""
+    looked: set[str] = set()
+
+    class Watched(ReplicaSnapshot):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> Any:
+            looked.add(object.__getattribute__(self, "name"))
+            return object.__getattribute__(self, name)
+
+    for level in ("normal", "reduced", "closed"):
+        closed = replace(replica("r"), pressure=Pressure(level, 3, "memory: short"))
+        thousand = tuple(Watched(**{**shallow_dict(closed), "name": f"r{n}"}) for n in range(1000))
+        snapshot = replace(gpu(replicas=thousand), usable=usable_of(thousand))
+        looked.clear()
+        assert plan([snapshot]).candidates
+        assert len(looked) <= WINDOW
 
 
 scrapes = st.builds(
@@ -353,6 +412,8 @@ features_strategy = st.builds(
     backend=st.none() | st.sampled_from(["a", "vllm", "nobody"]),
     urgency=st.sampled_from(["high", "normal", "low"]),
     fallback=st.booleans(),
+    max_tokens_believed=st.booleans(),
+    alias=st.sampled_from([None, *map(alias, [None, "cpu", "gpu"])]),
 )
 
 

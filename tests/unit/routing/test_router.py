@@ -123,3 +123,19 @@ def test_model_is_not_found_where_a_backend_was_reached_and_has_none() -> None:
     report(made)
     with pytest.raises(ModelNotFoundError):
         made.plan(features(model="unknown"))
+
+
+def test_an_alias_of_an_unknown_model_is_named_with_it() -> None:
+    made = router(models={"aliases": {"claude-*": "gone"}})
+    alias = made.find_alias("claude-3")
+    assert alias is not None
+    asked = features(model=alias.model, alias=alias)
+    with pytest.raises(ServiceUnavailableError, match=r"'gone', for which 'claude-3' stands .*, and llama_cpp has not"):
+        made.plan(asked)
+    report(made, "n", "claude-own")
+    with pytest.raises(
+        ModelNotFoundError, match=r"'gone', for which 'claude-3' stands \(.*claude-\*\), does not exist"
+    ):
+        made.plan(asked)
+    assert made.find_alias("claude-own") is None, "a backend serves it"
+    assert router().find_alias("claude-3") is None

@@ -62,6 +62,15 @@ def test_vllm_tells_the_stop_string_but_not_a_token() -> None:
     assert list(read_pieces(events(chunk))) == [Finish("stop")]
 
 
+def test_probabilities_of_tokens() -> None:
+    token = {"token": "Hi", "logprob": -0.5, "bytes": None, "top_logprobs": []}
+    chunk = delta(content="Hi")
+    chunk["choices"][0]["logprobs"] = {"content": [token]}
+    assert list(read_pieces(events(chunk))) == [Text("Hi", (token,))]
+    choice = {"message": {"content": "Hi"}, "logprobs": {"content": [token]}, "finish_reason": "stop"}
+    assert read_answer(orjson.dumps({"choices": [choice]})).logprobs == (token,)
+
+
 def test_an_error_ends_the_pieces() -> None:
     block = events(delta(content="Hi")) + BadRequestError("no", code="c").event() + sse.DONE
     failed = {"message": "no", "type": "invalid_request_error", "param": None, "code": "c"}

@@ -20,6 +20,7 @@ from xgen_proxy.dialects.llama_cpp_python.token_usage import TokenCounter, count
 from xgen_proxy.dialects.request_rules import Rule
 from xgen_proxy.errors import (
     BadRequestError,
+    MissingCapabilityError,
     ProxyError,
     RequestRejectedError,
     UpstreamError,
@@ -126,12 +127,37 @@ RULES = (
 )
 
 
+def input_of_prompt(body: Json, request: BackendRequest) -> Json:
+    """Its own name for the text. It adds the special tokens of its model to any text, and renders no chat there."""
+    if request.features.endpoint != "tokenize":
+        return body
+    text = body.get("prompt", body.get("content"))
+    if not isinstance(text, str) or body.get("add_special_tokens", body.get("add_special")) is False:
+        message = "llama-cpp-python takes a prompt, one text, and adds special tokens to it"
+        raise MissingCapabilityError("tokenize for messages, or without special tokens", message)
+    return {"model": body.get("model"), "input": text}
+
+
+def _as_vllm_tokenizes(request: BackendRequest, data: bytes) -> bytes:
+    """Raises UpstreamProtocolError."""
+    try:
+        answer = orjson.loads(data)
+        if request.features.endpoint == "detokenize":
+            return orjson.dumps({"prompt": answer["text"]})
+        tokens = answer["tokens"]
+        return orjson.dumps({"count": len(tokens), "max_model_len": request.context, "tokens": tokens})
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise UpstreamProtocolError("the response has no tokens") from None
+
+
 class LlamaCppPython(Dialect):
     """One request at a time; cancels only streams; reports no usage in them."""
 
     name = "llama-cpp-python"
     device_class = "cpu"
-    capabilities = frozenset({"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo"})
+    capabilities = frozenset(
+        {"generation", "forced_tool", "logprobs", "json_object", "json_schema", "echo", "tokenize"}
+    )
     why_no_embeddings = "llama-cpp-python gives a vector for each token; use llama-server for embeddings"
     slots = 1  # one global lock
     health_path = "/health"  # a 404 that needs no lock; it has no health route, and /openapi.json has 40 KB
@@ -139,6 +165,13 @@ class LlamaCppPython(Dialect):
     uses_canary = True
     sends_request_id = False  # it answers 400 to an X-Request-Id that is not a UUID
     rules = RULES
+    opaque_rules = (
+        *Dialect.opaque_rules,
+        Rule("prompt on /tokenize", "rename", "vLLM's name: 422", input_of_prompt),
+    )
+
+    def path(self, request: BackendRequest) -> str:
+        return f"/extras{request.path}" if request.opaque else request.path
 
     def asks_for_stream(self, request: BackendRequest) -> bool:
         """If possible, since it cancels only streams."""
@@ -152,6 +185,8 @@ class LlamaCppPython(Dialect):
 
     def repair_whole(self, request: BackendRequest, data: bytes) -> bytes:
         data = super().repair_whole(request, data)
+        if request.opaque:
+            return _as_vllm_tokenizes(request, data)
         return _flat_embeddings(request, data) if request.features.endpoint == "embeddings" else data
 
     async def explain_empty_stream(self, request: BackendRequest, post: Post) -> ProxyError | UpstreamError:

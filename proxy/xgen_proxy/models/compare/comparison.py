@@ -14,12 +14,13 @@ from typing import Any
 
 import psutil
 
+from xgen_proxy.gguf.header import GgufFile
 from xgen_proxy.models.compare import passages
 from xgen_proxy.models.compare.figures import Tokens, equal_answers, spread, summary
 from xgen_proxy.models.compare.plan import Plan, names, need_memory
 from xgen_proxy.models.compare.processes import Worker
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import GgufFile, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.progress import Progress
 from xgen_proxy.models.storage import need_space
 

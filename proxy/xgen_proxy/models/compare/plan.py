@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from xgen_proxy.gguf.header import GgufFile
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import GgufFile
 from xgen_proxy.values import frozen
 
 PROCESS_BYTES = 300e6  # of a process beside its model: Python, llama.cpp, the logits of a window

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xgen_proxy.gguf.header import GgufFile, LongArray
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import GgufFile, LongArray, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.files.hf_directory import HfDirectory, read_hf_directory
 from xgen_proxy.models.inspection.chat_template import knows_tools
 from xgen_proxy.values import frozen
@@ -36,13 +37,20 @@ class TypeShare:
 
 @frozen
 class Attention:
-    """What the KV cache is made of. `kv_heads`: one number for each layer, 0 for a layer without attention."""
+    """What the KV cache is made of. `kv_heads`: one number for each layer, 0 for a layer without attention. `latent`:
+    the width to which MLA, as in DeepSeek's models, compresses the keys and values of a token."""
 
     heads: int
     kv_heads: tuple[int, ...]
     key_length: int
     value_length: int
     sliding_window: int | None
+    latent: int | None = None
+
+    @property
+    def needs_less(self) -> bool:
+        """Engines may keep less than all heads of all tokens: only a window in some layers, or what is compressed."""
+        return self.sliding_window is not None or self.latent is not None
 
 
 @frozen
@@ -159,6 +167,7 @@ def attention_of_gguf(file: GgufFile) -> Attention | None:
         key_length=number(file.of_architecture("attention.key_length")) or width // heads,
         value_length=number(file.of_architecture("attention.value_length")) or width // heads,
         sliding_window=number(file.of_architecture("attention.sliding_window")),
+        latent=number(file.of_architecture("attention.kv_lora_rank")),
     )
 
 
@@ -209,4 +218,5 @@ def attention_of_config(config: Mapping[str, Any]) -> Attention | None:
         return None
     length = number(config.get("head_dim")) or width // heads
     kv_heads = number(config.get("num_key_value_heads")) or heads
-    return Attention(heads, (kv_heads,) * layers, length, length, number(config.get("sliding_window")))
+    window, latent = number(config.get("sliding_window")), number(config.get("kv_lora_rank"))
+    return Attention(heads, (kv_heads,) * layers, length, length, window, latent)

@@ -42,7 +42,8 @@ def estimate(model: Description, context: int, slots: int = 1, kv_type: str = "f
 
 
 def kv_bytes_per_token(model: Description, kv_type: str = "f16") -> int:
-    """Of all layers. Those with a sliding window are counted in full, as llama.cpp's library keeps them."""
+    """Of all layers. Those with a sliding window are counted in full, as llama.cpp's library keeps them; its server
+    keeps the window only. MLA is counted uncompressed. So for such models it is an upper bound."""
     if model.attention is None:
         return 0
     numbers = sum(model.attention.kv_heads) * (model.attention.key_length + model.attention.value_length)

@@ -84,9 +84,11 @@ def memory(found: Inspection) -> str:
     need = found.memory
     slots = f"{found.slots} slots of " if found.slots > 1 else ""
     most = ", the most that the model allows" if found.context == found.model.context else ""
+    bound = "at most " if found.model.attention and found.model.attention.needs_less else ""
     return (
-        f"{size(need.total)} for {slots}{found.context:,} tokens{most}: weights {size(need.weights)}, "
-        f"KV cache ({found.kv_type}) {size(need.kv_cache)}, compute {size(need.compute)}, process {size(need.process)}"
+        f"{bound}{size(need.total)} for {slots}{found.context:,} tokens{most}: weights {size(need.weights)}, "
+        f"KV cache ({found.kv_type}) {bound}{size(need.kv_cache)}, compute {size(need.compute)}, "
+        f"process {size(need.process)}"
     )
 
 

@@ -9,8 +9,9 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xgen_proxy.gguf.header import MAGIC
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import MAGIC, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 
 if TYPE_CHECKING:
     import numpy

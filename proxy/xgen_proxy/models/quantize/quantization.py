@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, cast
 
+from xgen_proxy.gguf.header import GgufFile
 from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
-from xgen_proxy.models.files.gguf_file import GgufFile, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.progress import Progress, say
 from xgen_proxy.models.quantize.converter import convert, find_converter
 from xgen_proxy.models.quantize.importance import read_importance

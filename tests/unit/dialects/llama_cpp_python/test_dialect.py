@@ -7,10 +7,11 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.support.chunks import LLAMA_CPP_PYTHON, Replica, make_request
+from tests.support.chunks import HI, LLAMA_CPP_PYTHON, Replica, make_request
+from tests.support.requests import make_opaque_request
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.dialects.llama_cpp_python.dialect import UNLIMITED
-from xgen_proxy.errors import RequestRejectedError, UpstreamProtocolError
+from xgen_proxy.errors import MissingCapabilityError, RequestRejectedError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 
 
@@ -80,3 +81,26 @@ def test_a_chat_is_resumed_only_with_a_template() -> None:
 
 async def test_tokens_are_counted_without_what_precedes_any_text() -> None:
     assert await LLAMA_CPP_PYTHON.count_tokens(make_request(), "abc", Replica(before=1).post) == 3
+
+
+def test_it_tokenizes_under_other_names() -> None:
+    request = make_opaque_request("tokenize", prompt="a", add_special_tokens=True)
+    assert LLAMA_CPP_PYTHON.path(request) == "/extras/tokenize"
+    assert LLAMA_CPP_PYTHON.prepared(request) == {"model": "m", "input": "a"}
+    assert orjson.loads(LLAMA_CPP_PYTHON.repair_whole(request, b'{"tokens":[1,2]}')) == {
+        "count": 2,
+        "max_model_len": 2048,
+        "tokens": [1, 2],
+    }
+    back = make_opaque_request("detokenize", tokens=[1])
+    assert LLAMA_CPP_PYTHON.path(back) == "/extras/detokenize"
+    assert LLAMA_CPP_PYTHON.prepare(back) is back.raw
+    assert orjson.loads(LLAMA_CPP_PYTHON.repair_whole(back, b'{"text":"a"}')) == {"prompt": "a"}
+    with pytest.raises(UpstreamProtocolError):
+        LLAMA_CPP_PYTHON.repair_whole(back, b"{}")
+
+
+@pytest.mark.parametrize("fields", [{"messages": HI}, {"prompt": "a", "add_special_tokens": False}, {"prompt": [1]}])
+def test_what_it_cannot_tokenize_is_for_another_engine(fields: Json) -> None:
+    with pytest.raises(MissingCapabilityError, match="adds special tokens"):
+        LLAMA_CPP_PYTHON.prepared(make_opaque_request("tokenize", **fields))

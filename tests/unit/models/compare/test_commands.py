@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.unit.models.compare.results import result
+from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare import commands
 from xgen_proxy.models.compare.plan import Plan
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import GgufFile, Tensor
 
 
 def parse(*argv: str) -> argparse.Namespace:

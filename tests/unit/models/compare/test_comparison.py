@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare import comparison
 from xgen_proxy.models.compare.plan import Plan
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import GgufFile, Tensor
 
 BASE, SMALL = Path("m-f16.gguf"), Path("m-q4.gguf")
 

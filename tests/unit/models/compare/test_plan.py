@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare.plan import Plan, choose_base, default_threads, names, need_memory
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import GgufFile, Tensor
 
 
 def file(name: str, size: int, bits: int = 8) -> GgufFile:

@@ -1,91 +1,21 @@
-"""GGUF headers: read as llama.cpp's own library reads them, and refused where they are damaged."""
+"""What is wrong with a file is an error of the commands."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-import struct
 from pathlib import Path
 
-import gguf as library
 import pytest
 
-from tests.support.tiny_gguf import LAYERS, TOKENS, WIDTH, tiny_gguf
+from tests.support.tiny_gguf import tiny_gguf
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import TYPES, LongArray, read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf
 
 
-def test_the_type_table_is_llama_cpps() -> None:
-    ours = {name: (block, size) for name, block, size in TYPES.values()}
-    theirs = {type.name: sizes for type, sizes in library.GGML_QUANT_SIZES.items()}
-    assert {name: sizes for name, sizes in ours.items() if theirs.get(name, sizes) != sizes} == {}
-    numbers = {name: number for number, (name, _, _) in TYPES.items()}
-    assert all(library.GGMLQuantizationType[name] == number for name, number in numbers.items() if name in theirs)
-
-
-def test_it_agrees_with_llama_cpps_library(gguf: str) -> None:
-    ours, theirs = read_gguf(Path(gguf)), library.GGUFReader(gguf)
-    assert [(each.name, each.type, each.shape, each.size, each.end) for each in ours.tensors] == [
-        (each.name, each.tensor_type.name, tuple(map(int, each.shape)), each.n_bytes, each.data_offset + each.n_bytes)
-        for each in theirs.tensors
-    ]
-    for key, value in ours.metadata.items():
-        field = theirs.get_field(key)
-        assert field
-        if isinstance(value, LongArray):
-            assert len(field.data) == value.length
-        else:
-            assert field.contents() == value
-
-
-def test_a_file_in_short(tmp_path: Path) -> None:
-    file = read_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
-    assert (file.architecture, file.of_architecture("block_count")) == ("llama", LAYERS)
-    assert file.metadata["tokenizer.ggml.tokens"] == LongArray(len(TOKENS))
-    assert file.metadata["tiny.short"] == [1, 2, 3]
-    assert file.types() == {"F16": 1 + LAYERS, "F32": LAYERS}
-    assert file.weights == len(TOKENS) * WIDTH + LAYERS * (WIDTH * WIDTH + WIDTH)
-    assert 16 < file.bits_per_weight < 17
-
-
-def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
-    whole = tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
-    end = read_gguf(tmp_path / "tiny.gguf").tensors[-1].end
-    cut = tmp_path / "cut.gguf"
-    for length in {0, 3, 8, 23, 24, 100, len(whole) // 4, len(whole) // 2, end - 1}:
-        cut.write_bytes(whole[:length])
-        with pytest.raises(ModelFileError, match=r"cut short|damaged|no GGUF file"):
-            read_gguf(cut)
-
-
-def test_a_corrupt_header_is_refused_or_read(tmp_path: Path) -> None:
-    """Whatever the bytes are, the answer is a file or a ModelFileError."""
-    whole = tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
-    corrupt, chance = tmp_path / "corrupt.gguf", random.Random(7)
-    for _ in range(300):
-        data = bytearray(whole)
-        at = chance.randrange(4, 2500)
-        data[at : at + 8] = struct.pack("<Q", chance.choice([0, 1, 2**31, 2**60, 2**64 - 1, chance.getrandbits(64)]))
-        corrupt.write_bytes(data)
-        with contextlib.suppress(ModelFileError):
-            read_gguf(corrupt)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"<html>" + bytes(100), "is no GGUF file"),
-        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "claims to have"),
-    ],
-)
-def test_what_is_no_model(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "m.gguf"
-    file.write_bytes(content)
-    with pytest.raises(ModelFileError, match=message):
-        read_gguf(file)
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_file_is_read_or_refused_with_the_commands_error(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "tiny.gguf")
+    assert read_gguf(path).architecture == "llama"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelFileError, match="is damaged"):
+        read_gguf(path)
     with pytest.raises(ModelFileError, match="cannot read"):
         read_gguf(tmp_path / "none.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_directory(tmp_path: Path) -> None:
     assert (found.vocabulary, found.layers, found.width, found.context) == (100, 2, 64, 1024)
     assert found.attention == ATTENTION
     assert (found.has_chat_template, found.knows_tools) == (False, False)
+
+
+def test_attention_that_needs_less_than_all_of_it(tmp_path: Path) -> None:
+    windowed = describe(tiny_gguf(tmp_path / "window.gguf", attention__sliding_window=512)).attention
+    latent = describe(tiny_gguf(tmp_path / "latent.gguf", attention__kv_lora_rank=32)).attention
+    assert windowed == replace(ATTENTION, sliding_window=512)
+    assert latent == replace(ATTENTION, latent=32)
+    assert windowed is not None
+    assert latent is not None
+    assert (windowed.needs_less, latent.needs_less, ATTENTION.needs_less) == (True, True, False)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "kv_lora_rank": 32, "sliding_window": None}))
+    safetensors(tmp_path / "model.safetensors", a=("BF16", [100, 64], 12800))
+    assert describe(tmp_path).attention == latent
 
 
 def test_the_real_model(gguf: str) -> None:

@@ -25,6 +25,13 @@ def test_a_model_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "none: it is no chat model" in text
 
 
+def test_a_cache_that_may_be_smaller_is_an_upper_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = inspected(tiny_gguf(tmp_path / "tiny.gguf", attention__sliding_window=512), monkeypatch, 10**10)
+    assert "KV cache (f16) at most" in text
+    assert "memory        at most" in text
+    assert "at most" not in inspected(tiny_gguf(tmp_path / "plain.gguf"), monkeypatch, 10**10)
+
+
 def test_a_smaller_context_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_gguf(tmp_path / "tiny.gguf")
     need = inspect(path, 768, 2, "f16").memory.total

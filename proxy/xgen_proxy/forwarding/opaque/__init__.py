@@ -1,0 +1,1 @@
+"""The answers of the opaque endpoints, which pass as they come."""

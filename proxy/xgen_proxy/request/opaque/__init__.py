@@ -1,0 +1,1 @@
+"""Requests that pass by their model alone: reranking, scores, classes, tokens, and audio as a form."""

@@ -1,0 +1,1 @@
+"""POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""

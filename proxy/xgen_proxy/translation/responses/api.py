@@ -1,0 +1,47 @@
+"""/v1/responses as an API that is translated to chat completions and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xgen_proxy.errors import ProxyError
+from xgen_proxy.request.call import Call
+from xgen_proxy.request.features import Json
+from xgen_proxy.translation.chat import read_answer
+from xgen_proxy.translation.responses.errors import error_body
+from xgen_proxy.translation.responses.request import read_request
+from xgen_proxy.translation.responses.response import ResponseHead, whole_response
+from xgen_proxy.translation.responses.stream import ResponseStream
+
+
+class ResponsesApi:
+    """Implements Api."""
+
+    name = "responses"
+
+    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> ResponsesTranslation:
+        return ResponsesTranslation(body)
+
+    def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
+        return error.status, error_body(error)
+
+
+class ResponsesTranslation:
+    """Implements Translation. Raises BadRequestError."""
+
+    def __init__(self, sent: Json) -> None:
+        request = read_request(sent)
+        self.body = request.body
+        self.dropped = request.dropped
+        self._sent = sent
+        self._tools = request.tools
+
+    def whole(self, data: bytes, call: Call) -> bytes:
+        return whole_response(self._head(call), self._tools, read_answer(data))
+
+    def stream(self, call: Call) -> ResponseStream:
+        return ResponseStream(self._head(call), self._tools)
+
+    def _head(self, call: Call) -> ResponseHead:
+        """With the model's name as the client wrote it, which may be an alias."""
+        return ResponseHead(self._sent, self._sent.get("model") or call.model)

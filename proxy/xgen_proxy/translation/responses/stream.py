@@ -1,0 +1,277 @@
+"""A stream of pieces of a chat as the events of a response.
+
+https://platform.openai.com/docs/api-reference/responses-streaming
+
+One item is open at a time: what the model thinks, what it says, or one call. A piece of another kind closes it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import orjson
+
+from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.request.features import Json
+from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
+from xgen_proxy.translation.responses.errors import failure
+from xgen_proxy.translation.responses.response import (
+    ResponseHead,
+    Status,
+    message_item,
+    output_logprobs,
+    reasoning_item,
+    reasoning_part,
+    text_part,
+    why_incomplete,
+)
+from xgen_proxy.translation.responses.tools import InputDecoder, Tool, Tools, call_item, decode_input
+
+Event = tuple[str, Json]  # its type without `response.`, and its fields
+
+
+class ResponseStream:
+    """Implements StreamTranslation."""
+
+    def __init__(self, head: ResponseHead, tools: Tools) -> None:
+        self._head = head
+        self._tools = tools
+        self._events = 0
+        self._output: list[Json] = []
+        self._open: OpenItem | None = None
+        self._calls = -1  # the highest index of a call so far
+        self._blank = Text("")  # white space that may be the beginning of a text
+        self._finish = Finish("stop")
+        self._usage: Usage | None = None
+
+    def ping(self) -> bytes:
+        """An event rather than a comment: Codex's clock of 300 s runs on through comments."""
+        return self._begin() or self._event("in_progress", {"response": self._head.response("in_progress")})
+
+    def feed(self, piece: Piece) -> bytes:
+        """Raises UpstreamProtocolError."""
+        events = self._begin()
+        if isinstance(piece, Text):
+            return events + self._add_text(piece)
+        if isinstance(piece, Reasoning):
+            return events + self._add(ReasoningItem, piece.text)
+        if isinstance(piece, ToolCallPiece):
+            return events + self._add_call(piece)
+        if isinstance(piece, Failure):
+            response = self._head.response("failed", self._output, usage=self._usage, error=failure(piece.error))
+            return events + self._event("failed", {"response": response})
+        if isinstance(piece, Finish):
+            self._finish = piece
+        else:
+            self._usage = piece
+        return events
+
+    def end(self) -> bytes:
+        events = self._begin()
+        if not self._output and self._open is None:
+            events += self._add(TextItem, self._blank.text, self._blank.logprobs)
+        reason = why_incomplete(self._finish)
+        status: Status = "incomplete" if reason else "completed"
+        events += self._close(status)
+        response = self._head.response(status, self._output, usage=self._usage, why_incomplete=reason)
+        return events + self._event(status, {"response": response})
+
+    def _begin(self) -> bytes:
+        """The first events, once."""
+        if self._events:
+            return b""
+        response = {"response": self._head.response("in_progress")}
+        return self._event("created", response) + self._event("in_progress", response)
+
+    def _add_text(self, piece: Text) -> bytes:
+        """Models often write line breaks between their thoughts and a call, which are no message."""
+        text = Text(self._blank.text + piece.text, self._blank.logprobs + piece.logprobs)
+        is_blank = text.text.isspace() and not isinstance(self._open, TextItem)
+        self._blank = text if is_blank else Text("")
+        return b"" if is_blank else self._add(TextItem, text.text, text.logprobs)
+
+    def _add(self, kind: type[WordsItem], words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
+        events = b""
+        if not isinstance(self._open, kind):
+            events = self._close("completed") + self._start(kind(self._item_id(kind.prefix)))
+        return events + self._extend(words, logprobs)
+
+    def _add_call(self, piece: ToolCallPiece) -> bytes:
+        if piece.index == self._calls and isinstance(self._open, FunctionCallItem):
+            return self._extend(piece.arguments)
+        if piece.index <= self._calls:
+            raise UpstreamProtocolError(f"tool call {piece.index} goes on after another item has begun")
+        self._calls = piece.index
+        self._blank = Text("")
+        events = self._close("completed")
+        tool = self._tools.find(piece.name)
+        kind = CustomCallItem if tool.kind == "custom" else FunctionCallItem
+        item_id = self._item_id(kind.prefix)
+        return events + self._start(kind(item_id, piece.id or f"call_{item_id}", tool)) + self._extend(piece.arguments)
+
+    def _item_id(self, prefix: str) -> str:
+        return self._head.item_id(prefix, len(self._output))
+
+    def _extend(self, words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
+        return self._written(self._open.add(words, logprobs)) if self._open else b""
+
+    def _start(self, item: OpenItem) -> bytes:
+        added = self._event("output_item.added", {"output_index": len(self._output), "item": item.item("in_progress")})
+        self._open = item
+        return added + self._written(item.open())
+
+    def _close(self, status: str) -> bytes:
+        if self._open is None:
+            return b""
+        events = self._written(self._open.close())
+        item = self._open.item(status)
+        events += self._event("output_item.done", {"output_index": len(self._output), "item": item})
+        self._output.append(item)
+        self._open = None
+        return events
+
+    def _written(self, events: Iterator[Event]) -> bytes:
+        """Events of the open item."""
+        place = {"item_id": self._open.item_id if self._open else "", "output_index": len(self._output)}
+        return b"".join(self._event(kind, {**place, **fields}) for kind, fields in events)
+
+    def _event(self, kind: str, fields: Json) -> bytes:
+        name = f"response.{kind}"
+        data = orjson.dumps({"type": name, "sequence_number": self._events, **fields})
+        self._events += 1
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
+class OpenItem(ABC):
+    """An item that is being sent. Its methods yield its events, without what all of them have."""
+
+    prefix: ClassVar[str]  # of its id
+
+    def __init__(self, item_id: str) -> None:
+        self.item_id = item_id
+
+    @abstractmethod
+    def item(self, status: str) -> Json:
+        """As output_item.added has it before open(), and as output_item.done has it at the end."""
+
+    def open(self) -> Iterator[Event]:
+        yield from ()
+
+    @abstractmethod
+    def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def close(self) -> Iterator[Event]: ...
+
+
+class WordsItem(OpenItem):
+    """An item with one part, which is words."""
+
+    event: ClassVar[str]
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(item_id)
+        self.words: list[str] = []
+        self.parts: list[Json] = []
+
+    @abstractmethod
+    def part(self) -> Json: ...
+
+    def open(self) -> Iterator[Event]:
+        yield "content_part.added", {"content_index": 0, "part": self.part()}
+
+    def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
+        self.words.append(words)
+        if words:
+            yield f"{self.event}.delta", {"content_index": 0, "delta": words}
+
+    def close(self) -> Iterator[Event]:
+        part = self.part()
+        self.parts = [part]
+        extra = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+        yield f"{self.event}.done", {"content_index": 0, "text": part["text"], **extra}
+        yield "content_part.done", {"content_index": 0, "part": part}
+
+
+class TextItem(WordsItem):
+    """What the assistant says."""
+
+    prefix = "msg"
+    event = "output_text"
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(item_id)
+        self.logprobs: list[Json] = []
+
+    def part(self) -> Json:
+        return text_part("".join(self.words), self.logprobs)
+
+    def item(self, status: str) -> Json:
+        return message_item(self.item_id, status, self.parts)
+
+    def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
+        found = output_logprobs(logprobs)
+        self.logprobs += found
+        for kind, fields in super().add(words):
+            yield kind, {**fields, "logprobs": found}
+
+
+class ReasoningItem(WordsItem):
+    """What it thinks before."""
+
+    prefix = "rs"
+    event = "reasoning_text"
+
+    def part(self) -> Json:
+        return reasoning_part("".join(self.words))
+
+    def item(self, status: str) -> Json:
+        return reasoning_item(self.item_id, status, self.parts)
+
+
+class FunctionCallItem(OpenItem):
+    """A call of a function: its arguments pass as they come."""
+
+    prefix = "fc"
+
+    def __init__(self, item_id: str, call_id: str, tool: Tool) -> None:
+        super().__init__(item_id)
+        self.call_id = call_id
+        self.tool = tool
+        self.arguments: list[str] = []
+
+    def item(self, status: str) -> Json:
+        return call_item(self.tool, self.item_id, self.call_id, "".join(self.arguments), status)
+
+    def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
+        self.arguments.append(words)
+        if words:
+            yield "function_call_arguments.delta", {"delta": words}
+
+    def close(self) -> Iterator[Event]:
+        if not any(self.arguments):
+            yield from self.add("{}")  # clients parse it
+        yield "function_call_arguments.done", {"arguments": "".join(self.arguments)}
+
+
+class CustomCallItem(FunctionCallItem):
+    """A call of a custom tool: the text inside the arguments passes as it comes."""
+
+    prefix = "ctc"
+
+    def __init__(self, item_id: str, call_id: str, tool: Tool) -> None:
+        super().__init__(item_id, call_id, tool)
+        self.decoder = InputDecoder()
+
+    def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
+        self.arguments.append(words)
+        if text := self.decoder.feed(words):
+            yield "custom_tool_call_input.delta", {"delta": text}
+
+    def close(self) -> Iterator[Event]:
+        text = decode_input("".join(self.arguments))
+        if rest := text[self.decoder.size :]:
+            yield "custom_tool_call_input.delta", {"delta": rest}
+        yield "custom_tool_call_input.done", {"input": text}
