@@ -15,7 +15,10 @@ SOURCE_64 = "a 7B at 64 at once on an A100: 245 tokens/s, P95 800 ms"
 
 def loads(results: Results) -> list[Level]:
     """Closed before open, small before large."""
-    return sorted({run.level for run in results.runs}, key=lambda level: (level.share or 0, level.streams or 0, level.shared_prefix))
+    return sorted(
+        {run.level for run in results.runs},
+        key=lambda level: (level.share or 0, level.streams or 0, level.shared_prefix),
+    )
 
 
 def names(results: Results) -> list[str]:
