@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, cpu_url: str) -> Path:
     file: Path = options.run_dir / "distance.json"
     parser = argparse.ArgumentParser()
     add_distance(parser.add_subparsers())
-    flags = ["--tokens", str(options.tokens), "--json", str(file)]
+    flags = ["--tokens", str(options.tokens), "--json", str(file), "--backends", "vllm,llama_cpp"]
     say("measuring how far apart they are")
     arguments = parser.parse_args(["distance", options.vllm, cpu_url, *flags])
     arguments.engine_key = os.environ.get("XGEN_BACKENDS__VLLM__API_KEY")
