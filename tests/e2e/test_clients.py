@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import openai
@@ -15,6 +14,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
+from tests.e2e.clients.installed import NODE, NotInstalledError, install_node
 from tests.support.proxied_backend import CAPITAL, GREEDY, QUESTION, ProxiedBackend
 from tests.support.real_servers import MODEL
 from tests.support.unavailable import unavailable
@@ -27,7 +27,6 @@ ASK: dict[str, Any] = {
     "seed": 1,
     "extra_body": {"repeat_penalty": 1.0},
 }
-NODE = Path(__file__).parent / "node"
 
 
 @pytest.fixture
@@ -177,16 +176,12 @@ def test_langchain_structured_output(langchain: ChatOpenAI) -> None:
 
 @pytest.fixture(scope="session")
 def node() -> str:
-    """The Node executable, with the client of tests/e2e/node installed."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if not node or not npm:
-        unavailable("NOT TESTED WITH THE NODE CLIENT: node and npm are not installed")
-    if not (NODE / "node_modules" / "openai").exists():
-        command = [npm, "ci", "--no-audit", "--no-fund"]
-        install = subprocess.run(command, cwd=NODE, timeout=240, capture_output=True, text=True)
-        if install.returncode:
-            unavailable(f"NOT TESTED WITH THE NODE CLIENT: npm ci failed:\n{install.stderr}")
-    return node
+    """The Node executable, with the client of tests/e2e/clients/node installed."""
+    try:
+        install_node()
+    except NotInstalledError as error:
+        unavailable(f"NOT TESTED WITH THE NODE CLIENT: {error}")
+    return shutil.which("node") or "node"
 
 
 def test_node_sdk_stream(node: str, proxied: ProxiedBackend) -> None:
