@@ -46,6 +46,7 @@ ANSWER_HEADERS = {
     "X-Model-Distance": "How far its model is from that of the first choice, if another answered.",
     "X-Attempts": "The number of attempts.",
     "X-Overhead-Ms": "Milliseconds until the first output, without the waiting for slots and backends.",
+    "Request-Id": "The same, by Anthropic's name.",
     "X-Dropped": "What a request in another API asked for and no engine has.",
     "X-Should-Retry": "false where a retry cannot help.",
     "Retry-After": "Seconds, where a later retry can help.",
@@ -88,7 +89,13 @@ def document() -> dict[str, Any]:
                     "type": "http",
                     "scheme": "bearer",
                     "description": "One of the keys, where the setting api_keys is set.",
-                }
+                },
+                "x-api-key": {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": "X-Api-Key",
+                    "description": "The same key, as Anthropic's clients send it.",
+                },
             },
         },
     }

@@ -39,6 +39,7 @@ MEANINGS = {
     502: "Every candidate was tried and failed.",
     503: "No backend can answer now.",
     504: "Every candidate was tried and failed, and the last one timed out.",
+    529: "Anthropic's 503: no backend can answer now.",
 }
 REJECTED = "The backend rejects the request itself; its message says why."
 
@@ -88,7 +89,7 @@ class Operation:
             example = {"example": dict(self.example)} if self.example else {}
             found["requestBody"] = {"required": True, "content": {self.body_type: {"schema": self.body, **example}}}
         found["responses"] = dict(self._responses())
-        found["security"] = [{"bearer": []}, {}] if self.needs_key else []
+        found["security"] = [{"bearer": []}, {"x-api-key": []}, {}] if self.needs_key else []
         return found
 
     def _responses(self) -> Iterator[tuple[str, dict[str, Any]]]:

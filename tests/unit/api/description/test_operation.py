@@ -17,13 +17,13 @@ from xgen_proxy.api.description.operation import (
 
 
 def test_every_status_of_an_error_has_a_meaning() -> None:
-    assert set(MEANINGS) == set(codes_by_status())
-    assert set(error_responses()) == {*map(str, MEANINGS), "4XX"}
+    assert set(MEANINGS) == {*codes_by_status(), 529}  # which is what 503 becomes in Anthropic's API
+    assert set(error_responses()) == {*map(str, codes_by_status()), "4XX"}
 
 
 def test_every_status_is_declared_by_some_operation() -> None:
     """405 is the answer to a method that no operation has."""
-    assert {*ANY, *KEY, *BODY, *MODEL, 405} == set(MEANINGS)
+    assert {*ANY, *KEY, *BODY, *MODEL, 405, 529} == set(MEANINGS)
 
 
 def test_codes_are_told_with_their_status() -> None:
@@ -41,4 +41,4 @@ def test_an_operation_as_openapi_has_it() -> None:
     assert found["parameters"] == [{"$ref": "#/components/parameters/X-Urgency"}]
     assert list(found["responses"]) == ["200", "400", "4XX"]
     assert set(found["responses"]["200"]["headers"]) == {"X-Request-Id", "X-Replica"}
-    assert found["security"] == [{"bearer": []}, {}]
+    assert found["security"] == [{"bearer": []}, {"x-api-key": []}, {}]
