@@ -299,12 +299,12 @@ def cost_break_even(content: dict[str, Any]) -> Iterator[Row]:
         yield even["machine"], even["against"]["machine"], ranged(even["requests_per_s"]), loads or "none"
 
 
-def ranged(figures: dict[str, float] | None) -> str:
-    """`figures`: low, middle and high, as `xgen-proxy cost` writes them."""
+def ranged(figures: dict[str, float | None] | None) -> str:
+    """`figures`: low, middle and high, as `xgen-proxy cost` writes them. None: without end."""
     if figures is None:
         return ""
-    shown = [number(figures[each]) for each in ("low", "middle", "high") if figures[each] is not None]
-    return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({shown[0]}–{shown[2] if len(shown) > 2 else ''})"
+    low, middle, high = ("∞" if figures[each] is None else number(figures[each]) for each in ("low", "middle", "high"))
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def memory_guard(content: dict[str, Any]) -> Iterator[Row]:

@@ -121,7 +121,7 @@ def sessions(options: argparse.Namespace, subjects: list[Subject]) -> list[tuple
 
 
 def complete(options: argparse.Namespace, results: Results, subject: Subject, repeats: list[int]) -> bool:
-    where = [each for each in options.where if each == PROXY or len(subject.servers) == 1]
+    where = [each for each in options.where if each == PROXY or (subject.direct and len(subject.servers) == 1)]
     return all(
         results.done(subject.name, each, level, repeat)
         for each in where

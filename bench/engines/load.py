@@ -74,8 +74,6 @@ def bench_flags(
         flags += ["--max-concurrency", str(level.streams)]
     if rate:
         flags += ["--request-rate", f"{rate:g}", "--burstiness", "1"]
-    if subject.headers:
-        flags += ["--header", *(f"{name}={value}" for name, value in subject.headers.items())]
     return flags + (["--extra-body", json.dumps(subject.extra)] if subject.extra else [])
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import plot
-from bench.engines.results import DIRECT, Results
+from bench.engines.results import Results
+from bench.engines.table import shown
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -32,14 +33,16 @@ def throughput(results: Results, path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("requests at once")
     axis.set_ylabel("output tokens per second")
-    axis.legend(loc="upper left")
-    plot.save(plt, figure, "Engines with the same model, direct: median, least to most", path)
+    axis.legend(loc="best")
+    plot.save(plt, figure, "Engines with the same model: median, least to most", path)
 
 
 def by_streams(results: Results, name: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
-    for run in results.runs:
-        if run.subject == name and run.where == DIRECT and run.level.streams and not run.level.shared_prefix:
+    own = [run for run in results.runs if run.subject == name]
+    where = shown(own)
+    for run in own:
+        if run.where == where and run.level.streams and not run.level.shared_prefix:
             found.setdefault(run.level.streams, []).append(run.output_tok_s)
     return dict(sorted(found.items()))
 

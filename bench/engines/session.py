@@ -179,7 +179,7 @@ def session(
         port = children.listening_port(proxy, log)
         children.until_ready(port)
         reached = {PROXY: f"http://127.0.0.1:{port}"}
-        if len(urls) == 1:
+        if len(urls) == 1 and subject.direct:
             reached = {DIRECT: urls[0], **reached}
         made = Session(
             options, subject, client, results, [each.pid for each in engines], proxy.pid,

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shlex
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,8 @@ class Server:
 class Subject:
     """An engine as one or more servers.
 
-    `extra`: fields that the load generator adds to each request. `headers`: what it sends before its own. `gauges`: the
-    prefix of its metrics of running and waiting requests.
+    `extra`: fields that the load generator adds to each request. `gauges`: the prefix of its metrics of running and
+    waiting requests. `direct`: whether the load generator can reach it without the proxy.
     """
 
     name: str
@@ -45,9 +44,9 @@ class Subject:
     servers: tuple[Server, ...]
     ready: str = "/health"
     extra: Mapping[str, Any] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
     gauges: str | None = None
     knob: str = ""
+    direct: bool = True
 
     def described(self) -> dict[str, Any]:
         """For the result file."""
@@ -57,7 +56,6 @@ class Subject:
             "commands": [shlex.join(server.command) for server in self.servers],
             "environment": [dict(server.env) for server in self.servers],
             "extra": dict(self.extra),
-            "headers": dict(self.headers),
             "knob": self.knob,
         }
 
@@ -120,11 +118,10 @@ def no_end(options: argparse.Namespace) -> dict[str, Any]:
 def llama_cpp_python(options: argparse.Namespace) -> Subject:
     command = local.llama_cpp_python(options.gguf, NAME, 0, threads(options), CONTEXT)
     server = Server(with_port(command))
-    # It answers 400 to a request ID that is no UUID. The generator's own is none, and comes after this one.
-    headers = {"X-Request-Id": str(uuid.UUID(int=0))}
     return Subject(
-        "llama-cpp-python", "llama-cpp-python", options.gguf.name, (server,), "/openapi.json", no_end(options), headers
-    )
+        "llama-cpp-python", "llama-cpp-python", options.gguf.name, (server,), "/openapi.json", no_end(options),
+        direct=False,  # it answers 400 to a request ID that is no UUID, and the generator's is none
+    )  # fmt: skip
 
 
 def llama_server(options: argparse.Namespace) -> Subject:

@@ -31,13 +31,20 @@ def runs_of(results: Results, subject: str, where: str, level: Level) -> list[Ru
 
 
 def overview(results: Results) -> Iterator[Row]:
-    """Output tokens per second by engine and concurrency, direct, and the memory that it took."""
+    """Output tokens per second by engine and concurrency, direct where that can be had, and the memory that it took."""
     levels = [level for level in loads(results) if level.streams and not level.shared_prefix]
     yield "output tok/s", "weights", *(level.name for level in levels), "peak memory, MiB"
     for name in names(results):
-        cells = [spread(run.output_tok_s for run in runs_of(results, name, DIRECT, level)) for level in levels]
         own = [run for run in results.runs if run.subject == name]
-        yield name, str(results.subjects[name]["weights"]), *cells, memory(own)
+        where = shown(own)
+        cells = [spread(run.output_tok_s for run in runs_of(results, name, where, level)) for level in levels]
+        label = name if where == DIRECT else f"{name}, through the proxy"
+        yield label, str(results.subjects[name]["weights"]), *cells, memory(own)
+
+
+def shown(runs: list[Run]) -> str:
+    """Direct runs, or those through the proxy of an engine that the load generator cannot reach."""
+    return DIRECT if any(run.where == DIRECT for run in runs) else PROXY
 
 
 def memory(runs: list[Run]) -> str:
