@@ -6,6 +6,7 @@ breaks is resumed as any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from starlette.types import Send
@@ -17,6 +18,9 @@ from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.call import Call
 from xgen_proxy.translation.chat import Failure, read_pieces
 from xgen_proxy.translation.translation import Api, Translation
+
+NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # what may stand in X-Dropped; clients write these names
+MAX_NAMES = 20
 
 
 class TranslatingWriter(ResponseWriter):
@@ -31,10 +35,10 @@ class TranslatingWriter(ResponseWriter):
         self._translation = translation
         self._stream = translation.stream(call)
         self._failed = False
-        names = ", ".join(translation.dropped).encode("ascii", "replace")
+        names = [name for name in translation.dropped if NAME.fullmatch(name)][:MAX_NAMES]
         self._headers: list[tuple[bytes, bytes]] = [(b"request-id", call.id.encode())]  # where Anthropic's SDK looks
         if names:
-            self._headers.append((b"x-dropped", names))
+            self._headers.append((b"x-dropped", ", ".join(names).encode()))
 
     async def whole(self, headers: Headers, data: bytes) -> None:
         """Raises BadGatewayError before anything is sent."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import orjson
@@ -16,9 +15,6 @@ from xgen_proxy.translation.messages.errors import error_response
 from xgen_proxy.translation.messages.request import to_chat
 from xgen_proxy.translation.messages.response import message_of
 from xgen_proxy.translation.messages.stream import MessageStream
-
-NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # what may stand in a header; clients write these names
-MAX_NAMES = 20
 
 
 class MessagesApi:
@@ -50,7 +46,7 @@ class MessagesTranslation:
 
     def __init__(self, body: Json, dropped: Dropped) -> None:
         self.body = body
-        self.dropped = tuple([name for name in dropped if NAME.fullmatch(name)][:MAX_NAMES])
+        self.dropped = tuple(dropped)
 
     def whole(self, data: bytes, call: Call) -> bytes:
         return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))

@@ -34,12 +34,6 @@ def test_without_one_it_is_the_default() -> None:
     assert orjson.loads(translation.whole(orjson.dumps(WHOLE), make_call(model="m")))["model"] == "m"
 
 
-def test_names_that_no_header_can_have_are_left_out() -> None:
-    fields = {f"field_{number}": 1 for number in range(30)}
-    translation = MessagesApi(lambda: True).translate({"bad\r\nx-evil: 1": 1, "é": 1, **BODY, **fields}, {})
-    assert translation.dropped == tuple(f"field_{number}" for number in range(20))
-
-
 def test_the_setting_is_read_for_each_request() -> None:
     settings = [True]
     api = MessagesApi(lambda: settings[0])
