@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,26 @@ def test_make_up_asks_for_no_key_where_none_is_said(tmp_path: Path) -> None:
     done = make_up(tmp_path)
     assert done.returncode == 0
     assert "Authorization" not in done.stdout
+
+
+def test_the_backends_image_has_what_its_programs_import(tmp_path: Path) -> None:
+    """The image has a part of the proxy's package only: what fetches models."""
+    dockerfile = (ROOT / "backends" / "llama_cpp" / "Dockerfile").read_text()
+    for *sources, target in (line.split() for line in re.findall(r"(?m)^COPY ((?!--|requirements).+)$", dockerfile)):
+        for source in sources:
+            whole = (ROOT / source).is_dir()
+            into = tmp_path / target if whole else tmp_path / target / Path(source).name
+            (shutil.copytree if whole else copied)(ROOT / source, into)
+    programs = "backends.llama_cpp.container, backends.models, backends.healthcheck"
+    here = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'proxy'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {programs}, xgen_proxy; print(xgen_proxy.__file__)"],
+        cwd=tmp_path, env=here, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path))
+
+
+def copied(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
