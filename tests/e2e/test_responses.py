@@ -26,7 +26,7 @@ ASK: dict[str, Any] = {
 TOOL: dict[str, Any] = {
     "type": "function",
     "name": "weather",
-    "strict": False,
+    "strict": True,  # vLLM holds only a strict function to its schema
     "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Seoul"]}}, "required": ["city"]},
 }
 
