@@ -44,6 +44,7 @@ SHOWN = [
     for panel in PANELS
     for target in panel.get("targets", [])
 ]
+CACHE_COUNTERS = re.compile(r"^(vllm:prefix_cache_(?:queries|hits)_total\S* )(\S+)", re.MULTILINE)
 SELECTOR = re.compile(
     r"(?<![\w:.$])((?:up|ALERTS|[a-z]*:?xgen[\w:]*|device_class:\w+:\w+|vllm:\w+)(?:\{[^}]*\})?)(?![\w(])"
 )
@@ -84,11 +85,14 @@ class Engine(FakeUpstream):
     """A scripted engine with the metrics page of a real one."""
 
     page = ""
+    scrapes = 0
 
     async def answer_check(self, talk: Talk) -> None:
         if talk.path == "/metrics":
-            head = f"content-type: text/plain; version=0.0.4\r\ncontent-length: {len(self.page)}\r\n\r\n"
-            await talk.send(f"HTTP/1.1 200 OK\r\n{head}{self.page}".encode())
+            self.scrapes += 1
+            page = CACHE_COUNTERS.sub(lambda found: f"{found[1]}{float(found[2]) + self.scrapes}", self.page)
+            head = f"content-type: text/plain; version=0.0.4\r\ncontent-length: {len(page)}\r\n\r\n"
+            await talk.send(f"HTTP/1.1 200 OK\r\n{head}{page}".encode())
         elif talk.path == "/props":  # llama-server's
             await talk.answer(200, {"total_slots": 2})
         else:

@@ -184,7 +184,7 @@ class FakeUpstream:
         talk = Talk(path, headers, body, reader, writer)
         if method == "GET":
             await self.answer_check(talk)
-        elif path == "/tokenize" and b"messages" in body:
+        elif path == "/tokenize" and (b"image_url" in body or b"input_audio" in body):
             self.looks += 1
             await self.answer_media_probe(talk)
         elif path == "/extras/tokenize" or (path == "/tokenize" and PROBE in body):
