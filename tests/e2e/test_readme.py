@@ -20,9 +20,13 @@ PYTHON = blocks(README, "python")
 
 
 def shell_examples() -> list[str]:
-    """The shell blocks that ask a running proxy. tests/repo/test_docs.py checks those that are not run."""
+    """The shell blocks that ask a running proxy. tests/repo/test_docs.py checks those that are not run.
+
+    No engine here writes down speech: the form is sent in tests/integration/api/test_opaque.py.
+    """
     pages = (README, ROOT / "docs" / "api.md")
-    return [block for page in pages for block in blocks(page, "sh") if "curl" in block or "| xgen-proxy" in block]
+    asking = [block for page in pages for block in blocks(page, "sh") if "curl" in block or "| xgen-proxy" in block]
+    return [block for block in asking if "speech.wav" not in block]
 
 
 def example_with(words: str) -> str:

@@ -87,7 +87,8 @@ def test_status_of_the_fleet(proxy: RunningProxy, fakes: tuple[FakeUpstream, Fak
     found = get(f"{proxy.url}/models/status").json()
     backends = found.pop("backends")
     del found["gpus"], found["model_pairs"]  # of this machine; tested in test_tokenizers
-    assert found == {"default_model": "small", "models": ["small", "big"], "queued": 0, "draining": False}
+    models = {"default_model": "small", "models": ["small", "big"], "aliases": {}}
+    assert found == {**models, "queued": 0, "draining": False}
     cpu_status, gpu_status = backends
     assert [each["name"] for each in backends] == ["llama_cpp", "vllm"]
     assert (gpu_status["device_class"], gpu_status["dialect"], gpu_status["models"]) == ("gpu", "vllm", {"big": "m"})

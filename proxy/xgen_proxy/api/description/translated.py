@@ -14,7 +14,7 @@ from xgen_proxy.translation.responses.request import EFFORTS
 NAMED_EVENTS: Schema = {"type": "string", "description": "Server-sent events: `event: NAME` and `data: {…}` each."}
 TRANSLATED_HEADERS = (*ANSWER_HEADERS, "X-Dropped")
 SAMPLING = ("temperature", "top_p")
-TOOL: Schema = {"type": "object", "properties": {"name": TEXT, "type": TEXT}}
+TOOL: Schema = {"type": "object"}  # what those have that are dropped is not looked at
 
 
 def messages_request(*, counts: bool = False) -> Schema:
