@@ -303,7 +303,8 @@ def ranged(figures: dict[str, float | None] | None) -> str:
     """`figures`: low, middle and high, as `xgen-proxy cost` writes them. None: without end."""
     if figures is None:
         return ""
-    low, middle, high = ("∞" if figures[each] is None else number(figures[each]) for each in ("low", "middle", "high"))
+    values = (figures[each] for each in ("low", "middle", "high"))
+    low, middle, high = ("∞" if value is None else number(value) for value in values)
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
