@@ -10,7 +10,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -48,19 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, local.interrupt)
-    try:
-        with local.only_one(options.run_dir, options.port):
-            run(options)
-    except (LocalError, ModelError, OSError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        pass
-    say("stopped; nothing is left running")
-    return 0
+    return local.supervised(run, parse(argv))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -90,7 +90,11 @@ def a_port(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+    return supervised(run, parse(argv))
+
+
+def supervised(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """The exit status of a command that starts servers and stays until it is interrupted."""
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs inherit an ignored SIGINT
         signal.signal(number, interrupt)
     try:

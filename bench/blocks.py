@@ -55,14 +55,6 @@ def reasoning_model(source: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def running(server: Server) -> Iterator[Server]:
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
-
-
-@contextmanager
 def proxy_between(log: Path, first: Server, second: Server, *, hold: bool) -> Iterator[tuple[Proxy, StreamCutter]]:
     """`first` is cut, `second` takes over."""
     cutter = StreamCutter(first.url)
@@ -133,7 +125,7 @@ def main() -> None:
         vllm = servers.vllm(logs / "vllm.log", args.vllm, str(reasoning_model(Path(args.vllm_model), logs / "model")))
         vllm.command += ["--reasoning-parser", "deepseek_r1", "--chat-template", str(BLOCKS_TEMPLATE)]
         llama = servers.llama_server(logs / "llama.log", args.gguf, "--chat-template-file", str(BLOCKS_TEMPLATE))
-        engines = [stack.enter_context(running(server)) for server in (llama, vllm)]
+        engines = [stack.enter_context(servers.running(server)) for server in (llama, vllm)]
         sys.exit(report(args, logs, engines))
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ CHECKS_ROLES = """\
 TOOL = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
 
 
-@contextmanager
-def running(server: Server) -> Iterator[Server]:
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
-
-
 def chat(proxy: Proxy, *messages: dict[str, Any], **fields: Any) -> httpx.Response:
     body = {"model": MODEL, "messages": messages or (USER,), "max_tokens": 4, **fields}
     return httpx.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=120)
@@ -49,7 +40,7 @@ def up(proxy: Proxy) -> dict[str, bool]:
 
 
 def test_llama_server_without_metrics(gguf: str, tmp_path: Path, start_proxy: Start) -> None:
-    with running(servers.llama_server(tmp_path / "llama.log", gguf, metrics=False)) as llama:
+    with servers.running(servers.llama_server(tmp_path / "llama.log", gguf, metrics=False)) as llama:
         assert httpx.get(f"{llama.url}/metrics").status_code == 501
         proxy = start_proxy("--llama-cpp", llama.url, "--engine", "llama-server")
         proxy.wait_ready()
@@ -58,7 +49,9 @@ def test_llama_server_without_metrics(gguf: str, tmp_path: Path, start_proxy: St
 
 
 def test_llama_server_for_embeddings(gguf: str, tmp_path: Path, start_proxy: Start) -> None:
-    with running(servers.llama_server(tmp_path / "llama.log", gguf, "--embeddings", "--pooling", "mean")) as llama:
+    with servers.running(
+        servers.llama_server(tmp_path / "llama.log", gguf, "--embeddings", "--pooling", "mean")
+    ) as llama:
         env = {"XGEN_BACKENDS__LLAMA_CPP__EMBEDDINGS": "true"}
         proxy = start_proxy("--llama-cpp", llama.url, "--engine", "llama-server", env=env)
         proxy.wait_ready()
@@ -74,7 +67,7 @@ def test_llama_server_that_sleeps_is_left_to_sleep(gguf: str, tmp_path: Path, st
     def sleeps() -> bool:
         return bool(httpx.get(f"{llama.url}/props", timeout=10).json()["is_sleeping"])
 
-    with running(servers.llama_server(tmp_path / "llama.log", gguf, "--sleep-idle-seconds", "3")) as llama:
+    with servers.running(servers.llama_server(tmp_path / "llama.log", gguf, "--sleep-idle-seconds", "3")) as llama:
         proxy = start_proxy("--llama-cpp", llama.url, "--engine", "llama-server")
         proxy.wait_ready()
         assert chat(proxy).status_code == 200
@@ -86,7 +79,9 @@ def test_llama_server_that_sleeps_is_left_to_sleep(gguf: str, tmp_path: Path, st
 def test_template_that_checks_roles(gguf: str, tmp_path: Path, start_proxy: Start) -> None:
     template = tmp_path / "roles.jinja"
     template.write_text(CHECKS_ROLES)
-    with running(servers.llama_server(tmp_path / "llama.log", gguf, "--chat-template-file", str(template))) as llama:
+    with servers.running(
+        servers.llama_server(tmp_path / "llama.log", gguf, "--chat-template-file", str(template))
+    ) as llama:
         proxy = start_proxy("--llama-cpp", llama.url, "--engine", "llama-server")
         proxy.wait_ready()
         for stream in (False, True, False, True):
@@ -103,7 +98,7 @@ def test_template_that_checks_roles(gguf: str, tmp_path: Path, start_proxy: Star
 def test_vllm_without_tool_parser(vllm_server: Server, tmp_path: Path, start_proxy: Start) -> None:
     """The first refusal teaches the proxy, which says what to start vLLM with; vLLM serves everything else."""
     executable, model = os.environ["XGEN_TEST_VLLM"], os.environ["XGEN_TEST_VLLM_MODEL"]
-    with running(servers.vllm(tmp_path / "vllm.log", executable, model, tools=False)) as vllm:
+    with servers.running(servers.vllm(tmp_path / "vllm.log", executable, model, tools=False)) as vllm:
         proxy = start_proxy("--vllm", vllm.url)
         proxy.wait_ready()
         for _ in range(4):

@@ -13,7 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
         if not name.startswith(("XGEN_", "COVERAGE_", "COV_CORE_")) and name != "PYTHONDONTWRITEBYTECODE"
     }
     return {**keep, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """The server, ready; it is stopped at the end."""
+    try:
+        yield server.start().wait_ready()
+    finally:
+        server.stop()
 
 
 def members(group: int) -> list[int]:

@@ -46,7 +46,7 @@ def model_facts(meta: object) -> ModelFacts | None:
 
 
 def continuing(request: BackendRequest, message: Json) -> BackendRequest:
-    """The request whose answer goes on with the assistant's message."""
+    """The request with an assistant's message at its end, which the engine continues."""
     flags = {"continue_final_message": True, "add_generation_prompt": False}
     return replace(request, body={**request.body, "messages": [*request.body["messages"], message], **flags})
 
@@ -97,8 +97,8 @@ class Dialect:
         return min(filter(None, map(count, lengths)), default=None)
 
     async def missing_media(self, model: str, post: Post) -> frozenset[Need]:
-        """What a replica that came up says it cannot read, of what `capabilities` has. Asked where `parse_info` is not
-        told, with questions that generate nothing. Raises UpstreamError."""
+        """The kinds of media in `capabilities` that a replica cannot read. Called when it comes up, for engines whose
+        info does not say it. Nothing is generated. Raises UpstreamError."""
         return frozenset()
 
     async def missing_routes(self, ask: Ask) -> frozenset[Need]:

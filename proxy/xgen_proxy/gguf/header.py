@@ -187,7 +187,7 @@ class _Header:
         return self.data[at : at + length].decode()
 
     def pairs(self, count: int) -> Iterator[tuple[str, Any]]:
-        """Keys and values. The length of a long array is told before the array is passed over."""
+        """Keys and values. A LongArray is yielded before the items of its array are skipped."""
         for _ in range(count):
             key, type = self.text(), self.number("I")
             if type != ARRAY:

@@ -1,1 +1,1 @@
-"""Starts clients on this proxy, or prints what they must be told to use it."""
+"""Starts clients with the settings for this proxy, or prints those settings."""

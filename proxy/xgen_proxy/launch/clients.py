@@ -1,4 +1,4 @@
-"""The clients: what each must be told so that it uses the proxy.
+"""The clients, and the settings with which each uses the proxy.
 
 To add one: a function that makes its Setup, a line in CLIENTS, a section in docs/clients.md.
 """

@@ -52,7 +52,7 @@ class Hold:
         return passed
 
     def _pass(self, block: bytes) -> bytes:
-        """The events before the first that is to be held."""
+        """Start holding. Returns the events before the first that is held."""
         self.holding = True
         self._commented = time.monotonic()
         passed = b""
@@ -63,7 +63,7 @@ class Hold:
         return passed
 
     def guard(self, pass_through: Callable[[bytes], bool] | None) -> Callable[[bytes], bool] | None:
-        """A pass-through that leaves to feed() what is to be held."""
+        """The pass-through, limited to events that are not held; feed() gets the others."""
         if pass_through is None:
             return None
 

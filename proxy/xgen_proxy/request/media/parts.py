@@ -30,7 +30,7 @@ MEDIA: dict[str, tuple[Need, str]] = {
 KINDS: dict[Need, str] = {"images": "image", "audio": "audio", "video": "video"}
 # Where engines look for data, each in an order of its own: with two of these, they might take the one not checked.
 SOURCES = frozenset({"url", "data", "file_data"})
-# vLLM takes what a uuid names from its cache, whoever put it there, and loads the media of a text part that has one.
+# A uuid reads vLLM's media cache, also what other clients put there, and makes it load the media of a text part.
 NO_CLIENTS = frozenset({
     "uuid", *MEDIA, "image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil", "input_image",
     "input_video",
