@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.command_line import status_of
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.support.running_proxy import CHAT, RunningProxy, backend, running_proxy
 from tests.support.waiting import wait_until
@@ -49,12 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        try:
-            status = cli.main(arguments)
-        except SystemExit as end:  # from argparse
-            status = end.code if isinstance(end.code, int) else 1
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status_of(*arguments), *capsys.readouterr()
 
     return run
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command_line import status_of
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.real_servers import free_port
 from tests.support.running_proxy import RunningProxy, backend, running_proxy
-from xgen_proxy import cli
 from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.launch.clients import CLIENTS
 
@@ -45,11 +45,7 @@ def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
     """launch(*arguments) → (exit status, standard output, standard error)"""
 
     def launch(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = cli.main(["launch", *arguments])
-        except SystemExit as end:  # from argparse
-            status = end.code if isinstance(end.code, int) else 1
-        return status, *capsys.readouterr()
+        return status_of("launch", *arguments), *capsys.readouterr()
 
     return launch
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.command_line import status_of
 from tests.support.documents import ROOT
 from tests.unit.costs.results import vllm_result
 from xgen_proxy import cli
@@ -30,12 +31,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cost(capsys: pytest.CaptureFixture[str]) -> Cost:
     def cost(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = cli.main(["cost", *arguments])
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status_of("cost", *arguments), *capsys.readouterr()
 
     return cost
 
