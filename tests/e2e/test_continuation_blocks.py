@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from bench.blocks import cut_and_judge, proxy_between
-from tests.e2e.conftest import running
 from tests.support import real_servers as servers
 from tests.support.block_kinds import BLOCKS_TEMPLATE
 from tests.support.real_servers import Server
@@ -24,7 +23,8 @@ KILLS = 2
 def blocks_server(logs: Path, gguf: str) -> Iterator[Server]:
     """A llama-server whose template knows tools and reasoning."""
     flags = ["--chat-template-file", str(BLOCKS_TEMPLATE)]
-    yield from running(servers.llama_server(logs / "blocks_server.log", gguf, *flags))
+    with servers.running(servers.llama_server(logs / "blocks_server.log", gguf, *flags)) as server:
+        yield server
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -130,18 +128,12 @@ def test_two_engines_of_the_same_file_have_the_same_tokenizer(
     wait_until(lambda: pair_of(proxy).get("same_tokenizer") is True, 30)
 
 
-def converter() -> str:
-    """llama.cpp's converter, which `make vllm-cpu` installs beside vLLM's torch."""
-    folder = Path(os.environ["XGEN_TEST_VLLM"]).parent
-    return os.environ.get("XGEN_TEST_CONVERTER") or shlex.join(
-        ["env", f"PYTHONPATH={folder.parent / 'converter'}", str(folder / "python"), "-m", "convert_hf_to_gguf"]
-    )
-
-
-def test_one_command_serves_one_model_on_both_paths(vllm_server: Server, tmp_path: Path) -> None:
+def test_one_command_serves_one_model_on_both_paths(
+    vllm_server: Server, vllm_model: str, converter: str, tmp_path: Path
+) -> None:
     """`make both` with a vLLM that runs already: the GGUF is made, both serve one name, and the proxy knows how far
     apart they are. The process leaves nothing behind."""
-    flags = ["--model", os.environ["XGEN_TEST_VLLM_MODEL"], "--vllm", vllm_server.url, "--converter", converter()]
+    flags = ["--model", vllm_model, "--vllm", vllm_server.url, "--converter", converter]
     places = ["--out", str(tmp_path), "--run-dir", str(tmp_path / "run"), "--port", "0", "--ctx", "512"]
     words = tmp_path / "words"
     command = [sys.executable, "-m", "backends.both", *flags, *places, "--tokens", "32"]

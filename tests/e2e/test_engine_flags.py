@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support import real_servers as servers
-from tests.support.real_servers import MODEL, Proxy, Server
+from tests.support.real_servers import MODEL, Proxy
 from tests.support.waiting import wait_until
 
 Start = Callable[..., Proxy]
@@ -95,10 +94,9 @@ def test_template_that_checks_roles(gguf: str, tmp_path: Path, start_proxy: Star
 
 
 @pytest.mark.timeout(900)
-def test_vllm_without_tool_parser(vllm_server: Server, tmp_path: Path, start_proxy: Start) -> None:
+def test_vllm_without_tool_parser(vllm_program: str, vllm_model: str, tmp_path: Path, start_proxy: Start) -> None:
     """The first refusal teaches the proxy, which says what to start vLLM with; vLLM serves everything else."""
-    executable, model = os.environ["XGEN_TEST_VLLM"], os.environ["XGEN_TEST_VLLM_MODEL"]
-    with servers.running(servers.vllm(tmp_path / "vllm.log", executable, model, tools=False)) as vllm:
+    with servers.running(servers.vllm(tmp_path / "vllm.log", vllm_program, vllm_model, tools=False)) as vllm:
         proxy = start_proxy("--vllm", vllm.url)
         proxy.wait_ready()
         for _ in range(4):

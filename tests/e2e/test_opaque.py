@@ -4,7 +4,6 @@ tests/integration/api/test_opaque.py."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,10 +85,8 @@ def test_what_no_backend_has_is_refused_by_name(proxied: ProxiedBackend) -> None
 @pytest.fixture(scope="module")
 def reranker(gguf: str, logs: Path) -> Iterator[Server]:
     server = servers.llama_server(logs / "reranker.log", gguf, "--embeddings", "--pooling", "rank")
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
+    with servers.running(server):
+        yield server
 
 
 def test_llama_server_reranks(reranker: Server, start_proxy: Start) -> None:
@@ -119,20 +116,20 @@ def test_a_request_goes_past_the_engine_that_does_not_rerank(
 
 
 @pytest.fixture(scope="module")
-def scorer(vllm_server: Server, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def scorer(
+    vllm_program: str, vllm_model: str, logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """vLLM with a tiny model of random weights."""
     folder = tmp_path_factory.mktemp("scorer")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        source = Path(os.environ["XGEN_TEST_VLLM_MODEL"]) / name
+        source = Path(vllm_model) / name
         if source.exists():
             shutil.copy(source, folder)
     (folder / "config.json").write_text(json.dumps(TINY))
-    server = servers.vllm(logs / "scorer.log", os.environ["XGEN_TEST_VLLM"], str(folder), tools=False)
+    server = servers.vllm(logs / "scorer.log", vllm_program, str(folder), tools=False)
     server.command += ["--load-format", "dummy"]
-    try:
-        yield server.start().wait_ready()
-    finally:
-        server.stop()
+    with servers.running(server):
+        yield server
 
 
 @pytest.mark.timeout(900)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ import yaml
 
 from tests.repo.test_kubernetes import kinds
 from tests.support import compose_stack
-from tests.support.unavailable import unavailable
 
 PARSE = """
 import json, sys
@@ -43,10 +41,8 @@ LEFT_OUT = ("block_size", "kv_offloading_size")  # while their variables are emp
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
-    if not os.environ.get("XGEN_TEST_VLLM"):
-        unavailable("NOT TESTED AGAINST vLLM: XGEN_TEST_VLLM is not set, `make test` sets it where vLLM installs")
-    return str(Path(os.environ["XGEN_TEST_VLLM"]).with_name("python"))
+def python(vllm_program: str) -> str:
+    return str(Path(vllm_program).with_name("python"))
 
 
 def parsed(python: str, command: list[str], variables: Mapping[str, str], folder: Path) -> dict[str, Any]:

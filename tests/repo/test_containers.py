@@ -17,6 +17,7 @@ from dotenv import dotenv_values
 from backends import healthcheck
 from backends.local import ENGINES
 from tests.support.compose_stack import COMPOSE, ROOT, variables
+from tests.support.real_servers import clean_environment
 from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources

@@ -46,7 +46,7 @@ def test_a_result_file_says_how_it_was_measured(file: Path) -> None:
 @pytest.mark.parametrize("file", RESULTS, ids=name)
 def test_a_page_has_the_command_that_measured_it(file: Path) -> None:
     command = json.loads(file.read_text())["conditions"]["command"]
-    assert any(command in page.read_text() for page in PAGES)
+    assert any(command in page.read_text() for page in (ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -4,7 +4,9 @@
   `python tests/support/tiny_vision.py TOKENIZER_DIR OUT_DIR`. Its text is noise; its API and prompt tokens are real.
 - For llama-server a projector (`--mmproj`) that turns images into embeddings of SmolLM2, which answers in words.
 
-An image of any size is scaled to 28 × 28 pixels, four patches, and so four tokens.
+llama-server scales an image of any size to 28 × 28 pixels: four patches, and so four tokens. vLLM scales it to tiles
+of that size, at most two by two, and a view of the whole, each of four tokens: where Idefics 3 does not split images,
+vLLM 0.26 counts no patches for them, and its engine dies.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ PATCHES = (SIDE // PATCH) ** 2
 WIDTH, HEADS, LAYERS = 64, 2, 2
 MEAN, DEVIATION = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 IMAGE = "<image>"
-IDEFICS3_TOKENS = [IMAGE, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+TILES = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+IDEFICS3_TOKENS = [IMAGE, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *TILES]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -57,7 +60,7 @@ def make_idefics3(tokenizer_dir: Path, out: Path) -> None:
     Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(out)
     image_processor = {
         "image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor",
-        "do_image_splitting": False, "size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE},
+        "do_image_splitting": True, "size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE},
         "image_mean": MEAN, "image_std": DEVIATION,
     }  # fmt: skip
     processor = {"processor_class": "Idefics3Processor", "image_seq_len": PATCHES}

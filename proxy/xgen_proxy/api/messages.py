@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -58,8 +57,9 @@ async def count_tokens(request: Request) -> Response:
     origin = Origin(request_id(headers), headers, client_address(request.scope, settings.trusted_proxies), key)
     with gateway.bodies.hold() as held:
         raw = await read_body(request.receive, headers, settings.limits.body_bytes, held)
-        chat = messages_api(gateway).translate_count(read_json(raw, headers, settings.limits)).body
-        call = InferenceEndpoint(gateway, "chat").parse(origin, orjson.dumps(chat), chat)
+        api = messages_api(gateway)
+        chat = api.translate_count(read_json(raw, headers, settings.limits)).body
+        call = TranslatedEndpoint(gateway, api).parse_chat(origin, chat)
         counted = await _count(gateway, call)
     ids = {"x-request-id": call.id, "request-id": call.id}
     return JSONResponse({"input_tokens": call.features.prompt_tokens if counted is None else counted}, headers=ids)

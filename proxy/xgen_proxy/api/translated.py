@@ -9,10 +9,12 @@ from xgen_proxy.api.inference import Incoming, InferenceEndpoint
 from xgen_proxy.downstream.direct_writer import direct_writer_for
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
-from xgen_proxy.errors import ProxyError
+from xgen_proxy.errors import BadRequestError, ProxyError
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.request.call import Origin
+from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.features import Json
 from xgen_proxy.request.json_body import read_json
+from xgen_proxy.translation.media_part import in_clients_words
 from xgen_proxy.translation.translation import Api
 from xgen_proxy.translation.writer import TranslatingWriter
 
@@ -28,8 +30,14 @@ class TranslatedEndpoint(InferenceEndpoint):
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         translation = self.api.translate(read_json(raw, origin.headers, limits), origin.headers)
-        call = self.parse(origin, orjson.dumps(translation.body), translation.body)
-        return Incoming(call, translation)
+        return Incoming(self.parse_chat(origin, translation.body), translation)
+
+    def parse_chat(self, origin: Origin, chat: Json) -> Call:
+        """Raises BadRequestError, which names the field that the client wrote."""
+        try:
+            return self.parse(origin, orjson.dumps(chat), chat)
+        except BadRequestError as error:
+            raise in_clients_words(error, chat) from error
 
     def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
         if incoming.translation is None:

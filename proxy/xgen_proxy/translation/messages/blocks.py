@@ -7,6 +7,7 @@ from typing import Any
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.media_part import MediaPart
 
 # Blocks of tools that run at Anthropic, in conversations that began there. Most are encrypted.
 SERVER_BLOCKS = ("server_tool_use", "mcp_tool_use", "mcp_tool_result", "container_upload", "fallback", "compaction")
@@ -58,7 +59,7 @@ def user_parts(block: Json, where: str, dropped: Dropped) -> list[Json]:
         text = get_text(block, "text", where)
         return [as_part(text)] if text else []
     if kind == "image":
-        return [{"type": "image_url", "image_url": {"url": image_url(block, where)}}]
+        return [MediaPart({"type": "image_url", "image_url": {"url": image_url(block, where)}}, f"{where}.source")]
     if kind == "document":
         return _document(block, where, dropped)
     if kind == "search_result":

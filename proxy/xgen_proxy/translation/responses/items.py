@@ -14,6 +14,7 @@ import orjson
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.media_part import MediaPart
 from xgen_proxy.translation.responses.tools import encode_input, tool_name, unknown
 
 # Calls of tools that run at OpenAI. What they found stands in the assistant's text as well.
@@ -220,27 +221,28 @@ def _read_part(part: Any, where: str) -> Json:
     if kind == "input_file":
         return _file(part, where)
     if kind == "input_audio":
-        return {"type": "input_audio", "input_audio": get_field(part, "input_audio", dict, where) or {}}
+        audio = get_field(part, "input_audio", dict, f"{where}.input_audio") or {}
+        return MediaPart({"type": "input_audio", "input_audio": audio}, f"{where}.input_audio")
     raise BadRequestError(f"{where} {unknown(kind, KNOWN_PARTS)}", param=where)
 
 
 def _image(part: Json, where: str) -> Json:
-    url = get_field(part, "image_url", str, f"{where}.image_url")
+    where = f"{where}.image_url"
+    url = get_field(part, "image_url", str, where)
     if not url:
-        raise BadRequestError(
-            f"{where}.image_url is missing; send a URL or a data URL: {KEEPS_NO_FILES}", param=f"{where}.image_url"
-        )
+        raise BadRequestError(f"{where} is missing; send a URL or a data URL: {KEEPS_NO_FILES}", param=where)
     image = {"url": url}
     if part.get("detail") in ("low", "high"):  # what a chat knows besides its default
         image["detail"] = part["detail"]
-    return {"type": "image_url", "image_url": image}
+    return MediaPart({"type": "image_url", "image_url": image}, where)
 
 
 def _file(part: Json, where: str) -> Json:
-    data = get_field(part, "file_data", str, f"{where}.file_data")
+    name = get_field(part, "filename", str, f"{where}.filename")
+    where = f"{where}.file_data"
+    data = get_field(part, "file_data", str, where)
     if not data:
         raise BadRequestError(
-            f"{where}.file_data is missing; send the file as a data URL: {KEEPS_NO_FILES} and fetches none", param=where
+            f"{where} is missing; send the file as a data URL: {KEEPS_NO_FILES} and fetches none", param=where
         )
-    name = get_field(part, "filename", str, f"{where}.filename")
-    return {"type": "file", "file": {"file_data": data, **({"filename": name} if name else {})}}
+    return MediaPart({"type": "file", "file": {"file_data": data, **({"filename": name} if name else {})}}, where)

@@ -208,7 +208,7 @@ REFUSED = [
     ),
     (
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "http://x"}]}]},
-        "input.0.content.0",
+        "input.0.content.0.file_data",
         "as a data URL",
     ),
     ({"input": [{"role": "system", "content": [IMAGE]}]}, "input.0.content", "only messages of the user"),
