@@ -15,7 +15,7 @@ from anthropic.types.beta import message_create_params as beta_message_create_pa
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.audio import transcription_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params
+from openai.types.responses import input_token_count_params, response_create_params
 
 from tests.support.fake_upstream import FakeUpstream, Talk, good
 from tests.support.running_proxy import RunningProxy, backend, running_proxy
@@ -37,6 +37,16 @@ class Method(NamedTuple):
 
 NO_STREAM = r"stream_options goes with stream: true only"
 ROLE = r"messages\.\d\.content\.\d\.(content\.\d\.)?type must be text, .*, not '\w+'"  # a block of another role
+RESPONSES = (
+    r"(previous_response_id|conversation) cannot be used here, because this proxy keeps nothing; .*",
+    r"input is (missing|empty); send .*",
+    r"input\.0 has the type '\w+'; this proxy takes .*",  # that only OpenAI's own tools write
+    r"input\.0 refers to an item by its id, but this proxy keeps no items; .*",
+    r"tool_choice is required, but tools has no function",
+    r"tool_choice must name a function or a custom tool that is in tools: .*",
+    r"input\.0\.call_id is missing: it joins a call and its output",
+    r"input\.0\.(content|output)\.0\.(image_url|file_data) (is missing; send|must be a data URL, as) .*",
+)
 ANTHROPIC = (
     ROLE,
     r"messages have no content",  # none that an engine could read
@@ -66,18 +76,19 @@ METHODS = {
     "openai.responses.create": Method(
         response_create_params.ResponseCreateParamsNonStreaming,
         (
-            r"(previous_response_id|conversation|prompt) cannot be used here, because this proxy keeps nothing; .*",
+            *RESPONSES,
+            r"prompt cannot .*",
             r"background must be false or absent, because this proxy keeps no responses; .*",
-            r"input is (missing|empty); send .*",
-            r"input\.0 has the type '\w+'; this proxy takes .*",  # that only OpenAI's own tools write
-            r"input\.0 refers to an item by its id, but this proxy keeps no items; .*",
-            r"tool_choice is required, but tools has no function",
-            r"tool_choice must name a function or a custom tool that is in tools: .*",
-            r"input\.0\.call_id is missing: it joins a call and its output",
-            r"input\.0\.(content|output)\.0\.(image_url|file_data) (is missing; send|must be a data URL, as) .*",
         ),
         always=(("model", "m"), ("input", "Hi")),
         never=("previous_response_id", "conversation", "prompt", "background"),
+    ),
+    "openai.responses.input_tokens.count": Method(
+        input_token_count_params.InputTokenCountParams,
+        RESPONSES,
+        always=(("model", "m"), ("input", "Hi")),
+        never=("previous_response_id", "conversation"),
+        streams=False,
     ),
     "anthropic.messages.create": Method(message_create_params.MessageCreateParamsNonStreaming, ANTHROPIC),
     "anthropic.messages.count_tokens": Method(
