@@ -303,6 +303,23 @@ def test_a_stream_that_cannot_be_resumed_ends_with_an_error(
     assert cpu.talks == []
 
 
+@pytest.mark.parametrize("dialect", EACH_DIALECT)
+def test_an_answer_that_went_on_after_the_clients_words_is_resumed(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, dialect: str
+) -> None:
+    proxy = pair(dialect)
+    cpu.default = counter(LAST)
+    gpu.scripts.append(cut_after(2, reset))
+    messages = [*CHAT["messages"], {"role": "assistant", "content": " 1 2"}]
+    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = stream(proxy, messages=messages, stream_options={"include_usage": True}, **flags)
+    text, usage = read(answer)
+    assert text == "".join(numbers(3, LAST, True))
+    assert usage is not None
+    assert usage["completion_tokens"] == LAST - 2
+    assert ": resumed on llama_cpp@" in answer.text
+
+
 def test_resumption_can_be_switched_off(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     backends = {"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")}
     proxy = start(backends=backends, routing={"continuation": False})

@@ -81,6 +81,12 @@ RULES = (
         "ignored",
         shared.refuse("structured_outputs", "it is vLLM's; use response_format"),
     ),
+    Rule(
+        "continue_final_message",
+        "refuse",
+        "ignored: the answer begins anew after the client's own words",
+        shared.refuse("continue_final_message", "it begins a new message"),
+    ),
     Rule("n, best_of", "refuse", "ignored: one choice", rewrite.one_choice),
     Rule("several prompts, token ids", "refuse", "500", rewrite.one_prompt),
     Rule("developer role, content parts, null content", "translate", "500", rewrite.plain_messages),

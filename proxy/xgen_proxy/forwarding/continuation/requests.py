@@ -26,11 +26,23 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
     needs = features.needs - RESUMABLE_NEEDS
     if needs:
         return f"an answer with {', '.join(sorted(needs))} cannot be resumed"
-    if features.endpoint == "chat" and body["messages"][-1].get("role") == "assistant":
-        return "the answer began with the client's own words"
+    if features.endpoint == "chat":
+        if prefill(body):
+            return None
+        if body["messages"][-1].get("role") == "assistant":
+            return "whether the answer goes on after the client's own words depends on the engine"
     if any(body.get(field) is not None for field in PREFILLED):
         return "the client sets how the prompt ends"
     return None
+
+
+def prefill(chat: Json) -> str:
+    """The client's own words that the answer goes on after. Without the flags, some engines begin a new message."""
+    last = chat["messages"][-1]
+    flags = tuple(chat.get(field) for field in PREFILLED)
+    if last.get("role") != "assistant" or "tool_calls" in last or flags != (True, False):
+        return ""
+    return last["content"] if isinstance(last.get("content"), str) else ""
 
 
 def can_take_over(dialect: Dialect, features: Features, prefix: SentPrefix, template: ChatTemplate | None) -> bool:
@@ -71,6 +83,12 @@ def continuing_requests(
         prompt = request.body["prompt"]
         text = (prompt[0] if isinstance(prompt, list) else prompt) + prefix.partial
         return (replace(request, body={**request.body, "prompt": text}),)
+    if words := prefill(request.body):
+        if prefix.reasoning:
+            return ()
+        body = {name: value for name, value in request.body.items() if name not in PREFILLED}
+        before = replace(request, body={**body, "messages": body["messages"][:-1]})
+        return (dialect.resume_chat(before, words + prefix.partial, template),)
     if prefix.reasoning:
         reasoning = prefix.reasoning.rstrip(BLANK) if prefix.in_reasoning else prefix.reasoning
         return dialect.resume_reasoning(request, reasoning, None if prefix.in_reasoning else prefix.partial)

@@ -37,6 +37,10 @@ def sent(text: str = "", reasoning: str = "") -> SentPrefix:
         ({"logprobs": True, "n": 2}, "logprobs, n cannot be resumed"),
         ({"continuation": "none"}, "opted out"),
         ({"messages": [{"role": "assistant", "content": "I"}]}, "the client's own words"),
+        ({"messages": [{"role": "assistant", "content": "I"}], "continue_final_message": True}, "own words"),
+        ({"messages": [{"role": "assistant", "content": "I"}], **FLAGS}, None),
+        ({"messages": [{"role": "assistant", "content": "I", "tool_calls": []}], **FLAGS}, "own words"),
+        (FLAGS, "how the prompt ends"),
         ({"continue_final_message": False}, "how the prompt ends"),
     ],
 )
@@ -110,6 +114,15 @@ def test_an_engine_without_reasoning_does_not_take_over_reasoning() -> None:
     assert can_take_over(LLAMA_CPP_PYTHON, features, sent(), None), "nothing was shown"
     assert not can_take_over(LLAMA_CPP_PYTHON, features, sent("Yes"), None), "it has no template"
     assert not can_take_over(OPENAI, features, sent("Yes"), None)
+
+
+def test_an_answer_goes_on_after_the_clients_own_words_and_what_was_sent() -> None:
+    """As Anthropic's API continues a final message of the assistant."""
+    request = make_request(messages=[*HI, {"role": "assistant", "content": "Once"}], **FLAGS)
+    [resumed] = continuing_requests(VLLM, request, sent(" upon"), 5, None)
+    assert resumed.body["messages"] == [*HI, {"role": "assistant", "content": "Once upon"}]
+    assert {name: resumed.body[name] for name in FLAGS} == FLAGS
+    assert continuing_requests(VLLM, request, sent(" upon", "hm"), 5, None) == (), "reasoning within a text"
 
 
 def test_the_usage_of_the_prompt_costs_one_token() -> None:
