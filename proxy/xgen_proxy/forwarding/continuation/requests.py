@@ -10,12 +10,13 @@ from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.forwarding.continuation.sent import BLANK, SentPrefix
 from xgen_proxy.request.features import Features, Json
+from xgen_proxy.request.prompt import estimate_tokens
 
 CONSTRAINED = frozenset({"json_object", "json_schema", "grammar", "structured_outputs"})
 TOOLS = frozenset({"tools", "forced_tool"})
 BLOCKS = CONSTRAINED | TOOLS  # the answer has a part that its client cannot use before it is complete
 # All other needs of a request are about single tokens or several answers, which do not go on in a text.
-RESUMABLE_NEEDS = frozenset({"generation", "images"}) | BLOCKS
+RESUMABLE_NEEDS = frozenset({"generation", "images", "audio", "video", "files"}) | BLOCKS
 PREFILLED = ("continue_final_message", "add_generation_prompt")
 
 
@@ -101,12 +102,16 @@ def continuing_requests(
 
 
 def _within(request: BackendRequest, prefix: SentPrefix, left: int | None) -> BackendRequest:
-    """The request with what is left of its limits."""
+    """The request with what is left of its limits. If that may exceed this engine's context, it is not believed: an
+    answer that ends early is better than one that breaks off."""
     body, features = dict(request.body), request.features
+    prompt = features.prompt_tokens + estimate_tokens(prefix.reasoning + prefix.text)
+    features = replace(features, prompt_tokens=prompt)
     if left is not None:
-        body["max_tokens"] = max(left, 1)
+        body["max_tokens"] = limit = max(left, 1)
         body.pop("max_completion_tokens", None)
-        features = replace(features, max_tokens=body["max_tokens"])
+        fits = request.context is None or prompt + limit <= request.context
+        features = replace(features, max_tokens=limit, max_tokens_believed=features.max_tokens_believed and fits)
     if body.get("min_tokens"):
         body["min_tokens"] = max(0, body["min_tokens"] - prefix.pieces)
     return replace(request, features=features, body=body, raw=None)

@@ -19,7 +19,7 @@ from xgen_proxy.forwarding.continuation.sent import SentPrefix
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
-FLAGS = {"continue_final_message": True, "add_generation_prompt": False}
+FLAGS: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def sent(text: str = "", reasoning: str = "") -> SentPrefix:
@@ -31,6 +31,7 @@ def sent(text: str = "", reasoning: str = "") -> SentPrefix:
     [
         ({}, None),
         ({"messages": about(image())}, None),
+        ({"messages": about({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}})}, None),
         ({"tools": [TOOL]}, None),
         ({"tools": [TOOL], "tool_choice": "required"}, None),
         (JSON, None),
@@ -114,6 +115,19 @@ def test_an_engine_without_reasoning_does_not_take_over_reasoning() -> None:
     assert can_take_over(LLAMA_CPP_PYTHON, features, sent(), None), "nothing was shown"
     assert not can_take_over(LLAMA_CPP_PYTHON, features, sent("Yes"), None), "it has no template"
     assert not can_take_over(OPENAI, features, sent("Yes"), None)
+
+
+@pytest.mark.parametrize(("left", "fits"), [(400, True), (700, False)])
+def test_what_is_left_is_limited_to_the_context(left: int, fits: bool) -> None:
+    """By estimate, and only where the prompt, what was sent and the limit exceed the context."""
+    shown = "word " * 340  # some 400 tokens
+    request = make_request(max_tokens=900, context=1000)
+    resumed, *_ = continuing_requests(VLLM, request, sent(shown), left, None)
+    assert 350 < resumed.features.prompt_tokens < 450
+    limit = VLLM.prepared(resumed)["max_tokens"]
+    assert (limit == left) == fits
+    assert limit <= left
+    assert resumed.features.prompt_tokens + limit <= 1000
 
 
 def test_an_answer_goes_on_after_the_clients_own_words_and_what_was_sent() -> None:
