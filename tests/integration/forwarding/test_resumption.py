@@ -311,7 +311,7 @@ def test_an_answer_that_went_on_after_the_clients_words_is_resumed(
     cpu.default = counter(LAST)
     gpu.scripts.append(cut_after(2, reset))
     messages = [*CHAT["messages"], {"role": "assistant", "content": " 1 2"}]
-    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    flags: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     answer = stream(proxy, messages=messages, stream_options={"include_usage": True}, **flags)
     text, usage = read(answer)
     assert text == "".join(numbers(3, LAST, True))
