@@ -90,8 +90,9 @@ def words_for(body: Json) -> Words:
                 break
             return next((Words(BEFORE, call) for call in calls(schemas, *asked[-1])), Words(ANSWER))
     forced = body.get("tool_choice")
-    if isinstance(forced, dict):  # structured output: the text is an argument
-        name = forced["function"]["name"]
+    if isinstance(forced, dict) or forced == "required":  # structured output: the text is an argument
+        # llama-server is given the one tool that the client named, and must call one, which its grammar enforces
+        name = forced["function"]["name"] if isinstance(forced, dict) else next(iter(schemas))
         return Words("", Call(name, json.dumps(dict.fromkeys(schemas[name].get("properties") or {}, said))))
     return Words(said)
 
