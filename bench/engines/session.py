@@ -26,7 +26,7 @@ from bench.engines.subjects import Subject
 # The least number of requests for a percentile to say anything, and the most that a level needs.
 FEWEST, MOST = 3, 1024
 LEAST_S = 20  # that a start of an engine is used for, however long it took
-QUEUEING_S = 600  # that a request may wait for its first token behind the proxy
+QUEUEING_S = 600  # that a request may wait in the proxy, and then for its first token
 
 
 class Sampler:
@@ -175,9 +175,10 @@ def session(
         results.starts_s.setdefault(subject.name, []).append(time.monotonic() - began)
         results.subjects[subject.name] = subject.described()
         log = fresh(folder / f"{subject.name}-proxy.log")
-        # Many at once wait longer for a slow engine than the default timeout allows, which would count them as failed.
+        # Many at once wait longer for a slow engine than the default timeouts allow, which would count them as failed.
         values = {"URLS": json.dumps(urls), "DIALECT": subject.dialect, "FIRST_BYTE_TIMEOUT_S": str(QUEUEING_S)}
         env = {f"XGEN_BACKENDS__ENGINE__{name}": value for name, value in values.items()}
+        env["XGEN_LIMITS__QUEUE_TIMEOUT_S"] = str(QUEUEING_S)
         proxy = stack.enter_context(children.running(children.PROXY, log, env=env))
         port = children.listening_port(proxy, log)
         children.until_ready(port)

@@ -158,7 +158,7 @@ class Dialect:
     def resume_chat(self, request: BackendRequest, prefix: str, template: ChatTemplate | None) -> BackendRequest:
         """The request that continues the assistant's message after `prefix`, which is not empty.
 
-        Raises UpstreamProtocolError if the template fails.
+        Raises UnsupportedByBackendError if the template fails.
         """
         return continuing(request, {"role": "assistant", "content": prefix})
 

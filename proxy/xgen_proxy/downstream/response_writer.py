@@ -129,6 +129,10 @@ class ResponseWriter:
         if not self._ended:
             await self._send({"type": "http.response.body", "body": sse.comment(text), "more_body": True})
 
+    async def alive(self) -> None:
+        """Show the client that the stream is alive, although there is no output yet."""
+        await self.comment("waiting")
+
     async def fail(self, error: ProxyError, headers: Headers) -> None:
         """Send an error: as a response of its own, or as the last event if a stream has started."""
         if self.status:

@@ -183,10 +183,10 @@ class Delivery:
         return hold_for(self.call.features, constrained=self._hold_constrained)
 
     async def _let_pass(self, block: bytes, hold: Hold) -> bytes:
-        """What the client may get now, b"" if nothing; a comment then shows it that the stream is alive."""
+        """What the client may get now, b"" if nothing; then it is shown from time to time that the stream is alive."""
         passed = hold.feed(block)
         if not passed and hold.wants_comment():
-            await self.writer.comment("waiting")
+            await self.writer.alive()
         return passed
 
 

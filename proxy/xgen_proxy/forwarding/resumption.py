@@ -66,6 +66,8 @@ class Resumption:
     async def resume(self, error: UpstreamError) -> None:
         """Ends the stream in any case: with the rest of the answer, or with an error event about `error`."""
         prefix = None
+        failures = self.progress.failures
+        broken = failures[-1].target.replica.name if failures else "the backend"
         try:
             prefix = await self._sent_prefix()
             self.progress.broken_in = self._block(prefix)
@@ -80,7 +82,7 @@ class Resumption:
                 await self.writer.end(sse.comment(f"no usage: {last}") + sse.DONE)
                 return
             self.progress.interrupted = error
-            await self.writer.end(self._error_event(error, last))
+            await self.writer.end(_error_event(broken, error, last))
 
     async def _sent_prefix(self) -> SentPrefix:
         """What the client has of the answer so far. Raises UpstreamProtocolError if it cannot be resumed.
@@ -135,7 +137,7 @@ class Resumption:
             await self._end_exhausted(target, trace, request, prefix, spent)
             return
         refused: UpstreamError = UnsupportedByBackendError("cannot start in the middle of such an answer")
-        for asked, stream in self._ways(target, request, prefix, spent, left):
+        for asked, stream in self._ways(target, request, prefix, spent):
             try:
                 await self._relay(target, trace, asked, stream)
                 return
@@ -146,11 +148,11 @@ class Resumption:
         raise refused
 
     def _ways(
-        self, target: Target, request: BackendRequest, prefix: SentPrefix, spent: int, left: int | None
+        self, target: Target, request: BackendRequest, prefix: SentPrefix, spent: int
     ) -> Iterator[tuple[BackendRequest, ResumedStream]]:
         """What the target may be asked, until it understands: to go on, or to give the answer again."""
         features, backend = self.call.features, target.backend
-        continuing = requests.continuing_requests(backend.dialect, request, prefix, left, backend.template)
+        continuing = requests.continuing_requests(backend.dialect, request, prefix, spent, backend.template)
         for asked in continuing:
             yield asked, ResumedStream(prefix, spent, features)
         if (
@@ -186,10 +188,10 @@ class Resumption:
             editor = resumed.after(exchange.dialect.stream_editor(exchange.request))
             await self.delivery.relay(exchange, block, editor, finished=int(resumed.usage_only))
 
-    def _error_event(self, error: UpstreamError, last: Exception) -> bytes:
-        failures = self.progress.failures
-        broken = failures[0].target.replica.name if failures else "the backend"
-        message = f"{broken} failed in the middle of the answer: {error}"
-        if last is not error:
-            message += f"; the answer could not be resumed elsewhere: {last}"
-        return BadGatewayError(message, code="stream_broken").event()
+
+def _error_event(broken: str, error: UpstreamError, last: Exception) -> bytes:
+    """`broken`: the replica that failed with `error`. `last`: why nothing could resume."""
+    message = f"{broken} failed in the middle of the answer: {error}"
+    if last is not error:
+        message += f"; the answer could not be resumed elsewhere: {last}"
+    return BadGatewayError(message, code="stream_broken").event()

@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "best_of": (1, MAX_CHOICES, True),
     "max_tokens": (1, INT32_MAX, True),
     "max_completion_tokens": (1, INT32_MAX, True),
+    "min_tokens": (0, INT32_MAX, True),
     "top_logprobs": (0, MAX_LOGPROBS, True),
     "prompt_logprobs": (0, MAX_LOGPROBS, True),
     "top_k": (-1, INT32_MAX, True),
@@ -81,6 +82,16 @@ def get_field(body: Json, field: str, kind: type | tuple[type, ...], name: str |
         name = name or field
         raise BadRequestError(f"{name} must be {wanted}, not {WORDS.get(type(value), 'that')}", param=name)
     return value
+
+
+def whole_number(body: Json, field: str, low: int, high: int) -> int | None:
+    """Raises BadRequestError."""
+    value = body.get(field)
+    if isinstance(value, float) and value.is_integer():  # 100.0, as some languages write 100
+        value = int(value)
+    if value is None or (type(value) is int and low <= value <= high):
+        return value
+    raise BadRequestError(f"{field} must be a whole number between {low} and {high}", param=field)
 
 
 def check_fields(body: Json) -> None:

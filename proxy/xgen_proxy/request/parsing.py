@@ -107,8 +107,10 @@ def _include_usage(body: Json) -> bool:
 
 GENERATION: frozenset[Need] = frozenset({"generation"})  # all that most requests need
 OWN_FIELDS: tuple[Need, ...] = ("grammar", "structured_outputs", "echo", "suffix")
+GUIDED = ("guided_json", "guided_choice", "guided_regex", "guided_grammar")  # vLLM's older names of structured_outputs
 NEED_FIELDS = {
-    *OWN_FIELDS, "json_schema", "n", "best_of", "logprobs", "response_format", "tools", "tool_choice", "functions",
+    *OWN_FIELDS, *GUIDED, "json_schema", "n", "best_of", "logprobs", "response_format", "tools", "tool_choice",
+    "functions",
 }  # fmt: skip
 
 
@@ -129,6 +131,8 @@ def _needs(body: Json, endpoint: Endpoint, prompt: Prompt) -> frozenset[Need]:
     needs.update(field for field in OWN_FIELDS if body.get(field))
     if body.get("json_schema"):
         needs.add("grammar")
+    if any(body.get(field) is not None for field in GUIDED):
+        needs.add("structured_outputs")
     needs.update(_format_needs(body))
     if endpoint == "chat":
         needs.update(_tool_needs(body))

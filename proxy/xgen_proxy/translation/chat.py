@@ -12,6 +12,10 @@ from xgen_proxy.errors import BadGatewayError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
+# The key under which Anthropic's documentation asks clients to return arguments that are not JSON. No tool has it, so
+# that a client that checks arguments refuses to run the call and tells the model.
+INVALID = "INVALID_JSON"
+
 
 @frozen
 class Text:
@@ -127,7 +131,7 @@ def read_answer(data: bytes) -> Answer:
         choice = completion["choices"][0]
         message = choice["message"]
         calls = [
-            ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
+            ToolCall(call.get("id") or "", call["function"]["name"], call["function"]["arguments"])
             for call in message.get("tool_calls") or ()
         ]
         return Answer(
@@ -140,6 +144,17 @@ def read_answer(data: bytes) -> Answer:
         )
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadGatewayError("the backend's answer is no chat completion", code="bad_answer") from None
+
+
+def tool_input(arguments: str) -> Json:
+    """The arguments of a call as an object."""
+    if not arguments.strip():
+        return {}
+    try:
+        found = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return {INVALID: arguments}
+    return found if isinstance(found, dict) else {INVALID: arguments}
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:

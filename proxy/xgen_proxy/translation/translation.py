@@ -49,3 +49,6 @@ class Api(Protocol):
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         """The status and the body of an error response."""
+
+    def fails_in_stream(self, error: ProxyError) -> bool:
+        """Whether clients that asked for a stream understand this error only as an event of one."""

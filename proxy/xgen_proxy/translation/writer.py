@@ -53,12 +53,20 @@ class TranslatingWriter(ResponseWriter):
     async def send(self, events: bytes) -> None:
         if not events or self._ended:
             return
+        translated = self._translated(events)  # before they are recorded: it may fail
         if self.sent_log is not None:
             self.sent_log.add(events)
-        if translated := self._translated(events):
+        if translated:
             await self._write(translated)
 
+    async def alive(self) -> None:
+        """The clocks of some clients run on through comments."""
+        if not self._ended:
+            await self._write(self._stream.ping())
+
     async def fail(self, error: ProxyError, headers: Headers) -> None:
+        if not self.status and self._call.features.stream and self._api.fails_in_stream(error):
+            await self.start(headers)
         if self.status:
             await self.end(error.event())
         elif not self._ended:
@@ -77,7 +85,7 @@ class TranslatingWriter(ResponseWriter):
 
     def _translated(self, events: bytes) -> bytes:
         out = []
-        for piece in read_pieces(events):
+        for piece in list(read_pieces(events)):  # if one cannot be read, none has been translated
             out.append(self._stream.feed(piece))
             if isinstance(piece, Failure):
                 self._failed = True

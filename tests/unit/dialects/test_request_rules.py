@@ -71,6 +71,7 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | str]] = [
     ("grammar", P, "chat", {"grammar": 'root ::= "a"'}, "refused"),
     ("grammar", S, "chat", {"grammar": 'root ::= "a"'}, {}),
     ("suffix", P, "completions", {"suffix": "b"}, "refused"),
+    ("continue_final_message", P, "chat", {"continue_final_message": True}, "refused"),
     ("structured_outputs", P, "chat", {"structured_outputs": {"choice": ["a"]}}, "refused"),
     ("n, best_of", P, "chat", {"n": 2}, "refused"),
     ("n, best_of", P, "completions", {"best_of": 2}, "refused"),

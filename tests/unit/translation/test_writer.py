@@ -11,7 +11,13 @@ from starlette.types import Message
 
 from tests.support.chunks import HI, delta, events
 from xgen_proxy import sse
-from xgen_proxy.errors import BadGatewayError, ProxyError, ServiceUnavailableError
+from xgen_proxy.errors import (
+    BadGatewayError,
+    BadRequestError,
+    ProxyError,
+    ServiceUnavailableError,
+    UpstreamProtocolError,
+)
 from xgen_proxy.forwarding.replay_buffer import ReplayBuffer
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Json
@@ -63,23 +69,30 @@ class ShoutingApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return 599, f"{request_id}: {error.message}".encode()
 
+    def fails_in_stream(self, error: ProxyError) -> bool:
+        return error.code == "too_long"
+
 
 @pytest.fixture
 def sent() -> list[Message]:
     return []
 
 
-@pytest.fixture
-def writer(sent: list[Message]) -> TranslatingWriter:
+def writer_for(sent: list[Message], **fields: Any) -> TranslatingWriter:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    body: dict[str, Any] = {"model": "m", "messages": HI}
+    body: dict[str, Any] = {"model": "m", "messages": HI, **fields}
     call = parse_call(
         Origin("req-1", {}), "chat", orjson.dumps(body), body, limits=Limits(), continuation=True,
         default_model=lambda: "m",
     )  # fmt: skip
     return TranslatingWriter(send, None, ShoutingApi(), Shout(), call)
+
+
+@pytest.fixture
+def writer(sent: list[Message]) -> TranslatingWriter:
+    return writer_for(sent)
 
 
 def bodies(sent: list[Message]) -> list[bytes]:
@@ -137,3 +150,35 @@ async def test_what_says_nothing_is_not_sent(writer: TranslatingWriter, sent: li
     await writer.comment("resumed on b")
     assert bodies(sent) == [sse.comment("resumed on b")]
     assert writer.pass_through(sse.EventSplitter()) is None
+
+
+async def test_an_error_that_is_understood_in_a_stream_only(sent: list[Message]) -> None:
+    error = BadRequestError("too long", code="too_long")
+    await writer_for(sent, stream=True).fail(error, [(b"x-a", b"1")])
+    assert sent[0]["status"] == 200
+    assert {(b"x-a", b"1"), (b"request-id", b"req-1")} <= {*sent[0]["headers"]}
+    assert bodies(sent) == [b"<failed: too long>"]
+    sent.clear()
+    await writer_for(sent).fail(error, [])
+    assert sent[0]["status"] == 599, "this client asked for no stream"
+
+
+async def test_a_client_is_shown_that_the_stream_is_alive(writer: TranslatingWriter, sent: list[Message]) -> None:
+    """By a ping of its API. After the end there is none."""
+    await writer.start([])
+    await writer.alive()
+    await writer.end(sse.DONE)
+    await writer.alive()
+    assert bodies(sent) == [b"<ping>", b"<end>"]
+
+
+async def test_events_that_cannot_be_read_are_neither_sent_nor_recorded(
+    writer: TranslatingWriter, sent: list[Message]
+) -> None:
+    writer.sent_log = log = ReplayBuffer()
+    await writer.start([])
+    with pytest.raises(UpstreamProtocolError):
+        await writer.send(HELLO + b'data: {"choices": [null]}\n\n')
+    assert (bodies(sent), log.size) == ([], 0)
+    await writer.send(HELLO)
+    assert bodies(sent) == [b"<Hel><lo>"]

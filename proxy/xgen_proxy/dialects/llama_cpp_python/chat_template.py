@@ -16,7 +16,7 @@ import jinja2
 import orjson
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UnsupportedByBackendError
 
 
 class ChatTemplate:
@@ -34,11 +34,11 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt up to the beginning of the assistant's message. Raises UpstreamProtocolError."""
+        """The prompt up to the beginning of the assistant's message. Raises UnsupportedByBackendError."""
         try:
             prompt: str = self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
         except Exception as error:  # templates raise errors of any kind for chats that they were not made for
-            raise UpstreamProtocolError(f"the chat template failed: {type(error).__name__}") from None
+            raise UnsupportedByBackendError(f"the chat template failed: {type(error).__name__}") from None
         return prompt
 
 

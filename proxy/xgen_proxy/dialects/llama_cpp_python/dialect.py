@@ -205,7 +205,9 @@ class LlamaCppPython(Dialect):
         return await super().explain_empty_stream(request, post)
 
     def can_resume(self, features: Features, template: ChatTemplate | None) -> bool:
-        return features.endpoint == "completions" or template is not None
+        """Not within a chat with tools: they have no place in the completion that continues it."""
+        with_tools = not features.needs.isdisjoint(("tools", "forced_tool"))
+        return features.endpoint == "completions" or (template is not None and not with_tools)
 
     def resume_chat(self, request: BackendRequest, prefix: str, template: ChatTemplate | None) -> BackendRequest:
         """A completion, since a chat would begin a new message: its prompt is the rendered template and the prefix."""

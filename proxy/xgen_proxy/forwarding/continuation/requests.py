@@ -8,9 +8,9 @@ from dataclasses import replace
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
-from xgen_proxy.forwarding.continuation.sent import BLANK, SentPrefix
+from xgen_proxy.dialects.request_rules import TEMPLATE_TOKENS
+from xgen_proxy.forwarding.continuation.sent import BLANK, SentPrefix, tokens_left
 from xgen_proxy.request.features import Features, Json
-from xgen_proxy.request.prompt import estimate_tokens
 
 CONSTRAINED = frozenset({"json_object", "json_schema", "grammar", "structured_outputs"})
 TOOLS = frozenset({"tools", "forced_tool"})
@@ -18,6 +18,8 @@ BLOCKS = CONSTRAINED | TOOLS  # the answer has a part that its client cannot use
 # All other needs of a request are about single tokens or several answers, which do not go on in a text.
 RESUMABLE_NEEDS = frozenset({"generation", "images", "audio", "video", "files"}) | BLOCKS
 PREFILLED = ("continue_final_message", "add_generation_prompt")
+PER_TOKEN = ("return_token_ids", "prompt_logprobs", "n_probs")  # what they ask for would be missing after the break
+BUDGETS = frozenset({"thinking_token_budget", "thinking_budget_tokens", "reasoning_budget_tokens"})
 
 
 def why_not_resumable(features: Features, body: Json) -> str | None:
@@ -27,6 +29,9 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
     needs = features.needs - RESUMABLE_NEEDS
     if needs:
         return f"an answer with {', '.join(sorted(needs))} cannot be resumed"
+    for field in PER_TOKEN:
+        if body.get(field):
+            return f"an answer with {field} cannot be resumed"
     if features.endpoint == "chat":
         if prefill(body):
             return None
@@ -41,7 +46,8 @@ def prefill(chat: Json) -> str:
     """The client's own words that the answer goes on after. Without the flags, some engines begin a new message."""
     last = chat["messages"][-1]
     flags = tuple(chat.get(field) for field in PREFILLED)
-    if last.get("role") != "assistant" or "tool_calls" in last or flags != (True, False):
+    others = [field for field in last if field not in ("role", "content") and last[field] is not None]
+    if last.get("role") != "assistant" or others or flags != (True, False):
         return ""
     return last["content"] if isinstance(last.get("content"), str) else ""
 
@@ -56,20 +62,20 @@ def can_take_over(dialect: Dialect, features: Features, prefix: SentPrefix, temp
 def may_repeat(features: Features, prefix: SentPrefix) -> bool:
     """Whether the whole answer may be asked for again.
 
-    If text was shown, the new answer must begin with it. That is likely for constrained output only, and the last
+    If text was sent, the new answer must begin with it. That is likely for constrained output only, and the last
     resort where an engine refuses to go on after its reasoning.
     """
     return prefix.empty or bool(prefix.reasoning) or not features.needs.isdisjoint(CONSTRAINED)
 
 
 def continuing_requests(
-    dialect: Dialect, request: BackendRequest, prefix: SentPrefix, left: int | None, template: ChatTemplate | None
+    dialect: Dialect, request: BackendRequest, prefix: SentPrefix, spent: int, template: ChatTemplate | None
 ) -> Sequence[BackendRequest]:
-    """Requests that go on after the sent prefix with at most `left` tokens, the likeliest to work first. None if the
-    engine cannot start in the middle of such an answer.
+    """Requests that go on after the sent prefix of `spent` tokens, the likeliest to work first. Empty if the engine
+    cannot start in the middle of such an answer.
 
-    If `left` is 0 and only the usage is still to be sent, one token is generated and dropped.
-    Raises UpstreamProtocolError if the chat template fails.
+    If no token is left and only the usage is still to be sent, one token is generated and dropped.
+    Raises UnsupportedByBackendError if the chat template fails.
     """
     features = request.features
     constrained = features.needs & CONSTRAINED
@@ -79,8 +85,18 @@ def continuing_requests(
         return ()
     if not dialect.can_resume(features, template):
         return ()
-    request = _within(request, prefix, left)
-    if features.endpoint == "completions":
+    limited = [_within(request, spent, limit) for limit in limits_to_try(request, spent)]
+    return tuple(asked for each in limited for asked in _after(dialect, each, prefix, template))
+
+
+def _after(
+    dialect: Dialect, request: BackendRequest, prefix: SentPrefix, template: ChatTemplate | None
+) -> Sequence[BackendRequest]:
+    """The request with what was sent at its end, in the ways that the engine may understand."""
+    if prefix.text:
+        body = {name: value for name, value in request.body.items() if name not in BUDGETS}
+        request = replace(request, body=body)
+    if request.features.endpoint == "completions":
         prompt = request.body["prompt"]
         text = (prompt[0] if isinstance(prompt, list) else prompt) + prefix.partial
         return (replace(request, body={**request.body, "prompt": text}),)
@@ -101,22 +117,34 @@ def continuing_requests(
     )
 
 
-def _within(request: BackendRequest, prefix: SentPrefix, left: int | None) -> BackendRequest:
-    """The request with what is left of its limits. If that may exceed this engine's context, it is not believed: an
+def limits_to_try(request: BackendRequest, spent: int) -> list[int | None]:
+    """How many tokens to ask for: what is left; and if that may exceed the context, what fits by estimate, since an
     answer that ends early is better than one that breaks off."""
+    left, features = tokens_left(request.features, spent), request.features
+    if left is None:
+        return [None]
+    left = max(left, 1)
+    if request.context is None or features.prompt_tokens + spent + left <= request.context:
+        return [left]
+    room = request.context - features.prompt_tokens * 3 // 2 - spent - TEMPLATE_TOKENS
+    fitting = min(left, max(room, 1))
+    return [left, fitting] if left <= request.context and features.max_tokens_believed else [fitting]
+
+
+def _within(request: BackendRequest, spent: int, limit: int | None) -> BackendRequest:
+    """The request with what is left of its limits."""
     body, features = dict(request.body), request.features
-    prompt = features.prompt_tokens + estimate_tokens(prefix.reasoning + prefix.text)
-    features = replace(features, prompt_tokens=prompt)
-    if left is not None:
-        body["max_tokens"] = limit = max(left, 1)
+    if limit is not None:
+        body["max_tokens"] = limit
         body.pop("max_completion_tokens", None)
-        fits = request.context is None or prompt + limit <= request.context
-        features = replace(features, max_tokens=limit, max_tokens_believed=features.max_tokens_believed and fits)
+        features = replace(features, max_tokens=limit, max_tokens_believed=True)
     if body.get("min_tokens"):
-        body["min_tokens"] = max(0, body["min_tokens"] - prefix.pieces)
+        least = max(0, body["min_tokens"] - spent)
+        body["min_tokens"] = least if limit is None else min(least, limit)
     return replace(request, features=features, body=body, raw=None)
 
 
 def usage_request(request: BackendRequest) -> BackendRequest:
     """The request whose usage counts the prompt. It generates one token, which is dropped."""
-    return _within(request, SentPrefix({}, "", 0, None, False), 1)
+    body = {name: value for name, value in request.body.items() if name != "min_tokens"}
+    return _within(replace(request, body=body), 0, 1)

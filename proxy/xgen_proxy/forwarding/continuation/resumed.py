@@ -16,7 +16,7 @@ class ResumedStream:
     """A stream editor: the id and shape of the broken stream, no second role, and nothing that was already sent.
 
     `spent`: tokens sent before. `usage_only`: the answer is complete, and the usage of its prompt alone is wanted.
-    `repeats`: the answer is given anew from its beginning. What was shown of its text must
+    `repeats`: the answer is given anew from its beginning. What was sent of its text must
     come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together.
     `relabels`: the engine goes on with the text and calls it reasoning.
     """
@@ -86,9 +86,9 @@ class ResumedStream:
             output = self._text(choice) if "text" in choice else self._delta(choice.get("delta") or {})
             finish = choice.get("finish_reason")
             if finish and self._to_come:
-                raise DifferentAnswerError("the new answer is shorter than what was shown")
+                raise DifferentAnswerError("the new answer is shorter than what was sent")
             if output or finish:
-                yield self.event(output, finish)
+                yield self.event(output, finish, choice.get("stop_reason"))
 
     def _text(self, choice: Json) -> Json:
         text = self._unsent(choice["text"])
@@ -111,7 +111,7 @@ class ResumedStream:
         for name in ("tool_calls", "function_call"):
             if delta.get(name):
                 if self._to_come:
-                    raise DifferentAnswerError("a tool call before the text that was shown")
+                    raise DifferentAnswerError("a tool call before the text that was sent")
                 kept[name] = delta[name]
         return {name: value for name, value in kept.items() if value}
 
@@ -121,7 +121,7 @@ class ResumedStream:
             return self._without_sent_spaces(text)
         both = min(len(text), len(self._to_come))
         if text[:both] != self._to_come[:both]:
-            raise DifferentAnswerError("the new answer begins differently from what was shown")
+            raise DifferentAnswerError("the new answer begins differently from what was sent")
         self._to_come = self._to_come[both:]
         return text[both:]
 
@@ -134,9 +134,10 @@ class ResumedStream:
                 text, self._blank = text[1:], self._blank[1:]
         return text
 
-    def event(self, output: Json, finish: str | None) -> bytes:
-        """A chunk. `output`: a delta of a chat, or {text} of a completion."""
+    def event(self, output: Json, finish: str | None, stop: str | int | None = None) -> bytes:
+        """A chunk. `output`: a delta of a chat, or {text} of a completion. `stop`: vLLM's stop_reason."""
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice |= {} if stop is None else {"stop_reason": stop}
         if self._chat:
             role = {} if self._role_sent else {"role": "assistant"}
             choice["delta"] = {**role, **({"content": output["text"]} if "text" in output else output)}

@@ -13,7 +13,7 @@ from xgen_proxy.request.features import Features, Json
 from xgen_proxy.values import frozen
 
 HEAD = ("id", "object", "created", "model", "system_fingerprint")
-BLANK = " \t"
+BLANK = " \t\r\n"
 # Names of the same text; a server that sends both sends it twice.
 REASONING = ("reasoning", "reasoning_content")
 KNOWN = {"content", *REASONING, "tool_calls", "function_call"}
@@ -37,8 +37,8 @@ class SentPrefix:
 
     @property
     def partial(self) -> str:
-        """The text without trailing spaces: tokenizers join a space with the word that follows it, so that a model
-        whose prompt ends with a space writes nonsense."""
+        """The text without white space at its end. Tokenizers join a space with the word that follows it, so that a
+        model whose prompt ends with a space writes nonsense; and some templates cut off line breaks."""
         return self.text.rstrip(BLANK)
 
     @property
@@ -48,7 +48,7 @@ class SentPrefix:
 
     @property
     def blank(self) -> str:
-        """The trailing spaces, which the model has not seen and may write again."""
+        """The white space at the end, which the model has not seen and may write again."""
         last = self.reasoning if self.in_reasoning else self.text
         return last[len(last.rstrip(BLANK)) :]
 

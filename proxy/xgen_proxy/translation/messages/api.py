@@ -40,6 +40,9 @@ class MessagesApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return error_response(error, request_id)
 
+    def fails_in_stream(self, error: ProxyError) -> bool:
+        return False
+
 
 class MessagesTranslation:
     """One request. The answer names the model as the client did, and has an id by which the log can be searched."""

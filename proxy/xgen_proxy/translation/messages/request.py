@@ -9,7 +9,7 @@ import orjson
 
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import HINTS, Json
-from xgen_proxy.request.fields import get_field
+from xgen_proxy.request.fields import INT32_MAX, get_field, whole_number
 from xgen_proxy.translation.messages.blocks import Dropped
 from xgen_proxy.translation.messages.conversation import chat_messages, prefill_flags
 from xgen_proxy.translation.messages.tools import tool_fields
@@ -58,7 +58,7 @@ def to_chat(body: Json, dropped: Dropped, *, strip_attribution: bool, counts: bo
 
 
 def _limits(body: Json) -> Json:
-    limit = get_field(body, "max_tokens", int)
+    limit = whole_number(body, "max_tokens", 0, INT32_MAX)
     if limit is None:
         raise BadRequestError("max_tokens is missing; send the most tokens to generate", param="max_tokens")
     fields: Json = {"max_tokens": limit or 1}  # 0 only fills Anthropic's cache; one token fills the engine's
@@ -102,6 +102,8 @@ def _thinking(body: Json, dropped: Dropped) -> Json:
         raise BadRequestError(f"thinking.type must be one of {', '.join(THINKING)}", param="thinking.type")
     if thinking.get("budget_tokens") is not None:
         dropped["thinking.budget_tokens"] = None
+    if thinking.get("display") == "omitted":
+        dropped["thinking.display"] = None
     return {"chat_template_kwargs": {"enable_thinking": False}} if thinking["type"] == "disabled" else {}
 
 

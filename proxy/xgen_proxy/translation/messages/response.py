@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import orjson
-
 from xgen_proxy.request.features import Json
-from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage
+from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage, tool_input
 
 SIGNATURE = "xgen-proxy"  # clients send it back unread; only Anthropic's own models sign what they think
 REASONS = {"length": "max_tokens", "content_filter": "refusal"}
-# The key under which Anthropic's documentation asks clients to return arguments that are no JSON. No tool has it, so
-# that a client that checks arguments refuses to run the call and tells the model.
-INVALID = "INVALID_JSON"
 
 
 def message_of(answer: Answer, id: str, model: str) -> Json:
@@ -20,7 +15,7 @@ def message_of(answer: Answer, id: str, model: str) -> Json:
         content.append({"type": "thinking", "thinking": answer.reasoning, "signature": SIGNATURE})
     if answer.text or not (answer.reasoning or answer.tool_calls):
         content.append({"type": "text", "text": answer.text})
-    content += [_tool_use(call) for call in answer.tool_calls]
+    content += [_tool_use(call, f"toolu_{id}_{number}") for number, call in enumerate(answer.tool_calls)]
     reason, stop = stop_reason(answer.finish, called=bool(answer.tool_calls))
     return {
         "id": id,
@@ -34,18 +29,9 @@ def message_of(answer: Answer, id: str, model: str) -> Json:
     }
 
 
-def _tool_use(call: ToolCall) -> Json:
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": tool_input(call.arguments)}
-
-
-def tool_input(arguments: str) -> Json:
-    if not arguments.strip():
-        return {}
-    try:
-        found = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return {INVALID: arguments}
-    return found if isinstance(found, dict) else {INVALID: arguments}
+def _tool_use(call: ToolCall, id: str) -> Json:
+    """`id`: for a call that the engine gave none."""
+    return {"type": "tool_use", "id": call.id or id, "name": call.name, "input": tool_input(call.arguments)}
 
 
 def stop_reason(finish: Finish, *, called: bool) -> tuple[str, str | None]:

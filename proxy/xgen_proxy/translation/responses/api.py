@@ -25,6 +25,10 @@ class ResponsesApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return error.status, error_body(error)
 
+    def fails_in_stream(self, error: ProxyError) -> bool:
+        """Codex drops history at this code, but reads a 400 as a request that can never succeed."""
+        return error.code == "context_length_exceeded"
+
 
 class ResponsesTranslation:
     """Implements Translation. Raises BadRequestError."""

@@ -14,6 +14,7 @@ import orjson
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.chat import INVALID, tool_input
 from xgen_proxy.translation.media_part import MediaPart
 from xgen_proxy.translation.responses.tools import encode_input, tool_name, unknown
 
@@ -21,12 +22,14 @@ from xgen_proxy.translation.responses.tools import encode_input, tool_name, unkn
 HOSTED = frozenset({
     "web_search_call", "file_search_call", "computer_call", "computer_call_output", "image_generation_call",
     "code_interpreter_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call",
+    "tool_search_call", "tool_search_output", "additional_tools", "program", "program_output", "configuration_update",
 })  # fmt: skip
-KNOWN_ITEMS = "message, reasoning, function_call, custom_tool_call, local_shell_call and the outputs of these calls"
+KNOWN_ITEMS = "message, reasoning, calls of functions, custom tools, shells and apply_patch, and their outputs"
 KNOWN_PARTS = "input_text, output_text, refusal, input_image, input_file and input_audio"
 TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 KEEPS_NO_FILES = "this proxy keeps no files"
-LOCAL_SHELL = "local_shell"
+# Calls of OpenAI's tools that the client runs: the field that says what to do. A chat knows them as functions.
+ACTIONS = {"local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation"}
 
 
 def read_messages(body: Json) -> tuple[list[Json], tuple[str, ...]]:
@@ -123,17 +126,22 @@ class Conversation:
                 return
 
     def _function_call(self, item: Json, where: str) -> None:
-        arguments = get_field(item, "arguments", str, f"{where}.arguments")
-        self._call(item, where, tool_name(item, where), arguments or "{}")
+        """Engines answer 400 to arguments that are not JSON, such as those of a call that was cut off."""
+        arguments = get_field(item, "arguments", str, f"{where}.arguments") or "{}"
+        called = tool_input(arguments)
+        self._call(
+            item, where, tool_name(item, where), orjson.dumps(called).decode() if INVALID in called else arguments
+        )
 
     def _custom_call(self, item: Json, where: str) -> None:
         text = get_field(item, "input", str, f"{where}.input")
         self._call(item, where, tool_name(item, where), encode_input(text or ""))
 
-    def _shell_call(self, item: Json, where: str) -> None:
-        """From a conversation that began at OpenAI; the tool itself is offered no more."""
-        action = get_field(item, "action", dict, f"{where}.action") or {}
-        self._call(item, where, LOCAL_SHELL, orjson.dumps({**action, "type": "exec"}).decode())
+    def _action(self, item: Json, where: str) -> None:
+        """From a conversation that began at OpenAI; the tool itself is not offered."""
+        kind = item["type"]
+        action = get_field(item, ACTIONS[kind], dict, f"{where}.{ACTIONS[kind]}") or {}
+        self._call(item, where, kind.removesuffix("_call"), orjson.dumps(action).decode())
 
     def _call(self, item: Json, where: str, name: str, arguments: str) -> None:
         self._end_results()
@@ -149,6 +157,10 @@ class Conversation:
             texts = ["The result follows."]
         self._media += media
         self.messages.append({"role": "tool", "tool_call_id": _call_id(item, where), "content": "\n".join(texts)})
+
+    def _shell_output(self, item: Json, where: str) -> None:
+        """Its output is a list of what each command wrote."""
+        self._output({**item, "output": orjson.dumps(item.get("output")).decode()}, where)
 
     def _end_turn(self) -> None:
         """Thoughts that led to nothing are left out."""
@@ -173,10 +185,12 @@ class Conversation:
         "reasoning": _reasoning,
         "function_call": _function_call,
         "custom_tool_call": _custom_call,
-        "local_shell_call": _shell_call,
+        **dict.fromkeys(ACTIONS, _action),
         "function_call_output": _output,
         "custom_tool_call_output": _output,
         "local_shell_call_output": _output,
+        "shell_call_output": _shell_output,
+        "apply_patch_call_output": _output,
     }
 
 

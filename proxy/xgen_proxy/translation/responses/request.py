@@ -9,7 +9,7 @@ from typing import Any
 
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
-from xgen_proxy.request.fields import INT32_MAX, MAX_LOGPROBS, get_field
+from xgen_proxy.request.fields import INT32_MAX, MAX_LOGPROBS, get_field, whole_number
 from xgen_proxy.translation.responses.items import read_messages
 from xgen_proxy.translation.responses.tools import Tools, read_tools
 from xgen_proxy.values import frozen
@@ -67,7 +67,7 @@ def read_request(body: Json) -> ChatRequest:
     chat["messages"] = messages
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
-    if (most := _whole_number(body, "max_output_tokens", 1, INT32_MAX)) is not None:
+    if (most := whole_number(body, "max_output_tokens", 1, INT32_MAX)) is not None:
         chat["max_completion_tokens"] = most
     if tools.offered:
         chat["tools"] = list(tools.offered)
@@ -135,16 +135,7 @@ def _effort(reasoning: Json) -> str | None:
 
 def _logprobs(body: Json) -> Json:
     include = get_field(body, "include", list) or []
-    most = _whole_number(body, "top_logprobs", 0, MAX_LOGPROBS)
+    most = whole_number(body, "top_logprobs", 0, MAX_LOGPROBS)
     if LOGPROBS not in include and not most:
         return {}
     return {"logprobs": True, **({"top_logprobs": most} if most else {})}
-
-
-def _whole_number(body: Json, field: str, low: int, high: int) -> int | None:
-    value = body.get(field)
-    if isinstance(value, float) and value.is_integer():  # 100.0, as some languages write 100
-        value = int(value)
-    if value is None or (type(value) is int and low <= value <= high):
-        return value
-    raise BadRequestError(f"{field} must be a whole number between {low} and {high}", param=field)

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import orjson
 
-from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
+from xgen_proxy.translation.piece_order import Content, PieceOrder
 from xgen_proxy.translation.responses.errors import failure
 from xgen_proxy.translation.responses.response import (
     ResponseHead,
@@ -41,7 +41,8 @@ class ResponseStream:
         self._events = 0
         self._output: list[Json] = []
         self._open: OpenItem | None = None
-        self._calls = -1  # the highest index of a call so far
+        self._order = PieceOrder()
+        self._call = -1  # the number of the last call
         self._blank = Text("")  # white space that may be the beginning of a text
         self._finish = Finish("stop")
         self._usage: Usage | None = None
@@ -51,14 +52,9 @@ class ResponseStream:
         return self._begin() or self._event("in_progress", {"response": self._head.response("in_progress")})
 
     def feed(self, piece: Piece) -> bytes:
-        """Raises UpstreamProtocolError."""
         events = self._begin()
-        if isinstance(piece, Text):
-            return events + self._add_text(piece)
-        if isinstance(piece, Reasoning):
-            return events + self._add(ReasoningItem, piece.text)
-        if isinstance(piece, ToolCallPiece):
-            return events + self._add_call(piece)
+        if isinstance(piece, Content):
+            return events + b"".join(map(self._content, self._order.add(piece)))
         if isinstance(piece, Failure):
             response = self._head.response("failed", self._output, usage=self._usage, error=failure(piece.error))
             return events + self._event("failed", {"response": response})
@@ -69,7 +65,7 @@ class ResponseStream:
         return events
 
     def end(self) -> bytes:
-        events = self._begin()
+        events = self._begin() + b"".join(map(self._content, self._order.rest()))
         if not self._output and self._open is None:
             events += self._add(TextItem, self._blank.text, self._blank.logprobs)
         reason = why_incomplete(self._finish)
@@ -85,6 +81,11 @@ class ResponseStream:
         response = {"response": self._head.response("in_progress")}
         return self._event("created", response) + self._event("in_progress", response)
 
+    def _content(self, piece: Content) -> bytes:
+        if isinstance(piece, Text):
+            return self._add_text(piece)
+        return self._add(ReasoningItem, piece.text) if isinstance(piece, Reasoning) else self._add_call(piece)
+
     def _add_text(self, piece: Text) -> bytes:
         """Models often write line breaks between their thoughts and a call, which are no message."""
         text = Text(self._blank.text + piece.text, self._blank.logprobs + piece.logprobs)
@@ -99,11 +100,9 @@ class ResponseStream:
         return events + self._extend(words, logprobs)
 
     def _add_call(self, piece: ToolCallPiece) -> bytes:
-        if piece.index == self._calls and isinstance(self._open, FunctionCallItem):
+        if piece.index == self._call and isinstance(self._open, FunctionCallItem):
             return self._extend(piece.arguments)
-        if piece.index <= self._calls:
-            raise UpstreamProtocolError(f"tool call {piece.index} goes on after another item has begun")
-        self._calls = piece.index
+        self._call = piece.index
         self._blank = Text("")
         events = self._close("completed")
         tool = self._tools.find(piece.name)

@@ -196,11 +196,11 @@ def encode_input(text: str) -> str:
 
 
 def decode_input(arguments: str) -> str:
-    """The text that a custom tool was called with; what is no such call is passed on as it is."""
+    """The text that a custom tool was called with, as far as it came; other arguments are passed on as they are."""
     try:
         called = _lenient(arguments)
     except (ValueError, RecursionError):
-        return arguments
+        return InputDecoder().feed(arguments) or arguments
     text = called.get(INPUT) if isinstance(called, dict) else None
     return _without_halves(text) if isinstance(text, str) else arguments
 

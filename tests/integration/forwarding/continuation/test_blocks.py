@@ -189,7 +189,7 @@ def test_other_json_ends_with_an_error(pair: Callable[..., RunningProxy], gpu: F
     proxy = pair("vllm")
     cpu.default = answering([("text", '{"m": 1}')])
     gpu.scripts.append(cut_after(OBJECT, 2))
-    assert "begins differently from what was shown" in error_of(ask(proxy, **SCHEMA))["message"]
+    assert "begins differently from what was sent" in error_of(ask(proxy, **SCHEMA))["message"]
     assert_counted(proxy, "constrained", "none")
     page = get(f"{proxy.url}/metrics").text
     assert 'xgen_attempt_failures_total{backend="llama_cpp",outcome="different",replica="llama_cpp@' in page

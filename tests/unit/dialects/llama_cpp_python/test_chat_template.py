@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate, load_template
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UnsupportedByBackendError
 
 CHATML = r"""
 {%- for message in messages %}
@@ -35,12 +35,12 @@ def test_the_first_token_is_left_to_a_server_that_adds_it(tmp_path: Path, added:
     "source", ["{{ raise_exception('roles must alternate') }}", "{{ messages[7].x.y }}", "{{ 1/0 }}"]
 )
 def test_a_template_that_refuses_is_a_failure_that_repeats_no_prompt(source: str) -> None:
-    with pytest.raises(UpstreamProtocolError, match=r"^the chat template failed: \w+$"):
+    with pytest.raises(UnsupportedByBackendError, match=r"^the chat template failed: \w+$"):
         ChatTemplate(source).render([{"role": "user", "content": "secret"}])
 
 
 def test_it_is_sandboxed() -> None:
-    with pytest.raises(UpstreamProtocolError):
+    with pytest.raises(UnsupportedByBackendError):
         ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(HI)
 
 

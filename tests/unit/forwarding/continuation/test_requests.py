@@ -8,9 +8,11 @@ from tests.support.chunks import HI, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLL
 from tests.support.images import about, image
 from tests.support.requests import make_call
 from xgen_proxy.dialects.dialect import Dialect
+from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
 from xgen_proxy.forwarding.continuation.requests import (
     can_take_over,
     continuing_requests,
+    limits_to_try,
     may_repeat,
     usage_request,
     why_not_resumable,
@@ -36,6 +38,9 @@ def sent(text: str = "", reasoning: str = "") -> SentPrefix:
         ({"tools": [TOOL], "tool_choice": "required"}, None),
         (JSON, None),
         ({"logprobs": True, "n": 2}, "logprobs, n cannot be resumed"),
+        ({"guided_json": {"type": "object"}}, None),
+        ({"return_token_ids": True}, "return_token_ids cannot be resumed"),
+        ({"return_token_ids": False, "prompt_logprobs": None}, None),
         ({"continuation": "none"}, "opted out"),
         ({"messages": [{"role": "assistant", "content": "I"}]}, "the client's own words"),
         ({"messages": [{"role": "assistant", "content": "I"}], "continue_final_message": True}, "own words"),
@@ -54,31 +59,46 @@ def test_why_not_resumable(fields: dict[str, Any], reason: str | None) -> None:
 
 def test_a_completion_is_resumed_by_its_prompt() -> None:
     request = make_request("completions", prompt=["One"], min_tokens=5, max_tokens=9)
-    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" two "), 3, None)
-    assert resumed.body == {"model": "m", "prompt": "One two", "min_tokens": 4, "max_tokens": 3}
+    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" two "), 6, None)
+    assert resumed.body == {"model": "m", "prompt": "One two", "min_tokens": 0, "max_tokens": 3}
     assert (resumed.raw, resumed.features.max_tokens) == (None, 3)
     assert request.body["prompt"] == ["One"], "the client's body is unchanged"
 
 
 def test_a_chat_without_text_is_asked_again() -> None:
     request = make_request(max_completion_tokens=9)
-    assert continuing_requests(LLAMA_SERVER, request, sent(), 9, None) == ()
+    assert continuing_requests(LLAMA_SERVER, request, sent(), 0, None) == ()
     assert may_repeat(request.features, sent())
-    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" "), 9, None)
+    [resumed] = continuing_requests(LLAMA_SERVER, request, sent(" "), 0, None)
     assert resumed.body["messages"] == request.body["messages"]
     assert (resumed.body["max_tokens"], "max_completion_tokens" in resumed.body) == (9, False)
 
 
 def test_the_tools_stay_in_the_request_that_continues_the_text_before_a_call() -> None:
-    resumed, _ = continuing_requests(VLLM, make_request(tools=[TOOL]), sent("I call"), None, None)
+    resumed, _ = continuing_requests(VLLM, make_request(tools=[TOOL]), sent("I call"), 0, None)
     assert resumed.body["tools"] == [TOOL]
     assert resumed.body["messages"] == [*HI, {"role": "assistant", "content": "I call"}]
+
+
+@pytest.mark.parametrize("field", ["guided_json", "guided_choice", "guided_regex", "guided_grammar"])
+def test_vllms_older_fields_constrain_the_answer_too(field: str) -> None:
+    fields: dict[str, Any] = {field: "a"}
+    request = make_request(**fields)
+    assert continuing_requests(VLLM, request, sent("{"), 0, None) == (), "its grammar begins with the first new token"
+    assert may_repeat(request.features, sent("{"))
+
+
+def test_a_forced_call_does_not_go_on_as_a_text() -> None:
+    request = make_request(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}})
+    template = ChatTemplate("{{ messages }}")
+    assert not can_take_over(LLAMA_CPP_PYTHON, request.features, sent("I call"), template)
+    assert can_take_over(LLAMA_CPP_PYTHON, request.features, sent(), template)
 
 
 @pytest.mark.parametrize(("dialect", "goes_on"), [(LLAMA_SERVER, True), (VLLM, False), (OPENAI, False)])
 def test_constrained_text_is_continued_where_the_grammar_reads_it(dialect: Dialect, goes_on: bool) -> None:
     request = make_request(**JSON)
-    assert bool(continuing_requests(dialect, request, sent("{"), None, None)) == goes_on
+    assert bool(continuing_requests(dialect, request, sent("{"), 0, None)) == goes_on
     assert may_repeat(request.features, sent("{")), "else it must come again"
     assert can_take_over(dialect, request.features, sent("{"), None)
 
@@ -86,23 +106,23 @@ def test_constrained_text_is_continued_where_the_grammar_reads_it(dialect: Diale
 def test_a_constrained_completion_is_not_continued() -> None:
     """Without a chat template, llama.cpp's grammar begins with the first new token."""
     request = make_request("completions", **JSON)
-    assert continuing_requests(LLAMA_SERVER, request, sent("{"), None, None) == ()
+    assert continuing_requests(LLAMA_SERVER, request, sent("{"), 0, None) == ()
 
 
 def test_constrained_output_may_still_be_reasoned_about() -> None:
     """The grammar begins after the reasoning."""
-    assert len(continuing_requests(VLLM, make_request(**JSON), sent(reasoning="hm"), None, None)) == 1
+    assert len(continuing_requests(VLLM, make_request(**JSON), sent(reasoning="hm"), 0, None)) == 1
 
 
 def test_reasoning_is_continued_by_its_engine() -> None:
-    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent(reasoning="I think "), None, None)
+    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent(reasoning="I think "), 0, None)
     message = {"role": "assistant", "content": "", "reasoning_content": "I think"}
     assert resumed.body == {"model": "m", "messages": [*HI, message], **FLAGS}
-    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent("Yes ", "I think "), None, None)
+    [resumed] = continuing_requests(LLAMA_SERVER, make_request(), sent("Yes ", "I think "), 0, None)
     assert resumed.body["messages"][-1] == {"role": "assistant", "content": "Yes", "reasoning_content": "I think "}
-    [resumed] = continuing_requests(VLLM, make_request(), sent(reasoning="\nI think"), None, None)
+    [resumed] = continuing_requests(VLLM, make_request(), sent(reasoning="\nI think"), 0, None)
     assert resumed.body["messages"][-1] == {"role": "assistant", "content": "<think>\nI think"}
-    first, second = continuing_requests(VLLM, make_request(), sent("\n\nYes", "\nI think\n"), None, None)
+    first, second = continuing_requests(VLLM, make_request(), sent("\n\nYes", "\nI think\n"), 0, None)
     assert first.body["messages"][-1] == {
         "role": "assistant", "content": "\n\nYes", "reasoning": "\nI think\n",
     }  # fmt: skip
@@ -117,17 +137,52 @@ def test_an_engine_without_reasoning_does_not_take_over_reasoning() -> None:
     assert not can_take_over(OPENAI, features, sent("Yes"), None)
 
 
-@pytest.mark.parametrize(("left", "fits"), [(400, True), (700, False)])
-def test_what_is_left_is_limited_to_the_context(left: int, fits: bool) -> None:
-    """By estimate, and only where the prompt, what was sent and the limit exceed the context."""
-    shown = "word " * 340  # some 400 tokens
-    request = make_request(max_tokens=900, context=1000)
-    resumed, *_ = continuing_requests(VLLM, request, sent(shown), left, None)
-    assert 350 < resumed.features.prompt_tokens < 450
-    limit = VLLM.prepared(resumed)["max_tokens"]
-    assert (limit == left) == fits
-    assert limit <= left
-    assert resumed.features.prompt_tokens + limit <= 1000
+PROMPT = make_request().features.prompt_tokens  # an estimate
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "context", "spent", "limits"),
+    [
+        (None, 1000, 400, [None]),
+        (900, None, 400, [500]),
+        (900, 2000, 400, [500]),
+        (900, 1000, 400, [500]),
+        (900, 900, 400, [500, 900 - PROMPT * 3 // 2 - 400 - 64]),
+        (9000, 1000, 400, [1000 - PROMPT * 3 // 2 - 400 - 64]),  # beyond the context: the client does not mean it
+        (9000, 1000, 990, [1]),
+        (900, 1000, 900, [1]),
+    ],
+)
+def test_a_limit_that_may_not_fit_is_followed_by_one_that_does(
+    max_tokens: int | None, context: int | None, spent: int, limits: list[int | None]
+) -> None:
+    assert limits_to_try(make_request(max_tokens=max_tokens, context=context), spent) == limits
+
+
+def test_the_engine_gets_the_limit_as_it_is() -> None:
+    """A rule limits a max_tokens that may not fit beside the prompt; here it has been done."""
+    request = make_request(max_tokens=900, context=900)
+    asked = continuing_requests(LLAMA_SERVER, request, sent("a"), 400, None)
+    assert [LLAMA_SERVER.prepared(each)["max_tokens"] for each in asked] == limits_to_try(request, 400)
+
+
+@pytest.mark.parametrize(("spent", "least"), [(10, 190), (150, 50), (250, 0)])
+def test_the_least_number_of_tokens_never_exceeds_the_most(spent: int, least: int) -> None:
+    """vLLM refuses such a request."""
+    first, *_ = continuing_requests(VLLM, make_request(min_tokens=200, max_tokens=200), sent("a"), spent, None)
+    assert first.body["min_tokens"] == min(least, first.body["max_tokens"])
+    assert "min_tokens" not in usage_request(make_request(min_tokens=200)).body
+
+
+def test_a_budget_of_reasoning_ends_with_the_reasoning() -> None:
+    """llama-server counts anew, and would write the closing tag into the text."""
+    budgets: dict[str, Any] = {"thinking_budget_tokens": 9, "thinking_token_budget": 9}
+    request = make_request(**budgets)
+    for dialect in (LLAMA_SERVER, VLLM):
+        first, *_ = continuing_requests(dialect, request, sent("Yes", "hm"), 0, None)
+        assert budgets.keys().isdisjoint(first.body)
+        first, *_ = continuing_requests(dialect, request, sent(reasoning="hm"), 0, None)
+        assert budgets.keys() <= first.body.keys()
 
 
 def test_an_answer_goes_on_after_the_clients_own_words_and_what_was_sent() -> None:

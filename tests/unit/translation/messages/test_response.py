@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage
-from xgen_proxy.translation.messages.response import message_of, stop_reason, tool_input, usage_of
+from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage, tool_input
+from xgen_proxy.translation.messages.response import message_of, stop_reason, usage_of
 
 CALL = ToolCall("call_1", "read", '{"path":"a"}')
 USE = {"type": "tool_use", "id": "call_1", "name": "read", "input": {"path": "a"}}

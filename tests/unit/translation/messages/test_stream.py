@@ -153,7 +153,7 @@ def test_without_usage_pieces_are_counted() -> None:
 
 def test_a_call_has_an_id() -> None:
     [start] = [event for event in run(call(3, "{}", "f"), Finish("stop")) if event["type"] == "content_block_start"]
-    assert start["content_block"] == {"type": "tool_use", "id": "toolu_req-1_3", "name": "f", "input": {}}
+    assert start["content_block"] == {"type": "tool_use", "id": "toolu_req-1_0", "name": "f", "input": {}}
 
 
 def test_pings_before_and_between() -> None:

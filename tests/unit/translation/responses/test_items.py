@@ -149,6 +149,33 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
         ],
     ),
     (
+        "a shell and a patch of OpenAI's own tools",
+        [
+            USER,
+            {"type": "shell_call", "call_id": "a", "action": {"commands": ["ls"]}},
+            {"type": "apply_patch_call", "call_id": "b", "operation": {"type": "delete_file", "path": "x"}},
+            {"type": "shell_call_output", "call_id": "a", "output": [{"stdout": "x", "stderr": ""}]},
+            {"type": "apply_patch_call_output", "call_id": "b", "status": "completed", "output": "ok"},
+        ],
+        [
+            USER,
+            assistant(None, tool_calls=[
+                {"id": "a", "type": "function", "function": {"name": "shell", "arguments": '{"commands":["ls"]}'}},
+                {"id": "b", "type": "function",
+                 "function": {"name": "apply_patch", "arguments": '{"type":"delete_file","path":"x"}'}},
+            ]),
+            {**RESULT, "content": '[{"stdout":"x","stderr":""}]'},
+            {**RESULT, "tool_call_id": "b", "content": "ok"},
+        ],
+    ),
+    (
+        "a call that was cut off, which engines refuse",
+        [USER, {**CALL, "arguments": '{"x'}],
+        [USER, assistant(None, tool_calls=[
+            {**CALLED, "function": {"name": "f", "arguments": '{"INVALID_JSON":"{\\"x"}'}},
+        ])],
+    ),
+    (
         "a result in parts",
         [USER, CALL, {**OUTPUT, "output": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}],
         [USER, assistant(None, tool_calls=[CALLED]), {**RESULT, "content": "a\nb"}],

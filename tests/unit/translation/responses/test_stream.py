@@ -11,7 +11,6 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 
 from xgen_proxy import sse
-from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
 from xgen_proxy.translation.responses.response import ResponseHead
 from xgen_proxy.translation.responses.stream import ResponseStream
@@ -181,12 +180,32 @@ def test_pings_are_events_that_say_nothing_new() -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
 
 
-def test_a_call_that_goes_on_too_late_breaks_the_stream() -> None:
-    translation = stream()
-    translation.feed(ToolCallPiece(0, "a", "f", "{"))
-    translation.feed(ToolCallPiece(1, "b", "f", "{"))
-    with pytest.raises(UpstreamProtocolError, match="tool call 0 goes on"):
-        translation.feed(ToolCallPiece(0, "", "", "}"))
+def test_calls_whose_pieces_alternate_are_whole() -> None:
+    """A client takes each call from its output_item.done."""
+    events = play(
+        ToolCallPiece(0, "a", "f", '{"x":'),
+        ToolCallPiece(1, "b", "f", '{"y":'),
+        Text("between"),
+        ToolCallPiece(0, "", "", "1}"),
+        ToolCallPiece(1, "", "", "2}"),
+        Finish("tool_calls"),
+    )
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert [(item.get("call_id"), item.get("arguments")) for item in done] == [
+        ("a", '{"x":1}'), ("b", '{"y":2}'), (None, None),
+    ]  # fmt: skip
+    assert events[-1]["response"]["output"] == done
+
+
+@pytest.mark.parametrize("finish", ["length", "tool_calls"])
+@pytest.mark.parametrize("arguments", ['{"input": "*** Begin\\n+hel', '{"input": "\\d+"}'])
+def test_the_pieces_of_a_broken_custom_call_are_its_input(arguments: str, finish: str) -> None:
+    """Cut short, or with an escape that JSON does not know."""
+    events = play(ToolCallPiece(0, "a", "patch", arguments), Finish(finish))
+    joined = "".join(event["delta"] for event in events if event["type"].endswith("input.delta"))
+    [done] = [event["input"] for event in events if event["type"].endswith("input.done")]
+    [item] = events[-1]["response"]["output"]
+    assert joined == done == item["input"]
 
 
 def test_a_call_without_id_or_arguments_gets_them() -> None:
