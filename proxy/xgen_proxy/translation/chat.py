@@ -121,7 +121,7 @@ def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
 
 
 def read_answer(data: bytes) -> Answer:
-    """Raises BadGatewayError if it is no chat completion."""
+    """Raises BadGatewayError if it is not a chat completion."""
     try:
         completion = orjson.loads(data)
         choice = completion["choices"][0]
@@ -139,7 +139,7 @@ def read_answer(data: bytes) -> Answer:
             _logprobs(choice),
         )
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadGatewayError("the backend's answer is no chat completion", code="bad_answer") from None
+        raise BadGatewayError("the backend's answer is not a chat completion", code="bad_answer") from None
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:
