@@ -1,4 +1,4 @@
-"""`make both`: one model on both paths. bf16 on vLLM, a GGUF made from the same weights on llama-server, and the proxy.
+"""`make both`: one model on two backends: bf16 on vLLM, a GGUF of the same weights on llama-server, and the proxy.
 
 Start: make the GGUF unless it is there → start vLLM and llama-server under one name → measure how far apart they are →
 start the proxy, which reads the distance → print the same as single commands. Ctrl-C ends everything.
@@ -82,7 +82,7 @@ def prepare(options: argparse.Namespace) -> Path:
     source: Path = options.model.expanduser()
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
-        raise ModelError(f"{source} is no Hugging Face directory; `xgen-proxy models pull OWNER/REPO` fetches one")
+        raise ModelError(f"{source} is not a Hugging Face directory; `xgen-proxy models pull OWNER/REPO` fetches one")
     folder = options.out or source.parent
     made = target_of(source, options.type, folder)
     if made.exists() and made.stat().st_mtime > max(each.stat().st_mtime for each in weights):

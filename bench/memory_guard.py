@@ -4,9 +4,9 @@
 
 In front of one vLLM, a proxy with the guard and one without take turns. In each turn `--streams`
 clients ask for a completion of `--tokens` tokens, again and again, for `--seconds`; then the rest of the answers comes
-in. A preemption is a running request whose KV cache vLLM throws away and computes again, so what is told of a turn is
-how many there were, how many tokens per second were generated, and how long an answer took. Give vLLM a cache that
-holds a part of the clients' requests: --num-gpu-blocks-override.
+in. A preemption is a running request whose KV cache vLLM throws away and computes again. Each turn reports the number
+of preemptions, the tokens per second and the time per answer. Give vLLM a cache that holds a part of the clients'
+requests: --num-gpu-blocks-override.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a request costs the proxy apart from the sockets: reading it, deciding, accounting, handing a chunk of a stream
-on; and how decide() grows.
+"""What a request costs the proxy apart from the sockets: reading it, deciding, accounting, passing on a chunk of a
+stream; and how decide() grows.
 
     python -m bench.parts
 
-Each part is called in a loop, in this process, on a fleet that is up; shown are the median and the least and most of
+Each part is called in a loop, in this process, on a fleet that is up; shown are the median, minimum and maximum of
 the repeats, in microseconds. With the sockets, client to upstream and back: python -m bench.overhead.
 """
 
@@ -58,7 +58,7 @@ NAME = "m"
 
 
 def gateway(replicas: int) -> Gateway:
-    """A GPU and a CPU backend of so many replicas each, all of them up."""
+    """A GPU and a CPU backend with this many replicas each, all of them up."""
     urls = [[f"http://127.0.0.{path}:{port + 1}" for port in range(replicas)] for path in (1, 2)]
     backends = {"vllm": {"urls": urls[0]}, "llama_cpp": {"urls": urls[1]}}
     made = Gateway(Settings(backends=backends))
@@ -83,7 +83,7 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 
 class Quiet(logging_setup.BatchingHandler):
     def add_line(self, line: bytes, level: int) -> None:
-        """It has been made, and is not written."""
+        """Discards the finished line."""
 
 
 async def parts(repeats: int) -> list[tuple[str, list[float]]]:
@@ -129,7 +129,7 @@ async def parts(repeats: int) -> list[tuple[str, list[float]]]:
 
 class Nowhere(asyncio.Transport):
     def write(self, data: object) -> None:
-        """To no socket."""
+        """Discards the data."""
 
 
 async def chunk(repeats: int) -> list[float]:

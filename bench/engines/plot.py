@@ -16,7 +16,7 @@ WAITING, RUNNING = "#b0b0b0", "#0072b2"
 
 
 def throughput(results: Results, path: Path) -> None:
-    """Output tokens per second against concurrency, one line per engine: the median, and a band from least to most."""
+    """Output tokens per second by concurrency, one line per engine: the median, and a band from minimum to maximum."""
     plt = plot.pyplot()
     figure, axis = plt.subplots()
     names = list(dict.fromkeys(run.subject for run in results.runs))

@@ -107,7 +107,7 @@ def rounded(value: Any) -> Any:
 
 
 def spread(values: Iterable[float], digits: int = 0) -> str:
-    """The median, and the least and most where there are several: 12 (11–14)."""
+    """The median, and the minimum and maximum where there are several: 12 (11–14)."""
     found = sorted(values)
     if not found:
         return "–"

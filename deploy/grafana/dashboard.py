@@ -356,7 +356,7 @@ def kv_cache() -> timeseries.Panel:
     panel = lines(
         "KV cache of vLLM",
         "The share in use, and the share of prompt tokens that the prefix cache had already. Near 100 % in use vLLM "
-        "interrupts running requests.",
+        "preempts running requests.",
         "percentunit",
         query("max by (instance) (vllm:kv_cache_usage_perc)", "{{instance}} in use"),
         query(f"{found('hits')} / {found('queries')}", "{{instance}} prefix hits"),
@@ -366,7 +366,7 @@ def kv_cache() -> timeseries.Panel:
 
 def preemptions() -> timeseries.Panel:
     return lines(
-        "Interrupted by vLLM",
+        "Preemptions of vLLM",
         "Running requests that lost their KV cache and are computed again. The first one reduces a replica.",
         "reqps",
         query(rate("xgen_preemptions_total", "replica"), "{{replica}}"),

@@ -230,7 +230,7 @@ def test_a_failed_load_shows_the_servers_last_lines(start: Start, engine: str, t
     assert LOAD_ERRORS[engine] in run.said()
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is no GGUF file")])
+@pytest.mark.parametrize(("content", "message"), [(None, "there is no model file"), (b"<html>", "is not a GGUF file")])
 def test_a_wrong_model_file_is_reported_before_anything_starts(
     start: Start, tmp_path: Path, content: bytes | None, message: str
 ) -> None:

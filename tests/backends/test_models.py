@@ -18,7 +18,7 @@ def test_a_given_model_is_checked_to_its_end(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no model file .*m\.gguf"):
         given_model(file)
     file.write_bytes(b"<html>" * 10)
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         given_model(file)
     assert given_model(tiny_gguf(file)) == file
     file.write_bytes(file.read_bytes()[:-5000])

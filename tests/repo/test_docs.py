@@ -355,6 +355,7 @@ def test_errors() -> None:
     }
     raised = {(str(each.status), each.type, each.code) for each in error_classes() if each is not RequestRejectedError}
     raised.add(("504", BadGatewayError.type, BadGatewayError.code))
+    raised.add(("502", BadGatewayError.type, "bad_answer"))
     raised.add(("503", errors.ServiceUnavailableError.type, "all_backends_failed"))
     raised.add(("400", errors.BadRequestError.type, "context_length_exceeded"))
     assert documented == raised, "docs/api.md has other errors than errors.py"
@@ -421,7 +422,11 @@ def test_outcomes() -> None:
         (OPERATIONS, f"one request or an eighth every {pressure.GROWTH_S:g} s"),
         (OPERATIONS, f"only the last {pressure.MOST // 1024**3} count"),
         (README, f"a prompt of more than {Settings().routing.long_prompt_words} words"),
-        (README, f"a `max_tokens` over {Settings().routing.long_max_tokens}"),
+        (
+            README,
+            f"a `max_tokens` from {Settings().routing.long_max_tokens + 1}"
+            f" to {Settings().routing.max_tokens_believed_below - 1}",
+        ),
         (README, f"while its load is under {Settings().routing.urgent_load:g}"),
         (README, f"waits, at most {Settings().limits.queue_timeout_s:g} s"),
         (README, f"live answers get {Settings().drain_s:g} s"),

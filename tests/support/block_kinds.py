@@ -1,7 +1,7 @@
 """Requests whose answers have a tool call, constrained output or reasoning, and what is wrong with an answer to one.
 
-Real engines answer them with SmolLM2, which can none of it: `tool_choice: required` and a schema constrain it, and the
-template `blocks.jinja` opens its reasoning, which ends when the budget is spent.
+Real engines answer them with SmolLM2, which can do none of this unaided: `tool_choice: required` and a schema constrain
+it, and the template `blocks.jinja` opens its reasoning, which ends when the budget is spent.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class FakeUpstream:
     running: int = 0
     waiting: int = 0
     kv: float = 0.0
-    tokens: list[int] = field(default_factory=list)  # of the probe; empty: it has no route that tells
+    tokens: list[int] = field(default_factory=list)  # of the capability request; empty: it has no route that tells
     preemptions: int = 0
     sees: bool | None = None  # None: it has no route that tells
     looks: int = 0  # questions of the proxy whether it sees or hears

@@ -1,4 +1,4 @@
-"""Generated inputs: so many, from a seed, cut and mutated. A failure names its seed, its number and its input.
+"""Inputs generated from a seed, cut and mutated. A failure names its seed, its number and its input.
 
 XGEN_FUZZ_EXAMPLES (default 300) is their number for each test, XGEN_FUZZ_SEED (default 0) what they are made from.
 """

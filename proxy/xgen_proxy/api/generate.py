@@ -85,7 +85,7 @@ class WholeText:
         try:
             return orjson.dumps(self._answer(orjson.loads(body)))
         except MALFORMED:
-            error = BadGatewayError("the backend's answer is no completion", code="bad_answer")
+            error = BadGatewayError("the backend's answer is not a completion", code="bad_answer")
             self._start["status"] = error.status
             return error.body()
 
@@ -124,5 +124,5 @@ class TokenStream:
                 return b"data: " + data + b"\n\n"
             tokens = [choice["text"] for choice in chunk["choices"] if choice["text"]]
         except MALFORMED:
-            return BadGatewayError("the backend's answer is no completion", code="bad_answer").event()
+            return BadGatewayError("the backend's answer is not a completion", code="bad_answer").event()
         return b"".join(b"data: " + orjson.dumps({"token": token}) + b"\n\n" for token in tokens)

@@ -1,5 +1,4 @@
-"""What stands beside POST /v1/responses: counting the tokens of an input, and responses that were kept, of which there
-are none."""
+"""The routes beside POST /v1/responses: counting input tokens, and 404 for stored responses, since none is kept."""
 
 from __future__ import annotations
 

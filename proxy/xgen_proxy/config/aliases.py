@@ -49,8 +49,8 @@ class Models(BaseModel, extra="forbid"):
     aliases: dict[Annotated[str, AfterValidator(check_pattern)], Alias] = Field(
         default_factory=dict,
         max_length=MOST,
-        description='Names that clients may ask for → the model that they get, as `{"gpt-4o": "chat"}`. `*` stands for'
-        " any text.",
+        description='Names that clients may ask for → the model that they get, such as `{"gpt-4o": "chat"}`. `*` stands'
+        " for any text.",
     )
     _patterns: list[tuple[str, Callable[[str], object]]] = PrivateAttr(default_factory=list)
 

@@ -110,8 +110,8 @@ class Fallback(BaseModel, extra="forbid"):
         None,
         ge=0,
         le=1,
-        description="A fallback must prefer the same next token as the first choice at this share of positions, as"
-        " 0.95. Unset: any may take over. A pair that was not measured may take over and is marked `unknown`.",
+        description="A fallback must prefer the same next token as the reference (rule 12) at this share of positions,"
+        " such as 0.95. Unset: any may take over. A pair that was not measured may take over and is marked `unknown`.",
     )
     far: Literal["refuse", "mark"] = Field(
         "refuse",

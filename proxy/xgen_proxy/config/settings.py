@@ -279,8 +279,8 @@ class Settings(BaseSettings):
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
         default=(),
-        description="Origins, comma-separated, whose web pages may call the API, as https://chat.example.org; `*` for"
-        " all. Empty: none may.",
+        description="Origins, comma-separated, whose web pages may call the API, such as https://chat.example.org; `*`"
+        " for all. Empty: none may.",
     )
     models: Models = Models()
     routing: Routing = Routing()
@@ -305,7 +305,8 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="How long live requests may take to finish after SIGTERM.")
     otlp_endpoint: str | None = Field(
         None,
-        description="OpenTelemetry collector for traces, as http://HOST:4318. Unset: no traces. Needs the extra otel.",
+        description="OpenTelemetry collector for traces, such as http://HOST:4318. Unset: no traces. Needs the extra"
+        " otel.",
     )
     log_format: Literal["auto", "json", "plain"] = Field("auto", description="auto: plain on a terminal, else JSON.")
 
@@ -331,7 +332,9 @@ class Settings(BaseSettings):
     def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
-                raise ValueError(f"{origin!r} is no origin; write https://HOST, http://HOST:PORT or *, without a path")
+                raise ValueError(
+                    f"{origin!r} is not an origin; write https://HOST, http://HOST:PORT or *, without a path"
+                )
         return origins
 
     @field_validator("otlp_endpoint")
@@ -342,7 +345,7 @@ class Settings(BaseSettings):
         if not url.startswith(("http://", "https://")):
             raise ValueError("write http://HOST:4318, where an OpenTelemetry collector takes OTLP over HTTP")
         if find_spec("opentelemetry.exporter") is None:
-            raise ValueError('traces need the extra: pip install "xgen-proxy[otel]"')
+            raise ValueError("traces need the extra: pip install '.[otel]' in a checkout of xgen-proxy")
         return url
 
     @property

@@ -34,7 +34,7 @@ examples:
 Goodput is the requests per second that met the limits. 1,000 requests cost the machine's price per hour / (goodput x
 3.6), so they cost more on a machine that is less busy: each line states its utilisation, the share of the best goodput
 that was measured there. Machines come whole: the load at which one kind becomes cheaper is computed with the steps.
-Several files of one load are repeats: the median, and in brackets the least and the most.
+Several files of one load are repeats: the median, and in brackets the minimum and maximum.
 """
 
 
@@ -52,11 +52,11 @@ def add_to(commands: Any) -> None:
         help="a machine of the prices and what was measured on it; all machines are compared with the last one",
     )
     command.add_argument("--prices", type=Path, metavar="FILE", help="the table of prices (TOML)")
-    command.add_argument("--write-prices", type=Path, metavar="FILE", help="write a table of prices to edit, and end")
+    command.add_argument("--write-prices", type=Path, metavar="FILE", help="write a table of prices to edit, and exit")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw cost against load as SVG; needs matplotlib")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything with its conditions")
     command.add_argument(
-        "--any-latency", action="store_true", help="count every completed request, also where no goodput was measured"
+        "--any-latency", action="store_true", help="count every completed request, even where no goodput was measured"
     )
     command.add_argument("--url", help="a running proxy: what its traffic costs now")
     command.add_argument("--api-key", help="API key, if the proxy requires one")

@@ -1,6 +1,6 @@
 """What each run cost, what each subject costs at several utilisations, and which machine is cheaper when; no I/O.
 
-Figures come with their range: a figure of several repeats is the median, and beside it the least and the most.
+Figures come with their range: a figure of several repeats is the median, and beside it the minimum and maximum.
 """
 
 from __future__ import annotations

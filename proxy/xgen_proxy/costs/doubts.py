@@ -1,4 +1,4 @@
-"""What a reader should know before the figures are believed: failures, loads that were too low, requests unlike."""
+"""Reasons to doubt the figures: failed requests, loads that were too low, requests of different lengths."""
 
 from __future__ import annotations
 

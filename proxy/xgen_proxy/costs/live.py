@@ -62,7 +62,7 @@ def fetch(url: str, key: str | None) -> Page:
 
 
 def watch(url: str, key: str | None, seconds: float, progress: Callable[[int], None]) -> list[Traffic]:
-    """Read /metrics for so long. `progress` gets the whole seconds that have passed. Raises CostError."""
+    """Watch /metrics for that many seconds. `progress` gets the whole seconds that have passed. Raises CostError."""
     pages = [fetch(url, key)]
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:

@@ -29,7 +29,7 @@ POINTS = 400
 def need_matplotlib() -> None:
     """Raises CostError before the work, not after it."""
     if find_spec("matplotlib") is None:
-        raise CostError("a plot needs matplotlib: pip install 'xgen-proxy[models]'")
+        raise CostError("a plot needs matplotlib: pip install '.[models]' in a checkout of xgen-proxy")
 
 
 def draw(path: Path, currency: str, evens: Sequence[BreakEven]) -> None:

@@ -111,7 +111,7 @@ def read_prices(path: Path) -> Prices:
 def machine(where: str, name: str, entry: Any) -> Machine:
     """Raises CostError."""
     if not isinstance(entry, dict):
-        raise CostError(f"{where} is no table")
+        raise CostError(f"{where} is not a table")
     if unknown := set(entry) - {*RENTED, *OWNED, *TEXTS, *OPTIONAL}:
         raise CostError(
             f"{where} has the unknown key {min(unknown)}; known are {', '.join((*RENTED, *OWNED, *OPTIONAL, *TEXTS))}"

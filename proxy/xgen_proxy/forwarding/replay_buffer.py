@@ -1,6 +1,6 @@
 """The events that a stream's client has been sent, kept so that the stream can be resumed elsewhere if it breaks.
 
-While an answer is short, as most are, this is a list of references: adding a block copies nothing. Beyond FOLD bytes
+While an answer is short, as most are, this is a list of references: adding events copies nothing. Beyond FOLD bytes
 the blocks are compressed to about a fifteenth, since chunks repeat themselves. The contract: `all()` returns what was
 added, byte for byte, until `overflowed`.
 """
@@ -38,7 +38,7 @@ class ReplayBuffer:
 
     @property
     def count(self) -> int:
-        """Number of blocks added."""
+        """How many times events were added."""
         return self._folded_blocks + len(self._blocks)
 
     @property

@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 llama.cpp's own Python library, gguf, needs 2 to 5 s for the header of a model with 49,152 tokens, since it makes
-arrays of each token; this needs 0.1 s, and nothing that is not in Python. The tests compare the two.
+arrays of each token; this needs 0.1 s, and only the standard library. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def read_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size < 24:
-                raise GgufError(f"{path} is no GGUF file: it has {size} bytes")
+                raise GgufError(f"{path} is not a GGUF file: it has {size} bytes")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(path, data)
     except OSError as error:
@@ -122,7 +122,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:
     if data[:4] != MAGIC:
-        raise GgufError(f"{path} is no GGUF file; llama.cpp serves GGUF only")
+        raise GgufError(f"{path} is not a GGUF file; llama.cpp serves GGUF only")
     header = _Header(data)
     version = header.number("I")
     if version not in VERSIONS:
@@ -146,8 +146,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
 
 
 def first_metadata(data: bytes) -> dict[str, Any]:
-    """From the first bytes of a file: what its metadata says before these bytes end, or make no sense. Does not raise:
-    they may be of anything."""
+    """The metadata in the first bytes of a file, as far as it can be read. Never raises."""
     found: dict[str, Any] = {}
     with contextlib.suppress(_CutError, UnicodeDecodeError, struct.error):
         header = _Header(data)

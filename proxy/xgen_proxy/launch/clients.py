@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from xgen_proxy.launch.target import KEY_VARIABLE, Target
+from xgen_proxy.launch.proxy import KEY_VARIABLE, Proxy
 from xgen_proxy.values import frozen
 
 NO_KEY = "none"  # for a client that insists on one
 WEB_PORT = 3000  # Open WebUI's own default is 8080, which is the proxy's
-TIERS = ("opus", "sonnet", "haiku")
+FAMILIES = ("opus", "sonnet", "haiku")
 
 
 @frozen
@@ -29,15 +29,15 @@ class Variable:
 
 @frozen
 class Setup:
-    """What a client needs. `command` starts it, with `flags` that say what variables cannot. `file` says all of it as a
-    file of the client's own, and `keep` where that goes."""
+    """What a client needs. `command` and `flags` start it. `file`: the same as its own configuration file, to be put at
+    `keep`. `notes`: lines for people."""
 
     variables: tuple[Variable, ...]
     command: tuple[str, ...]
     file: str
     keep: str
     flags: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def environment(self, inherited: dict[str, str]) -> dict[str, str]:
         removed = {each.name for each in self.variables if each.value is None}
@@ -54,24 +54,24 @@ class Client:
     title: str
     install: str
     tools: bool
-    setup: Callable[[Target], Setup]
+    setup: Callable[[Proxy], Setup]
     about: str
     is_script: bool = False
 
 
-def claude(target: Target) -> Setup:
+def claude(proxy: Proxy) -> Setup:
     variables = (
-        Variable("ANTHROPIC_BASE_URL", target.url, "The proxy, without /v1, which Claude Code adds."),
+        Variable("ANTHROPIC_BASE_URL", proxy.url, "The proxy, without /v1, which Claude Code adds."),
         Variable(
             "ANTHROPIC_AUTH_TOKEN",
-            target.key or NO_KEY,
-            "Sent as Authorization: Bearer. Without one it asks for a login, also where the proxy asks for no key.",
+            proxy.key or NO_KEY,
+            "Sent as Authorization: Bearer. Without one it asks for a login, even where the proxy asks for no key.",
         ),
         Variable("ANTHROPIC_API_KEY", None, "A key of Anthropic's would be sent to the proxy, too."),
         *(
-            Variable(f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL", tier_model(target, tier), why)
-            for tier, why in zip(
-                TIERS,
+            Variable(f"ANTHROPIC_DEFAULT_{family.upper()}_MODEL", family_model(proxy, family), why)
+            for family, why in zip(
+                FAMILIES,
                 (
                     "What /model calls opus. An alias of the proxy can give each of the three a model and an urgency.",
                     "What it calls sonnet, its default.",
@@ -93,25 +93,25 @@ def claude(target: Target) -> Setup:
     return Setup(variables, ("claude",), as_json({"env": kept}), "~/.claude/settings.json")
 
 
-def tier_model(target: Target, tier: str) -> str:
-    """An alias that is named after the tier, such as claude-haiku, else the model."""
-    named = [each.id for each in target.models if each.alias_of and each.id.startswith("claude") and tier in each.id]
-    return min(named, default=target.model.id)
+def family_model(proxy: Proxy, family: str) -> str:
+    """An alias that is named after the family, such as claude-haiku, else the model."""
+    named = [each.id for each in proxy.models if each.alias_of and each.id.startswith("claude") and family in each.id]
+    return min(named, default=proxy.model.id)
 
 
-def codex(target: Target) -> Setup:
-    root: dict[str, Any] = {"model": target.model.id, "model_provider": "xgen"}
-    if target.model.context:
-        root["model_context_window"] = target.model.context  # else it takes every model for one of 272,000 tokens
-    provider = {"name": "xgen-proxy", "base_url": target.v1, "wire_api": "responses"}
-    if target.key:
+def codex(proxy: Proxy) -> Setup:
+    root: dict[str, Any] = {"model": proxy.model.id, "model_provider": "xgen"}
+    if proxy.model.context:
+        root["model_context_window"] = proxy.model.context  # else it takes every model for one of 272,000 tokens
+    provider = {"name": "xgen-proxy", "base_url": proxy.v1, "wire_api": "responses"}
+    if proxy.key:
         provider["env_key"] = KEY_VARIABLE
     flags = [f"{name}={toml(value)}" for name, value in root.items()]
     flags += [f"model_providers.xgen.{name}={toml(value)}" for name, value in provider.items()]
     lines = [f"{name} = {toml(value)}" for name, value in root.items()]
     lines += ["", "[model_providers.xgen]", *(f"{name} = {toml(value)}" for name, value in provider.items())]
     return Setup(
-        key_variable(target, "Codex reads the key from here and sends it as Authorization: Bearer."),
+        key_variable(proxy, "Codex reads the key from here and sends it as Authorization: Bearer."),
         ("codex",),
         "\n".join(lines) + "\n",
         "the top of ~/.codex/config.toml",
@@ -120,9 +120,9 @@ def codex(target: Target) -> Setup:
     )
 
 
-def key_variable(target: Target, why: str) -> tuple[Variable, ...]:
+def key_variable(proxy: Proxy, why: str) -> tuple[Variable, ...]:
     """None if there is no key, or the shell has it already."""
-    return (Variable(KEY_VARIABLE, target.key, why),) if target.key and not target.key_is_set else ()
+    return (Variable(KEY_VARIABLE, proxy.key, why),) if proxy.key and not proxy.key_is_set else ()
 
 
 def toml(value: str | int) -> str:
@@ -130,21 +130,21 @@ def toml(value: str | int) -> str:
     return json.dumps(value)
 
 
-def opencode(target: Target) -> Setup:
-    options = {"baseURL": target.v1}
-    if target.key:
+def opencode(proxy: Proxy) -> Setup:
+    options = {"baseURL": proxy.v1}
+    if proxy.key:
         options["apiKey"] = f"{{env:{KEY_VARIABLE}}}"
-    shown = (target.model, *(each for each in target.models if each.alias_of is None))
+    shown = (proxy.model, *(each for each in proxy.models if each.alias_of is None))
     models = {each.id: opencode_model(each.id, each.context) for each in shown}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "xgen-proxy", "options": options, "models": models}
     config = {
         "$schema": "https://opencode.ai/config.json",
-        "model": f"xgen/{target.model.id}",
-        "small_model": f"xgen/{target.model.id}",  # titles; else opencode may ask a model of its maker's
+        "model": f"xgen/{proxy.model.id}",
+        "small_model": f"xgen/{proxy.model.id}",  # titles; else opencode may ask a model of its maker's
         "provider": {"xgen": provider},
     }
     variables = (
-        *key_variable(target, "opencode reads the key from here and sends it as Authorization: Bearer."),
+        *key_variable(proxy, "opencode reads the key from here and sends it as Authorization: Bearer."),
         Variable("OPENCODE_CONFIG_CONTENT", json.dumps(config), "Its configuration, on top of that in its files."),
     )
     return Setup(variables, ("opencode",), as_json(config), "opencode.json in your project")
@@ -155,11 +155,11 @@ def opencode_model(name: str, context: int | None) -> dict[str, Any]:
     return {"name": name, **limit}
 
 
-def openwebui(target: Target) -> Setup:
+def openwebui(proxy: Proxy) -> Setup:
     variables = (
-        Variable("OPENAI_API_BASE_URL", target.v1, "The proxy, with /v1."),
-        Variable("OPENAI_API_KEY", target.key or NO_KEY, "Sent as Authorization: Bearer."),
-        Variable("DEFAULT_MODELS", target.model.id, "The model of a new chat."),
+        Variable("OPENAI_API_BASE_URL", proxy.v1, "The proxy, with /v1."),
+        Variable("OPENAI_API_KEY", proxy.key or NO_KEY, "Sent as Authorization: Bearer."),
+        Variable("DEFAULT_MODELS", proxy.model.id, "The model of a new chat."),
         Variable("ENABLE_OLLAMA_API", "false", "Else it looks for an Ollama, too."),
         Variable(
             "ENABLE_FORWARD_USER_INFO_HEADERS",
@@ -176,7 +176,7 @@ def openwebui(target: Target) -> Setup:
         ("open-webui", "serve", "--port", str(WEB_PORT)),
         "".join(f"{each.name}={each.value}\n" for each in variables),
         "openwebui.env",
-        hints=(
+        notes=(
             f"Then http://127.0.0.1:{WEB_PORT} has it. In Docker, with the output of --config as openwebui.env:",
             f"  {docker}",
             "From its first start on Open WebUI keeps these values in its database: change them later in its own",
@@ -185,15 +185,15 @@ def openwebui(target: Target) -> Setup:
     )
 
 
-def python(target: Target) -> Setup:
-    key = f'os.environ["{KEY_VARIABLE}"]' if target.key_is_set else python_text(target.key or NO_KEY)
+def python(proxy: Proxy) -> Setup:
+    key = f'os.environ["{KEY_VARIABLE}"]' if proxy.key_is_set else python_text(proxy.key or NO_KEY)
     script = f"""\
 # Needs OpenAI's SDK: pip install openai
-{"import os" + chr(10) + chr(10) if target.key_is_set else ""}from openai import OpenAI
+{"import os" + chr(10) + chr(10) if proxy.key_is_set else ""}from openai import OpenAI
 
-client = OpenAI(base_url={python_text(target.v1)}, api_key={key})
+client = OpenAI(base_url={python_text(proxy.v1)}, api_key={key})
 stream = client.chat.completions.create(
-    model={python_text(target.model.id)},
+    model={python_text(proxy.model.id)},
     messages=[{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}],
     max_tokens=64,
     stream=True,

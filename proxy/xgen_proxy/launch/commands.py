@@ -12,7 +12,7 @@ from typing import Any
 
 from xgen_proxy.launch import shell
 from xgen_proxy.launch.clients import CLIENTS, Client, Setup
-from xgen_proxy.launch.target import KEY_VARIABLE, LaunchError, LaunchUsageError, find_target
+from xgen_proxy.launch.proxy import KEY_VARIABLE, LaunchError, LaunchUsageError, find_proxy
 
 EXAMPLES = f"""\
 examples:
@@ -45,7 +45,9 @@ def add_to(commands: Any) -> None:
             formatter_class=plain,
         )
         parser.set_defaults(run=run, client=client)
-        parser.add_argument("--url", help="address of the proxy (default: the one that the settings here give it)")
+        parser.add_argument(
+            "--url", help="address of the proxy (default: from the settings in this folder, else http://127.0.0.1:8080)"
+        )
         parser.add_argument("--key", "--api-key", dest="key", help=f"API key, if it requires one (or {KEY_VARIABLE})")
         parser.add_argument("--model", help="public model name (default: chosen from those of the running proxy)")
         how = parser.add_mutually_exclusive_group()
@@ -69,19 +71,19 @@ def launch(arguments: argparse.Namespace) -> None:
     if arguments.arguments and not arguments.execute:
         given = shlex.join(arguments.arguments)
         raise LaunchUsageError(f"{given!r} is for the client, which only --run starts: add --run before the --")
-    target, note = find_target(arguments.url, arguments.key, arguments.model, tools=client.tools)
-    setup = client.setup(target)
+    proxy, note = find_proxy(arguments.url, arguments.key, arguments.model, tools=client.tools)
+    setup = client.setup(proxy)
     if arguments.execute:
         check_installed(client, setup)
     if note:
         sys.stderr.write(f"xgen-proxy: note: {note}\n")
     if arguments.execute:
-        sys.stderr.write(f"xgen-proxy: {client.title} with the model {target.model.id} at {target.url}\n")
+        sys.stderr.write(f"xgen-proxy: {client.title} with the model {proxy.model.id} at {proxy.url}\n")
         execute(setup, arguments.arguments)
     elif arguments.config or client.is_script:
         sys.stdout.write(setup.file)
     else:
-        sys.stdout.write(shell.script(client, target, setup, command_line(arguments)))
+        sys.stdout.write(shell.script(client, proxy, setup, command_line(arguments)))
 
 
 def check_installed(client: Client, setup: Setup) -> None:

@@ -6,32 +6,32 @@ import shlex
 from collections.abc import Iterator
 
 from xgen_proxy.launch.clients import Client, Setup
-from xgen_proxy.launch.target import KEY_VARIABLE, Target
+from xgen_proxy.launch.proxy import KEY_VARIABLE, Proxy
 
 
-def script(client: Client, target: Target, setup: Setup, command: str) -> str:
+def script(client: Client, proxy: Proxy, setup: Setup, command: str) -> str:
     """`command`: the command line that prints this."""
-    return "\n".join([*_head(client, target, setup, command), "", *_lines(target, setup)]) + "\n"
+    return "\n".join([*_head(client, proxy, setup, command), "", *_lines(proxy, setup)]) + "\n"
 
 
-def _head(client: Client, target: Target, setup: Setup, command: str) -> Iterator[str]:
-    context = f" ({target.model.context:,} tokens)" if target.model.context else ""
-    yield f"# {client.title} with the proxy at {target.url} and the model {target.model.id}{context}."
+def _head(client: Client, proxy: Proxy, setup: Setup, command: str) -> Iterator[str]:
+    context = f" ({proxy.model.context:,} tokens)" if proxy.model.context else ""
+    yield f"# {client.title} with the proxy at {proxy.url} and the model {proxy.model.id}{context}."
     yield f'#   in this shell:  eval "$({command})" && {shlex.join(setup.command)}'
     yield f"#   at once:        {command} --run"
     yield f"#   to keep:        {command} --config, for {setup.keep}"
-    for hint in setup.hints:
-        yield f"# {hint}"
+    for note in setup.notes:
+        yield f"# {note}"
 
 
-def _lines(target: Target, setup: Setup) -> Iterator[str]:
+def _lines(proxy: Proxy, setup: Setup) -> Iterator[str]:
     for each in setup.variables:
         yield f"# {each.why}"
-        yield f"unset {each.name}" if each.value is None else f"export {each.name}={_value(each.value, target)}"
+        yield f"unset {each.name}" if each.value is None else f"export {each.name}={_value(each.value, proxy)}"
     if setup.flags:
         yield f'{setup.command[0]}() {{ command {shlex.join([*setup.command, *setup.flags])} "$@"; }}'
 
 
-def _value(value: str, target: Target) -> str:
+def _value(value: str, proxy: Proxy) -> str:
     """A key that the shell has already is not shown."""
-    return f'"${KEY_VARIABLE}"' if target.key_is_set and value == target.key else shlex.quote(value)
+    return f'"${KEY_VARIABLE}"' if proxy.key_is_set and value == proxy.key else shlex.quote(value)

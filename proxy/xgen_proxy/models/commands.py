@@ -66,8 +66,8 @@ examples:
   xgen-proxy models quantize models/llama-3.1-8b --to q4_k_m --imatrix imatrix.gguf --out /srv/models
 
 SOURCE is a GGUF file of type f16, bf16 or f32, or a Hugging Face directory, which llama.cpp's converter makes a GGUF
-first (pip install 'xgen-proxy[convert]'; needs torch). llama.cpp quantises in a process of its own. A result appears
-only when it is whole and llama.cpp has loaded it; Ctrl-C leaves nothing behind.
+first (pip install '.[convert]' in a checkout of xgen-proxy; needs torch). llama.cpp quantises in a process of its own.
+A result appears only when it is whole and llama.cpp has loaded it; Ctrl-C leaves nothing behind.
 """
 
 
@@ -112,7 +112,9 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         say("\ninterrupted; no half-made file is left")
         raise
     except ImportError as error:
-        raise UsageError(f"{error.name} is not installed: pip install 'xgen-proxy[models]'") from None
+        raise UsageError(
+            f"{error.name} is not installed: pip install '.[models]' in a checkout of xgen-proxy"
+        ) from None
     except BrokenPipeError:
         raise
     except OSError as error:

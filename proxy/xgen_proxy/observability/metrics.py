@@ -100,7 +100,7 @@ class Metrics(Collector, Observer):
     def _define_counters_of_models(self) -> None:
         self.distant = Counter(
             "xgen_distant_answers",
-            "Requests answered by another backend than the first choice, by the distance of its model.",
+            "Requests answered by another backend than the reference (rule 12), by the distance of its model.",
             ["backend", "distance"],
         )
 

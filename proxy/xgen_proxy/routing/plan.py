@@ -15,7 +15,7 @@ from xgen_proxy.values import frozen
 class Candidate:
     """Candidates of one `tier` are equally good: the first with a free slot gets the request. The next tier is for
     failures only: a request waits for the full replicas of an earlier tier. `distance`: of its model from that of the
-    first choice (rule 12), empty if there is none to tell."""
+    reference (rule 12), empty if there is none to tell."""
 
     backend: BackendSnapshot
     replica: ReplicaSnapshot

@@ -11,12 +11,12 @@
 8. Within a backend: the home replica of the session or of the prompt's prefix, which has it in its cache, unless that
    replica has more than its share of requests; else the less loaded of the two with the fewest of our requests.
 9. The others follow in order as fallbacks. The CPU is last and always included, unless `fallback: none`.
-10. Panic: if none of them is up, all that answer health checks count as up. A refusal would be certain failure.
+10. Panic: if none of them is up, all that answer health checks count as up. To refuse would be a certain failure.
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/panic_threshold
 11. A replica that the memory guard has closed counts as full. It comes after those that are not closed, and the CPU
     before it. It is never left out: where all are closed, each holds a little less (fleet/memory/pressure.py).
-12. A backend whose model is too far from that of the first choice gets nothing, or is marked. The first choice is the
-    explicit backend, else the first GPU backend that is able, whether it is up and has room or not.
+12. A backend whose model is too far from that of the reference gets nothing, or is marked. The reference is the
+    explicit backend, else the first able GPU backend by name, up or not, full or not.
 13. The route of an alias stands above rules 2 to 6: the GPU, as for long work, or the CPU, and the GPU while that is
     full or closed.
 """
@@ -178,12 +178,12 @@ def _near(
     features: Features, able: Sequence[BackendSnapshot], nearness: Nearness, rejections: list[Rejection]
 ) -> tuple[list[BackendSnapshot], dict[str, str]]:
     """The backends that may serve the request, and what their answers are marked with. Adds to `rejections`."""
-    first = features.backend or able[0].name
+    reference = features.backend or able[0].name
     near: list[BackendSnapshot] = []
     marks: dict[str, str] = {}
     for backend in able:
-        if backend.name != first:
-            judgement = nearness.judge(first, backend.name, features.model or "")
+        if backend.name != reference:
+            judgement = nearness.judge(reference, backend.name, features.model or "")
             if judgement.far and nearness.refuse:
                 rejections.append(Rejection(backend.name, judgement.why, TOO_FAR))
                 continue

@@ -21,7 +21,7 @@ from xgen_proxy.values import frozen
 class Target:
     """A candidate resolved to its live replica and the backend that it belongs to. `panic`: of a plan whose candidates
     are not up; it is enough that they answer health checks. `slots`: those that the request takes there. `distance`: of
-    its model from the first choice's, empty if there is none to tell."""
+    its model from the reference's (rule 12), empty if there is none to tell."""
 
     backend: Backend
     replica: Replica

@@ -125,7 +125,7 @@ def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
 
 
 def read_answer(data: bytes) -> Answer:
-    """Raises BadGatewayError if it is no chat completion."""
+    """Raises BadGatewayError if it is not a chat completion."""
     try:
         completion = orjson.loads(data)
         choice = completion["choices"][0]
@@ -143,7 +143,7 @@ def read_answer(data: bytes) -> Answer:
             _logprobs(choice),
         )
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadGatewayError("the backend's answer is no chat completion", code="bad_answer") from None
+        raise BadGatewayError("the backend's answer is not a chat completion", code="bad_answer") from None
 
 
 def tool_input(arguments: str) -> Json:

@@ -1,7 +1,7 @@
 """Sends a chat completion to a client of another API.
 
-The forwarding side writes chat completions, as always. The log of a stream has the chat's events, so that a stream that
-breaks is resumed as any other.
+The forwarding side writes chat completions, as always. The replay buffer keeps the chat's events, so that a broken
+stream resumes like any other.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def install_node() -> None:
 
 @contextmanager
 def _made_from(lock: Path, folder: Path) -> Iterator[bool]:
-    """Whether the folder has yet to be made from the lock file; afterwards it is."""
+    """Yields whether the folder must be installed anew, and records the lock file when the block ends."""
     digest, mark = hashlib.sha256(lock.read_bytes()).hexdigest(), folder / ".made-from"
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # of two test runs at once, the second waits

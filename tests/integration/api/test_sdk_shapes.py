@@ -45,7 +45,7 @@ RESPONSES = (
     r"tool_choice is required, but tools has no function",
     r"tool_choice must name a function or a custom tool that is in tools: .*",
     r"input\.0\.call_id is missing: it joins a call and its output",
-    r"input\.0\.(content|output)\.0\.(image_url|file_data) (is missing; send|must be a data URL, as) .*",
+    r"input\.0\.(content|output)\.0\.(image_url|file_data) (is missing; send|must be a data URL, such as) .*",
 )
 ANTHROPIC = (
     ROLE,

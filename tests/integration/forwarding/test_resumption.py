@@ -407,7 +407,7 @@ def test_the_comment_of_a_resumed_stream_tells_the_distance(
     answer = stream(proxy)
     assert read(answer)[0] == count()
     assert "model distance top1=0.6; far" in answer.text
-    assert "x-model-distance" not in answer.headers, "the stream began on the first choice"
+    assert "x-model-distance" not in answer.headers, "the stream began on the reference"
     page = get(f"{proxy.url}/metrics").text
     assert 'xgen_distant_answers_total{backend="llama_cpp",distance="far"} 1.0' in page
     assert 'xgen_model_top1{backend="vllm",model="m",to="llama_cpp"} 0.6' in page

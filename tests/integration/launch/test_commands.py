@@ -158,7 +158,10 @@ def test_another_server(launch: Launch, gpu: FakeUpstream) -> None:
         ([], "usage: xgen-proxy launch"),
         (["emacs"], "invalid choice: 'emacs'"),
         (["claude", "--run", "--config"], "not allowed with argument"),
-        (["claude", "--url", "box:8080"], "xgen-proxy: --url 'box:8080' is no address of a proxy; write http://HOST"),
+        (
+            ["claude", "--url", "box:8080"],
+            "xgen-proxy: --url 'box:8080' is not the address of a proxy; write http://HOST",
+        ),
         (["claude", "--key", "a\nb"], "xgen-proxy: a key or a model name has characters that cannot be shown"),
         (["claude", "--", "-p", "hi"], "xgen-proxy: '-p hi' is for the client, which only --run starts"),
     ],

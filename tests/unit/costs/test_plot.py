@@ -44,7 +44,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     plot.need_matplotlib()
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(CostError, match=r"pip install 'xgen-proxy\[models\]'"):
+    with pytest.raises(CostError, match=r"pip install '\.\[models\]' in a checkout of xgen-proxy"):
         plot.need_matplotlib()
 
 

@@ -64,7 +64,7 @@ def test_a_machine_is_found_by_the_first_name_that_there_is(tmp_path: Path) -> N
     [
         ("[machines", "cannot read"),
         ("currency = '$'", r"has no \[machines.NAME\]"),
-        ("[machines]\ngpu = 2.5", "machines.gpu is no table"),
+        ("[machines]\ngpu = 2.5", "machines.gpu is not a table"),
         ("[machines.gpu]\nper_hours = 2", "machines.gpu has the unknown key per_hours; known are per_hour, "),
         ("[machines.gpu]", "needs either per_hour"),
         (f"[machines.gpu]\nper_hour = 2\n{OWNED}", "needs either per_hour"),

@@ -53,7 +53,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for length in {0, 3, 8, 23, 24, 100, len(whole) // 4, len(whole) // 2, end - 1}:
         cut.write_bytes(whole[:length])
-        with pytest.raises(GgufError, match=r"cut short|damaged|no GGUF file"):
+        with pytest.raises(GgufError, match=r"cut short|damaged|not a GGUF file"):
             read_gguf(cut)
 
 
@@ -73,7 +73,7 @@ def test_a_corrupt_header_is_refused_or_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>" + bytes(100), "is no GGUF file"),
+        (b"<html>" + bytes(100), "is not a GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "claims to have"),
     ],

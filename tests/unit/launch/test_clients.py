@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from xgen_proxy.launch.clients import CLIENTS, Setup
-from xgen_proxy.launch.target import Model, Target
+from xgen_proxy.launch.proxy import Model, Proxy
 
 URL = "http://127.0.0.1:8080"
 BIG = Model("big", 40_960, frozenset({"generation", "tools"}))
 SMALL = Model("small", None, frozenset({"generation"}))
 
 
-def target(**fields: Any) -> Target:
-    return Target(**{"url": URL, "model": BIG, "models": (BIG, SMALL), **fields})
+def proxy(**fields: Any) -> Proxy:
+    return Proxy(**{"url": URL, "model": BIG, "models": (BIG, SMALL), **fields})
 
 
 def setup(client: str, **fields: Any) -> Setup:
-    return CLIENTS[client].setup(target(**fields))
+    return CLIENTS[client].setup(proxy(**fields))
 
 
 def environment(client: str, **fields: Any) -> dict[str, str]:
@@ -114,7 +114,7 @@ def test_openwebui_has_the_proxy_and_a_port_of_its_own() -> None:
     assert found.environment({}) == expected
     assert dict(line.split("=", 1) for line in found.file.splitlines()) == expected
     assert found.command == ("open-webui", "serve", "--port", "3000")
-    assert any("docker run" in hint and "--env-file openwebui.env" in hint for hint in found.hints)
+    assert any("docker run" in note and "--env-file openwebui.env" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("fields", [{}, {"key": "sk-1"}, {"key": "sk-1", "key_is_set": True}])

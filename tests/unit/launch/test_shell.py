@@ -9,7 +9,7 @@ import pytest
 
 from xgen_proxy.launch import shell
 from xgen_proxy.launch.clients import CLIENTS
-from xgen_proxy.launch.target import Model, Target
+from xgen_proxy.launch.proxy import Model, Proxy
 
 HOSTILE = """it's "$(touch pwned)" `touch pwned` ; touch pwned # \\ $HOME ${x} ! * é"""
 CLIENT_NAMES = [name for name, client in CLIENTS.items() if not client.is_script]
@@ -28,10 +28,10 @@ def evaluated(script: str, folder: Path, then: str = "env -0", **variables: str)
 @pytest.mark.parametrize("name", CLIENT_NAMES)
 @pytest.mark.parametrize("model", ["smollm2", "Qwen/Qwen3-8B", HOSTILE])
 def test_sh_reads_the_values_as_they_are(name: str, model: str, tmp_path: Path) -> None:
-    target = Target("http://127.0.0.1:8080", Model(model, 2048), "sk-it's")
+    proxy = Proxy("http://127.0.0.1:8080", Model(model, 2048), "sk-it's")
     client = CLIENTS[name]
-    setup = client.setup(target)
-    found = evaluated(shell.script(client, target, setup, f"xgen-proxy launch {name}"), tmp_path)
+    setup = client.setup(proxy)
+    found = evaluated(shell.script(client, proxy, setup, f"xgen-proxy launch {name}"), tmp_path)
     expected = setup.environment({"ANTHROPIC_API_KEY": "sk-ant-1"})
     assert expected
     assert {variable: found.get(variable) for variable in expected} == expected
@@ -40,9 +40,9 @@ def test_sh_reads_the_values_as_they_are(name: str, model: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", CLIENT_NAMES)
 def test_a_key_that_the_shell_has_is_not_shown(name: str, tmp_path: Path) -> None:
-    target = Target("http://127.0.0.1:8080", Model("m"), "sk-secret", key_is_set=True)
+    proxy = Proxy("http://127.0.0.1:8080", Model("m"), "sk-secret", key_is_set=True)
     client = CLIENTS[name]
-    script = shell.script(client, target, client.setup(target), f"xgen-proxy launch {name}")
+    script = shell.script(client, proxy, client.setup(proxy), f"xgen-proxy launch {name}")
     assert "sk-secret" not in script
     found = evaluated(script, tmp_path, XGEN_KEY="sk-secret")
     wanted = {"claude": "ANTHROPIC_AUTH_TOKEN", "openwebui": "OPENAI_API_KEY"}.get(name, "XGEN_KEY")
@@ -51,10 +51,10 @@ def test_a_key_that_the_shell_has_is_not_shown(name: str, tmp_path: Path) -> Non
 
 def test_flags_become_a_function(tmp_path: Path) -> None:
     """`codex exec "two words"` passes our flags first."""
-    target = Target("http://127.0.0.1:8080", Model(HOSTILE))
+    proxy = Proxy("http://127.0.0.1:8080", Model(HOSTILE))
     client = CLIENTS["codex"]
-    setup = client.setup(target)
-    script = shell.script(client, target, setup, "xgen-proxy launch codex")
+    setup = client.setup(proxy)
+    script = shell.script(client, proxy, setup, "xgen-proxy launch codex")
     program = tmp_path / "bin" / "codex"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
@@ -65,9 +65,9 @@ def test_flags_become_a_function(tmp_path: Path) -> None:
 
 
 def test_the_comments_teach(tmp_path: Path) -> None:
-    target = Target("http://127.0.0.1:8080", Model("m", 32_768))
+    proxy = Proxy("http://127.0.0.1:8080", Model("m", 32_768))
     client = CLIENTS["claude"]
-    script = shell.script(client, target, client.setup(target), "xgen-proxy launch claude")
+    script = shell.script(client, proxy, client.setup(proxy), "xgen-proxy launch claude")
     first, now, once, kept, *_ = script.splitlines()
     assert first == "# Claude Code with the proxy at http://127.0.0.1:8080 and the model m (32,768 tokens)."
     assert now.endswith('eval "$(xgen-proxy launch claude)" && claude')

@@ -61,7 +61,7 @@ def test_pull_prints_the_path(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run("pull", tiny_gguf(tmp_path / "tiny.gguf")) == (0, f"{folder / 'tiny.gguf'}\n", "")
     status, out, err = run("pull", "nothing-of-that-name")
     assert (status, out) == (1, "")
-    assert err.startswith("xgen-proxy: 'nothing-of-that-name' is no model")
+    assert err.startswith("xgen-proxy: 'nothing-of-that-name' is not a model")
 
 
 def test_list(run: Run, folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_quantize_reports_as_json(run: Run, folder: Path, monkeypatch: pytest.Mo
     ("error", "status", "message"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "m.gguf"), 1, "m.gguf: No space left on device; free some"),
-        (ImportError("no", name="llama_cpp"), 2, "llama_cpp is not installed: pip install 'xgen-proxy[models]'"),
+        (ImportError("no", name="llama_cpp"), 2, "llama_cpp is not installed: pip install '.[models]' in a checkout"),
         (KeyboardInterrupt(), 130, "interrupted; no half-made file is left"),
     ],
 )

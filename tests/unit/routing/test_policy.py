@@ -544,7 +544,7 @@ def test_a_near_fallback_is_marked() -> None:
 
 @pytest.mark.parametrize("first", [gpu(), gpu(load=2.0)])
 def test_a_far_fallback_gets_nothing(first: BackendSnapshot) -> None:
-    """Whether the first choice has room or not."""
+    """Whether the reference has room or not."""
     plan = planned(near(0.87), first, cpu())
     assert names_of(plan) == [("vllm", "")]
     [rejection] = plan.rejections
@@ -552,14 +552,14 @@ def test_a_far_fallback_gets_nothing(first: BackendSnapshot) -> None:
     assert rejection.reason == "its model is too far from vllm's: top1 0.87 < fallback.min_top1 0.95"
 
 
-def test_a_far_fallback_gets_nothing_while_the_first_choice_is_down() -> None:
+def test_a_far_fallback_gets_nothing_while_the_reference_is_down() -> None:
     plan = planned(near(0.87), down(gpu()), cpu())
     assert plan.error is not None
     assert (plan.error.status, plan.error.code) == (503, "model_too_far")
     assert "llama_cpp: its model is too far from vllm's" in plan.error.message
 
 
-def test_a_suspect_first_choice_is_tried_rather_than_a_far_fallback() -> None:
+def test_a_suspect_reference_is_tried_rather_than_a_far_fallback() -> None:
     suspect = down(gpu())
     suspect = replace(suspect, replicas=tuple(replace(each, answers=True) for each in suspect.replicas))
     assert names_of(planned(near(0.87), suspect, cpu())) == [("vllm", "")]
@@ -569,7 +569,7 @@ def test_a_far_fallback_may_be_marked_only() -> None:
     assert names_of(planned(near(0.87, refuse=False), gpu(), cpu()))[1] == ("llama_cpp", "top1=0.87; far")
 
 
-def test_the_explicit_backend_is_the_first_choice() -> None:
+def test_the_explicit_backend_is_the_reference() -> None:
     plan = planned(near(0.87), gpu(), cpu(), backend="llama_cpp")
     assert names_of(plan) == [("llama_cpp", "")]
     assert [rejection.name for rejection in plan.rejections] == ["vllm"]
@@ -585,6 +585,6 @@ def test_a_different_model_is_refused_without_a_measurement() -> None:
     assert names_of(planned(nearness, gpu(), cpu())) == [("vllm", "")]
 
 
-def test_a_backend_that_cannot_serve_the_request_is_no_first_choice() -> None:
+def test_a_backend_that_cannot_serve_the_request_is_no_reference() -> None:
     unable = gpu(models=frozenset({"other"}))
     assert names_of(planned(near(0.87), unable, cpu())) == [("llama_cpp", "")]

@@ -97,10 +97,10 @@ def test_a_whole_answer() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"choices":[]}', b'{"choices":[{"message":null}]}'])
 def test_what_is_no_chat_completion_is_the_backends_fault(data: bytes) -> None:
-    with pytest.raises(BadGatewayError, match="no chat completion"):
+    with pytest.raises(BadGatewayError, match="not a chat completion"):
         read_answer(data)
 
 
 def test_a_tool_call_without_arguments_is_the_backends_fault() -> None:
-    with pytest.raises(BadGatewayError, match="no chat completion"):
+    with pytest.raises(BadGatewayError, match="not a chat completion"):
         read_answer(orjson.dumps(ANSWER))

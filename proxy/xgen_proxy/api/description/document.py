@@ -43,7 +43,7 @@ ANSWER_HEADERS = {
     "X-Backend": "The backend that answered, or was tried last.",
     "X-Replica": "Its replica.",
     "X-Route-Reason": "Why the request went there.",
-    "X-Model-Distance": "How far its model is from that of the first choice, if another answered.",
+    "X-Model-Distance": "How far its model is from that of the reference (rule 12), if another backend answered.",
     "X-Attempts": "The number of attempts.",
     "X-Overhead-Ms": "Milliseconds until the first output, without the waiting for slots and backends.",
     "Request-Id": "The same, by Anthropic's name.",
@@ -131,5 +131,5 @@ def as_bytes() -> bytes:
 
 
 async def openapi(request: Request) -> Response:
-    """Open, also where API keys are set: it is a function of the version, and tells nothing about this proxy."""
+    """Open, even where API keys are set: it is a function of the version, and tells nothing about this proxy."""
     return Response(await run_in_threadpool(as_bytes), media_type=JSON)

@@ -99,7 +99,8 @@ def check(arguments: argparse.Namespace) -> None:
     needed = ["llama_cpp", *(["matplotlib"] if arguments.plot else [])]
     for package in needed:
         if find_spec(package) is None:
-            raise ModuleNotFoundError(f"compare needs {package}: pip install 'xgen-proxy[models]'", name=package)
+            message = f"compare needs {package}: pip install '.[models]' in a checkout of xgen-proxy"
+            raise ModuleNotFoundError(message, name=package)
     for file in (arguments.json, arguments.plot):
         if file and not file.resolve().parent.is_dir():
             raise ModelError(f"{file}: there is no folder {file.resolve().parent}")

@@ -26,7 +26,7 @@ def texts(own: Path | None) -> dict[str, str]:
     except OSError as error:
         raise ModelError(f"cannot read {own}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ModelError(f"{own} is no text in UTF-8") from None
+        raise ModelError(f"{own} is not text in UTF-8") from None
 
 
 def prompts(count: int) -> list[Prompt]:

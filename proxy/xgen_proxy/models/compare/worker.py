@@ -2,8 +2,8 @@
 
     python -m xgen_proxy.models.compare.worker
 
-llama.cpp never gives back all memory, prints to standard error, and ends the process on some files; none of that must
-meet another model, or the user. `processes.Worker` is the other side.
+llama.cpp never gives back all memory, prints to standard error, and ends the process on some files; none of that may
+reach another model, or the user. `processes.Worker` is the other side.
 """
 
 from __future__ import annotations

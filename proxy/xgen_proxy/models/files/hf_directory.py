@@ -41,9 +41,9 @@ class HfDirectory:
 
 
 def read_hf_directory(path: Path) -> HfDirectory:
-    """Raises ModelFileError if the directory is no model, or one of its files is missing or damaged."""
+    """Raises ModelFileError if the directory is not a model, or one of its files is missing or damaged."""
     if not (path / "config.json").is_file():
-        raise ModelFileError(f"{path} is no model: it has no config.json")
+        raise ModelFileError(f"{path} is not a model: it has no config.json")
     config = read_json(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def read_safetensors(path: Path) -> list[dict[str, Any]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
         if length > min(size - 8, MOST_HEADER):
-            raise ModelFileError(f"{path} is no safetensors file, or is cut short; fetch it again")
+            raise ModelFileError(f"{path} is not a safetensors file, or is cut short; fetch it again")
         header = file.read(length)
     try:
         tensors = [tensor for name, tensor in orjson.loads(header).items() if name != "__metadata__"]

@@ -71,7 +71,7 @@ def _pull_repository(source: str, folder: Path, sha256: str | None) -> Path:
     if reference is None:
         names = ", ".join(CATALOGUE)
         raise ModelError(
-            f"{source!r} is no model: give a path, a URL, hf:OWNER/REPO[/FILE], or a name of the catalogue ({names})"
+            f"{source!r} is not a model: give a path, a URL, hf:OWNER/REPO[/FILE], or a name of the catalogue ({names})"
         )
     with client(token()) as http:
         directory, files = choose(reference, list_files(http, reference))

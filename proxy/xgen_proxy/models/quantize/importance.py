@@ -29,7 +29,7 @@ def read_importance(path: Path) -> dict[str, numpy.ndarray[Any, Any]]:
         raise ModelFileError(f"cannot read {path}: {error.strerror}") from None
     entries = _from_gguf(path) if magic == MAGIC else _from_dat(path)
     if not entries:
-        raise ModelFileError(f"{path} is no importance matrix; llama.cpp's llama-imatrix makes one")
+        raise ModelFileError(f"{path} is not an importance matrix; llama.cpp's llama-imatrix makes one")
     return entries
 
 
@@ -71,5 +71,5 @@ def _from_dat(path: Path) -> dict[str, numpy.ndarray[Any, Any]]:
             entries[name] = values / calls if calls > 0 else values
             at += 4 * columns
     except (struct.error, ValueError) as error:
-        raise ModelFileError(f"{path} is no importance matrix, or is damaged ({error})") from None
+        raise ModelFileError(f"{path} is not an importance matrix, or is damaged ({error})") from None
     return entries

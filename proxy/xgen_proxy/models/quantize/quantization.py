@@ -87,7 +87,9 @@ def quantize(
     Everything that can be known is checked before the first file is made.
     """
     if find_spec("llama_cpp") is None:
-        raise UsageError("llama.cpp quantises, and its binding is not installed: pip install 'xgen-proxy[models]'")
+        raise UsageError(
+            "llama.cpp quantises, and its binding is not installed: pip install '.[models]' in a checkout of xgen-proxy"
+        )
     if not source.exists():
         raise UsageError(f"there is no {source}; `xgen-proxy models pull` fetches a model")
     targets = [(type, target_of(source, type, folder or source.parent)) for type in types]

@@ -95,7 +95,7 @@ def add_served_flags(command: argparse.ArgumentParser) -> None:
 def at_least(least: int) -> Any:
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
         return int(text)
 
     return number
@@ -104,7 +104,7 @@ def at_least(least: int) -> Any:
 def run_served(arguments: argparse.Namespace) -> int:
     try:
         if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise ModelError(f"{arguments.json.parent} is no folder; --json FILE is written there")
+            raise ModelError(f"{arguments.json.parent} is not a folder; --json FILE is written there")
         texts = read_texts(arguments.text)
         sizes = {"tokens": arguments.tokens, "window": arguments.window, "top": TOP}
         results = [(pair, measure(pair.first, pair.second, texts, **sizes)) for pair in pairs(arguments)]
@@ -143,7 +143,7 @@ def pairs(arguments: argparse.Namespace) -> list[Pair]:
     given = arguments.backends.split(",") if arguments.backends else []
     names = [each.strip() for each in given] or [first.default_backend, second.default_backend]
     if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise ModelError(f"--backends needs two names that differ, as vllm,llama_cpp; it has {', '.join(names)}")
+        raise ModelError(f"--backends needs two names that differ, such as vllm,llama_cpp; it has {', '.join(names)}")
     return [Pair(first, second, (names[0], names[1]), arguments.model or first.model)]
 
 
@@ -158,7 +158,7 @@ def pairs_of_proxy(arguments: argparse.Namespace) -> Iterator[Pair]:
         backends.sort(key=lambda each: each["device_class"] != "gpu")
         up = [(each, next((r["url"] for r in each["replicas"] if r["up"]), None)) for each in backends]
     except (LookupError, TypeError):
-        raise ModelError(f"{arguments.url} is no xgen-proxy") from None
+        raise ModelError(f"{arguments.url} is not an xgen-proxy") from None
     down = [each["name"] for each, url in up if url is None]
     if len(backends) < 2 or down:
         problem = f"{', '.join(down)} has no replica that is up" if down else "one backend serves it, or none"

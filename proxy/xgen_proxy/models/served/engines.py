@@ -179,5 +179,6 @@ def connect(url: str, model: str | None, key: str | None) -> Engine:
     owners: dict[str, type[Engine]] = {"vllm": VLLM, "llamacpp": LlamaServer, "me": LlamaCppPython}
     kind = owners.get(owner)
     if kind is None:
-        raise ModelError(f"{url} is no engine that can be compared ({', '.join(ENGINES)}); a proxy is named with --url")
+        known = ", ".join(ENGINES)
+        raise ModelError(f"{url} is not an engine that can be compared ({known}); a proxy is named with --url")
     return kind(client, url, model or names[0])

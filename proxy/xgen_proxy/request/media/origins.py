@@ -20,7 +20,7 @@ MAX_URL = 4096  # characters
 
 
 def read_origins(value: Any) -> Any:
-    """Accepts a list, also as JSON, or a string with commas. Raises ValueError for what is no origin."""
+    """Accepts a list, also as JSON, or a string with commas. Raises ValueError for what is not an origin."""
     entries = value
     if isinstance(value, str):
         entries = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
@@ -31,8 +31,8 @@ def read_origins(value: Any) -> Any:
         found = ORIGIN.fullmatch(origin)
         if found is None or (found[2] and ("." not in found[3] or found[3].rpartition(".")[2].isdigit())):
             raise ValueError(
-                f"{origin!r} is no origin; write https://HOST, http://HOST:PORT or https://*.DOMAIN, in lower case and"
-                " without a path"
+                f"{origin!r} is not an origin; write https://HOST, http://HOST:PORT or https://*.DOMAIN, in lower case"
+                " and without a path"
             )
     return origins
 

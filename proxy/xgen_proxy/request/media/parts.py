@@ -92,7 +92,7 @@ class Media:
             self._check_data_url(need, source, name)
         elif not is_listed(source, self._limits.media_origins):
             raise BadRequestError(
-                f"{name} must be a data URL, as data:image/png;base64,…: this server fetches nothing from there",
+                f"{name} must be a data URL, such as data:image/png;base64,…: this server fetches nothing from there",
                 param=name,
             )
 
@@ -109,7 +109,7 @@ class Media:
     def _check_size(self, data: str, name: str) -> None:
         size = image_size(data)
         if size is None or 0 in size:
-            raise BadRequestError(f"{name} is no PNG, JPEG, WebP or GIF", param=name)
+            raise BadRequestError(f"{name} is not a PNG, JPEG, WebP or GIF", param=name)
         self._pixels += size[0] * size[1]
         if self._pixels > self._limits.image_pixels:
             most = self._limits.image_pixels

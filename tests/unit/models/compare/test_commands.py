@@ -50,7 +50,7 @@ def test_numbers_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as raised:
         parse("a.gguf", flag, "0")
     assert raised.value.code == 2
-    assert "no number of at least" in capsys.readouterr().err
+    assert "not a number of at least" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
@@ -62,7 +62,9 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs llama_cpp: pip install 'xgen-proxy\[models\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs llama_cpp: pip install '\.\[models\]' in a checkout of xgen-proxy"
+    ):
         commands.run_compare(parse("a.gguf", "b.gguf"))
 
 

@@ -33,7 +33,7 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot read .*none\.txt"):
         texts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(ModelError, match=r"latin\.txt is no text in UTF-8"):
+    with pytest.raises(ModelError, match=r"latin\.txt is not text in UTF-8"):
         texts(tmp_path / "latin.txt")
 
 

@@ -43,7 +43,7 @@ def test_a_url(hub: Hub, folder: Path, content: bytes) -> None:
 
 def test_a_file_that_is_no_model_is_deleted(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.files = {"m.gguf": b"<html>" * 100}
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         pull("hf:OWNER/REPO/m.gguf", folder)
     assert names(folder) == []
     assert "was deleted" in capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_a_path_is_checked_and_copied(folder: Path, tmp_path: Path, content: byt
 @pytest.mark.parametrize(
     ("source", "sha256", "message"),
     [
-        ("no-such-model", None, r"'no-such-model' is no model: .*the catalogue \(smollm2"),
+        ("no-such-model", None, r"'no-such-model' is not a model: .*the catalogue \(smollm2"),
         ("smollm2", "12", "64 hexadecimal digits"),
         ("http://127.0.0.1:1/", None, "names no file"),
     ],

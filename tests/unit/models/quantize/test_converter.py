@@ -35,7 +35,7 @@ def test_its_failure_is_told_in_its_words(tmp_path: Path) -> None:
 
 def test_a_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converter, "PROGRAM", "no-such-program")
-    with pytest.raises(UsageError, match=r"pip install 'xgen-proxy\[convert\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[convert\]' in a checkout of xgen-proxy"):
         find_converter(None)
     with pytest.raises(UsageError, match="correct --converter"):
         find_converter("no-such-program --flag")

@@ -44,7 +44,7 @@ def test_gguf_with_experts_of_which_one_was_never_used(tmp_path: Path) -> None:
 def test_what_is_no_importance_matrix(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "imatrix.dat"
     path.write_bytes(content)
-    with pytest.raises(ModelFileError, match="is no importance matrix"):
+    with pytest.raises(ModelFileError, match="is not an importance matrix"):
         read_importance(path)
 
 

@@ -70,7 +70,7 @@ def test_names_and_model_can_be_given(text: str, tmp_path: Path) -> None:
         ([GPU, "http://gone"], "http://gone does not answer"),
         ([GPU, GPU], "--backends needs two names that differ"),
         ([GPU, CPU, "--url", "http://proxy"], "not both"),
-        ([GPU, CPU, "--json", "/nowhere/file.json"], "/nowhere is no folder"),
+        ([GPU, CPU, "--json", "/nowhere/file.json"], "/nowhere is not a folder"),
         ([GPU, CPU, "--text", "/nowhere.txt"], "a text cannot be read: .*nowhere.txt"),
     ],
 )

@@ -71,5 +71,5 @@ def test_errors_say_what_to_do(answer: httpx.Response, message: str) -> None:
 def test_another_server_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     other = client(lambda path, body: {"data": [{"id": "m", "owned_by": "xgen-proxy"}]})
     monkeypatch.setattr(httpx, "Client", lambda **_: other)
-    with pytest.raises(ModelError, match="is no engine that can be compared"):
+    with pytest.raises(ModelError, match="is not an engine that can be compared"):
         connect("http://proxy:8080", None, None)

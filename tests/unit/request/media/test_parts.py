@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "not base64": (image("data:image/png,abc"), "must begin with data:TYPE;base64", URL),
     "SVG": (image(data_url(b"<svg/>", "image/svg+xml")), "where TYPE is image/png, image/jpeg", URL),
     "a PDF": (image(data_url(b"%PDF", "application/pdf")), "where TYPE is image/png, image/jpeg", URL),
-    "PostScript by the name of PNG": (image(data_url(b"%!PS" + bytes(50))), "is no PNG, JPEG, WebP or GIF", URL),
+    "PostScript by the name of PNG": (image(data_url(b"%!PS" + bytes(50))), "is not a PNG, JPEG, WebP or GIF", URL),
     "no data": (image("data:image/png;base64,"), "no valid base64", URL),
     "base64 of another alphabet": (image(RED[:-8] + "ab_-" + RED[-4:]), "no valid base64", URL),
     "base64 without its end": (image(RED[:-3]), "no valid base64", URL),

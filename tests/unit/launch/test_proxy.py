@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xgen_proxy.launch.target import LaunchUsageError, Model, check_url, choose, default_url, doubt, read_model
+from xgen_proxy.launch.proxy import LaunchUsageError, Model, check_url, choose, default_url, doubt, read_model
 
 CHAT = Model("chat", 32_768, frozenset({"generation"}))
 TOOLS = Model("tools", 8_192, frozenset({"generation", "tools"}))

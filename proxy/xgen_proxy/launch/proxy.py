@@ -49,7 +49,7 @@ class Model:
 
 
 @frozen
-class Target:
+class Proxy:
     """`url` is without /v1. `key`: None if there is none to send. `key_is_set`: the shell has it in XGEN_KEY; it need
     not be shown. `models`: all that generate text, as far as they are known."""
 
@@ -65,7 +65,7 @@ class Target:
 
 
 def default_url() -> str:
-    """Of a proxy that was started with the settings found here; settings that are invalid say nothing."""
+    """The address in the settings found here; the default if they are invalid."""
     try:
         settings = Settings()
     except (ValueError, OSError):
@@ -82,12 +82,12 @@ def check_url(url: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise LaunchUsageError(f"--url {quoted(url)} is no address of a proxy; write http://HOST:PORT")
+        raise LaunchUsageError(f"--url {quoted(url)} is not the address of a proxy; write http://HOST:PORT")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def find_target(url: str | None, key: str | None, model: str | None, *, tools: bool) -> tuple[Target, str | None]:
-    """(the target, what the user should know about it). Asks the proxy which models it has.
+def find_proxy(url: str | None, key: str | None, model: str | None, *, tools: bool) -> tuple[Proxy, str | None]:
+    """(the proxy, what the user should know about it). Asks the proxy which models it has.
 
     `model`: None to choose one. `tools`: the client needs a model that can call them. Raises LaunchError.
     """
@@ -101,7 +101,7 @@ def find_target(url: str | None, key: str | None, model: str | None, *, tools: b
     except UnreachableError as error:
         if model is None:
             raise LaunchError(f"{error}; start one with `xgen-proxy serve`, or name the model with --model") from None
-        return Target(url, Model(model), key, key_is_set), f"{error}: start it before the client"
+        return Proxy(url, Model(model), key, key_is_set), f"{error}: start it before the client"
     if model is None:
         chosen = choose(models, tools=tools)
         if chosen is None:
@@ -110,7 +110,7 @@ def find_target(url: str | None, key: str | None, model: str | None, *, tools: b
             )
     else:
         chosen = next((each for each in models if each.id == model), Model(model))
-    return Target(url, chosen, key, key_is_set, models), doubt(chosen, models, tools=tools)
+    return Proxy(url, chosen, key, key_is_set, models), doubt(chosen, models, tools=tools)
 
 
 def choose(models: Sequence[Model], *, tools: bool) -> Model | None:
