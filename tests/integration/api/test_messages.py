@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +11,12 @@ import httpx
 import pytest
 
 from tests.support.commit_point import seen, until_seen
-from tests.support.fake_upstream import FakeUpstream, Talk, delta, silent, status, whole
+from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, silent, status, whole
 from tests.support.running_proxy import RunningProxy, backend, get, post, running_proxy
 from tests.support.waiting import wait_until
 from xgen_proxy.api.api_keys import new_key
 from xgen_proxy.api.messages import model_info, models_page
+from xgen_proxy.forwarding.continuation import hold
 
 Json = dict[str, Any]
 Start = Callable[..., RunningProxy]
@@ -179,19 +181,26 @@ def test_the_attribution(start: Start, gpu: FakeUpstream, strip: bool) -> None:
     assert gpu.talks[0].json["messages"][0]["content"].startswith("You are" if strip else header)
 
 
-def test_a_stream_that_breaks_is_resumed(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
-    async def breaks(talk: Talk) -> None:
-        await talk.start_stream()
-        await talk.event(delta("hel"))
-        talk.reset()
+async def breaks(talk: Talk) -> None:
+    await talk.start_stream()
+    await talk.event(delta("hel"))
+    talk.reset()
 
-    async def goes_on(talk: Talk) -> None:
+
+def goes_on(*chunks: Json) -> Script:
+    """It also tells the proxy how many tokens were sent."""
+
+    async def script(talk: Talk) -> None:
         if "stream" in talk.json:
-            await streams(delta("lo"), delta(finish="stop"))(talk)
+            await streams(*chunks)(talk)
         else:
             await talk.answer(200, {"tokens": [1]})
 
-    gpu.default, cpu.default = breaks, goes_on
+    return script
+
+
+def test_a_stream_that_breaks_is_resumed(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    gpu.default, cpu.default = breaks, goes_on(delta("lo"), delta(finish="stop"))
     proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")})
     answer = ask(proxy, stream=True, backend="auto")
     found = events(answer)
@@ -199,6 +208,39 @@ def test_a_stream_that_breaks_is_resumed(start: Start, gpu: FakeUpstream, cpu: F
     assert [each["type"] for each in found].count("message_start") == 1
     assert found[-1]["type"] == "message_stop"
     assert ": resumed on " in answer.text
+
+
+def test_the_stop_sequence_that_ended_a_resumed_answer(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+    """vLLM names it in a field of its own."""
+    ending = delta(finish="stop")
+    ending["choices"][0]["stop_reason"] = "END"
+    gpu.default, cpu.default = breaks, goes_on(delta("lo"), ending)
+    proxy = start(backends={"one": backend(gpu), "two": backend(cpu, device_class="cpu")})
+    found = events(ask(proxy, stream=True, stop_sequences=["END"], backend="one"))
+    [end] = [each["delta"] for each in found if each["type"] == "message_delta"]
+    assert end == {"stop_reason": "stop_sequence", "stop_sequence": "END"}
+    assert text_of(found) == "hello"
+
+
+def test_pings_while_a_call_is_held(proxy: RunningProxy, fake: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call comes in one piece at its end; until then the client sees that the stream is alive."""
+    monkeypatch.setattr(hold, "COMMENT_S", 0.0)
+
+    async def script(talk: Talk) -> None:
+        await talk.start_stream()
+        await talk.event(tool_delta(0, "", id="call_1", name="read"))
+        for piece in ('{"path"', ": ", '"a"}'):
+            await talk.event(tool_delta(0, piece))
+            await asyncio.sleep(0.05)
+        await talk.event(tool_delta(0, finish="tool_calls"))
+        await talk.end()
+
+    fake.scripts.append(script)
+    found = [each["type"] for each in events(ask(proxy, tools=[READ], stream=True))]
+    assert found[:2] == ["message_start", "ping"]
+    at = found.index("content_block_start")
+    assert set(found[1:at]) == {"ping"}
+    assert found[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
 def test_pings_while_it_waits(start: Start, gpu: FakeUpstream) -> None:

@@ -240,6 +240,17 @@ def test_errors_have_openais_envelope(
     assert "x-request-id" in answer.headers
 
 
+def test_a_prompt_that_is_too_long_fails_in_the_stream(start: Callable[..., RunningProxy], gpu: FakeUpstream) -> None:
+    """Codex drops history at this code, which it reads from events only; a 400 ends its conversation."""
+    proxy = start(backends={"vllm": backend(gpu, context=2048)})
+    answer = respond(proxy, input="word " * 40_000, stream=True)
+    assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    assert {"x-request-id", "request-id"} <= answer.headers.keys()
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    assert events[-1]["response"]["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_engines_refusal_names_this_apis_field(proxy: RunningProxy, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     refusal = {"error": {"message": "no", "type": "BadRequestError", "param": "response_format", "code": 400}}
     gpu.scripts.append(status(400, refusal))
