@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.api.translated import TranslatedEndpoint
+from xgen_proxy.api.translated import TranslatedEndpoint, read_untranslated
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
@@ -20,12 +20,12 @@ from xgen_proxy.errors import BadRequestError, ServiceUnavailableError, Upstream
 from xgen_proxy.forwarding.delivery import backend_request
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin
-from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.parsing import GENERATION
 from xgen_proxy.routing.router import Target
 from xgen_proxy.translation.messages.api import MessagesApi
 
 COUNT_TIMEOUT_S = 5.0  # an estimate now is worth more than the exact number later
+FAR_TOO_LONG = 8  # times the context, by estimate
 MAX_MODELS = 1000  # on one page, as in Anthropic's API
 MODELS = 20
 
@@ -58,7 +58,7 @@ async def count_tokens(request: Request) -> Response:
     with gateway.bodies.hold() as held:
         raw = await read_body(request.receive, headers, settings.limits.body_bytes, held)
         api = messages_api(gateway)
-        chat = api.translate_count(read_json(raw, headers, settings.limits)).body
+        chat = api.translate_count(read_untranslated(raw, headers, settings.limits)).body
         call = TranslatedEndpoint(gateway, api).parse_chat(origin, chat)
         counted = await _count(gateway, call)
     ids = {"x-request-id": call.id, "request-id": call.id}
@@ -77,10 +77,16 @@ async def _count(gateway: Gateway, call: Call) -> int | None:
 
 
 async def _ask(call: Call, target: Target) -> int | None:
+    """None too if the prompt is far too long for the model, or if the replica counts several others."""
+    context = target.backend.context
+    if context is not None and call.features.prompt_tokens > FAR_TOO_LONG * context:
+        return None
+
     async def post(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         return await target.replica.post_json(path, body, COUNT_TIMEOUT_S)
 
-    return await target.backend.dialect.count_chat(backend_request(call, target), post)
+    with target.replica.counting() as may_count:
+        return await target.backend.dialect.count_chat(backend_request(call, target), post) if may_count else None
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import orjson
 from starlette.types import Receive, Scope, Send
 
@@ -14,9 +17,34 @@ from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.json_body import read_json
+from xgen_proxy.request.limits import Limits
 from xgen_proxy.translation.media_part import in_clients_words
 from xgen_proxy.translation.translation import Api
 from xgen_proxy.translation.writer import TranslatingWriter
+
+PARTS = ("content", "output", "tools")  # of a message or an item, and of a namespace
+
+
+def read_untranslated(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
+    """A body whose lists are no longer than a chat's may be: the chat is checked only after the work of translating.
+    Raises UnsupportedMediaTypeError, BadRequestError."""
+    body = read_json(raw, headers, limits)
+    for field, most in (("messages", limits.messages), ("input", limits.messages), ("tools", limits.schema_nodes)):
+        entries = body.get(field)
+        if isinstance(entries, list) and (len(entries) > most or _with_parts(entries) > most):
+            raise BadRequestError(f"{field} has more than {most} entries and parts of these", param=field)
+    return body
+
+
+def _with_parts(entries: list[Any]) -> int:
+    """The number of entries and of what their lists have."""
+    count = len(entries)
+    for each in entries:
+        if isinstance(each, dict):
+            for name in PARTS:
+                if name in each and isinstance(each[name], list):
+                    count += len(each[name])
+    return count
 
 
 class TranslatedEndpoint(InferenceEndpoint):
@@ -29,7 +57,7 @@ class TranslatedEndpoint(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
-        translation = self.api.translate(read_json(raw, origin.headers, limits), origin.headers)
+        translation = self.api.translate(read_untranslated(raw, origin.headers, limits))
         return Incoming(self.parse_chat(origin, translation.body), translation)
 
     def parse_chat(self, origin: Origin, chat: Json) -> Call:

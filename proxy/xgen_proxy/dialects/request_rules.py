@@ -115,9 +115,11 @@ def refuse_functions(body: Json, _: BackendRequest) -> Json:
 
 MODEL_NAME = Rule("model name", "rename", "vLLM answers 404 to a public alias", name_model)
 NO_FUNCTIONS = Rule("functions, function_call", "refuse", "ignored: the model never calls one", refuse_functions)
-# Fields that schedule a request, identify it or move its data between servers. They act on everybody's requests.
+# Fields that schedule a request, identify it or move its data between servers. They act on everybody's requests. The
+# last two set how large the engine makes an image, and how many frames it takes of a video, after these were checked.
 VLLM_INTERNALS = (
     "priority", "request_id", "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "data_parallel_rank",
+    "mm_processor_kwargs", "media_io_kwargs",
 )  # fmt: skip
 LLAMA_SERVER_INTERNALS = (
     "id_slot", "slot_id", "grammar_lazy", "grammar_triggers", "preserved_tokens", "chat_format", "chat_parser",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ from xgen_proxy.upstream.pool import Pool
 
 ANSWER_BYTES = 4 * 1024 * 1024  # of a health check, replica info or a canary: a page of vLLM has 70 KB
 
+MAX_COUNTING = 4  # a long prompt takes vLLM's tokenizer, which chats share, 100 ms
 ROUTES_TIMEOUT_S = 5.0  # for each question about an engine's routes
 
 # Called at every change that the replica's snapshot shows, with the change of its requests in flight.
@@ -70,6 +72,7 @@ class Replica:
         self.answers = False
         self.since = time.monotonic()
         self.in_flight = 0
+        self._counting = 0
         self.drained = asyncio.Event()
         self.scraped: Scrape | None = None
         self.metrics_page = b""
@@ -255,6 +258,16 @@ class Replica:
                     self._question_pool.release(connection)
         except TimeoutError:
             raise UpstreamTimeoutError(f"{path} was not answered within {timeout_s:g} s") from None
+
+    @contextmanager
+    def counting(self) -> Iterator[bool]:
+        """Whether it may count a prompt's tokens now. That takes no slot, so only a few may do so at once."""
+        may_count = self._counting < MAX_COUNTING
+        self._counting += may_count
+        try:
+            yield may_count
+        finally:
+            self._counting -= may_count
 
     async def post_json(self, path: str, body: Any, timeout_s: float | None = None) -> tuple[int, Any]:
         """Send a small request while holding a slot; a GET if `body` is None. Returns the status and the parsed JSON.

@@ -120,8 +120,13 @@ def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
         yield ToolCallPiece(
-            call.get("index") or 0, call.get("id") or "", function.get("name") or "", function.get("arguments") or ""
+            call.get("index") or 0, _words(call, "id"), _words(function, "name"), _words(function, "arguments")
         )
+
+
+def _words(holder: Json, name: str) -> str:
+    value = holder.get(name)
+    return value if isinstance(value, str) else ""
 
 
 def read_answer(data: bytes) -> Answer:
@@ -130,13 +135,10 @@ def read_answer(data: bytes) -> Answer:
         completion = orjson.loads(data)
         choice = completion["choices"][0]
         message = choice["message"]
-        calls = [
-            ToolCall(call.get("id") or "", call["function"]["name"], call["function"]["arguments"])
-            for call in message.get("tool_calls") or ()
-        ]
+        calls = [_read_call(call) for call in message.get("tool_calls") or ()]
         return Answer(
-            message.get("content") or message.get("refusal") or "",
-            message.get("reasoning") or message.get("reasoning_content") or "",
+            _text(message, "content", "refusal"),
+            _text(message, "reasoning", "reasoning_content"),
             tuple(calls),
             Finish(choice.get("finish_reason") or "stop", _stop(choice)),
             read_usage(completion.get("usage") or {}),
@@ -146,27 +148,55 @@ def read_answer(data: bytes) -> Answer:
         raise BadGatewayError("the backend's answer is not a chat completion", code="bad_answer") from None
 
 
+def _read_call(call: Json) -> ToolCall:
+    """Some servers send the arguments as an object, or null. Raises LookupError, TypeError."""
+    function = call["function"]
+    arguments = function["arguments"]
+    written = orjson.dumps(arguments).decode() if isinstance(arguments, dict) else _text(function, "arguments")
+    return ToolCall(_text(call, "id"), _text(function, "name"), written)
+
+
+def _text(holder: Json, *names: str) -> str:
+    """The first of these fields that is not empty. Raises TypeError if it is not a text."""
+    found = next((holder[name] for name in names if holder.get(name)), "")
+    if not isinstance(found, str):
+        raise TypeError(f"{names[0]} is not a text")
+    return found
+
+
 def tool_input(arguments: str) -> Json:
     """The arguments of a call as an object."""
     if not arguments.strip():
         return {}
-    try:
-        found = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return {INVALID: arguments}
+    found = _parsed(arguments)
     return found if isinstance(found, dict) else {INVALID: arguments}
+
+
+def is_object(arguments: str) -> bool:
+    return isinstance(_parsed(arguments), dict)
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        return orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return None
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:
     """Details that the engine does not report count as 0."""
-    prompt_details = usage.get("prompt_tokens_details") or {}
-    completion_details = usage.get("completion_tokens_details") or {}
     return Usage(
-        usage.get("prompt_tokens") or 0,
-        usage.get("completion_tokens") or 0,
-        prompt_details.get("cached_tokens") or 0,
-        completion_details.get("reasoning_tokens") or 0,
+        _count(usage, "prompt_tokens"),
+        _count(usage, "completion_tokens"),
+        _count(usage.get("prompt_tokens_details"), "cached_tokens"),
+        _count(usage.get("completion_tokens_details"), "reasoning_tokens"),
     )
+
+
+def _count(holder: Any, name: str) -> int:
+    """0 for what is not a count."""
+    count = holder.get(name) if isinstance(holder, dict) else None
+    return count if type(count) is int else 0
 
 
 def _logprobs(choice: Json) -> tuple[Json, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from xgen_proxy.errors import ProxyError
@@ -44,7 +43,7 @@ class Api(Protocol):
 
     name: str
 
-    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> Translation:
+    def translate(self, body: Json) -> Translation:
         """Raises BadRequestError, which names the field of this API and what it should be."""
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:

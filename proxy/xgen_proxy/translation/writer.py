@@ -7,6 +7,7 @@ stream resumes like any other.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 
 from starlette.types import Send
@@ -14,19 +15,21 @@ from starlette.types import Send
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
-from xgen_proxy.errors import ProxyError
+from xgen_proxy.errors import ProxyError, UpstreamOversizedError
 from xgen_proxy.request.call import Call
 from xgen_proxy.translation.chat import Failure, read_pieces
 from xgen_proxy.translation.translation import Api, Translation
 
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # what may stand in X-Dropped; clients write these names
 MAX_NAMES = 20
+LIMIT = 64 * 1024 * 1024  # bytes of events, as of a whole answer
+SILENCE_S = 10.0  # what the translation keeps back may last; the client is shown that the stream is alive
 
 
 class TranslatingWriter(ResponseWriter):
     """A response writer whose input is a chat completion and whose output is the other API's answer."""
 
-    __slots__ = ("_api", "_call", "_failed", "_headers", "_stream", "_translation")
+    __slots__ = ("_api", "_call", "_failed", "_headers", "_size", "_stream", "_translation", "_wrote_at")
 
     def __init__(self, send: Send, direct: DirectWriter | None, api: Api, translation: Translation, call: Call) -> None:
         super().__init__(send, direct)
@@ -35,6 +38,8 @@ class TranslatingWriter(ResponseWriter):
         self._translation = translation
         self._stream = translation.stream(call)
         self._failed = False
+        self._size = 0  # bytes of events so far; the translation keeps the words
+        self._wrote_at = time.monotonic()
         names = [name for name in translation.dropped if NAME.fullmatch(name)][:MAX_NAMES]
         self._headers: list[tuple[bytes, bytes]] = [(b"request-id", call.id.encode())]  # where Anthropic's SDK looks
         if names:
@@ -53,11 +58,18 @@ class TranslatingWriter(ResponseWriter):
     async def send(self, events: bytes) -> None:
         if not events or self._ended:
             return
+        self._size += len(events)
+        if self._size > LIMIT:
+            raise UpstreamOversizedError(f"an answer of more than {LIMIT} bytes")
         translated = self._translated(events)  # before they are recorded: it may fail
         if self.sent_log is not None:
             self.sent_log.add(events)
         if translated:
+            self._wrote_at = time.monotonic()
             await self._write(translated)
+        elif time.monotonic() - self._wrote_at > SILENCE_S:
+            self._wrote_at = time.monotonic()
+            await self.alive()
 
     async def alive(self) -> None:
         """The clocks of some clients run on through comments."""

@@ -5,31 +5,21 @@ What is measured is what holds the event loop: reading the body, checking it, an
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 import pytest
 
-from tests.support.cpu_time import slowness, untraced
+from tests.support.growth import COUNTS, LIMITS, SIZES, TEXTS, Body, check, measured, of_texts
 from tests.support.images import about, data_url, image
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.registry import DIALECTS
-from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint
 from xgen_proxy.request.json_body import read_json
-from xgen_proxy.request.limits import Limits
-
-LIMITS = Limits()
-Body = dict[str, Any]
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: Body = {"model": "m", "messages": [USER]}
-TEXTS = {"letters": "a", "escapes": "ab\n", "emoji": "😀"}
 
 
 def function(**fields: Any) -> Body:
@@ -154,18 +144,6 @@ LISTS: dict[str, Callable[[int], Body]] = {
     "hints": lambda count: {**CHAT, "session_id": many("a", count)},
     "metadata": lambda count: {**CHAT, "metadata": {f"f{n}": 1.0 for n in range(count)}},
 }  # fmt: skip
-COUNTS = (500, 8_000, 50_000, 140_000)
-SIZES = (LIMITS.body_bytes // 8, LIMITS.body_bytes - 10_000)
-STALL = 0.1  # seconds, on the reference machine
-TRIES = 4  # the best one counts, since other processes share the machine
-
-
-def measured(run: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds, and the result; None if the request was refused."""
-    started, result = time.thread_time(), None
-    with contextlib.suppress(BadRequestError):
-        result = run()
-    return time.thread_time() - started, result
 
 
 def once(raw: bytes, endpoint: Endpoint) -> float:
@@ -184,32 +162,18 @@ def once(raw: bytes, endpoint: Endpoint) -> float:
     return parsing + max(measured(lambda: dialect.prepare(request))[0] for dialect in DIALECTS.values())  # noqa: B023
 
 
-def fits(times: list[float], sizes: tuple[int, ...], limit: float) -> bool:
-    steps = zip(times, times[1:], sizes, sizes[1:], strict=False)
-    linear = all(after < 0.02 or after < 4 * before * large / small for before, after, small, large in steps)
-    return linear and max(times) < limit
-
-
-def check(bodies: list[Body], sizes: tuple[int, ...]) -> None:
-    raws = [orjson.dumps(body) for body in bodies]
-    endpoint: Endpoint = "embeddings" if "input" in bodies[0] else "completions" if "prompt" in bodies[0] else "chat"
-    best = [math.inf] * len(raws)
-    with untraced():
-        limit = STALL * slowness()
-        for _ in range(TRIES):
-            best = [min(before, once(raw, endpoint)) for before, raw in zip(best, raws, strict=True)]
-            if fits(best, sizes, limit):
-                return
-    raise AssertionError(f"seconds at {sizes}: {best}")
+def endpoint_of(body: Body) -> Endpoint:
+    return "embeddings" if "input" in body else "completions" if "prompt" in body else "chat"
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 @pytest.mark.parametrize("place", PLACES)
 def test_no_text_holds_the_loop(place: str, text: str) -> None:
-    per_text = len(orjson.dumps(text)) - 2
-    check([PLACES[place](text * (size // per_text)) for size in SIZES], SIZES)
+    endpoint = endpoint_of(PLACES[place](""))
+    check(of_texts(PLACES[place], text), SIZES, lambda raw: once(raw, endpoint))
 
 
 @pytest.mark.parametrize("what", LISTS)
 def test_no_list_holds_the_loop(what: str) -> None:
-    check([LISTS[what](count) for count in COUNTS], COUNTS)
+    endpoint = endpoint_of(LISTS[what](1))
+    check([LISTS[what](count) for count in COUNTS], COUNTS, lambda raw: once(raw, endpoint))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -63,7 +62,7 @@ class ShoutingApi:
 
     name = "shout"
 
-    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> Shout:
+    def translate(self, body: Json) -> Shout:
         return Shout()
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:

@@ -99,7 +99,10 @@ class Media:
     def _check_data_url(self, need: Need, url: str, name: str) -> None:
         found = DATA_URL.match(url[:MAX_HEAD])
         kind = KINDS.get(need)
-        if found is None or (kind and found[1] != kind) or (need == "images" and found[2] not in IMAGE_FORMATS):
+        # vLLM takes video/jpeg for a list of images, whose pixels nobody has counted
+        frames = need == "video" and found is not None and found[2] == "jpeg"
+        wrong = found is None or frames or (need == "images" and found[2] not in IMAGE_FORMATS)
+        if found is None or wrong or (kind and found[1] != kind):
             wanted = "image/png, image/jpeg, image/webp or image/gif" if need == "images" else f"{kind or 'any'}/…"
             raise BadRequestError(f"{name} must begin with data:TYPE;base64, where TYPE is {wanted}", param=name)
         data = _check_base64(url, found.end(), name)

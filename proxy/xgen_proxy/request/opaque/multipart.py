@@ -25,7 +25,7 @@ READ = ("model", "stream", *sorted(OTHER_HINTS))
 BOUNDARY = re.compile(
     rb"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.IGNORECASE
 )
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*)")
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
 DISPOSITION = re.compile(rb"form-data[ \t]*(?=;)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*')
 
@@ -125,7 +125,7 @@ def _read_head(head: bytes) -> tuple[bytes, bool]:
         if header[1].lower() == b"content-disposition":
             if disposition is not None:
                 raise BadRequestError("a field of the form has two Content-Disposition headers")
-            disposition = header[2].rstrip()
+            disposition = header[2].strip(b" \t")
     parameters = _parameters(disposition or b"")
     name = parameters.get(b"name", b"")
     if name.startswith(b'"'):

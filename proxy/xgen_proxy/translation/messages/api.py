@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import orjson
 
-from xgen_proxy.errors import ProxyError
+from xgen_proxy.errors import BadGatewayError, ProxyError
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import read_answer
@@ -25,7 +25,7 @@ class MessagesApi:
     def __init__(self, strip_attribution: Callable[[], bool]) -> None:
         self._strip_attribution = strip_attribution
 
-    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> MessagesTranslation:
+    def translate(self, body: Json) -> MessagesTranslation:
         return self._translate(body, counts=False)
 
     def translate_count(self, body: Json) -> MessagesTranslation:
@@ -52,7 +52,10 @@ class MessagesTranslation:
         self.dropped = tuple(dropped)
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
+        try:
+            return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
+        except orjson.JSONEncodeError:
+            raise BadGatewayError("the arguments of a tool call are nested too deeply", code="bad_answer") from None
 
     def stream(self, call: Call) -> MessageStream:
         return MessageStream(f"msg_{call.id}", self._model(call), call.features.prompt_tokens, call.id)

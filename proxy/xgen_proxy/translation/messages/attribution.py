@@ -13,6 +13,7 @@ import re
 MARK = "x-anthropic-billing-header:"
 # The header with its `name=value;` pairs. What follows them on the line belongs to the prompt.
 PAIRS = re.compile(re.escape(MARK) + r"(?:[ \t]*[\w-]+=[^;\s]*(?:;|(?=\s)|\Z))+[ \t]*\n?")
+LONGEST = 4096  # characters; the pattern takes 0.3 s for a million
 LINE = re.compile(re.escape(MARK) + r"[^\n]*\n?")
 
 
@@ -22,6 +23,7 @@ def without_attribution(texts: list[str]) -> list[str]:
     if not texts or not texts[0].startswith(MARK):
         return texts
     first, *others = texts
+    head, tail = first[:LONGEST], first[LONGEST:]
     alone = bool(others) and "\n" not in first.strip()
-    rest = "" if alone else (PAIRS if PAIRS.match(first) else LINE).sub("", first, count=1)
+    rest = "" if alone else (PAIRS if PAIRS.match(head) else LINE).sub("", head, count=1) + tail
     return [rest, *others] if rest.strip() else others

@@ -55,13 +55,17 @@ def chat_messages(system: Any, messages: list[Any], dropped: Dropped, *, strip_a
 
 
 class Conversation:
-    """`dropped` collects the names of what has no place in a chat."""
+    """A turn is collected until one of another role ends it. `dropped` collects the names of what has no place in a
+    chat."""
 
     def __init__(self, dropped: Dropped, system: list[str]) -> None:
         self.dropped = dropped
         self.system = system
         self.messages: list[Json] = []
-        self.user: list[Json] = []  # the parts of the user's present turn
+        self._user: list[Json] = []  # the parts of the user's present turn
+        self._said: list[str] = []  # in the assistant's present turn, and what it thought and called
+        self._thoughts: list[str] = []
+        self._calls: list[Json] = []
 
     def add_system(self, content: Any, where: str) -> None:
         kept = []
@@ -71,8 +75,8 @@ class Conversation:
             else:  # changes of the tools
                 self.dropped[block["type"]] = None
         texts = [text for text in kept if text]
-        if self.messages or self.user:
-            self.user += [as_part(REMINDER.format(text)) for text in texts]
+        if self.messages or self._user or self._in_turn:
+            self._add_parts([as_part(REMINDER.format(text)) for text in texts])
         else:
             self.system += texts
 
@@ -82,7 +86,12 @@ class Conversation:
             if block["type"] == "tool_result":
                 self._add_result(block, at)
             else:
-                self.user += user_parts(block, at, self.dropped)
+                self._add_parts(user_parts(block, at, self.dropped))
+
+    def _add_parts(self, parts: list[Json]) -> None:
+        if parts:
+            self._end_turn()
+            self._user += parts
 
     def _add_result(self, block: Json, where: str) -> None:
         """Chats have texts only as results: images follow in the user's turn."""
@@ -100,9 +109,10 @@ class Conversation:
         text = "\n".join(texts)
         if get_field(block, "is_error", bool, f"{where}.is_error") and not text.lower().startswith(ALREADY_ERRORS):
             text = f"Error: {text}" if text else "Error"
+        self._end_turn()
         self.messages.append({"role": "tool", "tool_call_id": id, "content": text})
         if images:
-            self.user += [as_part(f"The images in the result of {id}:"), *images]
+            self._user += [as_part(f"The images in the result of {id}:"), *images]
 
     def add_assistant(self, blocks: list[Json], where: str) -> None:
         texts: list[str] = []
@@ -120,29 +130,37 @@ class Conversation:
                 self.dropped[kind] = None
             elif kind != "redacted_thinking":  # encrypted
                 raise unknown_block(block, at, "text, tool_use, thinking or redacted_thinking")
-        if not (any(texts) or thoughts or calls):
-            return
-        self._flush()
-        message = self._assistant()
-        message["content"] += "".join(texts)
-        if thoughts:  # llama-server's name, and vLLM's
-            message["reasoning_content"] = message["reasoning"] = message.get("reasoning", "") + "".join(thoughts)
-        if calls:
-            message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
+        if any(texts) or thoughts or calls:
+            self._flush()
+            self._said += texts
+            self._thoughts += thoughts
+            self._calls += calls
 
-    def _assistant(self) -> Json:
-        """The message of the assistant's present turn."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": ""})
-        return self.messages[-1]
+    @property
+    def _in_turn(self) -> bool:
+        """Whether the assistant's turn has begun."""
+        return bool(self._said or self._thoughts or self._calls)
+
+    def _end_turn(self) -> None:
+        """Ends the assistant's turn."""
+        if not self._in_turn:
+            return
+        message: Json = {"role": "assistant", "content": "".join(self._said)}
+        if self._thoughts:  # llama-server's name, and vLLM's
+            message["reasoning_content"] = message["reasoning"] = "".join(self._thoughts)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        self.messages.append(message)
+        self._said, self._thoughts, self._calls = [], [], []
 
     def _flush(self) -> None:
         """Ends the user's turn."""
-        if self.user:
-            self.messages.append({"role": "user", "content": _joined(self.user)})
-            self.user = []
+        if self._user:
+            self.messages.append({"role": "user", "content": _joined(self._user)})
+            self._user = []
 
     def finish(self) -> list[Json]:
+        self._end_turn()
         self._flush()
         system = [{"role": "system", "content": "\n\n".join(self.system)}] if self.system else []
         return [*system, *self.messages]

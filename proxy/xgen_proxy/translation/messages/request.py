@@ -9,7 +9,7 @@ import orjson
 
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import HINTS, Json
-from xgen_proxy.request.fields import INT32_MAX, get_field, whole_number
+from xgen_proxy.request.fields import INT32_MAX, NAME_LENGTH, get_field, whole_number
 from xgen_proxy.translation.messages.blocks import Dropped
 from xgen_proxy.translation.messages.conversation import chat_messages, prefill_flags
 from xgen_proxy.translation.messages.tools import tool_fields
@@ -111,6 +111,8 @@ def _session(body: Json) -> str | None:
     """Claude Code's conversation: `user_…_account_…_session_ID`, or since 2.1 a JSON object with `session_id`."""
     metadata = get_field(body, "metadata", dict) or {}
     user = get_field(metadata, "user_id", str, "metadata.user_id") or ""
+    if len(user) > NAME_LENGTH:  # Anthropic's limit too
+        return None
     if found := SESSION.search(user):
         return found[1]
     if not user.startswith("{"):

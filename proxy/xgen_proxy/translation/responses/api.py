@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import read_answer
 from xgen_proxy.translation.responses.errors import error_body
 from xgen_proxy.translation.responses.request import read_request
-from xgen_proxy.translation.responses.response import ResponseHead, whole_response
+from xgen_proxy.translation.responses.response import ResponseHead, repeated, whole_response
 from xgen_proxy.translation.responses.stream import ResponseStream
 
 
@@ -19,7 +17,7 @@ class ResponsesApi:
 
     name = "responses"
 
-    def translate(self, body: Json, headers: Mapping[bytes, bytes]) -> ResponsesTranslation:
+    def translate(self, body: Json) -> ResponsesTranslation:
         return ResponsesTranslation(body)
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
@@ -37,7 +35,7 @@ class ResponsesTranslation:
         request = read_request(sent)
         self.body = request.body
         self.dropped = request.dropped
-        self._sent = sent
+        self._repeated = repeated(sent)  # rather than all that was sent, which may be 10 MB
         self._tools = request.tools
 
     def whole(self, data: bytes, call: Call) -> bytes:
@@ -48,4 +46,4 @@ class ResponsesTranslation:
 
     def _head(self, call: Call) -> ResponseHead:
         """With the model's name as the client wrote it, which may be an alias."""
-        return ResponseHead(self._sent, self._sent.get("model") or call.model)
+        return ResponseHead(self._repeated, self._repeated.get("model") or call.model)

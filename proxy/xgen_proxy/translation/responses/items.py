@@ -14,7 +14,7 @@ import orjson
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
-from xgen_proxy.translation.chat import INVALID, tool_input
+from xgen_proxy.translation.chat import INVALID, is_object
 from xgen_proxy.translation.media_part import MediaPart
 from xgen_proxy.translation.responses.tools import encode_input, tool_name, unknown
 
@@ -27,6 +27,8 @@ HOSTED = frozenset({
 KNOWN_ITEMS = "message, reasoning, calls of functions, custom tools, shells and apply_patch, and their outputs"
 KNOWN_PARTS = "input_text, output_text, refusal, input_image, input_file and input_audio"
 TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+MOST_VALUES, LONG = 100_000, 1_000_000  # as many values, or characters, take 20 ms to parse
+SHORT = 100  # characters; counting them takes longer than parsing
 KEEPS_NO_FILES = "this proxy keeps no files"
 # Calls of OpenAI's tools that the client runs: the field that says what to do. A chat knows them as functions.
 ACTIONS = {"local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation"}
@@ -66,6 +68,7 @@ class Conversation:
         self._said: list[str] = []
         self._calls: list[Json] = []
         self._media: list[Json] = []
+        self._values = 0  # at most, in the arguments of all calls
 
     def add(self, item: Any, where: str) -> None:
         if not isinstance(item, dict):
@@ -128,10 +131,15 @@ class Conversation:
     def _function_call(self, item: Json, where: str) -> None:
         """Engines answer 400 to arguments that are not JSON, such as those of a call that was cut off."""
         arguments = get_field(item, "arguments", str, f"{where}.arguments") or "{}"
-        called = tool_input(arguments)
-        self._call(
-            item, where, tool_name(item, where), orjson.dumps(called).decode() if INVALID in called else arguments
-        )
+        if not self._is_object(arguments):
+            arguments = orjson.dumps({INVALID: arguments}).decode()
+        self._call(item, where, tool_name(item, where), arguments)
+
+    def _is_object(self, arguments: str) -> bool:
+        """Taken for granted once looking would cost too much."""
+        short = len(arguments) < SHORT
+        self._values += len(arguments) // 2 if short else sum(map(arguments.count, "[{,"))
+        return self._values > MOST_VALUES or len(arguments) > LONG or is_object(arguments)
 
     def _custom_call(self, item: Json, where: str) -> None:
         text = get_field(item, "input", str, f"{where}.input")

@@ -34,6 +34,20 @@ REPEATED: dict[str, Any] = {
 }
 
 
+LONG = 64 * 1024  # characters of the instructions, or bytes of the tools
+
+
+def repeated(request: Json) -> Json:
+    """What a response repeats of its request. Long instructions and tools are left out: each event with the response
+    would have them."""
+    kept = {name: request[name] for name in ("model", "reasoning", "text", *REPEATED) if request.get(name) is not None}
+    if len(kept.get("instructions") or "") > LONG:
+        del kept["instructions"]
+    if kept.get("tools") and len(orjson.dumps(kept["tools"])) > LONG:
+        del kept["tools"]
+    return kept
+
+
 class ResponseHead:
     """What all versions of one response object have in common: that of the first event, and that of the last."""
 

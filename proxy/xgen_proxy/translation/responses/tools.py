@@ -15,7 +15,7 @@ import orjson
 
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
-from xgen_proxy.request.fields import get_field
+from xgen_proxy.request.fields import FUNCTION_NAME_LENGTH, get_field
 from xgen_proxy.values import frozen
 
 INPUT = "input"
@@ -37,6 +37,7 @@ COMPLETE_TEXT = re.compile(
     r'(?:[^"\\]|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
 )
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+Names = tuple[str | None, str | None, str | None]  # of a tool: its kind, namespace and name
 
 
 @frozen
@@ -102,6 +103,10 @@ def _check_tool(tool: Any, where: str) -> None:
 
 def _name(tool: Json, where: str) -> str:
     name = get_field(tool, "name", str, f"{where}.name")
+    if name and len(name) > FUNCTION_NAME_LENGTH:  # a namespace's name is repeated for each of its tools
+        raise BadRequestError(
+            f"{where}.name has {len(name)} characters; the limit is {FUNCTION_NAME_LENGTH}", param=f"{where}.name"
+        )
     if name:
         return str(name)
     hint = "; in this API it stands beside type, not in function" if "function" in tool else ""
@@ -139,7 +144,7 @@ def _choose(choice: Any, offered: Mapping[Tool, Json], dropped: tuple[str, ...])
             raise BadRequestError("tool_choice.mode must be auto or required", param="tool_choice")
         offered = {tool: offered[tool] for tool in _allowed(choice, offered)}
     elif isinstance(choice, dict):
-        tool = _find_chosen(choice, offered)
+        tool = _find_chosen(choice, _by_names(offered))
         if tool is None:
             raise BadRequestError(
                 "tool_choice must name a function or a custom tool that is in tools: no other kind can be had here",
@@ -161,16 +166,26 @@ def _choose(choice: Any, offered: Mapping[Tool, Json], dropped: tuple[str, ...])
 def _allowed(choice: Json, offered: Mapping[Tool, Json]) -> list[Tool]:
     """In the order of `offered`, so that the prompt begins alike. Tools that were dropped count as not allowed."""
     named = get_field(choice, "tools", list, "tool_choice.tools") or []
-    allowed = {_find_chosen(each, offered) for each in named if isinstance(each, dict)}
+    by_names = _by_names(offered)
+    allowed = {_find_chosen(each, by_names) for each in named if isinstance(each, dict)}
     return [tool for tool in offered if tool in allowed]
 
 
-def _find_chosen(choice: Json, offered: Mapping[Tool, Json]) -> Tool | None:
+def _by_names(offered: Mapping[Tool, Json]) -> dict[Names, Tool]:
+    """The tools by all that a choice may call them; the first of a name has it."""
+    found: dict[Names, Tool] = {}
     for tool in offered:
-        same_namespace = choice.get("namespace") in (None, tool.namespace)
-        if tool.kind == choice.get("type") and choice.get("name") in (tool.name, tool.chat_name) and same_namespace:
-            return tool
-    return None
+        for name in (tool.name, tool.chat_name):
+            found.setdefault((tool.kind, None, name), tool)
+            found.setdefault((tool.kind, tool.namespace, name), tool)
+    return found
+
+
+def _find_chosen(choice: Json, by_names: Mapping[Names, Tool]) -> Tool | None:
+    try:
+        return by_names.get((choice.get("type"), choice.get("namespace"), choice.get("name")))
+    except TypeError:  # one of them is a list or an object
+        return None
 
 
 def safe(name: Any) -> str:

@@ -18,7 +18,7 @@ WHOLE = {
 
 def test_an_answer_names_the_model_as_the_client_did() -> None:
     """An alias may stand for another."""
-    translation = MessagesApi(lambda: True).translate(BODY, {})
+    translation = MessagesApi(lambda: True).translate(BODY)
     call = make_call(model="m")
     whole = orjson.loads(translation.whole(orjson.dumps(WHOLE), call))
     assert (whole["id"], whole["model"], whole["content"]) == (
@@ -30,7 +30,7 @@ def test_an_answer_names_the_model_as_the_client_did() -> None:
 
 
 def test_without_one_it_is_the_default() -> None:
-    translation = MessagesApi(lambda: True).translate({**BODY, "model": None}, {})
+    translation = MessagesApi(lambda: True).translate({**BODY, "model": None})
     assert orjson.loads(translation.whole(orjson.dumps(WHOLE), make_call(model="m")))["model"] == "m"
 
 
@@ -38,9 +38,9 @@ def test_the_setting_is_read_for_each_request() -> None:
     settings = [True]
     api = MessagesApi(lambda: settings[0])
     body = {**BODY, "system": [{"type": "text", "text": "x-anthropic-billing-header: cch=1;"}]}
-    assert len(api.translate(body, {}).body["messages"]) == 1
+    assert len(api.translate(body).body["messages"]) == 1
     settings[0] = False
-    assert len(api.translate(body, {}).body["messages"]) == 2
+    assert len(api.translate(body).body["messages"]) == 2
     assert len(api.translate_count(body).body["messages"]) == 2
 
 

@@ -10,7 +10,7 @@ from xgen_proxy.translation.responses.api import ResponsesApi
 
 
 def test_a_request_and_its_answers() -> None:
-    translation = ResponsesApi().translate({"model": "alias", "input": "Hi", "tools": [{"type": "web_search"}]}, {})
+    translation = ResponsesApi().translate({"model": "alias", "input": "Hi", "tools": [{"type": "web_search"}]})
     assert translation.body == {"model": "alias", "messages": [{"role": "user", "content": "Hi"}]}
     assert translation.dropped == ("web_search",)
     chat = {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}
@@ -22,7 +22,7 @@ def test_a_request_and_its_answers() -> None:
 
 
 def test_without_a_name_the_model_is_the_default() -> None:
-    translation = ResponsesApi().translate({"input": "Hi"}, {})
+    translation = ResponsesApi().translate({"input": "Hi"})
     assert b'"model":"m"' in translation.stream(make_call(model="m")).ping()
 
 
