@@ -10,7 +10,6 @@ which command it was measured comes with the table.
 from __future__ import annotations
 
 import ast
-import datetime
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
 from bench.engines import table as engine_tables  # noqa: E402
+from bench.provenance import provenance  # noqa: E402
 from xgen_proxy.config.aliases import Alias, Models  # noqa: E402
 from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
@@ -231,24 +231,6 @@ def engines(table: Callable[[engine_results.Results], Iterator[Row]], name: str)
 
 
 # Measurements
-
-
-def provenance(found: dict[str, Any]) -> str:
-    """When, where, by which command and with which versions: the line below the table of a result file."""
-    where = found["machine"]
-    parts = [
-        where["cpu"],
-        *(f"{count} x {gpu}" if count > 1 else gpu for gpu, count in counted(where["gpus"])),
-        f"{where['cores']} cores",
-        f"{where['memory_bytes'] / 2**30:.0f} GiB",
-    ]
-    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    day = datetime.datetime.fromisoformat(found["date"]).date()
-    return f"Measured on {day} on {', '.join(parts)}, by `{found['command']}`; {versions}.\n"
-
-
-def counted(names: list[str]) -> list[tuple[str, int]]:
-    return [(name, names.count(name)) for name in dict.fromkeys(names)]
 
 
 def spread(figures: list[float], digits: int = 3) -> str:

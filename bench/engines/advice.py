@@ -34,7 +34,10 @@ ADVICE = (
         "max-num-seqs-64", "--max-num-seqs 64",
         "Leave it at 256, as Compose does: fewer cost throughput as soon as more requests come.", Level(256),
     ),
-    Advice("max-num-seqs-512", "--max-num-seqs 512", "Not needed: more than 256 bring nothing here.", Level(256)),
+    Advice(
+        "max-num-seqs-512", "--max-num-seqs 512",
+        "Not measured above 256 at once, where alone it could help.", Level(256),
+    ),
     Advice("eager", "--enforce-eager", "Never on a GPU: it turns CUDA graphs off.", Level(64)),
     Advice(
         "prefix-caching", "--enable-prefix-caching",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from bench.engines.table import shown
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+MARKERS, LINES = "osD^vP", ["-", "--", ":"]
 WAITING, RUNNING = "#b0b0b0", "#0072b2"
 
 
@@ -20,10 +23,10 @@ def throughput(results: Results, path: Path) -> None:
     plt = plot.pyplot()
     figure, axis = plt.subplots()
     names = list(dict.fromkeys(run.subject for run in results.runs))
-    for name, colour, marker in zip(names, COLOURS, "osD^vP", strict=False):
+    for name, (colour, marker, line) in zip(names, styles(), strict=False):  # the styles have no end
         levels = by_streams(results, name)
         middle = [statistics.median(values) for values in levels.values()]
-        axis.plot(list(levels), middle, marker=marker, color=colour, label=name)
+        axis.plot(list(levels), middle, marker=marker, linestyle=line, color=colour, label=name)
         low, high = [min(values) for values in levels.values()], [max(values) for values in levels.values()]
         axis.fill_between(list(levels), low, high, color=colour, alpha=0.2, linewidth=0)
     ticks = sorted({run.level.streams for run in results.runs if run.level.streams})
@@ -37,12 +40,19 @@ def throughput(results: Results, path: Path) -> None:
     plot.save(plt, figure, "Engines with the same model: median, least to most", path)
 
 
+def styles() -> Iterator[tuple[str, str, str]]:
+    """A colour, a marker and a line for each engine. The colours begin again with another line."""
+    for line in itertools.cycle(LINES):
+        for colour, marker in zip(COLOURS, MARKERS, strict=True):
+            yield colour, marker, line
+
+
 def by_streams(results: Results, name: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     own = [run for run in results.runs if run.subject == name]
     where = shown(own)
     for run in own:
-        if run.where == where and run.level.streams and not run.level.shared_prefix:
+        if run.where == where and run.level.plain and run.level.streams:
             found.setdefault(run.level.streams, []).append(run.output_tok_s)
     return dict(sorted(found.items()))
 

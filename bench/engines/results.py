@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from xgen_proxy.models.conditions import portable
 DIRECT, PROXY = "direct", "proxy"
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = ("ttft", "tpot", "e2el")  # as `vllm bench serve` calls them, in ms
+NOT_STARTED = ("–", "–")  # where and level in `skipped`, if the engine did not start
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Level:
     streams: int | None = None
     share: float | None = None
     shared_prefix: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Closed, of prompts that have nothing in common."""
+        return bool(self.streams) and not self.shared_prefix
 
     @property
     def name(self) -> str:
@@ -64,12 +71,14 @@ class Run:
 
 @dataclass
 class Results:
-    """`load`: what was asked for. `skipped`: loads that were left out, and why. `timelines`: requests joining and
-    leaving an engine's batch."""
+    """`load`: what was asked for. `capacities`: requests per second by subject, which the rates of open loads are
+    shares of. `skipped`: loads that were left out, and why. `timelines`: requests joining and leaving an engine's
+    batch."""
 
     conditions: dict[str, Any] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
     subjects: dict[str, Any] = field(default_factory=dict)
+    capacities: dict[str, float] = field(default_factory=dict)
     starts_s: dict[str, list[float]] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -79,11 +88,34 @@ class Results:
         key = (subject, where, level, repeat)
         return any((run.subject, run.where, run.level, run.repeat) == key for run in self.runs)
 
+    def add(self, run: Run) -> None:
+        """With a run, what was left out before is left out no longer."""
+        self.runs.append(run)
+        self.skipped = [each for each in self.skipped if not makes_up(run, each)]
+
+    def skip(self, subject: str, where: str, level: str, repeat: int, why: str) -> None:
+        """Record a load that was left out, in place of what was recorded for it before."""
+        entry = {"subject": subject, "where": where, "level": level, "repeat": repeat, "why": why}
+        same = ("subject", "where", "level", "repeat")
+        kept = [each for each in self.skipped if any(each.get(name) != entry[name] for name in same)]
+        self.skipped = [*kept, entry]
+
+    def newest(self, subject: str, level: Level, rate: float | None) -> Run | None:
+        """The last run of a load, direct or through the proxy."""
+        own = [run for run in self.runs if (run.subject, run.level) == (subject, level) and same_rate(run.rate, rate)]
+        return own[-1] if own else None
+
     def capacity(self, subject: str) -> float | None:
-        """The most requests per second of the first repeat, closed and direct: all repeats have the same rates."""
-        own = [run for run in self.runs if run.subject == subject and run.level.streams]
-        first = [run.req_s for run in own if run.repeat == min(each.repeat for each in own) and run.where == DIRECT]
-        return max(first or [run.req_s for run in own], default=None)
+        """The most requests per second of the first repeat, closed and direct, without shared beginnings. It is kept
+        from its first use on, since later closed runs would change the rates of open loads."""
+        if subject not in self.capacities:
+            own = [run for run in self.runs if run.subject == subject and run.level.plain]
+            first = [run.req_s for run in own if run.repeat == min(each.repeat for each in own) and run.where == DIRECT]
+            found = max(first or [run.req_s for run in own], default=None)
+            if found is None:
+                return None
+            self.capacities[subject] = found
+        return self.capacities[subject]
 
     def write(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.part")
@@ -95,6 +127,19 @@ def read(path: Path) -> Results:
     found = json.loads(path.read_text())
     runs = [Run(**{**run, "level": Level(**run["level"])}) for run in found.pop("runs")]
     return Results(runs=runs, **found)
+
+
+def makes_up(run: Run, skipped: dict[str, Any]) -> bool:
+    """Whether a run is the one that was left out, or shows that the engine starts after all."""
+    same = skipped["subject"] == run.subject and skipped.get("repeat", run.repeat) == run.repeat
+    return same and (skipped["where"], skipped["level"]) in ((run.where, run.level.name), NOT_STARTED)
+
+
+def same_rate(one: float | None, other: float | None) -> bool:
+    """Equal in a file's five digits, or both of closed loads."""
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-4)
 
 
 def rounded(value: Any) -> Any:

@@ -25,6 +25,7 @@ from bench.engines.subjects import Subject
 
 # The least number of requests for a percentile to say anything, and the most that a level needs.
 FEWEST, MOST = 3, 1024
+WAVES = 4  # of a closed level, if the time allows: the first alone shows how the engine takes a burst
 LEAST_S = 20  # that a start of an engine is used for, however long it took
 QUEUEING_S = 600  # that a request may wait in the proxy, and then for its first token
 
@@ -83,35 +84,34 @@ class Session:
         """Measure a level, unless it was measured before. Leaves it out, and says so, if it would take too long."""
         if where not in self.urls or self.results.done(self.subject.name, where, level, repeat):
             return
-        requests, rate, expected = self.planned(where, level)
+        requests, rate, expected = self.planned(level)
         left = self.ends - time.monotonic()
         if expected > min(self.options.load_seconds, left):
             why = (
                 f"would take {expected:.0f} s, and {min(self.options.load_seconds, max(0, left)):.0f} s are left for it"
             )
-            self.results.skipped.append(
-                {"subject": self.subject.name, "where": where, "level": level.name, "repeat": repeat, "why": why}
-            )
+            self.results.skip(self.subject.name, where, level.name, repeat, why)
             progress(f"{self.subject.name}, {where}, {level.name}: left out: it {why}")
             return
-        self.results.runs.append(self.run(where, level, repeat, requests, rate))
+        self.results.add(self.run(where, level, repeat, requests, rate))
 
-    def planned(self, where: str, level: Level) -> tuple[int, float | None, float]:
-        """The number of requests, the rate of an open load, and the seconds that they will take."""
-        known = [run for run in self.results.runs if run.subject == self.subject.name]
+    def planned(self, level: Level) -> tuple[int, float | None, float]:
+        """The number of requests, the rate of an open load, and the seconds that they will take.
+
+        The first run of a load fixes the number, so that all runs of it have as many requests, and direct and proxied
+        runs of a repeat the same prompts.
+        """
+        name = self.subject.name
         if level.share:
-            rate = level.share * (self.results.capacity(self.subject.name) or 1)
-            requests = max(FEWEST, math.ceil(rate * self.options.open_seconds))
+            rate = level.share * (self.results.capacity(name) or 1)
+            before = self.results.newest(name, level, rate)
+            requests = before.requests if before else max(FEWEST, math.ceil(rate * self.options.open_seconds))
             return requests, rate, requests / min(rate, rate / level.share)
         assert level.streams
-        pace = expected_pace(known, level.streams)
-        wanted = max(FEWEST, level.streams, min(MOST, 4 * level.streams))
-        if pace:
-            affordable = int(pace * self.options.closed_seconds)
-            wanted = max(FEWEST, level.streams, min(wanted, affordable))
-        if level.shared_prefix:
-            wanted = -(-wanted // load.PREFIXES) * load.PREFIXES  # the generator makes as many for each
-        return wanted, None, wanted / pace if pace else 0.0
+        pace = expected_pace([run for run in self.results.runs if run.subject == name], level.streams)
+        before = self.results.newest(name, level, None)
+        requests = before.requests if before else waves(level, pace * self.options.closed_seconds)
+        return requests, None, requests / pace if pace else 0.0
 
     def run(self, where: str, level: Level, repeat: int, requests: int, rate: float | None) -> Run:
         engine, proxy = self.cpu(), processes.cpu_seconds(self.proxy)
@@ -133,6 +133,16 @@ class Session:
 
     def cpu(self) -> float:
         return sum(processes.cpu_seconds(pid) for pid in self.engines)
+
+
+def waves(level: Level, affordable: float) -> int:
+    """The requests of a closed load: whole waves, as many as are affordable (0: it is not known), and at least one."""
+    assert level.streams
+    # Of prompts that begin alike, the generator makes equally many for each beginning.
+    wave = math.lcm(level.streams, load.PREFIXES) if level.shared_prefix else level.streams
+    most = min(WAVES * level.streams, MOST)
+    wanted = min(most, affordable) if affordable else most
+    return wave * max(math.ceil(FEWEST / wave), int(wanted // wave))
 
 
 def expected_pace(runs: Sequence[Run], streams: int) -> float:

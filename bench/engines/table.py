@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
-from bench.engines.results import DIRECT, PROXY, TIMES, Level, Results, Run, spread
+from bench.engines.results import DIRECT, NOT_STARTED, PROXY, TIMES, Level, Results, Run, same_rate, spread
+from bench.provenance import earlier
 
 Row = tuple[str, ...]
+# The requests from which a percentile is more than the slowest of them.
+FEWEST = {"p50": 1, "p95": 20, "p99": 100}
 # What the source document says that vLLM does.
 SOURCE_RATIO, SOURCE_AT = 15, 32
 SOURCE_64 = "a 7B at 64 at once on an A100: 245 tokens/s, P95 800 ms"
@@ -26,13 +30,14 @@ def names(results: Results) -> list[str]:
 
 
 def runs_of(results: Results, subject: str, where: str, level: Level) -> list[Run]:
-    key = (subject, where, level)
-    return [run for run in results.runs if (run.subject, run.where, run.level) == key]
+    """Of an open load those at its newest rate: another rate is another load."""
+    own = [run for run in results.runs if (run.subject, run.level) == (subject, level)]
+    return [run for run in own if run.where == where and same_rate(run.rate, own[-1].rate)]
 
 
 def overview(results: Results) -> Iterator[Row]:
     """Output tokens per second by engine and concurrency, direct where that can be had, and the memory that it took."""
-    levels = [level for level in loads(results) if level.streams and not level.shared_prefix]
+    levels = [level for level in loads(results) if level.plain]
     yield "output tok/s", "weights", *(level.name for level in levels), "peak memory, MiB"
     for name in names(results):
         own = [run for run in results.runs if run.subject == name]
@@ -54,48 +59,79 @@ def memory(runs: list[Run]) -> str:
 
 def latencies(results: Results) -> Iterator[Row]:
     """Every load of every engine, direct and through the proxy."""
+    any_short = any(run.short for run in results.runs)
     yield (
-        "engine", "load", "", "output tok/s", "TTFT p50 / p95 / p99, ms", "TPOT p50 / p95 / p99, ms",
-        "E2E p50 / p95 / p99, ms", "goodput, req/s", "failed", "engine CPU s",
+        "engine", "load", "", "requests per run", "output tok/s", "TTFT p50 / p95 / p99, ms",
+        "TPOT p50 / p95 / p99, ms", "E2E p50 / p95 / p99, ms", "goodput, req/s", "failed",
+        *(["tokens short"] if any_short else []), "engine CPU s",
     )  # fmt: skip
     for name in names(results):
         for level in loads(results):
             for where in (DIRECT, PROXY):
                 if runs := runs_of(results, name, where, level):
-                    yield load_row(name, level, where, runs)
+                    yield load_row(name, level, where, runs, any_short)
 
 
-def load_row(name: str, level: Level, where: str, runs: list[Run]) -> Row:
-    times = [" / ".join(middle(runs, time, each) for each in ("p50", "p95", "p99")) for time in TIMES]
-    rates = sorted({run.rate for run in runs if run.rate})
-    load = f"{level.name} ({rates[0]:.2g}/s)" if rates else level.name
+def load_row(name: str, level: Level, where: str, runs: list[Run], with_short: bool = False) -> Row:
+    times = [" / ".join(middle(runs, time, each) for each in FEWEST) for time in TIMES]
+    rate = runs[-1].rate
+    load = f"{level.name} ({rate:.3g}/s)" if rate else level.name
     failed = f"{sum(run.failed for run in runs)} of {sum(run.requests for run in runs)}"
     goodput = spread((run.goodput for run in runs), 2)
     tokens = spread(run.output_tok_s for run in runs)
-    return name, load, where, tokens, *times, goodput, failed, spread((run.cpu_s for run in runs), 1)
+    short = [str(sum(run.short for run in runs))] if with_short else []
+    return (
+        name,
+        load,
+        where,
+        sizes(runs),
+        tokens,
+        *times,
+        goodput,
+        failed,
+        *short,
+        spread((run.cpu_s for run in runs), 1),
+    )
+
+
+def sizes(runs: list[Run]) -> str:
+    """The requests of a run, from the fewest to the most."""
+    fewest, most = min(run.requests for run in runs), max(run.requests for run in runs)
+    return f"{fewest:,}" if fewest == most else f"{fewest:,}–{most:,}"
 
 
 def middle(runs: list[Run], time: str, percentile: str) -> str:
+    """The median over the runs, if each has enough answers for the percentile."""
+    if min(run.completed for run in runs) < FEWEST[percentile]:
+        return "–"
     return f"{statistics.median(getattr(run, time)[percentile] for run in runs):,.0f}"
 
 
 def ratios(results: Results) -> Iterator[Row]:
-    """Through the proxy against direct, the two runs of one repeat."""
-    yield "engine", "load", "output tok/s", "TTFT p50", "E2E p50", "proxy CPU s per 1,000 requests"
+    """Through the proxy against direct, the two runs of one repeat, where they had the same load."""
+    yield "engine", "load", "pairs alike", "output tok/s", "TTFT p50", "E2E p50", "proxy CPU s per 1,000 requests"
     for name in names(results):
         for level in loads(results):
             direct = {run.repeat: run for run in runs_of(results, name, DIRECT, level)}
             pairs = [(direct[run.repeat], run) for run in runs_of(results, name, PROXY, level) if run.repeat in direct]
-            if pairs and all(run.completed for pair in pairs for run in pair):
+            if pairs:
                 yield ratio_row(name, level, pairs)
 
 
-def ratio_row(name: str, level: Level, pairs: list[tuple[Run, Run]]) -> Row:
+def alike(direct: Run, proxied: Run) -> bool:
+    """Whether two runs of a repeat had the same load. Tokens that are missing, or counted twice, change all figures."""
+    same = direct.requests == proxied.requests and same_rate(direct.rate, proxied.rate)
+    return same and not any(run.short or not run.completed for run in (direct, proxied))
+
+
+def ratio_row(name: str, level: Level, all_pairs: list[tuple[Run, Run]]) -> Row:
+    pairs = [pair for pair in all_pairs if alike(*pair)]
+    counted = f"{len(pairs)} of {len(all_pairs)}"
     tokens = spread((run.output_tok_s / direct.output_tok_s for direct, run in pairs), 3)
     first = spread((run.ttft["p50"] / direct.ttft["p50"] for direct, run in pairs), 3)
     whole = spread((run.e2el["p50"] / direct.e2el["p50"] for direct, run in pairs), 3)
     cpu = spread(((run.proxy_cpu_s or 0) / run.completed * 1000 for _, run in pairs), 2)
-    return name, level.name, tokens, first, whole, cpu
+    return name, level.name, counted, tokens, first, whole, cpu
 
 
 def knobs(results: Results) -> Iterator[Row]:
@@ -110,12 +146,11 @@ def knobs(results: Results) -> Iterator[Row]:
 
 
 def knob_cell(results: Results, name: str, level: Level) -> str:
-    runs = [run for run in results.runs if run.subject == name and run.level == level]
-    direct = [run for run in runs if run.where == DIRECT] or runs
-    if not direct:
+    runs = runs_of(results, name, DIRECT, level) or runs_of(results, name, PROXY, level)
+    if not runs:
         return "–"
-    tokens = spread(run.output_tok_s for run in direct)
-    return f"{tokens}; {middle(direct, 'ttft', 'p50')}, {middle(direct, 'e2el', 'p50')}"
+    tokens = spread(run.output_tok_s for run in runs)
+    return f"{tokens}; {middle(runs, 'ttft', 'p50')}, {middle(runs, 'e2el', 'p50')}"
 
 
 def claims(results: Results) -> Iterator[Row]:
@@ -135,17 +170,36 @@ def claims(results: Results) -> Iterator[Row]:
 
 
 def conditions(results: Results) -> Iterator[Row]:
-    """Where the figures come from."""
+    """Where the figures come from: the last call, and those before it."""
     of, load = results.conditions, results.load
     yield "conditions", ""
-    yield "command", f"`{of['command']}`"
-    yield "date", str(of["date"])
-    machine = of["machine"]
-    gpus = "".join(f", {gpu}" for gpu in machine["gpus"])
-    yield "machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB{gpus}"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    yield from call_rows(of)
+    for call in reversed(earlier(of)):
+        known = "" if "date" in call else ", without a record of date and machine"
+        yield from call_rows(call, "earlier ", known)
     yield "load", f"{load['input_len']} tokens in, {load['output_len']} out, repeats: {load['repeats']}"
     yield "goodput", f"first token within {load['slo_ttft']:g} ms, each further one within {load['slo_tpot']:g} ms"
+    if results.skipped:
+        yield "left out", "; ".join(dict.fromkeys(left_out(each) for each in results.skipped))
+
+
+def call_rows(call: dict[str, Any], prefix: str = "", note: str = "") -> Iterator[Row]:
+    yield f"{prefix}command{note}", f"`{call['command']}`"
+    if "date" not in call:
+        return
+    yield f"{prefix}date", str(call["date"])
+    machine = call["machine"]
+    gpus = "".join(f", {gpu}" for gpu in machine["gpus"])
+    size = f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    yield f"{prefix}machine", f"{machine['cpu']}, {size}{gpus}"
+    yield f"{prefix}versions", ", ".join(f"{name} {version}" for name, version in call["versions"].items())
+
+
+def left_out(skipped: dict[str, Any]) -> str:
+    """Without the log of an engine that did not start."""
+    if (skipped["where"], skipped["level"]) == NOT_STARTED:
+        return f"{skipped['subject']}, which did not start"
+    return f"{skipped['subject']}, {skipped['where']}, {skipped['level']}"
 
 
 def warnings(results: Results) -> list[str]:
@@ -157,7 +211,8 @@ def warnings(results: Results) -> list[str]:
             found.append(f"{at}: {run.failed} of {run.requests} requests failed")
         if run.short:
             found.append(f"{at}: {run.short} tokens counted less than requested")
-    return found + [f"{each['subject']}, {each['where']}, {each['level']}: {each['why']}" for each in results.skipped]
+    skipped = [f"{each['subject']}, {each['where']}, {each['level']}: {each['why']}" for each in results.skipped]
+    return found + list(dict.fromkeys(skipped))  # a load that no repeat had time for is told once
 
 
 def text(rows: Iterator[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,19 +14,10 @@ import pytest
 
 from bench.engines import __main__ as engines
 from bench.engines import plot, results, session, subjects, table, timeline
-from bench.engines.results import DIRECT, PROXY, Level, Results, Run
+from bench.engines.results import DIRECT, PROXY, Level, Results
+from tests.bench.runs import a_run
 from tests.support.documents import ROOT
 from tests.support.unavailable import unavailable
-
-TIMES = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
-
-
-def a_run(subject: str, where: str = DIRECT, level: Level = Level(32), repeat: int = 0, tokens: float = 100) -> Run:  # noqa: B008
-    return Run(
-        subject, where, level, repeat, requests=4, completed=4, failed=0, short=0, prompt_tokens=40, seconds=1.0,
-        rate=None, output_tok_s=tokens, req_s=tokens / 16, goodput=2.0, ttft=TIMES, tpot=TIMES, e2el=TIMES, cpu_s=1.0,
-        proxy_cpu_s=0.02 if where == PROXY else None, rss_mb=500.0, gpu_mb=None, gpu_use=None,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -48,6 +40,8 @@ def test_what_is_measured_is_not_measured_again(found: Results) -> None:
 
 
 def test_the_capacity_is_the_first_repeats(found: Results) -> None:
+    found.runs += [a_run("vllm", repeat=1, tokens=3000), a_run("vllm", PROXY, tokens=4000)]
+    found.runs += [a_run("vllm", level=Level(64, shared_prefix=192), tokens=5000)]
     assert found.capacity("vllm") == 2000 / 16
     assert found.capacity("llama-server") is None
 
@@ -78,6 +72,19 @@ def test_plots_are_drawn(found: Results, tmp_path: Path) -> None:
     plot.timelines(found, tmp_path / "b.svg")
     assert "requests at once" in (tmp_path / "a.svg").read_text()
     assert "in the batch" in (tmp_path / "b.svg").read_text()
+
+
+def test_the_plot_has_every_engine(tmp_path: Path) -> None:
+    runs = [a_run(name, level=Level(streams)) for name in subjects.KNOBS for streams in (64, 256)]
+    plot.throughput(Results(runs=runs), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert len(subjects.KNOBS) > len(plot.COLOURS)
+    assert [name for name in subjects.KNOBS if f">{name}<" not in text] == []
+
+
+def test_no_two_engines_look_alike_in_the_plot() -> None:
+    looks = list(itertools.islice(plot.styles(), len(subjects.KNOBS)))
+    assert len(set(looks)) == len(looks)
 
 
 def test_gauges_are_read_over_all_engines() -> None:
