@@ -236,6 +236,18 @@ def test_larger_bodies_are_rejected(bare: Nginx, recorder: FakeUpstream) -> None
     assert recorder.talks == []
 
 
+def test_two_uploads_of_one_client_at_once(bare: Nginx, recorder: FakeUpstream) -> None:
+    """More could fill the /tmp that all bodies share, before anyone looked at a key. Other requests pass."""
+    path, size = "/v1/audio/transcriptions", [("content-length", "20000000")]
+    with ExitStack() as crowd, H2(bare.connect("h2")) as third, bare.client() as client:
+        for _ in range(2):
+            open_one = crowd.enter_context(H2(bare.connect("h2")))
+            open_one.request(path, b"x", size, end=False)
+        wait_until(lambda: third.status(third.request(path, b"x")) == 429, 5, "a third upload to be refused")
+        assert post(client).status_code == 200
+    assert [talk.path for talk in recorder.talks if "audio" in talk.path] == []
+
+
 def test_a_full_tmp_rejects_bodies_and_nothing_else(bare: Nginx, recorder: FakeUpstream) -> None:
     """Bodies are buffered in /tmp, a tmpfs. When it is full, nginx answers 500 to bodies and serves the rest."""
     if bare.runner != "docker":
