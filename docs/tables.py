@@ -310,6 +310,7 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cost_break_even": ("cost.json", cost_break_even),
     "guard": ("memory-guard.json", memory_guard),
     "broken_blocks": ("blocks.json", broken_blocks),
+    "broken_calls": ("blocks-calls.json", broken_blocks),
 }
 
 
