@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench import memory_guard
+from bench import children, memory_guard
 from tests.support.documents import BLOCK, ROOT, name
 from tests.support.fake_upstream import FakeUpstream, Talk
 from tests.unit.costs.builders import two
@@ -146,8 +146,8 @@ def test_the_bench_of_the_memory_guard_records_the_version_of_its_vllm(
     vllm = FakeUpstream()
     monkeypatch.setattr(vllm, "answer_check", answer)
     monkeypatch.setattr(memory_guard, "free_port", lambda: vllm.port)
-    monkeypatch.setattr(memory_guard.children, "running", lambda *words, **options: nullcontext(SimpleNamespace()))
-    monkeypatch.setattr(memory_guard.children, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(children, "running", lambda *words, **options: nullcontext(SimpleNamespace()))
+    monkeypatch.setattr(children, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(memory_guard, "until_ready", lambda *words: None)
     monkeypatch.setattr(memory_guard, "proxy", lambda *words: nullcontext(""))
     monkeypatch.setattr(memory_guard, "drive", drive)

@@ -138,7 +138,7 @@ def shortfall(runs: Sequence[Run]) -> str:
         return "served no request within the objectives"
     if any(goodput(run).high for run in comparable(runs)):
         return "had no load at which each repeat served some requests within the objectives"
-    return "served no arriving request within the objectives, only those of a closed loop"
+    return "served requests within the objectives in a closed loop only"
 
 
 @frozen

@@ -29,7 +29,7 @@ def test_why_a_subject_is_left_out() -> None:
     unsteady = [run(0.0, 1.0, rate=2.0, subject="unsteady")]
     runs = [run(1.0), *late, *unsteady]
     assert left_out(runs, subjects(runs, machine)) == [
-        "gpu (slow) served no arriving request within the objectives, only those of a closed loop and is left out.",
+        "gpu (slow) served requests within the objectives in a closed loop only and is left out.",
         "gpu (unsteady) had no load at which each repeat served some requests within the objectives and is left out.",
     ]
 
