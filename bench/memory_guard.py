@@ -85,8 +85,12 @@ async def preemptions(engine: str) -> float:
     return sum(float(count) for count in re.findall(r"^vllm:num_preemptions_total\{[^}]*\} (\S+)", page, re.M))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[Turn]:
-    """Raises StartError."""
+def version(engine: str) -> str:
+    return str(httpx.get(f"{engine}/version", trust_env=False).raise_for_status().json()["version"])
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[str, list[Turn]]:
+    """The version of vLLM, and what came of each turn. Raises StartError."""
     with ExitStack() as stack:
         port = free_port()
         command = [*shlex.split(options.vllm), "--served-model-name", NAME, "--port", str(port)]
@@ -94,13 +98,13 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Turn]:
         engine = stack.enter_context(children.running(command, log, env=OFFLINE))
         url = f"http://127.0.0.1:{port}"
         until_ready(f"{url}/health", engine, log, 600)
-        turns = []
+        found, turns = version(url), []
         for repeat in range(options.repeats):
             for guard in (False, True) if repeat % 2 == 0 else (True, False):
                 with proxy(url, guard, options, folder) as front:
                     turns.append(asyncio.run(drive(front, url, options, guard)))
                 print(f"memory_guard: {turns[-1]}", file=sys.stderr, flush=True)
-        return turns
+        return found, turns
 
 
 @contextmanager
@@ -154,13 +158,14 @@ def main() -> int:
     children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            turns = measure(options, Path(folder))
+            vllm, turns = measure(options, Path(folder))
         except children.StartError as error:
             print(f"memory_guard: {error}", file=sys.stderr)
             return 1
     print(text(table(turns)))
     if options.json:
-        found = conditions(["python", "-m", "bench.memory_guard", *sys.argv[1:]], [])
+        found = conditions(["python", "-m", "bench.memory_guard", *sys.argv[1:]])
+        found["versions"]["vllm"] = vllm
         options.json.write_text(json.dumps({"conditions": found, "turns": [asdict(each) for each in turns]}, indent=1))
     return 1 if any(turn.failed for turn in turns) else 0
 

@@ -39,6 +39,7 @@ from xgen_proxy.config.fallback import Fallback  # noqa: E402
 from xgen_proxy.config.loading import env_name  # noqa: E402
 from xgen_proxy.config.memory_guard import MemoryGuard  # noqa: E402
 from xgen_proxy.config.settings import BackendSettings, Routing, Settings  # noqa: E402
+from xgen_proxy.costs.measurements import PLACES  # noqa: E402
 from xgen_proxy.dialects.dialect import Dialect  # noqa: E402
 from xgen_proxy.dialects.registry import DIALECTS  # noqa: E402
 from xgen_proxy.dialects.request_rules import Rule  # noqa: E402
@@ -272,13 +273,14 @@ def hourly(machine: dict[str, Any]) -> str:
 
 
 def cost_break_even(content: dict[str, Any]) -> Iterator[Row]:
-    yield "cheaper", "than", "from, requests/s", "at the loads, requests/s"
+    yield "cheaper", "than", "measured", "from, requests/s", "at the loads, requests/s"
     for even in content["break_even"]:
         loads = ", ".join(
             f"above {number(each['over'])}" if each["to"] is None else f"{number(each['over'])}–{number(each['to'])}"
             for each in even["cheaper"]
         )
-        yield even["machine"], even["against"]["machine"], ranged(even["requests_per_s"]), loads or "none"
+        pair = (f"{each['machine']} ({each['subject']})" for each in (even, even["against"]))
+        yield *pair, PLACES.get(even["where"], ""), ranged(even["requests_per_s"]), loads or "none"
 
 
 def ranged(figures: dict[str, float | None] | None) -> str:
@@ -320,7 +322,8 @@ def result(name: str) -> str:
         return markdown(iter([("not measured yet",)]))
     content = json.loads((RESULT_FILES / file).read_text())
     line = computed(content) if "measured" in content else provenance(content["conditions"])
-    return f"{markdown(rows(content))}\n{line}"
+    notes = "".join(f"- {note}\n" for note in content["notes"]) if name == "cost_runs" else ""
+    return "\n".join(filter(None, (markdown(rows(content)), notes, line)))
 
 
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {

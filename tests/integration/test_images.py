@@ -84,8 +84,8 @@ def test_an_engine_is_asked_once_for_each_of_its_lives(start: Start, gpu: FakeUp
     gpu.sees = False
     proxy = start(backends={"gpu": backend(gpu)})
     assert chat(proxy, messages=PICTURE).status_code == 400
-    checks = gpu.connections
-    wait_until(lambda: chat(proxy).status_code == 200 and gpu.connections >= checks)
+    seen = gpu.scrapes
+    wait_until(lambda: gpu.scrapes >= seen + 2, what="a whole health check and the beginning of the next")
     assert gpu.looks == 2, "one image, one sound"
     gpu.kill()
     wait_until(lambda: not of_state(proxy, "gpu"))

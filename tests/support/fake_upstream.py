@@ -121,6 +121,7 @@ class FakeUpstream:
     tokens: list[int] = field(default_factory=list)  # of the capability request; empty: it has no route that tells
     preemptions: int = 0
     sees: bool | None = None  # None: it has no route that tells
+    scrapes: int = 0  # GETs of /metrics: one for each health check of a vLLM
     looks: int = 0  # questions of the proxy whether it sees or hears
     reranks: bool = False
     routes: list[str] | None = None  # that it has for POST; None: it answers each GET
@@ -212,6 +213,7 @@ class FakeUpstream:
             await talk.answer(400, {"error": {"message": at_most, "type": "BadRequestError", "code": 400}})
 
     async def answer_check(self, talk: Talk) -> None:
+        self.scrapes += talk.path == "/metrics"
         if self.health != 200:
             await talk.answer(self.health, {})
         elif talk.path == "/v1/models":

@@ -31,10 +31,13 @@ examples:
   what the traffic of a running proxy costs now, watched for ten minutes:
        xgen-proxy cost --prices prices.toml --url http://127.0.0.1:8080 --for 600
 
-Goodput is the requests per second that met the limits. 1,000 requests cost the machine's price per hour / (goodput x
-3.6), so they cost more on a machine that is less busy: each line states its utilisation, the share of the best goodput
-that was measured there. Machines come whole: the load at which one kind becomes cheaper is computed with the steps.
-Several files of one load are repeats: the median, and in brackets the minimum and maximum.
+Goodput is the requests per second that met the limits. That of arriving requests (--request-rate) counts, whose queue
+grows as that of users does; a closed loop (--max-concurrency alone) has none, and counts only where a subject has
+nothing else. Machines are compared as they were measured through the proxy if all were, else direct. 1,000 requests
+cost the machine's price per hour / (goodput x 3.6), so they cost more on a machine that is less busy: each line states
+its utilisation, the share of the best goodput that was measured there. Machines come whole: the load at which one kind
+becomes cheaper is computed with the steps. Several files of one load are repeats: the median, and in brackets the
+minimum and maximum.
 """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from xgen_proxy.costs.errors import CostError
 from xgen_proxy.costs.fleets import Fleet, Loads, cheaper, per_million, per_thousand
-from xgen_proxy.costs.measurements import Repeat, Run
+from xgen_proxy.costs.measurements import PLACES, Repeat, Run
 from xgen_proxy.costs.prices import Machine
 from xgen_proxy.values import frozen
 
@@ -45,7 +45,8 @@ class Cost:
 
 @frozen
 class Subject:
-    """An engine with a model on a machine. `best`: the run with the most goodput, of those that had some each time."""
+    """An engine with a model on a machine. `best`: the run with the most goodput, of those that had some each time, and
+    of those with arriving requests where there are any."""
 
     machine: Machine
     name: str
@@ -59,6 +60,12 @@ class Subject:
     @property
     def goodput(self) -> Range:
         return goodput(self.best)
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The highest is the best of a machine. What arriving requests were served counts before any closed loop,
+        whose figure is higher for having no queue."""
+        return self.best.is_open, self.goodput.middle
 
     def fleet(self, goodput: float) -> Fleet:
         return Fleet(self.machine.name, self.machine.fixed, self.machine.extra, goodput)
@@ -110,15 +117,28 @@ def subjects(runs: Iterable[Run], machine: Callable[[str], Machine]) -> list[Sub
         found.setdefault((run.machine, run.subject), []).append(run)
     made = []
     for (name, subject), group in found.items():
-        best = max(group, key=lambda run: (goodput(run).low > 0, goodput(run).middle))
+        best = max(comparable(group), key=lambda run: (goodput(run).low > 0, goodput(run).middle))
         if goodput(best).low:
             made.append(Subject(machine(name), subject, tuple(sorted(group, key=lambda run: run.height)), best))
     for name, _ in found:
         if name not in {each.machine.name for each in made}:
-            raise CostError(
-                f"{name} served no request within the objectives; measure at a lower load, or with wider objectives"
-            )
+            own = [run for (each, _), group in found.items() if each == name for run in group]
+            raise CostError(f"{name} {shortfall(own)}; measure at a lower load, or with wider objectives")
     return made
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """Those whose goodput can be compared with a load of arriving requests; all of them if none can."""
+    return [run for run in runs if run.is_open] or list(runs)
+
+
+def shortfall(runs: Sequence[Run]) -> str:
+    """What the runs of a subject without a cost lack."""
+    if not any(goodput(run).high for run in runs):
+        return "served no request within the objectives"
+    if any(goodput(run).high for run in comparable(runs)):
+        return "had no load at which each repeat served some requests within the objectives"
+    return "served requests within the objectives in a closed loop only"
 
 
 @frozen
@@ -131,16 +151,33 @@ class BreakEven:
     cheaper: tuple[Loads, ...]
     first: Range | None
 
+    @property
+    def where(self) -> str | None:
+        """Where both were measured; None if they were measured apart, or nobody knows."""
+        return self.one.best.where if self.one.best.where == self.other.best.where else None
+
 
 def break_evens(found: Sequence[Subject]) -> list[BreakEven]:
-    """Each machine against the one named last, each with its best subject."""
-    best: dict[str, Subject] = {}
+    """Each machine against the one named last, each with its best subject of the place where all were measured."""
+    machines: dict[str, list[Subject]] = {}
     for each in found:
-        name = each.machine.name
-        if name not in best or each.goodput.middle > best[name].goodput.middle:
-            best[name] = each
-    *others, last = best.values()
+        machines.setdefault(each.machine.name, []).append(each)
+    where = common_place(list(machines.values()))
+    *others, last = (
+        max((each for each in group if where in (None, each.best.where)), key=lambda each: each.rank)
+        for group in machines.values()
+    )
     return [break_even(one, last) for one in others]
+
+
+def common_place(machines: Sequence[Sequence[Subject]]) -> str | None:
+    """Where each machine was measured: through the proxy if it can be, since that is what clients get, and before that
+    with arriving requests. None if there is no such place."""
+    for only_open, where in itertools.product((True, False), PLACES):
+        there = [[each.best for each in group if each.best.where == where] for group in machines]
+        if all(any(run.is_open or not only_open for run in runs) for runs in there):
+            return where
+    return None
 
 
 def break_even(one: Subject, other: Subject) -> BreakEven:

@@ -22,6 +22,8 @@ HOW_TO_MEASURE = (
     "measure with `vllm bench serve --goodput ttft:500 tpot:50 --save-result` and your own limits in ms, "
     "or pass --any-latency to count every completed request"
 )
+PROXY, DIRECT = "proxy", "direct"
+PLACES = {PROXY: "through the proxy", DIRECT: "without the proxy"}
 BY_HAND = ("requests_per_s", "output_tokens_per_s", "input_tokens_per_s")
 
 
@@ -49,11 +51,12 @@ class Repeat:
 
 @frozen
 class Run:
-    """One load on one subject. `rate`: requests/s that were sent, where they came at a rate (inf: all at once).
-    `concurrency`: how many were in flight at most."""
+    """One load on one subject. `where`: PROXY or DIRECT; None where the file does not tell. `rate`: requests/s that
+    were sent, where they came at a rate (inf: all at once). `concurrency`: how many were in flight at most."""
 
     machine: str
     subject: str
+    where: str | None
     rate: float
     concurrency: int | None
     repeats: tuple[Repeat, ...]
@@ -64,8 +67,14 @@ class Run:
         return self.rate, self.concurrency or 0
 
     @property
+    def is_open(self) -> bool:
+        """Requests arrived at a rate, whether or not earlier ones had been answered. In a closed loop each waits until
+        another is answered, so that no queue grows."""
+        return math.isfinite(self.rate)
+
+    @property
     def load(self) -> str:
-        parts = [] if math.isinf(self.rate) else [f"{self.rate:g}/s"]
+        parts = [f"{self.rate:g}/s"] if self.is_open else []
         return ", ".join([*parts, *([] if self.concurrency is None else [f"{self.concurrency} at once"])])
 
 
@@ -92,7 +101,7 @@ def parse_source(text: str) -> Source:
 def read_measurements(sources: Iterable[Source], any_latency: bool) -> Measurements:
     """Runs of the same load are repeats of one run. `any_latency`: a request counts however late it was. Raises
     CostError."""
-    loads: dict[tuple[str, str, float, int | None], list[Repeat]] = {}
+    loads: dict[tuple[str, str, str | None, float, int | None], list[Repeat]] = {}
     conditions: list[dict[str, Any]] = []
     skipped = 0
     for source in sources:
@@ -107,7 +116,7 @@ def read_measurements(sources: Iterable[Source], any_latency: bool) -> Measureme
             used += 1
             concurrency = number(source.path, figures, "max_concurrency")
             load = rate_of(source.path, figures), None if concurrency is None else int(concurrency)
-            loads.setdefault((machine, subject, *load), []).append(repeat)
+            loads.setdefault((machine, subject, where_of(figures), *load), []).append(repeat)
         if not used:
             raise CostError(
                 f"{source.path} has no goodput: {HOW_TO_MEASURE}" if unusable else nothing_in(source, content)
@@ -180,7 +189,7 @@ def bench_records(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 def bench_subject(record: dict[str, Any]) -> str:
     """The engine; and what is measured apart from it: through the proxy, and with prompts that begin alike."""
     where, shared = record.get("where"), level_of(record).get("shared_prefix")
-    parts = [record["subject"], where if where != "direct" else None, f"{shared} tokens shared" if shared else None]
+    parts = [record["subject"], where if where != DIRECT else None, f"{shared} tokens shared" if shared else None]
     return ", ".join(filter(None, parts))
 
 
@@ -188,6 +197,7 @@ def bench_figures(record: dict[str, Any]) -> dict[str, Any]:
     """In the words of vLLM's load generator, which `figures` has where a record has it."""
     rate, seconds = record.get("output_tok_s"), record.get("seconds")
     return {
+        "where": record.get("where"),
         "max_concurrency": record.get("concurrency", level_of(record).get("streams")),
         "request_rate": record.get("request_rate", record.get("rate")),
         "request_throughput": record.get("req_s"),
@@ -230,6 +240,11 @@ def matches(wanted: str | None, subject: str) -> bool:
 
 def model_name(result: dict[str, Any]) -> str:
     return str(result.get("model_id") or "").rstrip("/").rpartition("/")[2]
+
+
+def where_of(figures: dict[str, Any]) -> str | None:
+    where = figures.get("where")
+    return where if where in PLACES else None
 
 
 def rate_of(path: Path, figures: dict[str, Any]) -> float:

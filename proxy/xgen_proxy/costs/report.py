@@ -9,6 +9,7 @@ from typing import Any
 
 from xgen_proxy.costs.costs import UTILISATIONS, BreakEven, Cost, Range, Subject
 from xgen_proxy.costs.fleets import Loads
+from xgen_proxy.costs.measurements import PLACES
 from xgen_proxy.costs.prices import Machine, Prices
 
 DAY = 86_400
@@ -77,15 +78,15 @@ def cost_cells(cost: Cost) -> Row:
 
 
 def sentences(even: BreakEven) -> list[str]:
-    """Where each of the two is cheaper."""
+    """At which loads each of the two is cheaper, and where they were measured."""
     alike = even.one.name == even.other.name
     one, other = (each.machine.name if alike else each.title for each in (even.one, even.other))
     if even.first is None or not even.cheaper:
-        return [f"No break-even: {other} costs less than {one} at every load."]
+        return [f"No break-even: {other} costs less than {one} at every load.", *places(even)]
     if even.cheaper == (Loads(0.0, math.inf),):
-        return [f"No break-even: {one} costs less than {other} at every load."]
+        return [f"No break-even: {one} costs less than {other} at every load.", *places(even)]
     ranges = " and ".join(words(loads) for loads in even.cheaper)
-    told = [f"Break-even: {one} costs less than {other} {ranges}; else {other} does."]
+    told = [f"Break-even: {one} costs less than {other} {ranges}; else {other} does.", *places(even)]
     load = even.cheaper[0].over
     if load:
         above = load * (1 + 1e-6)
@@ -97,6 +98,10 @@ def sentences(even: BreakEven) -> list[str]:
             f"What a full {first} cannot serve is cheaper on {second} up to that much more.",
         ]
     return told
+
+
+def places(even: BreakEven) -> list[str]:
+    return [f"Both were measured {PLACES[even.where]}."] if even.where else []
 
 
 def words(loads: Loads) -> str:
@@ -161,6 +166,7 @@ def even_data(even: BreakEven) -> dict[str, Any]:
     return {
         "machine": even.one.machine.name,
         "subject": even.one.name,
+        "where": even.where,
         "against": {"machine": even.other.machine.name, "subject": even.other.name},
         "cheaper": [asdict(loads) for loads in even.cheaper],
         "requests_per_s": even.first and asdict(even.first),

@@ -83,7 +83,9 @@ def test_the_host_does_not_matter_for_a_404(proxy: RunningProxy) -> None:
 def test_the_root_says_what_this_is(proxy: RunningProxy) -> None:
     answer = get(proxy.url)
     assert answer.json()["name"] == "xgen-proxy"
-    for link in answer.json()["links"]:
+    links = answer.json()["links"]
+    assert {"/docs", "/health", "/metrics"} <= {*links}
+    for link in links:
         assert get(proxy.url + link).status_code == 200
     head = httpx.head(proxy.url, verify=False)
     assert (head.status_code, head.content) == (200, b"")

@@ -192,7 +192,7 @@ def test_outcome_of_a_request_that_was_served(
     assert (outcome.status, outcome.error, outcome.attempts, list(outcome.failures)) == (200, None, 1, [])
     assert (outcome.usage, outcome.completed, outcome.queued) == ((3, 1), True, 0)
     assert 0 < outcome.waited < outcome.finished
-    assert outcome.first_output <= outcome.finished
+    assert 0 < outcome.first_output <= outcome.finished
 
 
 def test_outcome_of_a_stream_that_was_resumed(

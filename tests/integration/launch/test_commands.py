@@ -37,6 +37,7 @@ def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("XGEN_KEY", raising=False)
     return tmp_path
 
 
@@ -192,23 +193,36 @@ def test_only_the_configuration(launch: Launch, proxy: RunningProxy, client: str
         json.loads(out)
 
 
+KEYS = {
+    "claude": "ANTHROPIC_AUTH_TOKEN",
+    "codex": "XGEN_KEY",
+    "opencode": "XGEN_KEY",
+    "openwebui": "OPENAI_API_KEY",
+}  # where each looks for its key
+
+
 @pytest.mark.parametrize("client", [name for name in CLIENTS if name != "python"])
 def test_run(proxy: RunningProxy, directory: Path, client: str) -> None:
     """The client takes the place of the command: its output, its exit status and its arguments."""
     name = {"openwebui": "open-webui"}.get(client, client)
     stub(directory, name)
-    done = start(client, "--url", proxy.url, "--run", "--", "-p", "two words", path=directory, XGEN_KEY="sk-1")
+    done = start(client, "--url", proxy.url, "--key", "sk-1", "--run", "--", "-p", "two words", path=directory)
     assert done.returncode == 7, done.stderr
     arguments, environment = json.loads(done.stdout)
     assert arguments[-2:] == ["-p", "two words"]
-    assert "sk-1" in (
-        environment.get("ANTHROPIC_AUTH_TOKEN"),
-        environment.get("OPENAI_API_KEY"),
-        environment["XGEN_KEY"],
-    )
+    assert {name for name, value in environment.items() if value == "sk-1"} == {KEYS[client]}
     shown = json.dumps([arguments, environment])
     assert proxy.url in shown
     assert done.stderr.endswith(f" at {proxy.url}\n")
+
+
+@pytest.mark.parametrize("client", ["claude", "openwebui"])
+def test_run_with_the_key_of_the_shell(proxy: RunningProxy, directory: Path, client: str) -> None:
+    """The others read it from XGEN_KEY themselves."""
+    stub(directory, {"openwebui": "open-webui"}.get(client, client))
+    done = start(client, "--url", proxy.url, "--run", path=directory, XGEN_KEY="sk-1")
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout)[1][KEYS[client]] == "sk-1"
 
 
 @pytest.mark.parametrize("client", ["claude", "codex", "opencode", "openwebui"])

@@ -31,9 +31,10 @@ def run(
     subject: str = "vllm",
     rate: float = math.inf,
     concurrency: int | None = None,
+    where: str | None = None,
 ) -> Run:
     made = tuple(repeat(each) if isinstance(each, int | float) else each for each in repeats)
-    return Run(machine=machine, subject=subject, rate=rate, concurrency=concurrency, repeats=made)
+    return Run(machine=machine, subject=subject, where=where, rate=rate, concurrency=concurrency, repeats=made)
 
 
 def subject(*runs: Run, on: Machine | None = None) -> Subject:

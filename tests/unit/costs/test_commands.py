@@ -77,6 +77,12 @@ def test_help_teaches(cost: Cost) -> None:
         assert words in out
 
 
+def test_help_says_which_goodput_counts(cost: Cost) -> None:
+    words = " ".join(cost("--help")[1].split())
+    assert "a closed loop (--max-concurrency alone) has none, and counts only where a subject has nothing else" in words
+    assert "compared as they were measured through the proxy if all were" in words
+
+
 def test_the_examples_of_the_help_can_be_typed(cost: Cost) -> None:
     _, out, _ = cost("--help")
     commands = re.findall(r"^ +(xgen-proxy cost .*)$", out, re.MULTILINE)

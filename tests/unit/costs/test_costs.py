@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from tests.unit.costs.builders import machine, repeat, run, subject, two
 from xgen_proxy.costs.costs import Range, break_evens, range_of, subjects
 from xgen_proxy.costs.errors import CostError
+from xgen_proxy.costs.measurements import Run
 
 
 def figures(found: Range | None) -> tuple[float, float, float]:
@@ -83,6 +85,22 @@ def test_a_machine_may_have_several_subjects() -> None:
     assert [each.load for each in found[0].runs] == ["1/s", ""]
 
 
+def test_the_best_of_arriving_requests_counts_before_that_of_a_closed_loop() -> None:
+    """One at a time a machine has no queue. The closed runs have a cost of their own all the same."""
+    mixed = subject(run(1.2, concurrency=1), run(0.2, rate=0.5), run(0.3, rate=0.9))
+    assert (mixed.best.load, mixed.goodput.middle, len(mixed.runs)) == ("0.9/s", 0.3, 3)
+    assert mixed.cost_at(1.0).goodput.middle == 0.3
+    closed = subject(run(1.2, concurrency=1), run(0.4, concurrency=4))
+    assert closed.goodput.middle == 1.2
+
+
+def test_arriving_requests_that_were_all_late_are_not_made_up_for_by_a_closed_loop() -> None:
+    with pytest.raises(CostError, match="gpu served requests within the objectives in a closed loop only; measure"):
+        subject(run(1.2, concurrency=1), run(0.0, rate=0.9))
+    with pytest.raises(CostError, match=r"gpu had no load at which each repeat served some requests within the object"):
+        subject(run(1.2, concurrency=1), run(0.0, 0.5, rate=0.9))
+
+
 def test_no_goodput_at_all() -> None:
     with pytest.raises(CostError, match="gpu served no request within the objectives; measure at a lower load"):
         subject(run(0.0))
@@ -118,3 +136,57 @@ def test_each_machine_is_compared_with_the_last_by_its_best_subject() -> None:
         ("l4 (vllm)", "cpu (llama)"),
     ]
     assert break_evens(subjects(runs[:2], machine)) == []
+
+
+def test_a_subject_with_arriving_requests_is_better_than_one_with_a_closed_loop() -> None:
+    runs = [run(9.0, concurrency=8), run(2.0, subject="slow", rate=4.0), run(0.5, machine="cpu", rate=1.0)]
+    [even] = break_evens(subjects(runs, machine))
+    assert even.one.title == "gpu (slow)"
+
+
+def at(place: str, machine: str, goodput: float, closed: bool = False) -> Run:
+    load: dict[str, Any] = {"concurrency": 1} if closed else {"rate": 99.0}
+    return run(goodput, machine=machine, subject=place, where=place, **load)
+
+
+@pytest.mark.parametrize(
+    ("runs", "where", "names"),
+    [
+        (
+            [at("direct", "gpu", 9.0), at("proxy", "gpu", 8.0), at("direct", "cpu", 2.0), at("proxy", "cpu", 1.0)],
+            "proxy",
+            ("proxy", "proxy"),
+        ),
+        ([at("direct", "gpu", 8.0), at("proxy", "gpu", 9.0), at("direct", "cpu", 1.0)], "direct", ("direct", "direct")),
+        ([at("proxy", "gpu", 9.0), at("direct", "cpu", 1.0)], None, ("proxy", "direct")),
+        (
+            [
+                at("direct", "gpu", 9.0),
+                at("proxy", "gpu", 8.0),
+                at("direct", "cpu", 1.0),
+                at("proxy", "cpu", 2.0, closed=True),
+            ],
+            "direct",
+            ("direct", "direct"),
+        ),
+        (
+            [at("direct", "gpu", 9.0), at("proxy", "gpu", 8.0), at("proxy", "cpu", 2.0, closed=True)],
+            "proxy",
+            ("proxy", "proxy"),
+        ),
+        ([run(9.0), at("proxy", "cpu", 1.0)], None, ("vllm", "proxy")),
+    ],
+    ids=["both", "only direct", "apart", "arriving requests go first", "one in a closed loop", "unknown"],
+)
+def test_machines_are_compared_where_all_were_measured(
+    runs: list[Run], where: str | None, names: tuple[str, str]
+) -> None:
+    [even] = break_evens(subjects(runs, machine))
+    assert (even.where, (even.one.name, even.other.name)) == (where, names)
+
+
+def test_one_place_for_all_machines() -> None:
+    """The last machine, with which all are compared, is the same one each time."""
+    runs = [at("proxy", "gpu", 9.0), at("direct", "gpu", 9.0), at("direct", "l4", 5.0)]
+    evens = break_evens(subjects([*runs, at("proxy", "cpu", 2.0), at("direct", "cpu", 1.0)], machine))
+    assert [(even.one.name, even.other.name) for even in evens] == [("direct", "direct")] * 2

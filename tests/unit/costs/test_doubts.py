@@ -9,6 +9,8 @@ from xgen_proxy.costs.costs import break_evens, subjects
 from xgen_proxy.costs.doubts import doubts, left_out
 from xgen_proxy.costs.measurements import Run
 
+CLOSED = "gpu (vllm): measured in a closed loop; under arriving requests it serves less in time."
+
 
 def told(*runs: Run) -> list[str]:
     found = subjects(runs, machine)
@@ -22,6 +24,16 @@ def test_a_subject_that_served_nothing_in_time_is_left_out() -> None:
     assert left_out(runs, found) == ["gpu (slow) served no request within the objectives and is left out."]
 
 
+def test_why_a_subject_is_left_out() -> None:
+    late = [run(1.0, concurrency=1, subject="slow"), run(0.0, rate=2.0, subject="slow")]
+    unsteady = [run(0.0, 1.0, rate=2.0, subject="unsteady")]
+    runs = [run(1.0), *late, *unsteady]
+    assert left_out(runs, subjects(runs, machine)) == [
+        "gpu (slow) served requests within the objectives in a closed loop only and is left out.",
+        "gpu (unsteady) had no load at which each repeat served some requests within the objectives and is left out.",
+    ]
+
+
 def test_failures() -> None:
     assert told(run(repeat(4.0, failed=1000), repeat(4.0, failed=500))) == [
         "gpu (vllm): 1,500 requests failed in its best run."
@@ -33,12 +45,13 @@ def test_failures() -> None:
     [
         [run(3.9, rate=4.0)],
         [run(1.0, rate=1.0), run(3.9, rate=4.0)],
+        [run(9.0, concurrency=8), run(3.9, rate=4.0)],
         [run(3.0, concurrency=8)],
         [run(3.0, concurrency=8), run(4.0, concurrency=16)],
     ],
 )
 def test_a_load_that_was_not_too_much(runs: list[Run]) -> None:
-    [text] = told(*runs)
+    [text] = but_closed(runs, told(*runs))
     assert text.startswith(
         f"gpu (vllm): its highest load, {subject(*runs).best.load}, was not too much for it; measure"
     )
@@ -49,13 +62,29 @@ def test_a_load_that_was_not_too_much(runs: list[Run]) -> None:
     [
         [run(3.0)],
         [run(3.0, rate=4.0)],
+        [run(9.0, concurrency=8), run(3.0, rate=4.0)],
         [run(3.9, rate=4.0), run(3.0, rate=8.0)],
         [run(4.0, concurrency=8), run(4.1, concurrency=16)],
         [run(4.0, concurrency=8), run(3.0, concurrency=16)],
     ],
 )
 def test_a_load_that_was(runs: list[Run]) -> None:
-    assert told(*runs) == []
+    assert but_closed(runs, told(*runs)) == []
+
+
+def but_closed(runs: list[Run], texts: list[str]) -> list[str]:
+    """Without the doubt about a closed loop, which those and only those have that know no other load."""
+    only_closed = all(run.concurrency for run in runs)
+    assert texts.count(CLOSED) == only_closed
+    return [text for text in texts if text != CLOSED]
+
+
+def test_machines_that_were_measured_in_different_places() -> None:
+    cpu = run(1.0, machine="cpu", where="direct")
+    assert told(run(4.0, where="proxy"), cpu) == [
+        "gpu (vllm) was measured through the proxy and cpu (vllm) without the proxy: no fair comparison."
+    ]
+    assert told(run(4.0, where="direct"), cpu) == told(run(4.0), cpu) == []
 
 
 def test_unlike_requests() -> None:

@@ -32,6 +32,7 @@ def test_a_result_of_vllms_load_generator(file: Path) -> None:
     file.write_text(json.dumps(vllm_result(goodput=8.0, throughput=10.0, rate=16, tokens=(256, 128), failed=3)))
     run = only(read(f"gpu={file}"))
     assert (run.machine, run.subject, run.load) == ("gpu", "llama", "16/s")
+    assert (run.where, run.is_open) == (None, True)
     [repeat] = run.repeats
     assert (repeat.goodput, repeat.throughput, repeat.failed) == (8.0, 10.0, 3)
     assert (repeat.tokens_in, repeat.tokens_out) == (256, 128)
@@ -72,6 +73,12 @@ def test_a_result_of_our_bench(file: Path) -> None:
         ("vllm, proxy", "32 at once", 1),
         ("vllm, 64 tokens shared", "32 at once", 1),
         ("llama-server", "2/s", 1),
+    ]
+    assert [(run.where, run.is_open) for run in found.runs] == [
+        ("direct", False),
+        ("proxy", False),
+        ("direct", False),
+        ("direct", True),
     ]
     assert found.runs[0].repeats[0].tokens_in == pytest.approx(256)
     assert found.runs[0].repeats[0].tokens_out == pytest.approx(128)

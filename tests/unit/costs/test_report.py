@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_the_break_even_in_words() -> None:
 def test_other_break_evens(goodput: float, first: str) -> None:
     [even] = break_evens(two(gpu=(goodput,)))
     assert sentences(even)[0].startswith(first)
+
+
+def test_where_both_were_measured_is_told() -> None:
+    runs = [run(goodput, machine=name, where="proxy") for name, goodput in {"gpu": 9.0, "cpu": 1.0}.items()]
+    [even] = break_evens(subjects(runs, machine))
+    assert sentences(even)[1] == "Both were measured through the proxy."
+    assert data(PRICES, [], [even], [])["break_even"][0]["where"] == "proxy"
+    [unknown] = break_evens(two())
+    assert not any("measured" in sentence for sentence in sentences(unknown))
+    assert data(PRICES, [], [unknown], [])["break_even"][0]["where"] is None
+    cheap = {"gpu": machine("gpu", 0.1), "cpu": machine("cpu", 0.2)}
+    for names in (cheap, dict(zip(cheap, reversed(cheap.values()), strict=True))):
+        [even] = break_evens(subjects([replace(each, repeats=(repeat(1.0),)) for each in runs], names.__getitem__))
+        assert [each.startswith("No break-even") for each in sentences(even)] == [True, False]
+        assert sentences(even)[1] == "Both were measured through the proxy."
 
 
 def test_a_gpu_that_is_always_cheaper() -> None:

@@ -3,6 +3,8 @@ RequestResponseCycle, once with ASGI's send() and once with the direct writer, a
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -175,6 +177,9 @@ async def test_empty_chunk_does_not_end_the_response() -> None:
 
 
 async def test_calls_out_of_order_write_nothing() -> None:
+    """uvicorn swallows what an application raises after its response, a failed assertion too."""
+    done = asyncio.Event()
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         direct = writer(scope)
         with pytest.raises(RuntimeError, match="outside a stream"):
@@ -189,10 +194,12 @@ async def test_calls_out_of_order_write_nothing() -> None:
         with pytest.raises(RuntimeError, match="second head"):
             direct.whole(HEADERS, b"{}")
         assert connection.transport.written == before
+        done.set()
 
     connection = Connection(app)
     connection.protocol.data_received(REQUESTS["keep-alive"])
     await connection.finish()
+    assert done.is_set()
     connection.protocol.connection_lost(None)
 
 

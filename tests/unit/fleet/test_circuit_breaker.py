@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from xgen_proxy.fleet.circuit_breaker import (
@@ -143,7 +143,12 @@ def test_open_until_canary_is_half_open_at_once() -> None:
     assert breaker.try_half_open(0)
 
 
-@given(st.lists(st.sampled_from(["fail", "succeed", "canary", "close", "wait"])))
+WAITS = {"wait": 1.0, "long wait": LONGEST_OPEN_S}  # after a long one a canary is due
+
+
+@given(st.lists(st.sampled_from(["fail", "succeed", "canary", "close", *WAITS])))
+@example(["fail"] * FAILURES + ["long wait", "canary"] * 4)
+@example(["fail"] * FAILURES + ["long wait", "close"])
 def test_breaker_never_stays_open_longer_than_the_limit(story: list[str]) -> None:
     breaker, now = CircuitBreaker(), 0.0
     for event in story:
@@ -153,8 +158,8 @@ def test_breaker_never_stays_open_longer_than_the_limit(story: list[str]) -> Non
             breaker.succeeded()
         elif event == "canary" and breaker.try_half_open(now):
             breaker.failed(now)
-        elif event == "close" and breaker.state == "half-open":
+        elif event == "close" and breaker.try_half_open(now):
             breaker.close(now)
-        now += event == "wait"
+        now += WAITS.get(event, 0)
         assert 0 < slow_start_fraction(breaker.slow_start_at, now) <= 1
     assert breaker.state == "closed" or breaker.try_half_open(now + LONGEST_OPEN_S)

@@ -61,7 +61,7 @@ def test_missing_gauges_are_none() -> None:
     }
 
 
-@given(page=st.binary(max_size=300))
+@given(page=st.binary(max_size=300) | st.floats().map(lambda value: f" {value}".encode()))
 def test_any_page_is_parsed(page: bytes) -> None:
     parsed = parse_metrics(b"vllm:num_requests_running" + page + b"\nllamacpp:requests_deferred 2\n")
     assert all(value is None or 0 <= value < math.inf for value in parsed.values())

@@ -18,6 +18,8 @@ def test_the_type_table_is_llama_cpps() -> None:
     ours = {name: (block, size) for name, block, size in TYPES.values()}
     theirs = {type.name: sizes for type, sizes in library.GGML_QUANT_SIZES.items()}
     assert {name: sizes for name, sizes in ours.items() if theirs.get(name, sizes) != sizes} == {}
+    names = {type.value: type.name for type in library.GGMLQuantizationType}
+    assert {name for number, (name, _, _) in TYPES.items() if names.get(number, name) != name} == set()
     numbers = {name: number for number, (name, _, _) in TYPES.items()}
     assert all(library.GGMLQuantizationType[name] == number for name, number in numbers.items() if name in theirs)
 

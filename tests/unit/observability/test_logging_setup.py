@@ -242,9 +242,10 @@ def test_set_up_logging(monkeypatch: pytest.MonkeyPatch, written: Log, log_forma
 
 
 @pytest.mark.usefixtures("logging_restored")
-def test_without_a_stderr_lines_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_stderr_lines_go_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Descriptor 2 may be the listening socket then."""
     monkeypatch.setattr("sys.stderr", None)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     logging_setup.set_up_logging("json")
     logging.getLogger("xgen_proxy.test").info("hello")
+    assert capfd.readouterr() == ("", "")

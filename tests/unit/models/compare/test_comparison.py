@@ -46,7 +46,8 @@ class FakeWorker:
             case "window":
                 return {"losses": [1.0, 2.0], "divergences": [0.0 if is_base else 0.1] * 2, "same_top": [True, is_base]}
             case "speed":
-                return {"prompt": 100.0, "generation": 10.0}
+                number = FakeWorker.asked.count((self.model.stem, command))  # 1, the first time
+                return {"prompt": 100.0 * number, "generation": 10.0 * number}
             case "answer":
                 return [1, 2] if is_base or "France" in arguments["prompt"] else [1, 3]
         return 1000
@@ -90,6 +91,12 @@ def test_models_take_turns() -> None:
     assert speeds[:6] == ["m-f16", "m-q4"] * 3  # a round to warm up, and two
     loads = [model for model, command in FakeWorker.asked if command == "load"]
     assert loads == ["m-f16", "m-q4", *["m-f16", "m-f16", "m-q4", "m-q4"] * 2]
+
+
+def test_the_speed_of_the_round_that_warms_up_does_not_count() -> None:
+    for model in comparison.compare(plan())["models"]:
+        assert model["prompt_tokens_per_s"]["values"] == [200.0, 300.0], model["name"]
+        assert model["generated_tokens_per_s"]["values"] == [20.0, 30.0], model["name"]
 
 
 def test_nothing_is_answered_where_nothing_is_asked() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from tests.unit.models.compare.results import result
-from xgen_proxy.models.compare.plot import draw
+from xgen_proxy.models.compare.plot import FLOOR, draw, drawn
 
 FOUND = result(Q8=(145, 0.99, 0.98), Q4=(90, 0.9, 0.85))
 
@@ -37,5 +38,10 @@ def test_png(tmp_path: Path) -> None:
 
 
 def test_a_model_that_equals_its_base(tmp_path: Path) -> None:
-    """No divergence has a place on a logarithmic axis."""
-    draw(result(same=(270, 1, 1)), tmp_path / "a.svg")
+    """No divergence has a place on a logarithmic axis: it is drawn at the lowest one that counts."""
+    with warnings.catch_warnings(action="error"):
+        draw(result(same=(270, 1, 1)), tmp_path / "a.svg")
+    svg = ElementTree.parse(tmp_path / "a.svg")
+    words = [element.text for element in svg.iter() if element.text]
+    assert words.count("same") == 2, "in both panels"
+    assert drawn(result(same=(270, 1, 1))["models"][1], "english") == FLOOR
