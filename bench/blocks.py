@@ -30,6 +30,7 @@ from pathlib import Path
 
 import httpx
 
+from bench import children
 from tests.support import real_servers as servers
 from tests.support.block_kinds import BLOCKS_TEMPLATE, KINDS, wrong
 from tests.support.real_servers import Proxy, Server
@@ -187,6 +188,7 @@ def main() -> None:
         flags.error(
             "--vllm, --vllm-model and --gguf are needed, or XGEN_TEST_VLLM, XGEN_TEST_VLLM_MODEL and XGEN_TEST_GGUF"
         )
+    children.end_on_sigterm()
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blocks-")))
         vllm = servers.vllm(logs / "vllm.log", args.vllm, str(reasoning_model(Path(args.vllm_model), logs / "model")))

@@ -20,6 +20,7 @@ MEANINGS = {
     "temperature": "Randomness: 0 always takes the likeliest token.",
     "top_p": "Takes tokens from the likeliest ones that have this probability together.",
     "stop": "Texts that end the answer.",
+    "min_tokens": "The least tokens to generate before the answer may end.",
     "seed": "The same seed gives the same answer on the same engine, as far as it can.",
     "n": "Choices. With several prompts, the choices of all count together.",
     "tools": "Functions that the model may call. The request goes to a backend that can.",
