@@ -194,7 +194,7 @@ def main() -> None:
         vllm = servers.vllm(logs / "vllm.log", args.vllm, str(reasoning_model(Path(args.vllm_model), logs / "model")))
         vllm.command += ["--reasoning-parser", "deepseek_r1", "--chat-template", str(BLOCKS_TEMPLATE)]
         # A model of random weights would fill its answer with white space, as llama-server's grammars do not allow.
-        vllm.command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+        vllm.command += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
         llama = servers.llama_server(logs / "llama.log", args.gguf, "--chat-template-file", str(BLOCKS_TEMPLATE))
         for server in (llama, vllm):
             stack.enter_context(servers.running(server))

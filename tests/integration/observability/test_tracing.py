@@ -244,5 +244,5 @@ def test_a_malformed_endpoint_is_refused(url: str) -> None:
 
 def test_tracing_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    with pytest.raises(ValidationError, match="xgen-proxy\\[otel\\]"):
+    with pytest.raises(ValidationError, match=r"pip install .\.\[otel\]."):
         Settings(otlp_endpoint="http://collector:4318")
