@@ -45,11 +45,11 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
 def prefill(chat: Json) -> str:
     """The client's own words that the answer goes on after. Without the flags, some engines begin a new message."""
     last = chat["messages"][-1]
+    if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        return ""
     flags = tuple(chat.get(field) for field in PREFILLED)
     others = [field for field in last if field not in ("role", "content") and last[field] is not None]
-    if last.get("role") != "assistant" or others or flags != (True, False):
-        return ""
-    return last["content"] if isinstance(last.get("content"), str) else ""
+    return "" if others or flags != (True, False) else str(last["content"])
 
 
 def can_take_over(dialect: Dialect, features: Features, prefix: SentPrefix, template: ChatTemplate | None) -> bool:
