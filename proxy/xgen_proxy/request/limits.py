@@ -84,8 +84,8 @@ def check_schemas(body: Json, limits: Limits) -> None:
         left -= nodes if nodes > left else nodes + _written(schema)
         if left < 0:
             raise BadRequestError(
-                f"the schema in {name}, with those before it, has more than {limits.schema_nodes} values (a long text"
-                " counts as one for each 8 characters)",
+                f"the schema in {name}, with those before it, has more than {limits.schema_nodes} values, this server's"
+                " limits.schema_nodes (a long text counts as one for each 8 characters)",
                 param=name,
             )
         if refers_to_itself(schema):
