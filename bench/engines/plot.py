@@ -37,7 +37,7 @@ def throughput(results: Results, path: Path) -> None:
     axis.set_xlabel("requests at once")
     axis.set_ylabel("output tokens per second")
     axis.legend(loc="best")
-    plot.save(plt, figure, "Engines with the same model: median, least to most", path)
+    plot.save(plt, figure, "Engines with the same model: median, minimum to maximum", path)
 
 
 def styles() -> Iterator[tuple[str, str, str]]:
