@@ -153,7 +153,7 @@ class BreakEven:
 
     @property
     def where(self) -> str | None:
-        """Where both were measured; None if they were measured apart, or nobody knows."""
+        """Where both were measured; None if in different places, or if that is unknown."""
         return self.one.best.where if self.one.best.where == self.other.best.where else None
 
 

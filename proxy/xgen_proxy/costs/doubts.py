@@ -39,7 +39,7 @@ def failures(subject: Subject) -> str | None:
 
 
 def closed_loop(subject: Subject) -> str | None:
-    """Of figures without any load, typed by hand, nobody knows how they were measured."""
+    """How figures were measured that have no load, such as those typed by hand, is unknown."""
     if subject.best.is_open or subject.best.concurrency is None:
         return None
     return "measured in a closed loop; under arriving requests it serves less in time"

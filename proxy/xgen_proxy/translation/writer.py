@@ -77,7 +77,8 @@ class TranslatingWriter(ResponseWriter):
             await self._write(self._stream.ping())
 
     async def fail(self, error: ProxyError, headers: Headers) -> None:
-        if not self.status and self._call.features.stream and self._api.fails_in_stream(error):
+        wants_stream = self._call.features.stream and self._api.fails_in_stream(error)
+        if not self.status and not self._ended and wants_stream:
             await self.start(headers)
         if self.status:
             await self.end(error.event())

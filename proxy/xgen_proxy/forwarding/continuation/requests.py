@@ -43,7 +43,7 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
 
 
 def prefill(chat: Json) -> str:
-    """The client's own words that the answer goes on after. Without the flags, some engines begin a new message."""
+    """The text that the client wrote for the model to continue. Without the flags, some engines begin a new message."""
     last = chat["messages"][-1]
     if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         return ""

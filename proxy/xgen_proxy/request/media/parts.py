@@ -99,7 +99,7 @@ class Media:
     def _check_data_url(self, need: Need, url: str, name: str) -> None:
         found = DATA_URL.match(url[:MAX_HEAD])
         kind = KINDS.get(need)
-        # vLLM takes video/jpeg for a list of images, whose pixels nobody has counted
+        # vLLM reads video/jpeg as a list of images, whose pixels are not counted here
         frames = need == "video" and found is not None and found[2] == "jpeg"
         wrong = found is None or frames or (need == "images" and found[2] not in IMAGE_FORMATS)
         if found is None or wrong or (kind and found[1] != kind):

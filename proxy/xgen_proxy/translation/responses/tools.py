@@ -126,7 +126,7 @@ def _function(tool: Json, where: str) -> Json:
 
 
 def _grammar(tool: Json, where: str) -> str:
-    """An engine cannot hold a part of a JSON text to a grammar, so the model is told."""
+    """The grammar as a part of the description: an engine cannot enforce one within a JSON text."""
     form = get_field(tool, "format", dict, f"{where}.format") or {}
     definition = get_field(form, "definition", str, f"{where}.format.definition")
     return f"`{INPUT}` follows this grammar ({safe(form.get('syntax'))}):\n{definition}" if definition else ""
