@@ -153,6 +153,7 @@ class FakeUpstream:
 
     def close(self) -> None:
         self.kill()
+        self._run(self._cancel_scripts())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -163,6 +164,14 @@ class FakeUpstream:
             self._server.close()
         for writer in list(self._writers):
             writer.transport.abort()
+
+    async def _cancel_scripts(self) -> None:
+        """End what still waits or writes, so that nothing is left to be collected after the loop."""
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting, timeout=5)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
