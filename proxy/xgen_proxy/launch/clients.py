@@ -60,7 +60,7 @@ class Client:
 
 
 def claude(proxy: Proxy) -> Setup:
-    variables = (
+    variables = [
         Variable("ANTHROPIC_BASE_URL", proxy.url, "The proxy, without /v1, which Claude Code adds."),
         Variable(
             "ANTHROPIC_AUTH_TOKEN",
@@ -88,15 +88,24 @@ def claude(proxy: Proxy) -> Setup:
             "0",
             "Else its prompt begins with a block that differs in each request, which makes prefix caches useless.",
         ),
-    )
+    ]
+    if context := shortest_context(proxy):
+        why = "Else it assumes 1,000,000 tokens for a model that it does not know, and compacts too late."
+        variables.append(Variable("CLAUDE_CODE_MAX_CONTEXT_TOKENS", str(context), why))
     kept = {each.name: each.value for each in variables if each.value}
-    return Setup(variables, ("claude",), as_json({"env": kept}), "~/.claude/settings.json")
+    return Setup(tuple(variables), ("claude",), as_json({"env": kept}), "~/.claude/settings.json")
 
 
 def family_model(proxy: Proxy, family: str) -> str:
     """An alias that is named after the family, such as claude-haiku, else the model."""
     named = [each.id for each in proxy.models if each.alias_of and each.id.startswith("claude") and family in each.id]
     return min(named, default=proxy.model.id)
+
+
+def shortest_context(proxy: Proxy) -> int | None:
+    """Of the models of all families, in tokens; None if none is known."""
+    used = {family_model(proxy, family) for family in FAMILIES}
+    return min((each.context for each in (proxy.model, *proxy.models) if each.id in used and each.context), default=None)
 
 
 def codex(proxy: Proxy) -> Setup:
@@ -106,16 +115,14 @@ def codex(proxy: Proxy) -> Setup:
     provider = {"name": "xgen-proxy", "base_url": proxy.v1, "wire_api": "responses"}
     if proxy.key:
         provider["env_key"] = KEY_VARIABLE
-    flags = [f"{name}={toml(value)}" for name, value in root.items()]
-    flags += [f"model_providers.xgen.{name}={toml(value)}" for name, value in provider.items()]
-    lines = [f"{name} = {toml(value)}" for name, value in root.items()]
-    lines += ["", "[model_providers.xgen]", *(f"{name} = {toml(value)}" for name, value in provider.items())]
+    # Keys with dots, not a table: what follows them in a file stays at the root.
+    settings = root | {f"model_providers.xgen.{name}": value for name, value in provider.items()}
     return Setup(
         key_variable(proxy, "Codex reads the key from here and sends it as Authorization: Bearer."),
         ("codex",),
-        "\n".join(lines) + "\n",
-        "the top of ~/.codex/config.toml",
-        tuple(word for flag in flags for word in ("-c", flag)),
+        "".join(f"{name} = {toml(value)}\n" for name, value in settings.items()),
+        "the top of ~/.codex/config.toml, instead of `model` and `model_provider` there",
+        tuple(word for name, value in settings.items() for word in ("-c", f"{name}={toml(value)}")),
         ("Codex takes its settings from a file or from flags, so `codex` becomes a function that passes them.",),
     )
 
@@ -131,9 +138,7 @@ def toml(value: str | int) -> str:
 
 
 def opencode(proxy: Proxy) -> Setup:
-    options = {"baseURL": proxy.v1}
-    if proxy.key:
-        options["apiKey"] = f"{{env:{KEY_VARIABLE}}}"
+    options = {"baseURL": proxy.v1, "apiKey": f"{{env:{KEY_VARIABLE}}}" if proxy.key else NO_KEY}
     shown = (proxy.model, *(each for each in proxy.models if each.alias_of is None))
     models = {each.id: opencode_model(each.id, each.context) for each in shown}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "xgen-proxy", "options": options, "models": models}
@@ -146,6 +151,7 @@ def opencode(proxy: Proxy) -> Setup:
     variables = (
         *key_variable(proxy, "opencode reads the key from here and sends it as Authorization: Bearer."),
         Variable("OPENCODE_CONFIG_CONTENT", json.dumps(config), "Its configuration, on top of that in its files."),
+        Variable("OPENCODE_DISABLE_MODELS_FETCH", "1", "Else it fetches a list of models from its vendor."),
     )
     return Setup(variables, ("opencode",), as_json(config), "opencode.json in your project")
 

@@ -20,7 +20,7 @@ examples:
   with arguments of its own:       xgen-proxy launch claude --run -- -p "What does this project do?"
   Codex, in this shell:            eval "$(xgen-proxy launch codex)" && codex
   opencode, in this project:       xgen-proxy launch opencode --config > opencode.json
-  Open WebUI on another machine:   xgen-proxy launch openwebui --url http://proxy-box:8080 --key sk-…
+  Open WebUI here, proxy there:    xgen-proxy launch openwebui --url http://proxy-box:8080 --key sk-…
   a script that asks one question: xgen-proxy launch python | python -
 
 Without --run and --config the output is `export` lines with comments, for people and for eval. The model is chosen from

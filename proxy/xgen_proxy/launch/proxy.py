@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from xgen_proxy.values import frozen
 KEY_VARIABLE = "XGEN_KEY"  # a client's key; the proxy's own setting XGEN_API_KEYS has hashes
 ANY_ADDRESS = ("", "0.0.0.0", "::")  # noqa: S104  # where a proxy listens, not where it is
 TIMEOUT_S = 10
+AGENTS_CONTEXT = 32_000  # tokens that an agent needs; its instructions and tools alone have thousands
 
 
 class LaunchError(Exception):
@@ -130,7 +132,12 @@ def doubt(chosen: Model, models: Sequence[Model], *, tools: bool) -> str | None:
     if tools and not chosen.can("tools"):
         return (
             f"no backend that serves {chosen.id} can call tools, and this client can do nothing without:"
-            " see docs/engines.md for the flags of your engine"
+            " see docs/clients.md for the flags of your engine"
+        )
+    if tools and chosen.context and chosen.context < AGENTS_CONTEXT:
+        return (
+            f"the context of {chosen.id} is {chosen.context:,} tokens, and agents need {AGENTS_CONTEXT:,}:"
+            " see docs/clients.md for the flags of your engine"
         )
     return None
 
@@ -139,7 +146,11 @@ def list_models(url: str, key: str | None) -> list[Model]:
     """Raises LaunchError."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=TIMEOUT_S, trust_env=False)
+        # The context trusts what the system does, and SSL_CERT_FILE, such as the certificate of `make up`.
+        trusted = ssl.create_default_context()
+        response = httpx.get(
+            f"{url}/v1/models", headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=trusted
+        )
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise UnreachableError(f"no proxy answers at {url} ({error or type(error).__name__})") from None
     if response.status_code == 401:

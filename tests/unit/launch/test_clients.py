@@ -40,6 +40,7 @@ def test_claude_asks_the_proxy_and_nobody_else() -> None:
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "big",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "40960",
     }
 
 
@@ -52,6 +53,16 @@ def test_claude_uses_an_alias_that_is_named_after_a_tier() -> None:
     found = environment("claude", models=(BIG, *aliases))
     assert found["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "claude-haiku"
     assert found["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "big"
+
+
+@pytest.mark.parametrize(
+    ("haiku", "context"), [(8192, "8192"), (99_999, "40960"), (None, "40960")], ids=["shorter", "longer", "unknown"]
+)
+def test_claude_compacts_by_the_shortest_context_of_its_models(haiku: int | None, context: str) -> None:
+    unused = Model("small", 2048)
+    found = environment("claude", models=(BIG, unused, Model("claude-haiku", haiku, alias_of="small")))
+    assert found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == context
+    assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in environment("claude", model=SMALL)
 
 
 def test_claude_settings_are_its_environment() -> None:
@@ -79,6 +90,12 @@ def test_codex_flags_are_its_configuration(model: Model) -> None:
     assert found.variables == ()
 
 
+def test_codex_settings_stand_above_those_of_the_user() -> None:
+    kept = tomllib.loads(setup("codex").file + 'approval_policy = "never"\n\n[model_providers.mine]\nname = "mine"\n')
+    assert kept["approval_policy"] == "never"
+    assert kept["model_providers"]["mine"] == {"name": "mine"}
+
+
 def test_codex_reads_the_key_from_a_variable() -> None:
     found = setup("codex", key="sk-1")
     assert "sk-1" not in found.file + "".join(found.flags)
@@ -99,7 +116,7 @@ def test_opencode_has_every_model_with_its_context() -> None:
         "small": {"name": "small"},
     }
     assert found.environment({})["XGEN_KEY"] == "sk-1"
-    assert "apiKey" not in json.loads(setup("opencode").file)["provider"]["xgen"]["options"]
+    assert json.loads(setup("opencode").file)["provider"]["xgen"]["options"]["apiKey"] == "none"
 
 
 def test_openwebui_has_the_proxy_and_a_port_of_its_own() -> None:

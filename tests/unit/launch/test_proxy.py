@@ -35,6 +35,8 @@ def test_choose(models: list[Model], tools: bool, chosen: Model | None) -> None:
 def test_doubt() -> None:
     assert doubt(LONG, [LONG], tools=True) is None
     assert doubt(CHAT, [CHAT], tools=False) is None
+    assert doubt(TOOLS, [TOOLS], tools=False) is None
+    assert "the context of tools is 8,192 tokens, and agents need 32,000" in (doubt(TOOLS, [TOOLS], tools=True) or "")
     assert "no backend that serves chat can call tools" in (doubt(CHAT, [CHAT], tools=True) or "")
     assert "does not list the model claude-x (it lists chat, tools)" in (
         doubt(Model("claude-x"), [CHAT, TOOLS], tools=True) or ""

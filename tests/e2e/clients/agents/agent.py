@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.clients.client import Api, Client, Place, Seen
+from tests.e2e.clients.client import MODEL, Api, Client, Place, Seen
+from xgen_proxy.launch.clients import CLIENTS, Setup
+from xgen_proxy.launch.proxy import Model, Proxy
 
 Done = subprocess.CompletedProcess[str]
 
@@ -50,3 +52,9 @@ class Agent:
 def objects(output: str) -> list[Any]:
     """The lines that are JSON objects."""
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def launched(client: str, place: Place) -> Setup:
+    """With what `xgen-proxy launch` starts this client."""
+    model = Model(MODEL, 200_000)
+    return CLIENTS[client].setup(Proxy(place.url, model, models=(model,)))

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from tests.e2e.clients.agents.agent import Agent, Done, objects
-from tests.e2e.clients.client import MODEL, Place, Seen
+from tests.e2e.clients.agents.agent import Agent, Done, launched, objects
+from tests.e2e.clients.client import Place, Seen
 from tests.e2e.clients.installed import MODULES, PLATFORM
 
 
 def setup(place: Place) -> dict[str, str]:
-    return {
-        "ANTHROPIC_BASE_URL": place.url,
-        "ANTHROPIC_AUTH_TOKEN": "none",
-        "ANTHROPIC_DEFAULT_OPUS_MODEL": MODEL,
-        "ANTHROPIC_DEFAULT_SONNET_MODEL": MODEL,
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": MODEL,
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_RETRIES": "0",
-    }
+    return launched("claude", place).environment({"CLAUDE_CODE_MAX_RETRIES": "0"})
 
 
 def read(done: Done) -> Seen:

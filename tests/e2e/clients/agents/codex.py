@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from tests.e2e.clients.agents.agent import Agent, Done, objects
-from tests.e2e.clients.client import MODEL, Place, Seen
+from tests.e2e.clients.agents.agent import Agent, Done, launched, objects
+from tests.e2e.clients.client import Place, Seen
 from tests.e2e.clients.installed import BIN
 
+# In a file of the user's own, below what `launch --config` prints.
 CONFIG = """\
-model = "{model}"
-model_provider = "xgen"
 approval_policy = "never"
 sandbox_mode = "danger-full-access"
-
-[model_providers.xgen]
-name = "xgen-proxy"
-base_url = "{url}/v1"
-wire_api = "responses"
-request_max_retries = 0
-stream_max_retries = 0
+model_providers.xgen.request_max_retries = 0
+model_providers.xgen.stream_max_retries = 0
 """
 
 
 def setup(place: Place) -> dict[str, str]:
     home = place.home / "codex"
     home.mkdir()
-    (home / "config.toml").write_text(CONFIG.format(model=MODEL, url=place.url))
+    (home / "config.toml").write_text(launched("codex", place).file + CONFIG)
     return {"CODEX_HOME": str(home)}
 
 

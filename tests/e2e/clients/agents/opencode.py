@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 
-from tests.e2e.clients.agents.agent import Agent, Done, objects
-from tests.e2e.clients.client import MODEL, Place, Seen
+from tests.e2e.clients.agents.agent import Agent, Done, launched, objects
+from tests.e2e.clients.client import Place, Seen
 from tests.e2e.clients.installed import MODULES, PLATFORM
 
 
 def setup(place: Place) -> dict[str, str]:
-    model = {"name": "scripted", "tool_call": True, "limit": {"context": 200_000, "output": 8192}}
-    options = {"baseURL": f"{place.url}/v1", "apiKey": "none"}
-    provider = {"npm": "@ai-sdk/openai-compatible", "name": "xgen-proxy", "options": options, "models": {MODEL: model}}
-    config = {
-        "model": f"xgen/{MODEL}",
-        "small_model": f"xgen/{MODEL}",
-        "permission": {"edit": "allow", "external_directory": "allow"},
-        "provider": {"xgen": provider},
-    }
+    settings = launched("opencode", place).environment({})
+    config = json.loads(settings["OPENCODE_CONFIG_CONTENT"])
+    config["permission"] = {"edit": "allow", "external_directory": "allow"}
     return {
+        **settings,
         "OPENCODE_CONFIG_CONTENT": json.dumps(config),
         "OPENCODE_DISABLE_AUTOUPDATE": "1",
-        "OPENCODE_DISABLE_MODELS_FETCH": "1",
         "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
     }
 
