@@ -15,6 +15,7 @@ help: ## list the targets
 	@echo '  ENGINE     the CPU backend: llama-cpp-python (default) or llama-server (needs no compiler)'
 	@echo '  MODEL      a GGUF file (default: SmolLM2-135M-Instruct, fetched once)'
 	@echo '  REPLICAS   the number of CPU backends (default 1)'
+	@echo '  CONTEXT    of make run: the tokens of a request on the CPU, prompt and answer together (default 4096)'
 	@echo '  TYPE       of the GGUF that make both makes of MODEL, a directory (default q8_0)'
 	@echo '  HOST PORT  the address to listen on (default 127.0.0.1 8080)'
 	@echo 'For all targets: PYTHON, Python 3.11 or newer (default python3)'
@@ -25,7 +26,8 @@ ENGINE ?= llama-cpp-python
 # Not from the environment, where shells and conda set HOST.
 HOST := $(if $(filter command,$(origin HOST)),$(HOST))
 flags = --engine $(ENGINE) $(if $(VLLM_URL),--vllm '$(VLLM_URL)') $(if $(MODEL),--model '$(MODEL)') \
-	$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+	$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(CONTEXT),--ctx $(CONTEXT)) \
+	$(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
 ifneq ($(filter $(ENGINE),llama-cpp-python llama-server),$(ENGINE))
 $(error ENGINE is llama-cpp-python or llama-server, not $(ENGINE))

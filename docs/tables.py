@@ -249,10 +249,13 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def computed(content: dict[str, Any]) -> str:
-    """The line below figures that were computed from other result files: how those were measured, and the command."""
+    """The lines below figures that were computed from other result files: the command, and how those were measured."""
     sources = {each["file"]: each for each in content["measured"] if "machine" in each}
-    measurements = " ".join(f"{file}: {provenance(each).rstrip()}" for file, each in sources.items())
-    return f"{measurements} Computed by `{content['conditions']['command']}`.\n".lstrip()
+    measurements = "".join(f"- {file}: {provenance(each)}" for file, each in sources.items())
+    return (
+        f"Computed by `{content['conditions']['command']}`.\n\n"
+        f"<details><summary>How these files were measured</summary>\n\n{measurements}\n</details>\n"
+    )
 
 
 def cost_runs(content: dict[str, Any]) -> Iterator[Row]:
@@ -321,6 +324,8 @@ def result(name: str) -> str:
     if not (RESULT_FILES / file).exists():
         return markdown(iter([("not measured yet",)]))
     content = json.loads((RESULT_FILES / file).read_text())
+    if name == "cost_break_even":  # of the same file as cost_runs, which has the lines below
+        return markdown(rows(content))
     line = computed(content) if "measured" in content else provenance(content["conditions"])
     notes = "".join(f"- {note}\n" for note in content["notes"]) if name == "cost_runs" else ""
     return "\n".join(filter(None, (markdown(rows(content)), notes, line)))

@@ -188,7 +188,10 @@ def check_docker(words: list[str]) -> None:
         named = scaled or container
         assert not named or named[1] in services, word
     if words[:1] == ["compose"]:
-        assert words[1] in ("up", "build", "ps", "exec", "logs"), words
+        assert words[1] in ("up", "build", "ps", "exec", "logs", "cp"), words
+        if words[1] == "cp":
+            service, _, path = words[2].partition(":")
+            assert any(volume.split(":")[-2] in path for volume in services[service]["volumes"]), words
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {

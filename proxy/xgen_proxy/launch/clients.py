@@ -133,8 +133,8 @@ def key_variable(proxy: Proxy, why: str) -> tuple[Variable, ...]:
 
 
 def toml(value: str | int) -> str:
-    """JSON's strings are TOML's, too."""
-    return json.dumps(value)
+    """JSON's strings are TOML's, too, but for surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def opencode(proxy: Proxy) -> Setup:
@@ -212,8 +212,8 @@ print()
 
 
 def python_text(value: str) -> str:
-    """JSON's strings are Python's, too."""
-    return json.dumps(value)
+    """JSON's strings are Python's, too, but for surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def as_json(value: Any) -> str:

@@ -25,7 +25,8 @@ examples:
 
 Without --run and --config the output is `export` lines with comments, for people and for eval. The model is chosen from
 those that the proxy lists now: for agents one that can call tools, with the longest context. A key in {KEY_VARIABLE} is
-used without being shown. `xgen-proxy launch CLIENT --help` has the flags.
+used without being shown, except by --config where the client's file holds it. `xgen-proxy launch CLIENT --help` has the
+flags.
 """
 
 

@@ -76,7 +76,7 @@ def codex_flags(found: Setup) -> dict[str, Any]:
     return tomllib.loads("\n".join(found.flags[1::2]))
 
 
-@pytest.mark.parametrize("model", [BIG, Model('a "quoted" \\ name'), Model("Qwen/Qwen3-8B", 8192)])
+@pytest.mark.parametrize("model", [BIG, Model('a "quoted" \\ näme 🙂'), Model("Qwen/Qwen3-8B", 8192)])
 def test_codex_flags_are_its_configuration(model: Model) -> None:
     found = setup("codex", model=model)
     assert codex_flags(found) == tomllib.loads(found.file)
@@ -136,7 +136,7 @@ def test_openwebui_has_the_proxy_and_a_port_of_its_own() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"key": "sk-1"}, {"key": "sk-1", "key_is_set": True}])
 def test_the_python_script_is_python(fields: dict[str, Any]) -> None:
-    found = setup("python", model=Model('a "quoted" \\ näme'), **fields)
+    found = setup("python", model=Model('a "quoted" \\ näme 🙂'), **fields)
     compile(found.file, "script", "exec")
     assert ("sk-1" in found.file) == ("key" in fields and "key_is_set" not in fields)
     assert (found.command, found.flags) == ((sys.executable,), ("-c", found.file))

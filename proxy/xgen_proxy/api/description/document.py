@@ -48,7 +48,7 @@ ANSWER_HEADERS = {
     "X-Overhead-Ms": "Milliseconds until the first output, without the waiting for slots and backends.",
     "Request-Id": "The same, by Anthropic's name.",
     "X-Dropped": "What a request in another API asked for and no engine has.",
-    "X-Should-Retry": "false where a retry cannot help.",
+    "X-Should-Retry": "false where a retry cannot help, true where it should.",
     "Retry-After": "Seconds, where a later retry can help.",
     "Allow": "The methods that the path has.",
 }

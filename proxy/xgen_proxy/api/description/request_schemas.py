@@ -44,7 +44,7 @@ FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 HINT_MEANINGS = {
     "backend": "Hint: the backend to prefer, by name, or `auto`.",
     "urgency": "Hint: `high` goes to the GPU while that has room, and waits less; `low` may wait.",
-    "task_type": "Hint: chooses sampling presets, such as `code` or `creative`.",
+    "task_type": "Hint: `code_generation` and `creative_writing` choose sampling presets; any other word is allowed.",
     "fallback": "Hint: `none` to get an error rather than another backend's answer.",
     "continuation": "Hint: `none` to get an error event rather than another replica's continuation.",
     "session_id": "Hint: requests of one session go to the replica that has its beginning in its cache.",
