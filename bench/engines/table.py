@@ -210,7 +210,7 @@ def warnings(results: Results) -> list[str]:
         if run.failed:
             found.append(f"{at}: {run.failed} of {run.requests} requests failed")
         if run.short:
-            found.append(f"{at}: {run.short} tokens counted less than requested")
+            found.append(f"{at}: {abs(run.short)} tokens counted {'less' if run.short > 0 else 'more'} than requested")
     skipped = [f"{each['subject']}, {each['where']}, {each['level']}: {each['why']}" for each in results.skipped]
     return found + list(dict.fromkeys(skipped))  # a load that no repeat had time for is told once
 

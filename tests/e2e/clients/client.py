@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,16 +37,18 @@ class Seen:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a client runs: the proxy's URL, the folder it works in, and a home without anybody's settings."""
+    """Where a client runs: the proxy's URL, the folder it works in, a home without anybody's settings, and variables
+    besides its own."""
 
     url: str
     work: Path
     home: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def environment(self, **more: str) -> dict[str, str]:
         """Without the variables of this process, except those that programs need to start."""
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        return {**kept, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **more}
+        return {**kept, "HOME": str(self.home), "PYTHONDONTWRITEBYTECODE": "1", **self.variables, **more}
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
