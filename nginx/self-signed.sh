@@ -23,8 +23,9 @@ esac
 mkdir -p "$folder"
 umask 077
 trap 'rm -f "$chain.new" "$key.new"' EXIT
+# CA:FALSE: rustls, which Codex uses, accepts no certificate authority as a server's own certificate.
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -sha256 -days 3650 -subj "/CN=$name" \
-    -addext "subjectAltName=$names" -keyout "$key.new" -out "$chain.new" 2>/dev/null
+    -addext "subjectAltName=$names" -addext "basicConstraints=critical,CA:FALSE" -keyout "$key.new" -out "$chain.new" 2>/dev/null
 chmod 644 "$chain.new"
 if [ "$(id -u)" -eq 0 ]; then
     chown 101:101 "$key.new" # the user of nginx's images
