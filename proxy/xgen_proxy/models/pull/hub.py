@@ -17,8 +17,9 @@ from xgen_proxy.values import frozen
 NAME = r"[\w.-]+"
 REFERENCE = re.compile(rf"(?:hf:)?(?P<repo>{NAME}/{NAME})(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 PAGES = 50  # of the list of files, a thousand each
-# What vLLM and Transformers need of a repository: not the same weights again in another format.
-WANTED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+# What vLLM and Transformers need of a repository: not the same weights again in another format, and no Python code,
+# which llama.cpp's converter would run (`trust_remote_code`).
+WANTED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 

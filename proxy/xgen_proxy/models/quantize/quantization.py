@@ -195,8 +195,8 @@ def run(job: Job, made: Path, dry_run: bool) -> Log:
 def worker(job: Job, made: Path, dry_run: bool) -> Iterator[subprocess.Popen[str]]:
     """Killed when the block is left early, as by Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "xgen_proxy.models.quantize.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        [sys.executable, "-P", "-m", "xgen_proxy.models.quantize.worker"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         with contextlib.suppress(BrokenPipeError):

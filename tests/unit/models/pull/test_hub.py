@@ -50,9 +50,10 @@ def test_all_parts_of_a_split_model() -> None:
     assert choose(first, files(*parts, "other.gguf")) == (False, files(*parts))
 
 
-def test_a_directory_has_what_vllm_needs_and_no_second_copy_of_the_weights() -> None:
+def test_a_directory_has_what_vllm_needs_but_neither_a_second_copy_of_the_weights_nor_code() -> None:
     wanted = files("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-    assert choose(REPO, [*wanted, *files("pytorch_model.bin", "onnx/model.onnx", "README.md")]) == (True, wanted)
+    others = files("pytorch_model.bin", "onnx/model.onnx", "README.md", "modeling_m.py")
+    assert choose(REPO, [*wanted, *others]) == (True, wanted)
 
 
 def test_what_is_no_model() -> None:
