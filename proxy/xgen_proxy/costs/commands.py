@@ -129,7 +129,7 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     if arguments.any_latency:
         notes.append("every completed request counts here, however late it was.")
     if arguments.json:
-        write_json(arguments.json, report.data(prices, subjects, evens, notes), measured)
+        write_json(arguments, report.data(prices, subjects, evens, notes), measured)
     if arguments.plot:
         if not evens:
             raise CostError("a plot compares machines: name measurements of two or more")
@@ -137,12 +137,14 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     return report.text(prices, subjects, evens, notes)
 
 
-def write_json(path: Path, data: dict[str, Any], measured: Measurements) -> None:
+def write_json(arguments: argparse.Namespace, data: dict[str, Any], measured: Measurements) -> None:
     """Raises CostError."""
     from xgen_proxy.costs.errors import CostError
-    from xgen_proxy.models.conditions import conditions
+    from xgen_proxy.models.conditions import conditions, typed
 
-    found = {"conditions": conditions(["xgen-proxy", *sys.argv[1:]]), "measured": list(measured.conditions), **data}
+    path, flags = arguments.json, typed(arguments, ("plot", "json", "any_latency"))
+    words = ["xgen-proxy", "cost", *typed(arguments, ["prices"]), *arguments.measurements, *flags]
+    found = {"conditions": conditions(words), "measured": list(measured.conditions), **data}
     try:
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 from pathlib import Path
 
@@ -16,6 +17,17 @@ def test_a_command_can_be_typed_again() -> None:
     assert found["command"] == "xgen-proxy models compare 'a b.gguf'"
     assert datetime.datetime.fromisoformat(found["date"]).tzinfo is not None
     assert set(found["versions"]) == {"python", "httpx"}
+
+
+def test_passwords_are_left_out() -> None:
+    found = conditions.conditions(["distance", "http://me:p@ss@gpu:8000/v1", "https://key@cpu", "hf:a/b@main"])
+    assert found["command"] == "distance http://gpu:8000/v1 https://cpu hf:a/b@main"
+
+
+def test_flags_are_typed_again() -> None:
+    arguments = argparse.Namespace(text=["a", "b"], tokens=8, any_latency=True, plot=None, served=False)
+    flags = ("text", "tokens", "any_latency", "plot", "served")
+    assert conditions.typed(arguments, flags) == ["--text", "a", "--text", "b", "--tokens", "8", "--any-latency"]
 
 
 def test_the_machine_is_named() -> None:

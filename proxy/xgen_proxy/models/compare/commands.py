@@ -14,7 +14,7 @@ from typing import Any
 from xgen_proxy.models.compare.comparison import compare
 from xgen_proxy.models.compare.plan import Plan, choose_base, default_threads
 from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, method, quality_rows
-from xgen_proxy.models.conditions import conditions
+from xgen_proxy.models.conditions import conditions, typed
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.served.commands import add_distance, at_least, run_served
@@ -134,11 +134,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
 def words(arguments: argparse.Namespace) -> list[str]:
     """The command with all its flags, as it can be typed again."""
     flags = ("base", "text", "context", "windows", "repeat", "answers", "threads", "json", "plot")
-    given = [(flag, getattr(arguments, flag)) for flag in flags]
-    return [
-        *("xgen-proxy", "models", "compare", *map(str, arguments.models)),
-        *(word for flag, value in given if value is not None for word in (f"--{flag}", str(value))),
-    ]
+    return ["xgen-proxy", "models", "compare", *map(str, arguments.models), *typed(arguments, flags)]
 
 
 def report(result: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from xgen_proxy.models.conditions import conditions
+from xgen_proxy.models.conditions import conditions, typed, without_password
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.progress import say
 from xgen_proxy.models.served.distance import Figures
@@ -111,7 +111,7 @@ def run_served(arguments: argparse.Namespace) -> int:
         for pair, result in results:
             sys.stdout.write("\n".join(table(pair, result)) + "\n")
         if arguments.json is not None:
-            write(arguments.json, as_json(results, sizes))
+            write(arguments.json, as_json(results, sizes, words(arguments)))
     except ModelError as error:
         say(f"xgen-proxy: {error}")
         return 1 if isinstance(error, DifferentTokensError) else 2
@@ -172,11 +172,14 @@ def pairs_of_proxy(arguments: argparse.Namespace) -> Iterator[Pair]:
 
 
 def table(pair: Pair, result: Result) -> list[str]:
-    first, second = pair.first, pair.second
     rows = [*result.texts.items(), ("all", result.all)]
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{pair.model}: {pair.names[0]} ({first.name}, {first.url}) and {pair.names[1]} ({second.name}, {second.url})",
+        f"{pair.model}: "
+        + " and ".join(
+            f"{name} ({engine.name}, {without_password(engine.url)})"
+            for name, engine in zip(pair.names, (pair.first, pair.second), strict=True)
+        ),
         f"{'text'.ljust(width)}  positions  same top token   KLD at least        named by both",
         *(f"{name.ljust(width)}  {row(each)}" for name, each in rows),
     ]
@@ -193,10 +196,16 @@ def row(figures: Figures) -> str:
     return f"{figures.positions:9,}  {same:15}  {figures.kld:.4f} ± {figures.kld_se:.4f}  {figures.named:14.1%}"
 
 
-def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int]) -> dict[str, Any]:
+def words(arguments: argparse.Namespace) -> list[str]:
+    """The command, as it can be typed again, without its keys."""
+    flags = ("url", "model", "backends", "text", "tokens", "window", "json")
+    return ["xgen-proxy", "models", "distance", *arguments.urls, *typed(arguments, flags)]
+
+
+def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int], command: Sequence[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "conditions": conditions(["xgen-proxy", *sys.argv[1:]]),
+        "conditions": conditions(command),
         "sizes": sizes,
         "formula": FORMULA,
         "pairs": [

@@ -56,6 +56,25 @@ def test_a_table_and_a_file_that_the_proxy_reads(text: str, tmp_path: Path, caps
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 
+def test_no_key_and_no_password_gets_into_the_file(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def connect(url: str, model: str | None, key: str | None) -> Engine:
+        found = engine(VLLM if "gpu" in url else LlamaServer)
+        found.url = url
+        return found
+
+    monkeypatch.setattr(commands, "connect", connect)
+    file = tmp_path / "distance.json"
+    words = ["http://me:hush@gpu:8000", CPU, "--text", text, "--json", str(file), "--engine-key", "hush"]
+    monkeypatch.setattr("sys.argv", ["xgen-proxy", "models", "distance", *words])
+    assert run(*words, "--api-key=hush") == 0
+    assert "hush" not in file.read_text() + capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["conditions"]["command"].startswith(f"xgen-proxy models distance {GPU} {CPU} --text {text}")
+    assert content["pairs"][0]["reference"]["url"] == GPU
+
+
 def test_names_and_model_can_be_given(text: str, tmp_path: Path) -> None:
     file = tmp_path / "distance.json"
     assert run(GPU, CPU, "--text", text, "--json", str(file), "--backends", "big, small", "--model", "public") == 0
