@@ -168,13 +168,15 @@ def add_pull(commands: Any) -> None:
     command.add_argument("source", metavar="SOURCE", help="a catalogue name, hf:OWNER/REPO[/FILE][@REV], a URL, a path")
     command.add_argument("--to", metavar="DIR", help="folder of the models (default: $XGEN_MODELS_DIR or ./models)")
     command.add_argument("--sha256", metavar="HEX", help="the checksum that the file must have")
+    command.add_argument("--force", action="store_true", help="replace another model of the same name")
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
     from xgen_proxy.models.directory import models_folder
     from xgen_proxy.models.pull.sources import pull
 
-    sys.stdout.write(f"{pull(arguments.source, models_folder(arguments.to), arguments.sha256)}\n")
+    path = pull(arguments.source, models_folder(arguments.to), arguments.sha256, force=arguments.force)
+    sys.stdout.write(f"{path}\n")
     return 0
 
 

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.progress import Progress
+from xgen_proxy.models.progress import Progress, say
 from xgen_proxy.models.storage import checksum, need_space, publish
 from xgen_proxy.values import frozen
 
@@ -47,9 +48,13 @@ def client(token: str | None = None) -> httpx.Client:
     return httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
 
 
-def download(http: httpx.Client, remote: Remote, target: Path) -> None:
-    """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there."""
-    remote = _described(http, remote)
+def download(
+    http: httpx.Client, remote: Remote, target: Path, accept: Callable[[Path], object] = lambda part: None
+) -> None:
+    """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there.
+
+    `accept` is asked before the file gets to its place: if it raises ModelError, the file is deleted.
+    """
     tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
@@ -77,6 +82,12 @@ def download(http: httpx.Client, remote: Remote, target: Path) -> None:
         hint = "free some space and run the command again" if error.errno == errno.ENOSPC else "see the folder"
         raise ModelError(f"cannot write {part}: {error.strerror}; {hint}") from None
     _check(remote, part, target.name)
+    try:
+        accept(part)
+    except ModelError:
+        part.unlink(missing_ok=True)
+        say(f"the downloaded {target.name} was deleted")
+        raise
     publish(part, target)
 
 
@@ -90,8 +101,8 @@ def _again(part: Path) -> str:
     return "check the network and run the command again, or give the path of a file that you have"
 
 
-def _described(http: httpx.Client, remote: Remote) -> Remote:
-    """With what the server says of the file before it is fetched, where nothing better is known."""
+def described(http: httpx.Client, remote: Remote) -> Remote:
+    """With what the server says of the file before it is fetched, where nothing better is known. Raises ModelError."""
     if remote.sha256 is not None and remote.size is not None:
         return remote
     try:

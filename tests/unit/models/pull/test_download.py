@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.scripted_hub import Hub, scripted_hub
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.pull.download import TRIES, Remote, client, download
+from xgen_proxy.models.pull.download import TRIES, Remote, client, described, download
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -21,7 +21,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def fetch(hub: Hub, folder: Path, token: str | None = None, **known: Any) -> Path:
     target = folder / "m.bin"
     with client(token) as http:
-        download(http, Remote(f"{hub.url}/OWNER/REPO/resolve/main/m.bin", **known), target)
+        remote = described(http, Remote(f"{hub.url}/OWNER/REPO/resolve/main/m.bin", **known))
+        download(http, remote, target)
     return target
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.scripted_hub import Hub
-from xgen_proxy.models.errors import ModelError
+from tests.support.tiny_gguf import tiny_gguf
+from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.pull.sources import pull
 
 
@@ -47,6 +48,54 @@ def test_a_file_that_is_no_model_is_deleted(hub: Hub, folder: Path, capsys: pyte
         pull("hf:OWNER/REPO/m.gguf", folder)
     assert names(folder) == []
     assert "was deleted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def other(folder: Path) -> Path:
+    """Another model of the name m.gguf, which is in the folder already."""
+    folder.mkdir()
+    return tiny_gguf(folder / "m.gguf", template="another")
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "without"])
+def test_what_is_no_model_never_replaces_one(
+    hub: Hub, folder: Path, content: bytes, other: Path, checksums: bool
+) -> None:
+    hub.checksums, hub.files = checksums, {"m.gguf": b"<html>" * 100}
+    before = other.read_bytes()
+    with pytest.raises(ModelError, match=r"the downloaded m\.gguf is not a GGUF file"):
+        pull(f"{hub.url}/OWNER/REPO/resolve/main/m.gguf", folder, force=True)
+    assert names(folder) == ["m.gguf"]
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "without"])
+@pytest.mark.parametrize("kind", ["path", "URL", "repository", "URL, same size"])
+def test_another_model_is_replaced_only_with_force(
+    hub: Hub, folder: Path, tmp_path: Path, content: bytes, other: Path, kind: str, checksums: bool
+) -> None:
+    before = other.read_bytes()
+    if kind == "URL, same size":
+        content = before[:-1] + bytes([before[-1] ^ 1])
+    hub.checksums, hub.files = checksums, {"m.gguf": content}
+    (tmp_path / "m.gguf").write_bytes(content)
+    source = {"path": str(tmp_path / "m.gguf"), "repository": "hf:OWNER/REPO/m.gguf"}.get(
+        kind, f"{hub.url}/OWNER/REPO/resolve/main/m.gguf"
+    )
+    with pytest.raises(UsageError, match=r"m\.gguf exists and is another model; pass --force"):
+        pull(source, folder)
+    assert (names(folder), other.read_bytes()) == (["m.gguf"], before)
+    assert len(hub.downloads) == (kind == "URL, same size" and not checksums)
+    assert pull(source, folder, force=True).read_bytes() == content
+    assert pull(source, folder).read_bytes() == content, "the same again"
+    assert names(folder) == ["m.gguf"]
+
+
+def test_a_damaged_file_is_replaced(hub: Hub, folder: Path, content: bytes) -> None:
+    hub.files = {"m.gguf": content}
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(content[:-3000])
+    assert pull("hf:OWNER/REPO/m.gguf", folder).read_bytes() == content
 
 
 def test_a_path_is_checked_and_copied(folder: Path, tmp_path: Path, content: bytes) -> None:
