@@ -35,6 +35,11 @@ class Remote:
     size: int | None = None
     etag: str | None = None
 
+    @property
+    def resumable(self) -> bool:
+        """Whether bytes of two versions would be noticed."""
+        return self.sha256 is not None or self.etag is not None
+
 
 class _BrokenOffError(Exception):
     """The transfer ended early; what came is kept."""
@@ -58,9 +63,9 @@ def download(
     tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
-        if other != part:
+        if other != part or not remote.resumable:
             other.unlink()
-    have = part.stat().st_size if part.exists() else 0
+    have = _have(remote, part)
     if remote.size is not None:
         need_space(target.parent, remote.size - have, target.name)
     try:
@@ -74,10 +79,12 @@ def download(
                 _transfer(http, remote, part, target.name)
     except httpx.TransportError as error:
         raise ModelError(
-            f"cannot reach {_host(remote.url)} ({error or type(error).__name__}); {_again(part)}"
+            f"cannot reach {_host(remote.url)} ({error or type(error).__name__}); {_again(remote, part)}"
         ) from None
     except _BrokenOffError as error:
-        raise ModelError(f"the download of {target.name} broke off {TRIES} times ({error}); {_again(part)}") from None
+        raise ModelError(
+            f"the download of {target.name} broke off {TRIES} times ({error}); {_again(remote, part)}"
+        ) from None
     except OSError as error:
         hint = "free some space and run the command again" if error.errno == errno.ENOSPC else "see the folder"
         raise ModelError(f"cannot write {part}: {error.strerror}; {hint}") from None
@@ -95,8 +102,13 @@ def _host(url: str) -> str:
     return httpx.URL(url).host
 
 
-def _again(part: Path) -> str:
-    if part.exists():
+def _have(remote: Remote, part: Path) -> int:
+    """How many of its bytes can be kept."""
+    return part.stat().st_size if remote.resumable and part.exists() else 0
+
+
+def _again(remote: Remote, part: Path) -> str:
+    if _have(remote, part):
         return "run the command again: it goes on where it stopped"
     return "check the network and run the command again, or give the path of a file that you have"
 
@@ -145,7 +157,7 @@ def _refuse(response: httpx.Response) -> None:
 
 def _transfer(http: httpx.Client, remote: Remote, part: Path, name: str) -> None:
     """Append to `part` until the file is whole. Raises _BrokenOffError, httpx.TransportError, OSError, ModelError."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _have(remote, part)
     if have and have == remote.size:
         return
     headers = {"range": f"bytes={have}-"} if have else {}

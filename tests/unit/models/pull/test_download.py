@@ -61,14 +61,22 @@ def test_an_interrupted_command_goes_on_later(hub: Hub, folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["m.bin"]
 
 
-def test_bytes_of_two_versions_are_never_joined(hub: Hub, folder: Path) -> None:
-    """Also of servers that tell no checksum: the entity tag names the version."""
-    hub.checksums, hub.cuts = False, [1000] * TRIES
+@pytest.mark.parametrize("etag", ['"{}"', 'W/"{}"', ""], ids=["strong", "weak", "none"])
+def test_bytes_of_two_versions_are_never_joined(hub: Hub, folder: Path, etag: str) -> None:
+    """Also of servers that tell no checksum: a strong entity tag names the version. Without one, nothing is kept."""
+    hub.etag, hub.checksums, hub.cuts = etag, False, [1000] * TRIES
     with pytest.raises(ModelError):
         fetch(hub, folder)
     hub.files["m.bin"] = CONTENT[::-1]
     assert fetch(hub, folder).read_bytes() == CONTENT[::-1]
     assert [path.name for path in folder.iterdir()] == ["m.bin"]
+
+
+@pytest.mark.parametrize("etag", ['W/"{}"', ""], ids=["weak", "none"])
+def test_a_cut_transfer_starts_over_where_versions_cannot_be_told_apart(hub: Hub, folder: Path, etag: str) -> None:
+    hub.etag, hub.checksums, hub.cuts = etag, False, [100_000]
+    assert fetch(hub, folder).read_bytes() == CONTENT
+    assert [each.get("range") for each in hub.downloads] == [None, None]
 
 
 def test_a_server_without_ranges_starts_over(hub: Hub, folder: Path) -> None:
