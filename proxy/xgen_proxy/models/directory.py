@@ -41,7 +41,7 @@ def entries(folder: Path) -> Iterator[Entry]:
         later_part = (found := PART.search(path.name)) and found[1] != "00001"
         if path.name.startswith(".") and path.name.endswith(".part"):
             whole = path.name[1:].rpartition(".part")[0].rpartition(".")[0]
-            size = path.stat().st_size
+            size = path.lstat().st_size
             yield Entry(path, size, None, f"unfinished download of {whole}; pull it again to go on")
         elif path.is_dir() and not path.name.startswith("."):
             if (path / "config.json").exists() or any(path.glob("*.safetensors")):
