@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xgen_proxy.models.errors import ModelError, UsageError
-from xgen_proxy.models.inspection.description import PART, Description, describe
+from xgen_proxy.models.files.gguf_file import PART
+from xgen_proxy.models.inspection.description import Description, describe
 from xgen_proxy.values import frozen
 
 VARIABLE = "XGEN_MODELS_DIR"

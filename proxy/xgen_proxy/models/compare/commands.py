@@ -16,7 +16,7 @@ from xgen_proxy.models.compare.plan import Plan, choose_base, default_threads
 from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, method, quality_rows
 from xgen_proxy.models.conditions import conditions, typed
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import read_model
 from xgen_proxy.models.served.commands import add_distance, at_least, run_served
 
 PACKAGES = ("xgen-proxy", "llama-cpp-python", "numpy")
@@ -112,7 +112,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
     models = [Path(model) for model in arguments.models]
     base: Path | None = arguments.base
     if base is None:
-        base = choose_base([read_gguf(path) for path in models])
+        base = choose_base([read_model(path) for path in models])
     elif base.resolve() not in [path.resolve() for path in models]:
         models = [base, *models]
     else:

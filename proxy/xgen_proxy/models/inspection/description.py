@@ -9,12 +9,11 @@ from typing import Any
 
 from xgen_proxy.gguf.header import GgufFile, LongArray
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import parts_of, read_gguf
 from xgen_proxy.models.files.hf_directory import HfDirectory, read_hf_directory
 from xgen_proxy.models.inspection.chat_template import knows_tools
 from xgen_proxy.values import frozen
 
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 MOST_LAYERS = 10_000
 TEMPLATE = "tokenizer.chat_template"
 # llama.cpp's numbers for general.file_type: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
@@ -86,18 +85,6 @@ def describe(path: Path) -> Description:
     if not path.exists():
         raise ModelFileError(f"there is no {path}; `xgen-proxy models list` shows what is there")
     return of_gguf([read_gguf(part) for part in parts_of(path)])
-
-
-def parts_of(path: Path) -> list[Path]:
-    """All files of a model that is split over several. Raises ModelFileError if one is missing."""
-    found = PART.search(path.name)
-    if found is None:
-        return [path]
-    names = [f"{path.name[: found.start()]}-{part:05}-of-{found[2]}.gguf" for part in range(1, int(found[2]) + 1)]
-    parts = [path.with_name(name) for name in names]
-    if missing := [part.name for part in parts if not part.exists()]:
-        raise ModelFileError(f"{path} is one part of a model, and {', '.join(missing)} is missing; fetch it again")
-    return parts
 
 
 def of_gguf(parts: list[GgufFile]) -> Description:

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from xgen_proxy.models.errors import ModelError, ModelFileError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import PART, parts_of, read_gguf, read_model
 from xgen_proxy.models.pull.catalogue import CATALOGUE, refuse_to_replace, whole_or_fetched
 from xgen_proxy.models.pull.download import Remote, client, described, download
 from xgen_proxy.models.pull.hub import choose, list_files, parse_reference, remote_of, token
@@ -45,6 +45,10 @@ def _pull_url(url: str, folder: Path, sha256: str | None, force: bool) -> Path:
     name = Path(unquote(urlsplit(url).path)).name
     if not name or name.startswith("."):
         raise ModelError(f"{url} names no file; give the URL of a .gguf file")
+    if PART.search(name):
+        raise ModelError(
+            f"{name} is one part of a model; pull hf:OWNER/REPO/FILE, or fetch all parts and give the path of the first"
+        )
     target = folder / name
     with alone_in(folder), client() as http:
         if not _there(target, sha256, None):
@@ -54,21 +58,24 @@ def _pull_url(url: str, folder: Path, sha256: str | None, force: bool) -> Path:
 
 
 def _pull_path(path: Path, folder: Path, sha256: str | None, force: bool) -> Path:
-    """Copy a file into the folder, unless it is there."""
+    """Copy a file, and the other parts if the model is split, into the folder, unless they are there."""
     if path.is_dir():
         raise ModelError(f"{path} is a directory and needs no pull; give its path to `inspect`, `quantize` or vLLM")
+    parts = parts_of(path)
+    if sha256 is not None and len(parts) > 1:
+        raise ModelError("--sha256 is for one file, and this model has several parts")
     if sha256 is not None and (found := checksum(path)) != sha256:
         raise ModelError(f"{path} has the checksum {found}, not {sha256}")
-    read_gguf(path)
-    target = folder / path.name
+    read_model(path)
     with alone_in(folder), scratch_in(folder) as scratch:
-        if _same(path, target):
-            return target
-        if not force:
-            refuse_to_replace(target)
-        need_space(folder, path.stat().st_size, path.name)
-        publish(Path(shutil.copyfile(path, scratch / path.name)), target)
-    return target
+        wanted = [part for part in parts if not _same(part, folder / part.name)]
+        for part in wanted:
+            if not force:
+                refuse_to_replace(folder / part.name)
+        need_space(folder, sum(part.stat().st_size for part in wanted), path.name)
+        for part in wanted:
+            publish(Path(shutil.copyfile(part, scratch / part.name)), folder / part.name)
+    return folder / parts[0].name
 
 
 def _pull_repository(source: str, folder: Path, sha256: str | None, force: bool) -> Path:
@@ -98,8 +105,8 @@ def _pull_repository(source: str, folder: Path, sha256: str | None, force: bool)
                     _fetch(http, remote, place, force)
     if directory:
         return target
-    first = target / Path(files[0].path).name
-    read_gguf(first)
+    first = target / min(Path(file.path).name for file in files)
+    read_model(first)
     return first
 
 

@@ -32,7 +32,7 @@ def test_without_a_base_the_most_exact_file_is_it(monkeypatch: pytest.MonkeyPatc
     def read(path: Path) -> GgufFile:
         return GgufFile(path, 100, {}, (Tensor("w", "", (100,), 200 if path.stem == "b" else 50, 0),))
 
-    monkeypatch.setattr(commands, "read_gguf", read)
+    monkeypatch.setattr(commands, "read_model", read)
     assert commands.planned(parse("a.gguf", "b.gguf")).base == Path("b.gguf")
     with pytest.raises(ModelError, match="two models, or a model and --base"):
         commands.planned(parse("a.gguf"))

@@ -59,7 +59,7 @@ def _processes(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = Tensor("w", "F16", (100,), 200, 200)
     monkeypatch.setattr(comparison, "Worker", FakeWorker)
     monkeypatch.setattr(
-        comparison, "read_gguf", lambda path: GgufFile(path, 200 if path == BASE else 90, {}, (tensor,))
+        comparison, "read_model", lambda path: GgufFile(path, 200 if path == BASE else 90, {}, (tensor,))
     )
 
 

@@ -110,12 +110,25 @@ def test_a_path_is_checked_and_copied(folder: Path, tmp_path: Path, content: byt
     assert names(folder) == ["mine.gguf"]
 
 
+def test_all_parts_of_a_path_are_copied(folder: Path, tmp_path: Path, content: bytes) -> None:
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(content)
+    with pytest.raises(ModelError, match=r"m-00002-of-00002\.gguf is missing"):
+        pull(str(first), folder)
+    second.write_bytes(content)
+    assert pull(str(second), folder) == folder / first.name
+    assert names(folder) == [first.name, second.name]
+    with pytest.raises(ModelError, match="has several parts"):
+        pull(str(first), folder, "0" * 64)
+
+
 @pytest.mark.parametrize(
     ("source", "sha256", "message"),
     [
         ("no-such-model", None, r"'no-such-model' is not a model: .*the catalogue \(smollm2"),
         ("smollm2", "12", "64 hexadecimal digits"),
         ("http://127.0.0.1:1/", None, "names no file"),
+        ("http://127.0.0.1:1/m-00001-of-00002.gguf", None, "is one part of a model; pull hf:OWNER/REPO/FILE"),
     ],
 )
 def test_what_names_no_model(folder: Path, source: str, sha256: str | None, message: str) -> None:

@@ -6,6 +6,7 @@ tests/e2e/test_models.py quantises the real model.
 from __future__ import annotations
 
 import shutil
+import struct
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.gguf_bytes import gguf, string
 from tests.support.tiny_gguf import tiny_gguf
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.quantize import quantization
@@ -63,6 +65,15 @@ def made(*arguments: Any, **options: Any) -> list[Path]:
 def test_a_quantised_source_is_refused(gguf: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"quantised already \(1 × Q8_0, 210 × Q4_1\).*--allow-requantize"):
         made(Path(gguf), ["q4_0"], tmp_path)
+
+
+def test_a_part_that_is_quantised_is_refused(tmp_path: Path) -> None:
+    first = tiny_gguf(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(
+        gguf(tensors=[string("w") + struct.pack("<IQIQ", 1, 32, 8, 0)]) + bytes(100)
+    )
+    with pytest.raises(ModelError, match=r"quantised already \(1 × Q8_0\)"):
+        made(first, ["q4_0"])
 
 
 def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
