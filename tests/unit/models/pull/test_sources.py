@@ -126,6 +126,7 @@ def test_all_parts_of_a_path_are_copied(folder: Path, tmp_path: Path, content: b
     ("source", "sha256", "message"),
     [
         ("no-such-model", None, r"'no-such-model' is not a model: .*the catalogue \(smollm2"),
+        ("SmolLM2", "0" * 64, "--sha256 is not for SmolLM2, whose checksum the catalogue has"),
         ("smollm2", "12", "64 hexadecimal digits"),
         ("http://127.0.0.1:1/", None, "names no file"),
         ("http://127.0.0.1:1/m-00001-of-00002.gguf", None, "is one part of a model; pull hf:OWNER/REPO/FILE"),
