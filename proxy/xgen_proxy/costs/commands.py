@@ -141,11 +141,14 @@ def write_json(arguments: argparse.Namespace, data: dict[str, Any], measured: Me
     """Raises CostError."""
     from xgen_proxy.costs.errors import CostError
     from xgen_proxy.models.conditions import conditions, typed
+    from xgen_proxy.models.errors import ModelError
+    from xgen_proxy.models.storage import result_file
 
-    path, flags = arguments.json, typed(arguments, ("plot", "json", "any_latency"))
+    flags = typed(arguments, ("plot", "json", "any_latency"))
     words = ["xgen-proxy", "cost", *typed(arguments, ["prices"]), *arguments.measurements, *flags]
     found = {"conditions": conditions(words), "measured": list(measured.conditions), **data}
     try:
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CostError(f"cannot write {path}: {error.strerror}") from None
+        with result_file(arguments.json) as file:
+            file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except ModelError as error:
+        raise CostError(str(error)) from None

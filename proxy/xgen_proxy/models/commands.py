@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -14,12 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import orjson
-
 from xgen_proxy.models.compare.commands import add_compare, run_compare
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.progress import say
 from xgen_proxy.models.served.commands import add_distance, run_served
+from xgen_proxy.models.storage import result_file
 
 DESCRIPTION = """\
 Fetch, inspect, quantise and compare models.
@@ -136,11 +136,12 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 
 def emit(arguments: argparse.Namespace, data: Any, text: str) -> None:
-    encoded = orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    encoded = json.dumps(data, default=str, indent=2, ensure_ascii=False) + "\n"  # orjson refuses more than 64 bits
     if arguments.json == "-":
-        text = encoded.decode()
+        text = encoded
     elif arguments.json:
-        Path(arguments.json).write_bytes(encoded)
+        with result_file(Path(arguments.json)) as file:
+            file.write_text(encoded)
     sys.stdout.write(text)
 
 

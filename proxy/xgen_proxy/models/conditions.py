@@ -76,8 +76,11 @@ def gpus() -> list[str]:
     if program is None:
         return []
     command = [program, "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):  # also a driver that hangs: the measurement is done and is kept
+        return []
+    return done.stdout.splitlines()
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

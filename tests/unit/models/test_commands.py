@@ -82,7 +82,10 @@ def test_list_of_another_folder_as_json(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("list", tmp_path, "--json")
     (model,) = json.loads(out)
     assert (status, model["model"]["architecture"]) == (0, "llama")
+    (tmp_path / "list.json").write_text("old")
+    os.link(tmp_path / "list.json", tmp_path / "old.json")
     status, out, _ = run("list", tmp_path, "--json", tmp_path / "list.json")
+    assert (tmp_path / "old.json").read_text() == "old", "the file is renamed to its place"
     assert out.startswith("model")
     assert json.loads((tmp_path / "list.json").read_text()) == [model]
 

@@ -18,6 +18,7 @@ from xgen_proxy.models.conditions import conditions, typed
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.files.gguf_file import read_model
 from xgen_proxy.models.served.commands import add_distance, at_least, run_served
+from xgen_proxy.models.storage import result_file
 
 PACKAGES = ("xgen-proxy", "llama-cpp-python", "numpy")
 
@@ -77,11 +78,13 @@ def run_compare(arguments: argparse.Namespace) -> int:
     result = {"conditions": conditions(words(arguments), PACKAGES), "advice": advice(result), **result}
     sys.stdout.write(f"{report(result)}\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        with result_file(arguments.json) as file:
+            file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if arguments.plot:
         from xgen_proxy.models.compare.plot import draw
 
-        draw(result, arguments.plot)
+        with result_file(arguments.plot) as file:
+            draw(result, file)
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from xgen_proxy.models.progress import say
 from xgen_proxy.models.served.distance import Figures
 from xgen_proxy.models.served.engines import Engine, ask, connect
 from xgen_proxy.models.served.measurement import DifferentTokensError, Result, described, measure
-from xgen_proxy.models.storage import publish
+from xgen_proxy.models.storage import result_file
 from xgen_proxy.values import frozen
 
 FORMAT = "xgen-proxy model distance 1"  # config/fallback.py reads it
@@ -114,7 +113,9 @@ def run_served(arguments: argparse.Namespace) -> int:
         for pair, result in results:
             sys.stdout.write("\n".join(table(pair, result)) + "\n")
         if arguments.json is not None:
-            write(arguments.json, as_json(results, sizes, words(arguments)))
+            content = as_json(results, sizes, words(arguments))
+            with result_file(arguments.json) as file:  # a proxy may read it at any moment
+                file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except ModelError as error:
         say(f"xgen-proxy: {error}")
         return 1 if isinstance(error, DifferentTokensError) else 2
@@ -221,14 +222,3 @@ def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int], comma
             for pair, result in results
         ],
     }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a proxy may read it at any moment. Raises ModelError."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".unfinished-") as scratch:
-            made = Path(scratch) / path.name
-            made.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            publish(made, path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from None

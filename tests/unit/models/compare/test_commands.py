@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,16 @@ def test_everything_is_written(
         return result(Q8=(145, 0.99, 0.98))
 
     monkeypatch.setattr(commands, "compare", compare)
+    for name in ("a.json", "a.svg"):
+        (tmp_path / name).write_text("old")
+        os.link(tmp_path / name, tmp_path / f"old-{name}")
     flags = ("--context", "128", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg"))
     assert commands.run_compare(parse("a.gguf", "--base", "b.gguf", *flags)) == 0
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["conditions"]["command"].startswith("xgen-proxy models compare a.gguf --base b.gguf")
     assert written["advice"].startswith("Q8 (145 MB")
-    assert (tmp_path / "a.svg").exists()
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert [(tmp_path / f"old-{name}").read_text() for name in ("a.json", "a.svg")] == ["old"] * 2, (
+        "renamed, not rewritten"
+    )
     assert "same top token, %" in capsys.readouterr().out
