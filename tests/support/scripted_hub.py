@@ -25,6 +25,7 @@ class Hub:
     promise: int | None = None  # a content-length that is not true
     checksums: bool = True
     etag: str = '"{}"'  # {}: the version; a weak one begins with W/
+    link: str = ""  # a Link header of the first list
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
 
@@ -52,7 +53,8 @@ def scripted_hub() -> Iterator[Hub]:
             if hub.status:
                 self.answer(hub.status, b"")
             elif path.startswith("/api/models/OWNER/REPO/tree/"):
-                self.answer(200, json.dumps([entry(*each) for each in hub.files.items()]).encode())
+                headers, hub.link = {"link": hub.link} if hub.link else None, ""
+                self.answer(200, json.dumps([entry(*each) for each in hub.files.items()]).encode(), headers)
             elif (name := path.partition("/resolve/")[2].partition("/")[2]) in hub.files:
                 self.file(name)
             else:

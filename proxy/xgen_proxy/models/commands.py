@@ -109,7 +109,7 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     try:
         return run(arguments)
     except KeyboardInterrupt:
-        say("\ninterrupted; no half-made file is left")
+        say(f"\ninterrupted; {getattr(arguments, 'after_interrupt', 'no half-made file is left')}")
         raise
     except ImportError as error:
         raise UsageError(
@@ -166,6 +166,7 @@ def add_pull(commands: Any) -> None:
         commands, "pull", run_pull, "Fetch a model: from the catalogue, Hugging Face, a URL or a path.",
         PULL_EXAMPLES + known,
     )  # fmt: skip
+    command.set_defaults(after_interrupt="the same command goes on from there")
     command.add_argument("source", metavar="SOURCE", help="a catalogue name, hf:OWNER/REPO[/FILE][@REV], a URL, a path")
     command.add_argument("--to", metavar="DIR", help="folder of the models (default: $XGEN_MODELS_DIR or ./models)")
     command.add_argument("--sha256", metavar="HEX", help="the checksum that the file must have")

@@ -147,7 +147,7 @@ def _refuse(response: httpx.Response) -> None:
     if response.status_code in (401, 403):
         raise ModelError(
             f"{response.url.host} refuses {response.url.path} ({response.status_code}): does it need a token? "
-            "Set HF_TOKEN for Hugging Face, and accept the model's licence on its page"
+            "Of Hugging Face pull hf:OWNER/REPO/FILE, not a URL, with HF_TOKEN set, and accept the licence on its page"
         )
     if response.status_code == 404:
         raise ModelError(f"{response.url.host} has no {response.url.path} (404); check the name")
@@ -189,6 +189,7 @@ def _receive(response: httpx.Response, part: Path, have: int, remote: Remote, na
         for block in response.iter_raw():
             have += len(block)
             if have > most:
+                part.unlink()
                 raise ModelError(f"{response.url.host} sends more than the {most:,} bytes of {name}; nothing was kept")
             file.write(block)
             progress.update(have)

@@ -75,8 +75,19 @@ def list_files(http: httpx.Client, reference: Reference) -> list[HubFile]:
         following = response.links.get("next", {}).get("url")
         if following is None:
             return files
-        where = str(response.url.join(following))
+        where = _at_endpoint(response.url, following)
     raise ModelError(f"{reference.repo} has too many files to list; name one: hf:{reference.repo}/FILE")
+
+
+def _at_endpoint(page: httpx.URL, following: str) -> str:
+    """The address of the next page. Raises ModelError if it is elsewhere, since the token is sent there."""
+    try:
+        url, own = page.join(following), httpx.URL(endpoint())
+    except httpx.InvalidURL as error:
+        raise ModelError(f"{endpoint()} names no valid next page ({error}); check HF_ENDPOINT") from None
+    if (url.scheme, url.host, url.port) != (own.scheme, own.host, own.port):
+        raise ModelError(f"{endpoint()} names a next page on {url.host}, which is not asked; check HF_ENDPOINT")
+    return str(url)
 
 
 def _ask(http: httpx.Client, url: str, reference: Reference) -> httpx.Response:

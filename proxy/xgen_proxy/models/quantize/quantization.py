@@ -92,6 +92,8 @@ def quantize(
         )
     if not source.exists():
         raise UsageError(f"there is no {source}; `xgen-proxy models pull` fetches a model")
+    if source.name in ("", ".."):  # as of `.`
+        source = source.resolve()
     targets = [(type, target_of(source, type, folder or source.parent)) for type in types]
     if not force and (there := [str(target) for _, target in targets if target.exists()]):
         raise UsageError(f"{', '.join(there)} exists; pass --force to replace it, or --out for another folder")

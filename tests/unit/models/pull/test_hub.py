@@ -85,6 +85,23 @@ def test_a_path_out_of_the_folder_is_refused(hub: Hub) -> None:
         list_files(http, REPO)
 
 
+@pytest.mark.parametrize("elsewhere", ["https://evil.example/next", "http://127.0.0.1:1/next", "http://[/"])
+def test_the_list_goes_on_only_where_it_began(hub: Hub, elsewhere: str) -> None:
+    """The token would be sent there."""
+    hub.files, hub.link = {"m.gguf": b"GGUF"}, f'<{elsewhere}>; rel="next"'
+    with (
+        client("hush") as http,
+        pytest.raises(ModelError, match=r"names (a next page on|no valid next page).*HF_ENDPOINT"),
+    ):
+        list_files(http, REPO)
+
+
+def test_the_list_has_several_pages(hub: Hub) -> None:
+    hub.files, hub.link = {"m.gguf": b"GGUF"}, '</api/models/OWNER/REPO/tree/main?cursor=2>; rel="next"'
+    with client() as http:
+        assert [file.path for file in list_files(http, REPO)] == ["m.gguf", "m.gguf"]
+
+
 def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     with client() as http, pytest.raises(ModelError, match=r"cannot reach Hugging Face.*HF_ENDPOINT to a mirror"):

@@ -88,6 +88,17 @@ def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-F16.gguf", "m-Q8_0.gguf"]
 
 
+@pytest.mark.parametrize("source", [".", "../m/../m", "inner/.."])
+def test_a_directory_without_a_name_has_that_of_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    (tmp_path / "m" / "inner").mkdir(parents=True)
+    (tmp_path / "m-Q8_0.gguf").write_text("beside it")
+    monkeypatch.chdir(tmp_path / "m")
+    with pytest.raises(UsageError, match=r"m-Q8_0\.gguf exists"):
+        made(Path(source), ["q8_0"])
+
+
 def test_a_file_that_llama_cpp_cannot_load_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiny model lacks most tensors: llama.cpp quantises it and then refuses to load the result."""
     with pytest.raises(ModelError, match=r"llama\.cpp could not make q8_0: .*; nothing was kept"):
