@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def download(
     """
     tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")
-    for other in target.parent.glob(f".{target.name}.*.part"):
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         if other != part or not remote.resumable:
             other.unlink()
     have = _have(remote, part)

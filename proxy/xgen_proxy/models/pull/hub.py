@@ -125,13 +125,21 @@ def choose(reference: Reference, files: list[HubFile]) -> tuple[bool, list[HubFi
             raise ModelError(f"{reference.repo} has no {reference.file}; it has {_names(ggufs or files)}")
         return False, _parts(chosen[0], files)
     if any(file.path.endswith(".safetensors") for file in files):
-        return True, [file for file in files if "/" not in file.path and file.path.endswith(WANTED)]
+        return True, _directory(files)
     whole = [file for file in ggufs if not SPLIT.search(file.path) or "-00001-of-" in file.path]
     if len(whole) == 1:
         return False, _parts(whole[0], files)
     if not whole:
         raise ModelError(f"{reference.repo} has neither GGUF nor safetensors files; it has {_names(files)}")
     raise ModelError(f"{reference.repo} has several models; choose one: {_names(whole, f'hf:{reference.repo}/')}")
+
+
+def _directory(files: list[HubFile]) -> list[HubFile]:
+    """Without consolidated.safetensors and its like: Mistral's form of the same weights."""
+    wanted = [file for file in files if "/" not in file.path and file.path.endswith(WANTED)]
+    again = [file for file in wanted if file.path.startswith("consolidated") and file.path.endswith(".safetensors")]
+    weights = [file for file in wanted if file.path.endswith(".safetensors")]
+    return [file for file in wanted if file not in again] if len(again) < len(weights) else wanted
 
 
 def _parts(file: HubFile, files: list[HubFile]) -> list[HubFile]:

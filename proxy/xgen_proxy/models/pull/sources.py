@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -11,9 +13,10 @@ import httpx
 
 from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
 from xgen_proxy.models.files.gguf_file import PART, parts_of, read_gguf, read_model
+from xgen_proxy.models.files.hf_directory import read_hf_directory, read_safetensors
 from xgen_proxy.models.pull.catalogue import CATALOGUE, refuse_to_replace, whole_or_fetched
 from xgen_proxy.models.pull.download import Remote, client, described, download
-from xgen_proxy.models.pull.hub import choose, list_files, parse_reference, remote_of, token
+from xgen_proxy.models.pull.hub import WANTED, HubFile, choose, list_files, parse_reference, remote_of, token
 from xgen_proxy.models.pull.wheel import WheelFile
 from xgen_proxy.models.storage import alone_in, checksum, make_folder, need_space, publish, scratch_in
 
@@ -94,11 +97,13 @@ def _pull_repository(source: str, folder: Path, sha256: str | None, force: bool)
         target = folder / reference.repo.rpartition("/")[2] if directory else folder
         make_folder(target)
         with alone_in(target):
-            need_space(target, sum(file.size for file in files if not (target / Path(file.path).name).exists()), "it")
-            for file in files:
-                place = target / Path(file.path).name
-                if _there(place, sha256 or file.sha256, file.size):
-                    continue
+            places = {target / Path(file.path).name: file for file in files}
+            wrong = [place for place, file in places.items() if not _there(place, sha256 or file.sha256, file.size)]
+            if directory:
+                _clear(target, places, wrong, force)
+            missing = {place: file for place, file in places.items() if place in wrong or not place.exists()}
+            need_space(target, sum(file.size - _begun(place) for place, file in missing.items()), "it")
+            for place, file in missing.items():
                 remote = remote_of(reference, file)
                 remote = Remote(remote.url, sha256 or remote.sha256, remote.size)
                 if directory:
@@ -106,10 +111,43 @@ def _pull_repository(source: str, folder: Path, sha256: str | None, force: bool)
                 else:
                     _fetch(http, remote, place, force)
     if directory:
+        read_hf_directory(target)
         return target
-    first = target / min(Path(file.path).name for file in files)
-    read_model(first)
-    return first
+    read_model(min(places))
+    return min(places)
+
+
+def _clear(target: Path, places: Mapping[Path, HubFile], wrong: Collection[Path], force: bool) -> None:
+    """Remove what another repository or revision left in the directory: its weights, and all that has no checksum.
+
+    Raises UsageError for its weights unless `force`. Damaged weights may be replaced.
+    """
+    strange = [
+        path for path in target.iterdir() if path.name.endswith(WANTED) and path.is_file() and path not in places
+    ]
+    other = [path for path in strange if path.suffix == ".safetensors"]
+    other += [path for path in wrong if path.suffix == ".safetensors" and _is_whole(path)]
+    if other and not force:
+        raise UsageError(
+            f"{target} has the weights of another repository or revision ({', '.join(path.name for path in other)}); "
+            "pass --force to replace them, or --to for another folder"
+        )
+    if other:
+        for path in (*strange, *(place for place, file in places.items() if file.sha256 is None)):
+            path.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_safetensors(path)
+    except (ModelError, OSError):
+        return False
+    return True
+
+
+def _begun(place: Path) -> int:
+    """The bytes on the disk of a download that was interrupted."""
+    return sum(part.stat().st_size for part in place.parent.glob(f".{glob.escape(place.name)}.*.part"))
 
 
 def _fetch(http: httpx.Client, remote: Remote, target: Path, force: bool) -> None:

@@ -56,6 +56,14 @@ def test_a_directory_has_what_vllm_needs_but_neither_a_second_copy_of_the_weight
     assert choose(REPO, [*wanted, *others]) == (True, wanted)
 
 
+def test_weights_are_not_fetched_twice() -> None:
+    """Mistral's repositories have the weights also in a form of their own."""
+    wanted = files("config.json", "model-00001-of-00001.safetensors", "params.json")
+    assert choose(REPO, [*wanted, *files("consolidated.safetensors")]) == (True, wanted)
+    only = files("params.json", "consolidated-00001-of-00001.safetensors")
+    assert choose(REPO, only) == (True, only)
+
+
 def test_what_is_no_model() -> None:
     with pytest.raises(ModelError, match=r"neither GGUF nor safetensors.*README\.md"):
         choose(REPO, files("README.md"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import pytest
 
 from tests.support.scripted_hub import Hub
 from tests.support.tiny_gguf import tiny_gguf
+from tests.unit.models.files.test_hf_directory import safetensors
 from xgen_proxy.models.errors import ModelError, UsageError
+from xgen_proxy.models.pull.download import TRIES
 from xgen_proxy.models.pull.sources import pull
+from xgen_proxy.models.storage import MARGIN
 
 
 @pytest.fixture
@@ -31,10 +36,59 @@ def test_a_file_of_a_repository(hub: Hub, folder: Path, content: bytes) -> None:
     assert len(hub.downloads) == 1, "it was there"
 
 
-def test_a_repository_as_a_directory(hub: Hub, folder: Path) -> None:
-    hub.files = {"config.json": b"{}", "model.safetensors": bytes(1000), "README.md": b"no"}
+def test_a_repository_as_a_directory(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.files = {"config.json": b"{}", "model.safetensors": weights(tmp_path, 8), "README.md": b"no"}
     assert pull("OWNER/REPO", folder) == folder / "REPO"
     assert names(folder / "REPO") == ["config.json", "model.safetensors"]
+    assert pull("OWNER/REPO", folder) == folder / "REPO"
+    assert len(hub.downloads) == 2, "they were there"
+
+
+def weights(folder: Path, size: int) -> bytes:
+    safetensors(folder / "weights", a=("F32", [size // 4], size))
+    return (folder / "weights").read_bytes()
+
+
+def test_a_directory_that_is_no_model_is_an_error(hub: Hub, folder: Path) -> None:
+    hub.files = {"config.json": b"{}", "model.safetensors": bytes(1000)}
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        pull("OWNER/REPO", folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00001.safetensors"], ids=["of one name", "of another"]
+)
+def test_two_repositories_are_never_mixed(hub: Hub, folder: Path, tmp_path: Path, name: str) -> None:
+    hub.files = {"config.json": b'{"n": 1}', "model.safetensors": weights(tmp_path, 8), "chat_template.jinja": b"one"}
+    pull("OWNER/REPO", folder)
+    (folder / "REPO" / "mine.png").write_bytes(b"")
+    before = {path: path.read_bytes() for path in (folder / "REPO").iterdir()}
+    hub.files = {"config.json": b'{"n": 2}', name: weights(tmp_path, 12)}
+    with pytest.raises(UsageError, match=r"has the weights of another .* \(model\.safetensors\); pass --force"):
+        pull("OWNER/REPO", folder)
+    assert {path: path.read_bytes() for path in (folder / "REPO").iterdir()} == before
+    pull("OWNER/REPO", folder, force=True)
+    found = {path.name: path.read_bytes() for path in (folder / "REPO").iterdir()}
+    assert found == {**hub.files, "mine.png": b""}
+
+
+def test_damaged_weights_are_replaced(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.files = {"config.json": b"{}", "model.safetensors": weights(tmp_path, 8)}
+    pull("OWNER/REPO", folder)
+    (folder / "REPO" / "model.safetensors").write_bytes(hub.files["model.safetensors"][:-1])
+    pull("OWNER/REPO", folder)
+    assert (folder / "REPO" / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+
+def test_a_download_goes_on_where_the_disk_has_room_for_the_rest(
+    hub: Hub, folder: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files, hub.cuts = {"m.gguf": content}, [len(content) // TRIES - 1] * TRIES
+    with pytest.raises(ModelError, match="goes on where it stopped"):
+        pull("hf:OWNER/REPO/m.gguf", folder)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, MARGIN + TRIES * 2))
+    assert pull("hf:OWNER/REPO/m.gguf", folder).read_bytes() == content
 
 
 def test_a_url(hub: Hub, folder: Path, content: bytes) -> None:
