@@ -246,6 +246,14 @@ def test_only_commands_print(module: Module) -> None:
     assert [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"] == []
 
 
+@each_module
+def test_modules_that_are_started_are_not_taken_from_the_current_folder(module: Module) -> None:
+    """`python -m` looks there first, and it may be a repository of others; `-P` stops that."""
+    commands = [[ast.unparse(each) for each in node.elts] for node in module.nodes(ast.List, ast.Tuple)]  # type: ignore[attr-defined]
+    python = [command for command in commands if "sys.executable" in command and "'-m'" in command]
+    assert [command for command in python if "'-P'" not in command] == []
+
+
 # -- docstrings --------------------------------------------------------------------------------------------------------
 
 

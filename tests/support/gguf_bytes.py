@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 
-def gguf(*pairs: bytes, keys: int | None = None) -> bytes:
-    """A header with these keys. `keys`: the number of them that it claims."""
-    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs) if keys is None else keys) + b"".join(pairs)
+def gguf(*pairs: bytes, keys: int | None = None, tensors: Sequence[bytes] = ()) -> bytes:
+    """A header with these keys and descriptions of tensors. `keys`: the number of them that it claims."""
+    return (
+        b"GGUF"
+        + struct.pack("<IQQ", 3, len(tensors), len(pairs) if keys is None else keys)
+        + b"".join([*pairs, *tensors])
+    )
 
 
 def key_value(key: str, kind: int, value: bytes) -> bytes:

@@ -24,6 +24,8 @@ class Hub:
     status: int = 0  # for everything
     promise: int | None = None  # a content-length that is not true
     checksums: bool = True
+    etag: str = '"{}"'  # {}: the version; a weak one begins with W/
+    link: str = ""  # a Link header of the first list
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
 
@@ -51,7 +53,8 @@ def scripted_hub() -> Iterator[Hub]:
             if hub.status:
                 self.answer(hub.status, b"")
             elif path.startswith("/api/models/OWNER/REPO/tree/"):
-                self.answer(200, json.dumps([entry(*each) for each in hub.files.items()]).encode())
+                headers, hub.link = {"link": hub.link} if hub.link else None, ""
+                self.answer(200, json.dumps([entry(*each) for each in hub.files.items()]).encode(), headers)
             elif (name := path.partition("/resolve/")[2].partition("/")[2]) in hub.files:
                 self.file(name)
             else:
@@ -59,14 +62,14 @@ def scripted_hub() -> Iterator[Hub]:
 
         def file(self, name: str) -> None:
             content = hub.files[name]
-            headers = {"etag": f'"{digest(content)[:16]}"'}
+            headers = {"etag": hub.etag.format(digest(content)[:16])} if hub.etag else {}
             if hub.checksums:
                 headers |= {"x-linked-etag": f'"{digest(content)}"', "x-linked-size": str(len(content))}
             if hub.redirect:
                 self.answer(302, b"", {**headers, "location": hub.redirect + self.path})
                 return
             begin, asked = 0, self.headers.get("range", "")
-            if asked and hub.ranges and self.headers.get("if-range", headers["etag"]) == headers["etag"]:
+            if asked and hub.ranges and self.headers.get("if-range") in (None, headers.get("etag")):
                 begin = int(asked.removeprefix("bytes=").rstrip("-"))
                 headers["content-range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
             body = content[begin:]
@@ -82,7 +85,7 @@ def scripted_hub() -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if hub.cuts and status in (200, 206) and headers:
+            if hub.cuts and status in (200, 206) and headers is not None:
                 body = body[: hub.cuts.pop(0)]
                 self.close_connection = True
             self.wfile.write(body)

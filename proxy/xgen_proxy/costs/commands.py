@@ -129,7 +129,7 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     if arguments.any_latency:
         notes.append("every completed request counts here, however late it was.")
     if arguments.json:
-        write_json(arguments.json, report.data(prices, subjects, evens, notes), measured)
+        write_json(arguments, report.data(prices, subjects, evens, notes), measured)
     if arguments.plot:
         if not evens:
             raise CostError("a plot compares machines: name measurements of two or more")
@@ -137,13 +137,18 @@ def answer_measured(arguments: argparse.Namespace, prices: Prices) -> str:
     return report.text(prices, subjects, evens, notes)
 
 
-def write_json(path: Path, data: dict[str, Any], measured: Measurements) -> None:
+def write_json(arguments: argparse.Namespace, data: dict[str, Any], measured: Measurements) -> None:
     """Raises CostError."""
     from xgen_proxy.costs.errors import CostError
-    from xgen_proxy.models.conditions import conditions
+    from xgen_proxy.models.conditions import conditions, typed
+    from xgen_proxy.models.errors import ModelError
+    from xgen_proxy.models.storage import result_file
 
-    found = {"conditions": conditions(["xgen-proxy", *sys.argv[1:]]), "measured": list(measured.conditions), **data}
+    flags = typed(arguments, ("plot", "json", "any_latency"))
+    words = ["xgen-proxy", "cost", *typed(arguments, ["prices"]), *arguments.measurements, *flags]
+    found = {"conditions": conditions(words), "measured": list(measured.conditions), **data}
     try:
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CostError(f"cannot write {path}: {error.strerror}") from None
+        with result_file(arguments.json) as file:
+            file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except ModelError as error:
+        raise CostError(str(error)) from None

@@ -15,6 +15,8 @@ from xgen_proxy.costs.costs import BreakEven
 from xgen_proxy.costs.errors import CostError
 from xgen_proxy.costs.fleets import Fleet, Spill, per_thousand
 from xgen_proxy.costs.report import number, spread
+from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.storage import result_file
 
 # Text stays text, and the same figures give the same file: it can be committed and compared.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "xgen", "axes.grid": True, "grid.alpha": 0.3, "figure.figsize": (8, 6)}
@@ -55,9 +57,10 @@ def draw(path: Path, currency: str, evens: Sequence[BreakEven]) -> None:
         figure.suptitle(title(evens), fontsize=10)
         figure.tight_layout()
         try:
-            figure.savefig(path, format="svg", metadata={"Date": None})
-        except OSError as error:
-            raise CostError(f"cannot write {path}: {error.strerror}") from None
+            with result_file(path) as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
+        except ModelError as error:
+            raise CostError(str(error)) from None
         finally:
             plt.close(figure)
 

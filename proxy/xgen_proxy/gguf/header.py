@@ -20,6 +20,7 @@ from xgen_proxy.values import frozen
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 KEPT_ITEMS = 64  # of an array; of a longer one only the length is kept
+KEPT_NUMBERS = 4096  # of an array of numbers: models tell some figures for each layer
 MOST_NESTED = 4
 MOST_ITEMS = 10_000_000  # keys, tensors, or items of an array
 MOST_FIRST_KEYS = 1024
@@ -156,6 +157,10 @@ def first_metadata(data: bytes) -> dict[str, Any]:
     return found
 
 
+def _kept(type: int) -> int:
+    return KEPT_NUMBERS if type in SCALARS else KEPT_ITEMS
+
+
 class _Header:
     """Reads values one after another; no length is believed that the file cannot hold."""
 
@@ -193,7 +198,7 @@ class _Header:
                 yield key, self.value(type)
                 continue
             items, length = self.number("I"), self.count()
-            if length <= KEPT_ITEMS:
+            if length <= _kept(items):
                 yield key, self._items(items, length, 1)
             else:
                 yield key, LongArray(length)
@@ -206,7 +211,7 @@ class _Header:
             return self.text()
         if type == ARRAY and nested < MOST_NESTED:
             items, length = self.number("I"), self.count()
-            if length <= KEPT_ITEMS:
+            if length <= _kept(items):
                 return self._items(items, length, nested + 1)
             self._pass(items, length, nested + 1)
             return LongArray(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -14,12 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import orjson
-
 from xgen_proxy.models.compare.commands import add_compare, run_compare
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.progress import say
 from xgen_proxy.models.served.commands import add_distance, run_served
+from xgen_proxy.models.storage import result_file
 
 DESCRIPTION = """\
 Fetch, inspect, quantise and compare models.
@@ -109,7 +109,7 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     try:
         return run(arguments)
     except KeyboardInterrupt:
-        say("\ninterrupted; no half-made file is left")
+        say(f"\ninterrupted; {getattr(arguments, 'after_interrupt', 'no half-made file is left')}")
         raise
     except ImportError as error:
         raise UsageError(
@@ -136,11 +136,12 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 
 def emit(arguments: argparse.Namespace, data: Any, text: str) -> None:
-    encoded = orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    encoded = json.dumps(data, default=str, indent=2, ensure_ascii=False) + "\n"  # orjson refuses more than 64 bits
     if arguments.json == "-":
-        text = encoded.decode()
+        text = encoded
     elif arguments.json:
-        Path(arguments.json).write_bytes(encoded)
+        with result_file(Path(arguments.json)) as file:
+            file.write_text(encoded)
     sys.stdout.write(text)
 
 
@@ -165,16 +166,19 @@ def add_pull(commands: Any) -> None:
         commands, "pull", run_pull, "Fetch a model: from the catalogue, Hugging Face, a URL or a path.",
         PULL_EXAMPLES + known,
     )  # fmt: skip
+    command.set_defaults(after_interrupt="the same command goes on from there")
     command.add_argument("source", metavar="SOURCE", help="a catalogue name, hf:OWNER/REPO[/FILE][@REV], a URL, a path")
     command.add_argument("--to", metavar="DIR", help="folder of the models (default: $XGEN_MODELS_DIR or ./models)")
     command.add_argument("--sha256", metavar="HEX", help="the checksum that the file must have")
+    command.add_argument("--force", action="store_true", help="replace another model of the same name")
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
     from xgen_proxy.models.directory import models_folder
     from xgen_proxy.models.pull.sources import pull
 
-    sys.stdout.write(f"{pull(arguments.source, models_folder(arguments.to), arguments.sha256)}\n")
+    path = pull(arguments.source, models_folder(arguments.to), arguments.sha256, force=arguments.force)
+    sys.stdout.write(f"{path}\n")
     return 0
 
 

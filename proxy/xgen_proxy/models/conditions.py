@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 def conditions(command: Sequence[str], packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -26,9 +30,26 @@ def conditions(command: Sequence[str], packages: Sequence[str] = ()) -> dict[str
     }
 
 
+def typed(arguments: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """The flags and their values, as they can be typed again. `flags` has no key: result files are shown to others."""
+    words: list[str] = []
+    for flag in flags:
+        value, name = getattr(arguments, flag), f"--{flag.replace('_', '-')}"
+        if value is True:
+            words.append(name)
+        elif value is not None and value is not False:
+            words += [word for each in (value if isinstance(value, list) else [value]) for word in (name, str(each))]
+    return words
+
+
+def without_password(text: str) -> str:
+    """Without the user and the password of the URLs in it."""
+    return USERINFO.sub("", text)
+
+
 def portable(text: str) -> str:
-    """Without the paths of this machine: the current folder is `.`, the user's home `~`."""
-    return text.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
+    """Without passwords, and without the paths of this machine: the current folder is `.`, the user's home `~`."""
+    return without_password(text).replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
 
 
 def machine() -> dict[str, Any]:
@@ -55,8 +76,11 @@ def gpus() -> list[str]:
     if program is None:
         return []
     command = [program, "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):  # also a driver that hangs: the measurement is done and is kept
+        return []
+    return done.stdout.splitlines()
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

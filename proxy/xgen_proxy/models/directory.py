@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xgen_proxy.models.errors import ModelError, UsageError
-from xgen_proxy.models.inspection.description import PART, Description, describe
+from xgen_proxy.models.files.gguf_file import PART
+from xgen_proxy.models.inspection.description import Description, describe
 from xgen_proxy.values import frozen
 
 VARIABLE = "XGEN_MODELS_DIR"
@@ -41,7 +42,7 @@ def entries(folder: Path) -> Iterator[Entry]:
         later_part = (found := PART.search(path.name)) and found[1] != "00001"
         if path.name.startswith(".") and path.name.endswith(".part"):
             whole = path.name[1:].rpartition(".part")[0].rpartition(".")[0]
-            size = path.stat().st_size
+            size = path.lstat().st_size
             yield Entry(path, size, None, f"unfinished download of {whole}; pull it again to go on")
         elif path.is_dir() and not path.name.startswith("."):
             if (path / "config.json").exists() or any(path.glob("*.safetensors")):

@@ -65,13 +65,28 @@ def scratch_in(folder: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename the finished file or folder to its place, once its bytes are on the disk."""
-    for file in [made] if made.is_file() else sorted(each for each in made.rglob("*") if each.is_file()):
-        sync(file)
-    if target.is_dir() and made.is_dir():
-        shutil.rmtree(target)
+    """Rename the finished file to its place, once its bytes are on the disk."""
+    sync(made)
     made.rename(target)
     sync(target.parent)
+
+
+@contextlib.contextmanager
+def result_file(path: Path) -> Iterator[Path]:
+    """Yields where to write it, with the same ending. It gets to its place when the block ends without an error.
+
+    Pipes and devices, such as /dev/stdout, are written in place. Raises ModelError if it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target = path.resolve()
+        with scratch_in(target.parent) as scratch:
+            yield scratch / target.name
+            publish(scratch / target.name, target)
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def sync(path: Path) -> None:

@@ -70,6 +70,21 @@ def test_the_way_of_the_help(files: list[str], directory: Path) -> None:
     assert f"break-even {shown:.1f}" in (directory / "cost.svg").read_text()
 
 
+def test_the_key_is_not_written(cost: Cost, files: list[str]) -> None:
+    assert cost(*files, "--api-key", "hush", "--json", "cost.json")[0] == 0
+    written = Path("cost.json").read_text()
+    assert "hush" not in written
+    assert "gpu=gpu-1.json" in json.loads(written)["conditions"]["command"]
+
+
+def test_results_are_renamed_to_their_place(cost: Cost, files: list[str]) -> None:
+    for name in ("cost.json", "cost.svg"):
+        Path(name).write_text("old")
+        os.link(name, f"old-{name}")
+    assert cost(*files, "--json", "cost.json", "--plot", "cost.svg")[0] == 0
+    assert [Path(f"old-{name}").read_text() for name in ("cost.json", "cost.svg")] == ["old", "old"]
+
+
 def test_help_teaches(cost: Cost) -> None:
     status, out, _ = cost("--help")
     assert status == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf as library
 import pytest
 
+from tests.support.gguf_bytes import gguf, key_value
 from tests.support.tiny_gguf import LAYERS, TOKENS, WIDTH, tiny_gguf
 from xgen_proxy.gguf.header import TYPES, GgufError, LongArray, first_metadata, read_gguf
 
@@ -47,6 +48,16 @@ def test_a_file_in_short(tmp_path: Path) -> None:
     assert file.types() == {"F16": 1 + LAYERS, "F32": LAYERS}
     assert file.weights == len(TOKENS) * WIDTH + LAYERS * (WIDTH * WIDTH + WIDTH)
     assert 16 < file.bits_per_weight < 17
+
+
+def test_figures_for_each_layer_are_kept(tmp_path: Path) -> None:
+    numbers = {length: struct.pack(f"<IQ{length}I", 4, length, *range(length)) for length in (65, 4096, 4097)}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(*(key_value(f"numbers.{length}", 9, value) for length, value in numbers.items())))
+    found = read_gguf(path).metadata
+    assert found["numbers.65"] == list(range(65))
+    assert found["numbers.4096"] == list(range(4096))
+    assert found["numbers.4097"] == LongArray(4097)
 
 
 def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:

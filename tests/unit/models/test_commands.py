@@ -16,6 +16,7 @@ import pytest
 from tests.support.tiny_gguf import tiny_gguf
 from xgen_proxy import cli
 from xgen_proxy.models import directory
+from xgen_proxy.models.pull import sources
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -82,7 +83,10 @@ def test_list_of_another_folder_as_json(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("list", tmp_path, "--json")
     (model,) = json.loads(out)
     assert (status, model["model"]["architecture"]) == (0, "llama")
+    (tmp_path / "list.json").write_text("old")
+    os.link(tmp_path / "list.json", tmp_path / "old.json")
     status, out, _ = run("list", tmp_path, "--json", tmp_path / "list.json")
+    assert (tmp_path / "old.json").read_text() == "old", "the file is renamed to its place"
     assert out.startswith("model")
     assert json.loads((tmp_path / "list.json").read_text()) == [model]
 
@@ -144,6 +148,14 @@ def test_other_failures(
     found, out, err = run("list")
     assert (found, out) == (status, "")
     assert message in err
+
+
+def test_an_interrupted_pull_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "pull", interrupt)
+    assert run("pull", "m") == (130, "", "\ninterrupted; the same command goes on from there\n")
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,17 @@ def test_a_command_can_be_typed_again() -> None:
     assert found["command"] == "xgen-proxy models compare 'a b.gguf'"
     assert datetime.datetime.fromisoformat(found["date"]).tzinfo is not None
     assert set(found["versions"]) == {"python", "httpx"}
+
+
+def test_passwords_are_left_out() -> None:
+    found = conditions.conditions(["distance", "http://me:p@ss@gpu:8000/v1", "https://key@cpu", "hf:a/b@main"])
+    assert found["command"] == "distance http://gpu:8000/v1 https://cpu hf:a/b@main"
+
+
+def test_flags_are_typed_again() -> None:
+    arguments = argparse.Namespace(text=["a", "b"], tokens=8, any_latency=True, plot=None, served=False)
+    flags = ("text", "tokens", "any_latency", "plot", "served")
+    assert conditions.typed(arguments, flags) == ["--text", "a", "--text", "b", "--tokens", "8", "--any-latency"]
 
 
 def test_the_machine_is_named() -> None:
@@ -37,6 +52,15 @@ def test_gpus_are_those_that_the_driver_names(tmp_path: Path, monkeypatch: pytes
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert conditions.gpus() == ["NVIDIA H100 80GB HBM3"]
+
+
+def test_a_driver_that_hangs_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert conditions.gpus() == []
 
 
 def test_paths_of_this_machine_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,17 @@ def test_models_damaged_files_and_unfinished_downloads(tmp_path: Path) -> None:
     (tmp_path / "c" / "config.json").write_text("{}")
     (tmp_path / ".d.gguf.0123456789ab.part").write_bytes(whole[:10])
     (tmp_path / "notes.txt").write_text("")
+    for gone in (".gone.gguf.0123456789ab.part", "f.gguf", "g"):
+        (tmp_path / gone).symlink_to(tmp_path / "gone")
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "config.json").write_text("{}")
+    (tmp_path / "h" / "model.safetensors").symlink_to(tmp_path / "gone")
     (tmp_path / "e-00002-of-00002.gguf").write_bytes(whole)  # belongs to the first part
     found = {each.path.name: each for each in entries(tmp_path)}
-    assert sorted(found) == [".d.gguf.0123456789ab.part", "a.gguf", "b.gguf", "c"]
+    parts = [".d.gguf.0123456789ab.part", ".gone.gguf.0123456789ab.part"]
+    assert sorted(found) == [*parts, "a.gguf", "b.gguf", "c", "f.gguf", "h"]
+    assert "there is no" in found["f.gguf"].problem
+    assert "cannot read" in found["h"].problem
     assert found["a.gguf"].model
     assert found["a.gguf"].model.quantization == "F16"
     assert "is cut short" in found["b.gguf"].problem

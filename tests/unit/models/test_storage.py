@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections import namedtuple
@@ -11,7 +12,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.storage import UNFINISHED, alone_in, make_folder, need_space, publish, scratch_in
+from xgen_proxy.models.storage import UNFINISHED, alone_in, make_folder, need_space, publish, result_file, scratch_in
 
 
 def test_a_file_is_renamed_to_its_place(tmp_path: Path) -> None:
@@ -23,13 +24,38 @@ def test_a_file_is_renamed_to_its_place(tmp_path: Path) -> None:
     assert (tmp_path / "m").read_bytes() == b"new"
 
 
-def test_a_directory_replaces_another(tmp_path: Path) -> None:
-    (tmp_path / "m" / "old").mkdir(parents=True)
-    with scratch_in(tmp_path) as scratch:
-        (scratch / "m").mkdir()
-        (scratch / "m" / "new").write_bytes(b"x")
-        publish(scratch / "m", tmp_path / "m")
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["new"]
+def test_a_result_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def fail() -> None:
+        with result_file(path) as file:
+            file.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "old"
+    (tmp_path / "link.json").symlink_to(path)
+    with result_file(tmp_path / "link.json") as file:
+        assert file.suffix == ".json"
+        file.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link.json", "result.json"]
+
+
+def test_a_pipe_is_written_in_place(tmp_path: Path) -> None:
+    with result_file(Path(os.devnull)) as file:
+        assert file == Path(os.devnull)
+
+
+def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ModelError, match=r"cannot write .*none/a\.json: No such file"),
+        result_file(tmp_path / "none/a.json"),
+    ):
+        pass
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from xgen_proxy.models.compare.comparison import compare
 from xgen_proxy.models.compare.plan import Plan, choose_base, default_threads
 from xgen_proxy.models.compare.report import WIDTH, Row, advice, cost_rows, method, quality_rows
-from xgen_proxy.models.conditions import conditions
-from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.conditions import conditions, typed
+from xgen_proxy.models.errors import ModelError, UsageError
+from xgen_proxy.models.files.gguf_file import read_model
 from xgen_proxy.models.served.commands import add_distance, at_least, run_served
+from xgen_proxy.models.storage import result_file
 
 PACKAGES = ("xgen-proxy", "llama-cpp-python", "numpy")
 
@@ -77,18 +78,24 @@ def run_compare(arguments: argparse.Namespace) -> int:
     result = {"conditions": conditions(words(arguments), PACKAGES), "advice": advice(result), **result}
     sys.stdout.write(f"{report(result)}\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        with result_file(arguments.json) as file:
+            file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if arguments.plot:
         from xgen_proxy.models.compare.plot import draw
 
-        draw(result, arguments.plot)
+        with result_file(arguments.plot) as file:
+            draw(result, file)
     return 0
 
 
 def run_distance(arguments: argparse.Namespace) -> int:
-    """`--served`: another command, with its own defaults."""
+    """`--served`: another command, with its own defaults. Raises UsageError for flags that only files have."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
+    files = add_compare(commands)
+    for flag in ("base", "context", "windows", "repeat", "answers", "threads", "plot"):
+        if getattr(arguments, flag) != files.get_default(flag):
+            raise UsageError(f"--{flag} is for files; see `xgen-proxy models distance --help` for what --served knows")
     add_distance(commands)
     flags = [f"--{name}={value}" for name in ("text", "json") if (value := getattr(arguments, name)) is not None]
     return run_served(parser.parse_args(["distance", *arguments.models, *flags]))
@@ -112,7 +119,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
     models = [Path(model) for model in arguments.models]
     base: Path | None = arguments.base
     if base is None:
-        base = choose_base([read_gguf(path) for path in models])
+        base = choose_base([read_model(path) for path in models])
     elif base.resolve() not in [path.resolve() for path in models]:
         models = [base, *models]
     else:
@@ -134,11 +141,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
 def words(arguments: argparse.Namespace) -> list[str]:
     """The command with all its flags, as it can be typed again."""
     flags = ("base", "text", "context", "windows", "repeat", "answers", "threads", "json", "plot")
-    given = [(flag, getattr(arguments, flag)) for flag in flags]
-    return [
-        *("xgen-proxy", "models", "compare", *map(str, arguments.models)),
-        *(word for flag, value in given if value is not None for word in (f"--{flag}", str(value))),
-    ]
+    return ["xgen-proxy", "models", "compare", *map(str, arguments.models), *typed(arguments, flags)]
 
 
 def report(result: dict[str, Any]) -> str:

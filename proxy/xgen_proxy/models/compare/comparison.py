@@ -12,15 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from xgen_proxy.gguf.header import GgufFile
 from xgen_proxy.models.compare import passages
 from xgen_proxy.models.compare.figures import Tokens, equal_answers, spread, summary
 from xgen_proxy.models.compare.plan import Plan, names, need_memory
 from xgen_proxy.models.compare.processes import Worker
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import read_model
+from xgen_proxy.models.inspection.machine import ram
 from xgen_proxy.models.progress import Progress
 from xgen_proxy.models.storage import need_space
 
@@ -35,9 +34,9 @@ Windows = dict[str, list[list[int]]]
 
 def compare(plan: Plan) -> dict[str, Any]:
     """Raises ModelError."""
-    files = [read_gguf(path) for path in plan.models]
+    files = [read_model(path) for path in plan.models]
     shown = dict(zip(plan.models, names(plan.models), strict=True))
-    need_memory(files, psutil.virtual_memory().available)
+    need_memory(files, ram().available)
     own = passages.texts(plan.text)
     with tempfile.TemporaryDirectory(prefix="xgen-compare-") as folder, contextlib.ExitStack() as stack:
         run = Run(plan, shown, Path(folder), stack)

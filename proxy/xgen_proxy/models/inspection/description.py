@@ -9,15 +9,15 @@ from typing import Any
 
 from xgen_proxy.gguf.header import GgufFile, LongArray
 from xgen_proxy.models.errors import ModelFileError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import parts_of, read_gguf
 from xgen_proxy.models.files.hf_directory import HfDirectory, read_hf_directory
 from xgen_proxy.models.inspection.chat_template import knows_tools
 from xgen_proxy.values import frozen
 
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+MOST_LAYERS = 10_000
 TEMPLATE = "tokenizer.chat_template"
 # llama.cpp's numbers for general.file_type: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
-FILE_TYPES = {
+FILE_TYPES: Mapping[int | None, str] = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
     21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
@@ -87,18 +87,6 @@ def describe(path: Path) -> Description:
     return of_gguf([read_gguf(part) for part in parts_of(path)])
 
 
-def parts_of(path: Path) -> list[Path]:
-    """All files of a model that is split over several. Raises ModelFileError if one is missing."""
-    found = PART.search(path.name)
-    if found is None:
-        return [path]
-    names = [f"{path.name[: found.start()]}-{part:05}-of-{found[2]}.gguf" for part in range(1, int(found[2]) + 1)]
-    parts = [path.with_name(name) for name in names]
-    if missing := [part.name for part in parts if not part.exists()]:
-        raise ModelFileError(f"{path} is one part of a model, and {', '.join(missing)} is missing; fetch it again")
-    return parts
-
-
 def of_gguf(parts: list[GgufFile]) -> Description:
     file = parts[0]
     tensors = [tensor for part in parts for tensor in part.tensors]
@@ -117,7 +105,7 @@ def of_gguf(parts: list[GgufFile]) -> Description:
         format="GGUF" if len(parts) == 1 else f"GGUF in {len(parts)} parts",
         name=str(file.metadata.get("general.name", file.path.stem)),
         architecture=file.architecture,
-        quantization=FILE_TYPES.get(file.metadata.get("general.file_type", -1), largest(shares)),
+        quantization=FILE_TYPES.get(number(file.metadata.get("general.file_type")), largest(shares)),
         weights=weights,
         weight_bytes=weight_bytes,
         file_bytes=sum(part.size for part in parts),
@@ -140,10 +128,17 @@ def largest(shares: list[TypeShare]) -> str:
 
 
 def number(value: Any) -> int | None:
-    """One number for the model: the largest, if each layer has its own."""
-    if isinstance(value, list):
-        value = max(value, default=None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """One number for the model: the largest, if each layer has its own. None for what is no number of anything."""
+    given = value if isinstance(value, list) else [value]
+    return max((each for each in given if type(each) is int and each >= 0), default=None)
+
+
+def layers_of(value: Any, path: Path) -> int | None:
+    """Raises ModelFileError for more layers than a model can have."""
+    layers = number(value)
+    if layers is not None and layers > MOST_LAYERS:
+        raise ModelFileError(f"{path} is damaged: it claims to have {layers:,} layers; fetch it again")
+    return layers
 
 
 def vocabulary_of(file: GgufFile) -> int | None:
@@ -154,13 +149,18 @@ def vocabulary_of(file: GgufFile) -> int | None:
 
 
 def attention_of_gguf(file: GgufFile) -> Attention | None:
-    layers, width = number(file.of_architecture("block_count")), number(file.of_architecture("embedding_length"))
+    layers, width = (
+        layers_of(file.of_architecture("block_count"), file.path),
+        number(file.of_architecture("embedding_length")),
+    )
     heads = number(file.of_architecture("attention.head_count"))
     if not layers or not width or not heads:
         return None
     per_layer = file.of_architecture("attention.head_count_kv")
     if not isinstance(per_layer, list) or len(per_layer) != layers:
         per_layer = [number(per_layer) or heads] * layers
+    elif None in (per_layer := [number(each) for each in per_layer]):
+        return None
     return Attention(
         heads=heads,
         kv_heads=tuple(per_layer),
@@ -180,13 +180,15 @@ def of_directory(directory: HfDirectory) -> Description:
         for kind, tensors in directory.types.items()
         for size in [directory.type_bytes[kind]]
     ]
+    given = directory.config.get("architectures")
+    architectures = given if isinstance(given, list) and given else [config.get("model_type", "unknown")]
     quantized = directory.config.get("quantization_config") or config.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     return Description(
         path=directory.path,
         format="Hugging Face directory",
         name=directory.path.resolve().name,
-        architecture=str((directory.config.get("architectures") or [config.get("model_type", "unknown")])[0]),
+        architecture=str(architectures[0]),
         quantization=str(method or largest(shares)),
         weights=directory.weights,
         weight_bytes=directory.weight_bytes,
@@ -199,7 +201,7 @@ def of_directory(directory: HfDirectory) -> Description:
         feed_forward=number(config.get("intermediate_size")),
         context=number(config.get("max_position_embeddings")),
         experts=number(config.get("num_local_experts") or config.get("num_experts")),
-        attention=attention_of_config(config),
+        attention=attention_of_config(config, directory.path),
         has_chat_template=bool(directory.chat_templates),
         knows_tools=knows_tools(directory.chat_templates),
     )
@@ -211,8 +213,8 @@ def bits(kind: str) -> float:
     return float(found[1]) if found else 8.0
 
 
-def attention_of_config(config: Mapping[str, Any]) -> Attention | None:
-    layers, width = number(config.get("num_hidden_layers")), number(config.get("hidden_size"))
+def attention_of_config(config: Mapping[str, Any], path: Path) -> Attention | None:
+    layers, width = layers_of(config.get("num_hidden_layers"), path), number(config.get("hidden_size"))
     heads = number(config.get("num_attention_heads"))
     if not layers or not width or not heads:
         return None

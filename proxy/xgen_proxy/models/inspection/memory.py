@@ -18,34 +18,39 @@ LEAST_CONTEXT = 512
 
 @frozen
 class Memory:
-    """In bytes. `compute`: llama.cpp's buffer for the intermediate results of a batch."""
+    """In bytes. `compute`: llama.cpp's buffer for the intermediate results of a batch. `kv_cache`: None if the model
+    does not tell what it is made of; `total` then lacks it."""
 
     weights: int
-    kv_cache: int
+    kv_cache: int | None
     compute: int
     process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.compute + self.process
+        return self.weights + (self.kv_cache or 0) + self.compute + self.process
 
 
 def estimate(model: Description, context: int, slots: int = 1, kv_type: str = "f16") -> Memory:
     """`context`: tokens for each of the `slots` requests that run at once. At most what the model allows is counted."""
     context = min(context, model.context or context)
+    per_token = kv_bytes_per_token(model, kv_type)
     return Memory(
         weights=model.weight_bytes,
-        kv_cache=kv_bytes_per_token(model, kv_type) * context * slots,
+        kv_cache=None if per_token is None else per_token * context * slots,
         compute=compute_bytes(model, context),
         process=PROCESS + TOKEN * (model.vocabulary or 0),
     )
 
 
-def kv_bytes_per_token(model: Description, kv_type: str = "f16") -> int:
-    """Of all layers. Those with a sliding window are counted in full, as llama.cpp's library keeps them; its server
-    keeps the window only. MLA is counted uncompressed. So for such models it is an upper bound."""
+def kv_bytes_per_token(model: Description, kv_type: str = "f16") -> int | None:
+    """Of all layers; None if the model does not tell.
+
+    Layers with a sliding window are counted in full, as llama.cpp's library keeps them; its server keeps the window
+    only. MLA is counted uncompressed. So for such models it is an upper bound.
+    """
     if model.attention is None:
-        return 0
+        return None
     numbers = sum(model.attention.kv_heads) * (model.attention.key_length + model.attention.value_length)
     return round(numbers * KV_BYTES[kv_type])
 

@@ -9,13 +9,16 @@ from xgen_proxy.models.inspection.machine import Place, places
 from xgen_proxy.models.inspection.memory import Memory, estimate, largest_context
 from xgen_proxy.values import frozen
 
+FITS = {True: "fits", False: "DOES NOT FIT", None: "may fit"}
+
 
 @frozen
 class Fit:
-    """`largest_context`: the most tokens for each slot that fit there; None: the model does not fit at all."""
+    """`fits`: None if all fits but the KV cache, whose size is not known. `largest_context`: the most tokens for each
+    slot that fit there; None: the model does not fit at all, or it is not known."""
 
     place: Place
-    fits: bool
+    fits: bool | None
     largest_context: int | None
 
 
@@ -33,11 +36,15 @@ def inspect(path: Path, context: int, slots: int, kv_type: str) -> Inspection:
     """`context`: tokens for each slot. Raises ModelError."""
     model = describe(path)
     memory = estimate(model, context, slots, kv_type)
-    fits = tuple(
-        Fit(place, memory.total <= place.available, largest_context(model, place.available, slots, kv_type))
-        for place in places()
-    )
+    fits = tuple(fit_in(place, model, memory, slots, kv_type) for place in places())
     return Inspection(model, min(context, model.context or context), slots, kv_type, memory, fits)
+
+
+def fit_in(place: Place, model: Description, memory: Memory, slots: int, kv_type: str) -> Fit:
+    fits = memory.total <= place.available
+    if memory.kv_cache is None:
+        return Fit(place, None if fits else False, None)
+    return Fit(place, fits, largest_context(model, place.available, slots, kv_type))
 
 
 def report(found: Inspection) -> str:
@@ -55,7 +62,7 @@ def report(found: Inspection) -> str:
         ),
         ("chat template", template(model)),
         ("memory", memory(found)),
-        *(("fits" if fit.fits else "DOES NOT FIT", verdict(found, fit)) for fit in found.fits),
+        *((FITS[fit.fits], verdict(found, fit)) for fit in found.fits),
     ]
     return "".join(f"{name:14}{value}\n" for name, value in rows)
 
@@ -84,10 +91,12 @@ def memory(found: Inspection) -> str:
     need = found.memory
     slots = f"{found.slots} slots of " if found.slots > 1 else ""
     most = ", the most that the model allows" if found.context == found.model.context else ""
-    bound = "at most " if found.model.attention and found.model.attention.needs_less else ""
+    attention = found.model.attention
+    bound = "more than " if attention is None else "at most " if attention.needs_less else ""
+    cache = "unknown" if need.kv_cache is None else f"{bound}{size(need.kv_cache)}"
     return (
         f"{bound}{size(need.total)} for {slots}{found.context:,} tokens{most}: weights {size(need.weights)}, "
-        f"KV cache ({found.kv_type}) {bound}{size(need.kv_cache)}, compute {size(need.compute)}, "
+        f"KV cache ({found.kv_type}) {cache}, compute {size(need.compute)}, "
         f"process {size(need.process)}"
     )
 
@@ -96,6 +105,8 @@ def verdict(found: Inspection, fit: Fit) -> str:
     text = f"{fit.place.name}: {size(fit.place.available)} of {size(fit.place.total)} are free"
     if fit.fits:
         return text
+    if fit.fits is None:
+        return f"{text}; the file does not tell how large its KV cache is"
     if fit.largest_context is None:
         return f"{text}; use a smaller quantisation (`xgen-proxy models quantize`) or a smaller model"
     return f"{text}; --context {fit.largest_context} would fit, or fewer slots, --kv-type q8_0, a smaller quantisation"

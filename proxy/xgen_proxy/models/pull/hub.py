@@ -17,8 +17,9 @@ from xgen_proxy.values import frozen
 NAME = r"[\w.-]+"
 REFERENCE = re.compile(rf"(?:hf:)?(?P<repo>{NAME}/{NAME})(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 PAGES = 50  # of the list of files, a thousand each
-# What vLLM and Transformers need of a repository: not the same weights again in another format.
-WANTED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+# What vLLM and Transformers need of a repository: not the same weights again in another format, and no Python code,
+# which llama.cpp's converter would run (`trust_remote_code`).
+WANTED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
@@ -74,8 +75,19 @@ def list_files(http: httpx.Client, reference: Reference) -> list[HubFile]:
         following = response.links.get("next", {}).get("url")
         if following is None:
             return files
-        where = str(response.url.join(following))
+        where = _at_endpoint(response.url, following)
     raise ModelError(f"{reference.repo} has too many files to list; name one: hf:{reference.repo}/FILE")
+
+
+def _at_endpoint(page: httpx.URL, following: str) -> str:
+    """The address of the next page. Raises ModelError if it is elsewhere, since the token is sent there."""
+    try:
+        url, own = page.join(following), httpx.URL(endpoint())
+    except httpx.InvalidURL as error:
+        raise ModelError(f"{endpoint()} names no valid next page ({error}); check HF_ENDPOINT") from None
+    if (url.scheme, url.host, url.port) != (own.scheme, own.host, own.port):
+        raise ModelError(f"{endpoint()} names a next page on {url.host}, which is not asked; check HF_ENDPOINT")
+    return str(url)
 
 
 def _ask(http: httpx.Client, url: str, reference: Reference) -> httpx.Response:
@@ -113,13 +125,21 @@ def choose(reference: Reference, files: list[HubFile]) -> tuple[bool, list[HubFi
             raise ModelError(f"{reference.repo} has no {reference.file}; it has {_names(ggufs or files)}")
         return False, _parts(chosen[0], files)
     if any(file.path.endswith(".safetensors") for file in files):
-        return True, [file for file in files if "/" not in file.path and file.path.endswith(WANTED)]
+        return True, _directory(files)
     whole = [file for file in ggufs if not SPLIT.search(file.path) or "-00001-of-" in file.path]
     if len(whole) == 1:
         return False, _parts(whole[0], files)
     if not whole:
         raise ModelError(f"{reference.repo} has neither GGUF nor safetensors files; it has {_names(files)}")
     raise ModelError(f"{reference.repo} has several models; choose one: {_names(whole, f'hf:{reference.repo}/')}")
+
+
+def _directory(files: list[HubFile]) -> list[HubFile]:
+    """Without consolidated.safetensors and its like: Mistral's form of the same weights."""
+    wanted = [file for file in files if "/" not in file.path and file.path.endswith(WANTED)]
+    again = [file for file in wanted if file.path.startswith("consolidated") and file.path.endswith(".safetensors")]
+    weights = [file for file in wanted if file.path.endswith(".safetensors")]
+    return [file for file in wanted if file not in again] if len(again) < len(weights) else wanted
 
 
 def _parts(file: HubFile, files: list[HubFile]) -> list[HubFile]:

@@ -49,9 +49,9 @@ def _download(source: WheelFile, scratch: Path) -> Path:
     """pip uses the user's mirrors and proxies, checks the hash and shows progress."""
     wanted = scratch / "requirements.txt"
     wanted.write_text(source.requirement)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes"]
     quiet = [] if sys.stderr.isatty() else ["-q"]
-    arguments = [*command, *quiet, "-r", str(wanted), "-d", str(scratch)]
+    arguments = [*command, "--disable-pip-version-check", *quiet, "-r", str(wanted), "-d", str(scratch)]
     done = subprocess.run(arguments, stdout=sys.stderr, check=False)  # noqa: S603
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:

@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from xgen_proxy.gguf.header import GgufFile
 from xgen_proxy.models.errors import ModelError, ModelFileError, UsageError
-from xgen_proxy.models.files.gguf_file import read_gguf
+from xgen_proxy.models.files.gguf_file import read_gguf, read_model
 from xgen_proxy.models.progress import Progress, say
 from xgen_proxy.models.quantize.converter import convert, find_converter
 from xgen_proxy.models.quantize.importance import read_importance
@@ -92,6 +92,8 @@ def quantize(
         )
     if not source.exists():
         raise UsageError(f"there is no {source}; `xgen-proxy models pull` fetches a model")
+    if source.name in ("", ".."):  # as of `.`
+        source = source.resolve()
     targets = [(type, target_of(source, type, folder or source.parent)) for type in types]
     if not force and (there := [str(target) for _, target in targets if target.exists()]):
         raise UsageError(f"{', '.join(there)} exists; pass --force to replace it, or --out for another folder")
@@ -101,7 +103,7 @@ def quantize(
         read_importance(importance)
     command = find_converter(converter) if source.is_dir() else []
     if not source.is_dir():
-        refuse_quantized(read_gguf(source), requantize)
+        refuse_quantized(read_model(source), requantize)
     make_folder(folder or source.parent)
     with alone_in(folder or source.parent), scratch_beside(targets[0][1]) as scratch:
         if source.is_dir():
@@ -140,8 +142,8 @@ def make(job: Job, made: Path, target: Path) -> Quantized:
     plan = run(job, made, dry_run=True)
     need_space(made.parent, plan.size, target.name)
     log = run(job, made, dry_run=False)
-    source, result = read_gguf(job.source), read_gguf(made)
-    if not PART.search(job.source.stem) and len(result.tensors) != len(source.tensors):
+    source, result = read_model(job.source), read_gguf(made)
+    if len(result.tensors) != len(source.tensors):
         raise ModelFileError(f"{target.name} has {len(result.tensors)} tensors, not {len(source.tensors)}; not kept")
     publish(made, target)
     return Quantized(read_gguf(target), log.fallbacks)
@@ -177,7 +179,7 @@ class Log:
 
 def run(job: Job, made: Path, dry_run: bool) -> Log:
     """Let the worker do the job. A dry run tells the size. Raises ModelError."""
-    count = len(read_gguf(job.source).tensors)
+    count = len(read_model(job.source).tensors)
     log, progress = Log(), Progress(f"quantising to {job.type}", count, "tensors")
     with worker(job, made, dry_run) as process:
         for line in process.stdout or ():
@@ -195,8 +197,8 @@ def run(job: Job, made: Path, dry_run: bool) -> Log:
 def worker(job: Job, made: Path, dry_run: bool) -> Iterator[subprocess.Popen[str]]:
     """Killed when the block is left early, as by Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "xgen_proxy.models.quantize.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        [sys.executable, "-P", "-m", "xgen_proxy.models.quantize.worker"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         with contextlib.suppress(BrokenPipeError):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from xgen_proxy.models.conditions import conditions
+from xgen_proxy.models.conditions import conditions, typed, without_password
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.progress import say
 from xgen_proxy.models.served.distance import Figures
 from xgen_proxy.models.served.engines import Engine, ask, connect
 from xgen_proxy.models.served.measurement import DifferentTokensError, Result, described, measure
-from xgen_proxy.models.storage import publish
+from xgen_proxy.models.storage import result_file
 from xgen_proxy.values import frozen
 
 FORMAT = "xgen-proxy model distance 1"  # config/fallback.py reads it
@@ -76,7 +75,10 @@ def add_served_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", metavar="PROXY", help="ask this proxy for the backends that serve the same model")
     command.add_argument("--api-key", help="the proxy's key, if it requires one")
     command.add_argument("--engine-key", help="the engines' key, if they require one")
-    command.add_argument("--model", help="the model's public name (default: the first that the reference serves)")
+    command.add_argument(
+        "--model",
+        help="the model's public name, which an engine that serves one model need not know (default: each one's first)",
+    )
     command.add_argument(
         "--backends",
         metavar="NAME,NAME",
@@ -111,7 +113,9 @@ def run_served(arguments: argparse.Namespace) -> int:
         for pair, result in results:
             sys.stdout.write("\n".join(table(pair, result)) + "\n")
         if arguments.json is not None:
-            write(arguments.json, as_json(results, sizes))
+            content = as_json(results, sizes, words(arguments))
+            with result_file(arguments.json) as file:  # a proxy may read it at any moment
+                file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except ModelError as error:
         say(f"xgen-proxy: {error}")
         return 1 if isinstance(error, DifferentTokensError) else 2
@@ -138,8 +142,7 @@ def pairs(arguments: argparse.Namespace) -> list[Pair]:
         return list(pairs_of_proxy(arguments))
     if len(arguments.urls) != 2:
         raise ModelError("give the addresses of two engine servers, the reference first, or --url of a proxy")
-    first = connect(arguments.urls[0], None, arguments.engine_key)
-    second = connect(arguments.urls[1], None, arguments.engine_key)
+    first, second = (connect(url, arguments.model, arguments.engine_key, alias=True) for url in arguments.urls)
     given = arguments.backends.split(",") if arguments.backends else []
     names = [each.strip() for each in given] or [first.default_backend, second.default_backend]
     if len(names) != 2 or not all(names) or names[0] == names[1]:
@@ -172,11 +175,14 @@ def pairs_of_proxy(arguments: argparse.Namespace) -> Iterator[Pair]:
 
 
 def table(pair: Pair, result: Result) -> list[str]:
-    first, second = pair.first, pair.second
     rows = [*result.texts.items(), ("all", result.all)]
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{pair.model}: {pair.names[0]} ({first.name}, {first.url}) and {pair.names[1]} ({second.name}, {second.url})",
+        f"{pair.model}: "
+        + " and ".join(
+            f"{name} ({engine.name}, {without_password(engine.url)})"
+            for name, engine in zip(pair.names, (pair.first, pair.second), strict=True)
+        ),
         f"{'text'.ljust(width)}  positions  same top token   KLD at least        named by both",
         *(f"{name.ljust(width)}  {row(each)}" for name, each in rows),
     ]
@@ -193,10 +199,16 @@ def row(figures: Figures) -> str:
     return f"{figures.positions:9,}  {same:15}  {figures.kld:.4f} ± {figures.kld_se:.4f}  {figures.named:14.1%}"
 
 
-def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int]) -> dict[str, Any]:
+def words(arguments: argparse.Namespace) -> list[str]:
+    """The command, as it can be typed again, without its keys."""
+    flags = ("url", "model", "backends", "text", "tokens", "window", "json")
+    return ["xgen-proxy", "models", "distance", *arguments.urls, *typed(arguments, flags)]
+
+
+def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int], command: Sequence[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "conditions": conditions(["xgen-proxy", *sys.argv[1:]]),
+        "conditions": conditions(command),
         "sizes": sizes,
         "formula": FORMULA,
         "pairs": [
@@ -210,14 +222,3 @@ def as_json(results: Sequence[tuple[Pair, Result]], sizes: dict[str, int]) -> di
             for pair, result in results
         ],
     }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a proxy may read it at any moment. Raises ModelError."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".unfinished-") as scratch:
-            made = Path(scratch) / path.name
-            made.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            publish(made, path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from None

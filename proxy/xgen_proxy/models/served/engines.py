@@ -163,8 +163,11 @@ def ask(client: httpx.Client, url: str, body: Any = None) -> Any:
 ENGINES: dict[str, type[Engine]] = {each.name: each for each in (VLLM, LlamaServer, LlamaCppPython)}
 
 
-def connect(url: str, model: str | None, key: str | None) -> Engine:
-    """Finds out which engine runs there. `model`: the name it serves, by default its first. Raises ModelError."""
+def connect(url: str, model: str | None, key: str | None, *, alias: bool = False) -> Engine:
+    """Finds out which engine runs there. `model`: the name it serves, by default its first. Raises ModelError.
+
+    With `alias`, an engine that serves only one model need not know the name.
+    """
     url = url.rstrip("/")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     client = httpx.Client(headers=headers, timeout=TIMEOUT_S, trust_env=False)
@@ -174,6 +177,8 @@ def connect(url: str, model: str | None, key: str | None) -> Engine:
         owner = cards[0].get("owned_by")
     except (LookupError, TypeError, AttributeError):
         raise ModelError(f"{url} does not list its models as OpenAI does") from None
+    if alias and len(names) == 1:
+        model = None
     if model is not None and model not in names:
         raise ModelError(f"{url} does not serve {model}; it serves {', '.join(names)}")
     owners: dict[str, type[Engine]] = {"vllm": VLLM, "llamacpp": LlamaServer, "me": LlamaCppPython}

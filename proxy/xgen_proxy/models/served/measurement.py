@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from xgen_proxy.models.conditions import without_password
 from xgen_proxy.models.errors import ModelError
 from xgen_proxy.models.progress import Progress
 from xgen_proxy.models.served.distance import Figures, Position, compare, figures
@@ -116,7 +117,7 @@ def described(engine: Engine, backend: str) -> dict[str, Any]:
     """One side of a result file."""
     return {
         "backend": backend,
-        "url": engine.url,
+        "url": without_password(engine.url),
         "engine": engine.name,
         "served_as": engine.model,
         **engine.details(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.unit.models.compare.results import result
 from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare import commands
 from xgen_proxy.models.compare.plan import Plan
-from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.errors import ModelError, UsageError
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -32,7 +33,7 @@ def test_without_a_base_the_most_exact_file_is_it(monkeypatch: pytest.MonkeyPatc
     def read(path: Path) -> GgufFile:
         return GgufFile(path, 100, {}, (Tensor("w", "", (100,), 200 if path.stem == "b" else 50, 0),))
 
-    monkeypatch.setattr(commands, "read_gguf", read)
+    monkeypatch.setattr(commands, "read_model", read)
     assert commands.planned(parse("a.gguf", "b.gguf")).base == Path("b.gguf")
     with pytest.raises(ModelError, match="two models, or a model and --base"):
         commands.planned(parse("a.gguf"))
@@ -60,6 +61,16 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
         commands.run_compare(parse("a.gguf", "b.gguf", "--plot", str(tmp_path / "a.jpg")))
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("base", "b"), ("context", "32"), ("windows", "1"), ("repeat", "1"), ("answers", "0"), ("threads", "1"),
+     ("plot", "a.svg")],
+)  # fmt: skip
+def test_engines_have_no_flags_of_files(flag: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"--{flag} is for files; see `xgen-proxy models distance --help`"):
+        commands.run_compare(parse("--served", "http://a", "http://b", f"--{flag}", value))
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
     with pytest.raises(
@@ -76,10 +87,16 @@ def test_everything_is_written(
         return result(Q8=(145, 0.99, 0.98))
 
     monkeypatch.setattr(commands, "compare", compare)
+    for name in ("a.json", "a.svg"):
+        (tmp_path / name).write_text("old")
+        os.link(tmp_path / name, tmp_path / f"old-{name}")
     flags = ("--context", "128", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg"))
     assert commands.run_compare(parse("a.gguf", "--base", "b.gguf", *flags)) == 0
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["conditions"]["command"].startswith("xgen-proxy models compare a.gguf --base b.gguf")
     assert written["advice"].startswith("Q8 (145 MB")
-    assert (tmp_path / "a.svg").exists()
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert [(tmp_path / f"old-{name}").read_text() for name in ("a.json", "a.svg")] == ["old"] * 2, (
+        "renamed, not rewritten"
+    )
     assert "same top token, %" in capsys.readouterr().out

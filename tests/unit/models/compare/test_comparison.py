@@ -12,6 +12,7 @@ from xgen_proxy.gguf.header import GgufFile, Tensor
 from xgen_proxy.models.compare import comparison
 from xgen_proxy.models.compare.plan import Plan
 from xgen_proxy.models.errors import ModelError
+from xgen_proxy.models.inspection.machine import Place
 
 BASE, SMALL = Path("m-f16.gguf"), Path("m-q4.gguf")
 
@@ -59,7 +60,7 @@ def _processes(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = Tensor("w", "F16", (100,), 200, 200)
     monkeypatch.setattr(comparison, "Worker", FakeWorker)
     monkeypatch.setattr(
-        comparison, "read_gguf", lambda path: GgufFile(path, 200 if path == BASE else 90, {}, (tensor,))
+        comparison, "read_model", lambda path: GgufFile(path, 200 if path == BASE else 90, {}, (tensor,))
     )
 
 
@@ -83,6 +84,12 @@ def test_figures_by_model_and_text() -> None:
     assert small["answers"]["all"]["same"] == 1
     assert base["answers"]["all"]["same"] == 4
     assert FakeWorker.open == 0
+
+
+def test_the_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "ram", lambda: Place("RAM (limit of the container)", 10**9, 5 * 10**8))
+    with pytest.raises(ModelError, match=r"need 0\.6 GB of memory together and 0\.5 GB are free"):
+        comparison.compare(plan())
 
 
 def test_models_take_turns() -> None:

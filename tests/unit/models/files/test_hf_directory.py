@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,8 @@ def test_a_missing_file_of_the_index(folder: Path) -> None:
         ("config.json", "[]", "contains no JSON object"),
         ("model.safetensors", "", "is cut short"),
         ("model.safetensors", "\2" + "\0" * 7 + "[]", "makes no sense"),
+        ("model.safetensors.index.json", "{}", "names no files of weights"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}', "names no files of weights"),
         ("model.safetensors", "\xff" * 20, "is cut short"),
     ],
 )
@@ -63,6 +67,23 @@ def test_damage(folder: Path, name: str, content: str, message: str) -> None:
     (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelFileError, match=message):
         read_hf_directory(folder)
+
+
+def test_files_that_the_index_does_not_name_are_not_the_models(folder: Path) -> None:
+    before = read_hf_directory(folder)
+    safetensors(folder / "consolidated.safetensors", a=("BF16", [4, 8], 64))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert read_hf_directory(folder) == before
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, "x", [], ["x"], [-1, 2], [5, 4], {}, 2**63])
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets", "all"])
+def test_a_header_of_any_form_is_read_or_refused(folder: Path, key: str, value: Any) -> None:
+    tensor = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
+    header = json.dumps({"a": value if key == "all" else {**tensor, key: value}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with contextlib.suppress(ModelFileError):
+        assert read_hf_directory(folder).weight_bytes == 4
 
 
 def test_a_cut_file(folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.support.gguf_bytes import gguf
 from tests.support.tiny_gguf import tiny_gguf
 from xgen_proxy.models.inspection import report as reports
 from xgen_proxy.models.inspection.machine import Place
@@ -38,6 +40,15 @@ def test_a_smaller_context_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = inspected(path, monkeypatch, need)
     assert "DOES NOT FIT  RAM" in text
     assert "--context 768 would fit" in text
+
+
+def test_a_model_that_does_not_tell_its_kv_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf())
+    text = inspected(path, monkeypatch, 10**10)
+    assert re.search(r"memory +more than [\d.]+ MB for .* KV cache \(f16\) unknown,", text)
+    assert "may fit       RAM: 10.0 GB of 100.0 GB are free; the file does not tell how large its KV cache is" in text
+    assert "DOES NOT FIT  RAM" in inspected(path, monkeypatch, 1000)
 
 
 def test_it_fits_in_no_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from xgen_proxy.models.errors import ModelError
+from tests.support.tiny_gguf import tiny_gguf
+from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.pull import catalogue
 from xgen_proxy.models.pull.catalogue import CATALOGUE, SMOLLM2, whole_or_fetched
 from xgen_proxy.models.pull.hub import parse_reference
@@ -47,6 +48,14 @@ def test_a_damaged_file_is_fetched_again(
     path.write_bytes(damage)
     assert whole_or_fetched(SOURCE, tmp_path).read_bytes() == CONTENT
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_another_model_of_its_name_is_kept(tmp_path: Path, fetched: list[Path]) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match=r"m\.gguf exists and is another model; pass --force"):
+        whole_or_fetched(SOURCE, tmp_path)
+    assert path.exists()
+    assert whole_or_fetched(SOURCE, tmp_path, force=True).read_bytes() == CONTENT
 
 
 @pytest.mark.usefixtures("fetched")

@@ -50,9 +50,18 @@ def test_all_parts_of_a_split_model() -> None:
     assert choose(first, files(*parts, "other.gguf")) == (False, files(*parts))
 
 
-def test_a_directory_has_what_vllm_needs_and_no_second_copy_of_the_weights() -> None:
+def test_a_directory_has_what_vllm_needs_but_neither_a_second_copy_of_the_weights_nor_code() -> None:
     wanted = files("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-    assert choose(REPO, [*wanted, *files("pytorch_model.bin", "onnx/model.onnx", "README.md")]) == (True, wanted)
+    others = files("pytorch_model.bin", "onnx/model.onnx", "README.md", "modeling_m.py")
+    assert choose(REPO, [*wanted, *others]) == (True, wanted)
+
+
+def test_weights_are_not_fetched_twice() -> None:
+    """Mistral's repositories have the weights also in a form of their own."""
+    wanted = files("config.json", "model-00001-of-00001.safetensors", "params.json")
+    assert choose(REPO, [*wanted, *files("consolidated.safetensors")]) == (True, wanted)
+    only = files("params.json", "consolidated-00001-of-00001.safetensors")
+    assert choose(REPO, only) == (True, only)
 
 
 def test_what_is_no_model() -> None:
@@ -82,6 +91,23 @@ def test_a_path_out_of_the_folder_is_refused(hub: Hub) -> None:
     hub.files = {"../../evil.gguf": b"GGUF"}
     with client() as http, pytest.raises(ModelError, match="check HF_ENDPOINT"):
         list_files(http, REPO)
+
+
+@pytest.mark.parametrize("elsewhere", ["https://evil.example/next", "http://127.0.0.1:1/next", "http://[/"])
+def test_the_list_goes_on_only_where_it_began(hub: Hub, elsewhere: str) -> None:
+    """The token would be sent there."""
+    hub.files, hub.link = {"m.gguf": b"GGUF"}, f'<{elsewhere}>; rel="next"'
+    with (
+        client("hush") as http,
+        pytest.raises(ModelError, match=r"names (a next page on|no valid next page).*HF_ENDPOINT"),
+    ):
+        list_files(http, REPO)
+
+
+def test_the_list_has_several_pages(hub: Hub) -> None:
+    hub.files, hub.link = {"m.gguf": b"GGUF"}, '</api/models/OWNER/REPO/tree/main?cursor=2>; rel="next"'
+    with client() as http:
+        assert [file.path for file in list_files(http, REPO)] == ["m.gguf", "m.gguf"]
 
 
 def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ tests/e2e/test_models.py quantises the real model.
 from __future__ import annotations
 
 import shutil
+import struct
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.gguf_bytes import gguf, string
 from tests.support.tiny_gguf import tiny_gguf
 from xgen_proxy.models.errors import ModelError, UsageError
 from xgen_proxy.models.quantize import quantization
@@ -65,6 +67,15 @@ def test_a_quantised_source_is_refused(gguf: str, tmp_path: Path) -> None:
         made(Path(gguf), ["q4_0"], tmp_path)
 
 
+def test_a_part_that_is_quantised_is_refused(tmp_path: Path) -> None:
+    first = tiny_gguf(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(
+        gguf(tensors=[string("w") + struct.pack("<IQIQ", 1, 32, 8, 0)]) + bytes(100)
+    )
+    with pytest.raises(ModelError, match=r"quantised already \(1 × Q8_0\)"):
+        made(first, ["q4_0"])
+
+
 def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
     source = tiny_gguf(tmp_path / "m-F16.gguf")
     (tmp_path / "m-Q8_0.gguf").write_text("dear to me")
@@ -75,6 +86,17 @@ def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no"):
         made(tmp_path / "none.gguf", ["f16"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-F16.gguf", "m-Q8_0.gguf"]
+
+
+@pytest.mark.parametrize("source", [".", "../m/../m", "inner/.."])
+def test_a_directory_without_a_name_has_that_of_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    (tmp_path / "m" / "inner").mkdir(parents=True)
+    (tmp_path / "m-Q8_0.gguf").write_text("beside it")
+    monkeypatch.chdir(tmp_path / "m")
+    with pytest.raises(UsageError, match=r"m-Q8_0\.gguf exists"):
+        made(Path(source), ["q8_0"])
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.support.scripted_engines import engine
+from tests.support.scripted_engines import client, engine, llama_server, vllm
 from xgen_proxy.config.fallback import read_distances
 from xgen_proxy.models.errors import ModelError
-from xgen_proxy.models.served import commands
+from xgen_proxy.models.served import commands, engines
 from xgen_proxy.models.served.engines import VLLM, Engine, LlamaServer
 
 TEXT = " ".join(str(n) for n in range(1000, 1100))
@@ -22,12 +23,27 @@ GPU, CPU = "http://gpu:8000", "http://cpu:8081"
 
 @pytest.fixture(autouse=True)
 def connected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(url: str, model: str | None, key: str | None) -> Engine:
+    """The engines' clients are scripted. Each lists its model m, and the CPU's a second one."""
+
+    def engine_at(url: str) -> httpx.Client:
         if url not in (GPU, CPU):
             raise ModelError(f"{url} does not answer")
-        return engine(VLLM if url == GPU else LlamaServer)
+        return client(vllm if url == GPU else two_models)
+
+    def connect(url: str, model: str | None, key: str | None, *, alias: bool = False) -> Engine:
+        found = engine_at(url)
+        with monkeypatch.context() as patched:
+            patched.setattr(httpx, "Client", lambda **_: found)
+            return engines.connect(url, model, key, alias=alias)
 
     monkeypatch.setattr(commands, "connect", connect)
+
+
+def two_models(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    if path == "/v1/models":
+        cards = llama_server(path, body)["data"]
+        return {"data": [*cards, {**cards[0], "id": "public"}]}
+    return llama_server(path, body)
 
 
 def run(*words: str) -> int:
@@ -47,7 +63,7 @@ def test_a_table_and_a_file_that_the_proxy_reads(text: str, tmp_path: Path, caps
     file = tmp_path / "distance.json"
     assert run(GPU, CPU, "--text", text, "--json", str(file)) == 0
     printed = capsys.readouterr().out
-    assert "m: vllm (vllm, http://vllm) and llama_cpp (llama-server, http://llama-server)" in printed
+    assert f"m: vllm (vllm, {GPU}) and llama_cpp (llama-server, {CPU})" in printed
     assert "100.0% ± 0.0%" in printed
     assert read_distances([file]) == {("vllm", "llama_cpp", "m"): 1.0, ("llama_cpp", "vllm", "m"): 1.0}
     content = json.loads(file.read_text())
@@ -56,10 +72,31 @@ def test_a_table_and_a_file_that_the_proxy_reads(text: str, tmp_path: Path, caps
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 
+def test_no_key_and_no_password_gets_into_the_file(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def connect(url: str, model: str | None, key: str | None, *, alias: bool) -> Engine:
+        found = engine(VLLM if "gpu" in url else LlamaServer)
+        found.url = url
+        return found
+
+    monkeypatch.setattr(commands, "connect", connect)
+    file = tmp_path / "distance.json"
+    words = ["http://me:hush@gpu:8000", CPU, "--text", text, "--json", str(file), "--engine-key", "hush"]
+    monkeypatch.setattr("sys.argv", ["xgen-proxy", "models", "distance", *words])
+    assert run(*words, "--api-key=hush") == 0
+    assert "hush" not in file.read_text() + capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["conditions"]["command"].startswith(f"xgen-proxy models distance {GPU} {CPU} --text {text}")
+    assert content["pairs"][0]["reference"]["url"] == GPU
+
+
 def test_names_and_model_can_be_given(text: str, tmp_path: Path) -> None:
     file = tmp_path / "distance.json"
     assert run(GPU, CPU, "--text", text, "--json", str(file), "--backends", "big, small", "--model", "public") == 0
     assert ("big", "small", "public") in read_distances([file])
+    [pair] = json.loads(file.read_text())["pairs"]
+    assert (pair["reference"]["served_as"], pair["other"]["served_as"]) == ("m", "public"), "the GPU's has only one"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +104,7 @@ def test_names_and_model_can_be_given(text: str, tmp_path: Path) -> None:
     [
         ([], "give the addresses of two engine servers"),
         ([GPU], "give the addresses of two engine servers"),
+        ([GPU, CPU, "--model", "none"], "http://cpu:8081 does not serve none; it serves m, public"),
         ([GPU, "http://gone"], "http://gone does not answer"),
         ([GPU, GPU], "--backends needs two names that differ"),
         ([GPU, CPU, "--url", "http://proxy"], "not both"),
