@@ -30,9 +30,9 @@ TOOLS = [
     }
 ]
 CHAT = [{"role": "user", "content": "When is high tide in Busan?"}]
-# Transformers' own tag, which marks what is trained on.
 MOST_CHARACTERS = 1_000_000  # of all templates of a model; the longest known ones have 20,000
 CPU_S, WALL_S, MEMORY_BYTES = 2, 20, 2**30  # of their process
+# Transformers' own tag, which marks what is trained on.
 GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
