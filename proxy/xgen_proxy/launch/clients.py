@@ -105,7 +105,9 @@ def family_model(proxy: Proxy, family: str) -> str:
 def shortest_context(proxy: Proxy) -> int | None:
     """Of the models of all families, in tokens; None if none is known."""
     used = {family_model(proxy, family) for family in FAMILIES}
-    return min((each.context for each in (proxy.model, *proxy.models) if each.id in used and each.context), default=None)
+    return min(
+        (each.context for each in (proxy.model, *proxy.models) if each.id in used and each.context), default=None
+    )
 
 
 def codex(proxy: Proxy) -> Setup:

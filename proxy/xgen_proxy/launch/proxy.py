@@ -148,9 +148,7 @@ def list_models(url: str, key: str | None) -> list[Model]:
     try:
         # The context trusts what the system does, and SSL_CERT_FILE, such as the certificate of `make up`.
         trusted = ssl.create_default_context()
-        response = httpx.get(
-            f"{url}/v1/models", headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=trusted
-        )
+        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=trusted)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise UnreachableError(f"no proxy answers at {url} ({error or type(error).__name__})") from None
     if response.status_code == 401:

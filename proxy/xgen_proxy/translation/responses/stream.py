@@ -239,20 +239,20 @@ class FunctionCallItem(OpenItem):
         super().__init__(item_id)
         self.call_id = call_id
         self.tool = tool
-        self.arguments: list[str] = []
+        self.sent: list[str] = []
 
     def item(self, status: str) -> Json:
-        return call_item(self.tool, self.item_id, self.call_id, "".join(self.arguments), status)
+        return call_item(self.tool, self.item_id, self.call_id, "".join(self.sent), status)
 
     def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
-        self.arguments.append(words)
+        self.sent.append(words)
         if words:
             yield "function_call_arguments.delta", {"delta": words}
 
     def close(self) -> Iterator[Event]:
-        if not any(self.arguments):
+        if not any(self.sent):
             yield from self.add("{}")  # clients parse it
-        yield "function_call_arguments.done", {"arguments": "".join(self.arguments)}
+        yield "function_call_arguments.done", {"arguments": "".join(self.sent)}
 
 
 class CustomCallItem(FunctionCallItem):
@@ -262,15 +262,20 @@ class CustomCallItem(FunctionCallItem):
 
     def __init__(self, item_id: str, call_id: str, tool: Tool) -> None:
         super().__init__(item_id, call_id, tool)
+        self.arguments: list[str] = []
         self.decoder = InputDecoder()
 
     def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
         self.arguments.append(words)
         if text := self.decoder.feed(words):
+            self.sent.append(text)
             yield "custom_tool_call_input.delta", {"delta": text}
 
     def close(self) -> Iterator[Event]:
-        text = decode_input("".join(self.arguments))
-        if rest := text[self.decoder.size :]:
+        """If the arguments turn out to be malformed after a part of the text was sent, the rest follows as it is."""
+        arguments, sent = "".join(self.arguments), "".join(self.sent)
+        text = decode_input(arguments)
+        if rest := text[len(sent) :] if text.startswith(sent) else arguments[self.decoder.read :]:
+            self.sent.append(rest)
             yield "custom_tool_call_input.delta", {"delta": rest}
-        yield "custom_tool_call_input.done", {"input": text}
+        yield "custom_tool_call_input.done", {"input": sent + rest}
