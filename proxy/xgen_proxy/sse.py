@@ -323,7 +323,9 @@ def _check_delta(delta: dict[str, Any]) -> None:
 
 
 def _check_function(function: Any) -> None:
-    _expect(isinstance(function, dict) and isinstance(function.get("arguments"), str | None), "function arguments")
+    _expect(isinstance(function, dict), "function")
+    for name in ("name", "arguments"):
+        _expect(isinstance(function.get(name), str | None), f"function {name}")
 
 
 def _check_logprobs(logprobs: Any) -> None:

@@ -160,7 +160,10 @@ def test_abort() -> None:
     assert not sse.is_abort(b'{"text":"\\"finish_reason\\":\\"abort\\""}')
 
 
-@pytest.mark.parametrize("block", [b"data: {\n\n", b"data: 5\n\n", b'data: {"a": 1}\n\n'])
+NAME = b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":5}}]}}]}\n\n'
+
+
+@pytest.mark.parametrize("block", [b"data: {\n\n", b"data: 5\n\n", b'data: {"a": 1}\n\n', NAME])
 def test_malformed_chunks_raise(block: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
         list(sse.parse_chunks(block))

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from xgen_proxy import sse
-from xgen_proxy.errors import BadGatewayError
+from xgen_proxy.errors import BadGatewayError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
@@ -133,6 +133,7 @@ def read_answer(data: bytes) -> Answer:
     """Raises BadGatewayError if it is not a chat completion."""
     try:
         completion = orjson.loads(data)
+        sse.check_chunk(completion)
         choice = completion["choices"][0]
         message = choice["message"]
         calls = [_read_call(call) for call in message.get("tool_calls") or ()]
@@ -144,7 +145,7 @@ def read_answer(data: bytes) -> Answer:
             read_usage(completion.get("usage") or {}),
             _logprobs(choice),
         )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, UpstreamProtocolError):
         raise BadGatewayError("the backend's answer is not a chat completion", code="bad_answer") from None
 
 

@@ -10,12 +10,13 @@ import re
 import time
 from collections.abc import Callable
 
+import orjson
 from starlette.types import Send
 
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
-from xgen_proxy.errors import ProxyError, UpstreamOversizedError
+from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamOversizedError
 from xgen_proxy.request.call import Call
 from xgen_proxy.translation.chat import Failure, read_pieces
 from xgen_proxy.translation.translation import Api, Translation
@@ -47,7 +48,11 @@ class TranslatingWriter(ResponseWriter):
 
     async def whole(self, headers: Headers, data: bytes) -> None:
         """Raises BadGatewayError before anything is sent."""
-        await super().whole([*headers, *self._headers], self._translation.whole(data, self._call))
+        try:
+            answer = self._translation.whole(data, self._call)
+        except orjson.JSONEncodeError:  # what was read may have 1024 levels, what is written 254
+            raise BadGatewayError("the backend's answer is nested too deeply", code="bad_answer") from None
+        await super().whole([*headers, *self._headers], answer)
 
     def waiting(self, headers: Headers) -> None:
         self._keep_alive([*headers, *self._headers], self._stream.ping)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import orjson
 
-from xgen_proxy.errors import BadGatewayError, ProxyError
+from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import read_answer
@@ -52,10 +52,7 @@ class MessagesTranslation:
         self.dropped = tuple(dropped)
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        try:
-            return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
-        except orjson.JSONEncodeError:
-            raise BadGatewayError("the arguments of a tool call are nested too deeply", code="bad_answer") from None
+        return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
 
     def stream(self, call: Call) -> MessageStream:
         return MessageStream(f"msg_{call.id}", self._model(call), call.features.prompt_tokens, call.id)
