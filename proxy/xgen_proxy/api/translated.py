@@ -65,7 +65,7 @@ class TranslatedEndpoint(InferenceEndpoint):
         try:
             return self.parse(origin, orjson.dumps(chat), chat)
         except BadRequestError as error:
-            raise in_clients_words(error, chat) from error
+            raise in_clients_words(error, chat) from None
 
     def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
         if incoming.translation is None:

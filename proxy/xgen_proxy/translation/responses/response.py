@@ -33,19 +33,16 @@ REPEATED: dict[str, Any] = {
     "user": None,
 }
 
-
-LONG = 64 * 1024  # characters of the instructions, or bytes of the tools
+LONG = 64 * 1024  # bytes of JSON
 
 
 def repeated(request: Json) -> Json:
-    """What a response repeats of its request. Long instructions and tools are left out: each event with the response
-    would have them."""
-    kept = {name: request[name] for name in ("model", "reasoning", "text", *REPEATED) if request.get(name) is not None}
-    if len(kept.get("instructions") or "") > LONG:
-        del kept["instructions"]
-    if kept.get("tools") and len(orjson.dumps(kept["tools"])) > LONG:
-        del kept["tools"]
-    return kept
+    """What a response repeats of its request. Each event with the response has it, so long fields are left out."""
+    return {
+        name: value
+        for name in ("model", "reasoning", "text", *REPEATED)
+        if (value := request.get(name)) is not None and len(orjson.dumps(value)) <= LONG
+    }
 
 
 class ResponseHead:
