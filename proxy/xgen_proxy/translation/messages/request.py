@@ -50,7 +50,7 @@ def to_chat(body: Json, dropped: Dropped, *, strip_attribution: bool, counts: bo
     if not counts:
         chat |= _limits(body)
     if session := _session(body):
-        chat.setdefault("session_id", session)
+        chat["prompt_cache_key"] = session  # not session_id, which would win over the header of that name
     for field in body:
         if field not in TRANSLATED and field not in SILENT:
             dropped[field] = None
