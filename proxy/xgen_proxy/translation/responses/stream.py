@@ -43,7 +43,7 @@ class ResponseStream:
         self._open: OpenItem | None = None
         self._order = PieceOrder()
         self._call = -1  # the number of the last call
-        self._blank = Text("")  # white space that may be the beginning of a text
+        self._text: list[Text] = []  # white space that may be the beginning of a text
         self._finish = Finish("stop")
         self._usage: Usage | None = None
 
@@ -67,7 +67,7 @@ class ResponseStream:
     def end(self) -> bytes:
         events = self._begin() + b"".join(map(self._content, self._order.rest()))
         if not self._output and self._open is None:
-            events += self._add(TextItem, self._blank.text, self._blank.logprobs)
+            events += self._send_text()
         reason = why_incomplete(self._finish)
         status: Status = "incomplete" if reason else "completed"
         events += self._close(status)
@@ -88,10 +88,14 @@ class ResponseStream:
 
     def _add_text(self, piece: Text) -> bytes:
         """Models often write line breaks between their thoughts and a call, which are no message."""
-        text = Text(self._blank.text + piece.text, self._blank.logprobs + piece.logprobs)
-        is_blank = text.text.isspace() and not isinstance(self._open, TextItem)
-        self._blank = text if is_blank else Text("")
-        return b"" if is_blank else self._add(TextItem, text.text, text.logprobs)
+        self._text.append(piece)
+        return b"" if piece.text.isspace() and not isinstance(self._open, TextItem) else self._send_text()
+
+    def _send_text(self) -> bytes:
+        text = "".join(piece.text for piece in self._text)
+        logprobs = tuple(logprob for piece in self._text for logprob in piece.logprobs)
+        self._text = []
+        return self._add(TextItem, text, logprobs)
 
     def _add(self, kind: type[WordsItem], words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
         events = b""
@@ -103,7 +107,7 @@ class ResponseStream:
         if piece.index == self._call and isinstance(self._open, FunctionCallItem):
             return self._extend(piece.arguments)
         self._call = piece.index
-        self._blank = Text("")
+        self._text = []
         events = self._close("completed")
         tool = self._tools.find(piece.name)
         kind = CustomCallItem if tool.kind == "custom" else FunctionCallItem

@@ -37,8 +37,9 @@ LOW = r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 # What the next piece may complete: an escape, or a high surrogate whose low one follows.
 UNFINISHED = rf"(?:{HIGH})?(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?\Z"
 COMPLETE_TEXT = re.compile(rf'(?:[^"\\]++|(?!{UNFINISHED})(?:{HIGH}{LOW}|\\.))*+', re.DOTALL)
-# A backslash that begins no escape of JSON, as in the \d of a pattern, and the escaped backslashes before it.
-LONE_BACKSLASH = re.compile(r'(?<!\\)((?:\\\\)*+)\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})')
+ESCAPED_BACKSLASH = r"\\"
+# One that begins no escape of JSON, as in the \d of a pattern. Escaped backslashes are taken out before.
+LONE_BACKSLASH = re.compile(r'\\(?!["/bfnrt]|u[0-9a-fA-F]{4})')
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Names = tuple[str | None, str | None, str | None]  # of a tool: its kind, namespace and name
 
@@ -234,7 +235,8 @@ def decode_input(arguments: str) -> str:
 
 def _lenient(text: str) -> Any:
     """JSON in which a model may have left line breaks and backslashes unescaped."""
-    return json.loads(LONE_BACKSLASH.sub(r"\1\\\\", text), strict=False)
+    parts = [LONE_BACKSLASH.sub(r"\\\\", part) for part in text.split(ESCAPED_BACKSLASH)]
+    return json.loads(ESCAPED_BACKSLASH.join(parts), strict=False)
 
 
 def _without_halves(text: str) -> str:
