@@ -286,4 +286,4 @@ def tool_name(item: Json, where: str) -> str:
 
 
 def unknown(kind: Any, known: str) -> str:
-    return f"has the type {quoted(kind)}; this proxy takes {known}"
+    return f"has {f'the type {quoted(kind)}' if isinstance(kind, str) else 'no type'}; this proxy takes {known}"
