@@ -15,6 +15,9 @@ from xgen_proxy.values import frozen
 # The key under which Anthropic's documentation asks clients to return arguments that are not JSON. No tool has it, so
 # that a client that checks arguments refuses to run the call and tells the model.
 INVALID = "INVALID_JSON"
+# In the middle of a conversation a system message is written into the user's turn. Templates such as Qwen's refuse it
+# there, and in the leading message it would change the beginning of the prompt, and so empty the prefix cache.
+REMINDER = "<system-reminder>\n{}\n</system-reminder>"
 
 
 @frozen
