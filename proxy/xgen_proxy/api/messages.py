@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.api.translated import TranslatedEndpoint, read_untranslated
+from xgen_proxy.api.translated import TranslatedEndpoint, read_limited_body
 from xgen_proxy.downstream.client_address import client_address
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
@@ -39,7 +39,7 @@ def messages_api(gateway: Gateway) -> MessagesApi:
     return MessagesApi(lambda: gateway.settings.strip_attribution)
 
 
-def is_spoken(request: Request) -> bool:
+def expects_anthropic(request: Request) -> bool:
     """Whether the client expects Anthropic's shapes on a route that both APIs have."""
     headers = dict(request.scope["headers"])
     return bool(headers.get(b"anthropic-version")) or request.scope["path"].startswith("/v1/messages")
@@ -58,7 +58,7 @@ async def count_tokens(request: Request) -> Response:
     with gateway.bodies.hold() as held:
         raw = await read_body(request.receive, headers, settings.limits.body_bytes, held)
         api = messages_api(gateway)
-        chat = api.translate_count(read_untranslated(raw, headers, settings.limits)).body
+        chat = api.translate_count(read_limited_body(raw, headers, settings.limits)).body
         call = TranslatedEndpoint(gateway, api).parse_chat(origin, chat)
         counted = await _count(gateway, call)
     ids = {"x-request-id": call.id, "request-id": call.id}

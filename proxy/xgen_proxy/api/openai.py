@@ -27,7 +27,7 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
     cards = model_cards(gateway)
-    if messages.is_spoken(request):
+    if messages.expects_anthropic(request):
         return JSONResponse(messages.models_page(cards, request.query_params))
     return JSONResponse({"object": "list", "data": cards})
 
@@ -54,7 +54,7 @@ async def get_model(request: Request) -> Response:
     else:
         known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
-    return JSONResponse(messages.model_info(card) if messages.is_spoken(request) else card)
+    return JSONResponse(messages.model_info(card) if messages.expects_anthropic(request) else card)
 
 
 def authenticated(request: Request) -> Gateway:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.openai import authenticated
-from xgen_proxy.api.translated import TranslatedEndpoint, read_untranslated
+from xgen_proxy.api.translated import TranslatedEndpoint, read_limited_body
 from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.errors import NotFoundError, quoted
@@ -22,7 +22,7 @@ async def count_input_tokens(request: Request) -> Response:
     limits = gateway.settings.limits
     with gateway.bodies.hold() as held:
         raw = await read_body(request.receive, headers, limits.body_bytes, held)
-        chat = read_request(read_untranslated(raw, headers, limits)).body
+        chat = read_request(read_limited_body(raw, headers, limits)).body
         endpoint = TranslatedEndpoint(gateway, ResponsesApi())
         call = endpoint.parse_chat(Origin(request_id(headers), headers), chat)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": call.features.prompt_tokens})

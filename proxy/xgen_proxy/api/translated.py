@@ -25,18 +25,20 @@ from xgen_proxy.translation.writer import TranslatingWriter
 PARTS = ("content", "output", "tools")  # of a message or an item, and of a namespace
 
 
-def read_untranslated(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
-    """A body whose lists are no longer than a chat's may be: the chat is checked only after the work of translating.
-    Raises UnsupportedMediaTypeError, BadRequestError."""
+def read_limited_body(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
+    """Reads the body and limits its lists, since the chat's own limits apply only after translation.
+
+    Raises UnsupportedMediaTypeError, BadRequestError.
+    """
     body = read_json(raw, headers, limits)
     for field, most in (("messages", limits.messages), ("input", limits.messages), ("tools", limits.schema_nodes)):
         entries = body.get(field)
-        if isinstance(entries, list) and (len(entries) > most or _with_parts(entries) > most):
+        if isinstance(entries, list) and (len(entries) > most or _count_entries(entries) > most):
             raise BadRequestError(f"{field} has more than {most} entries and parts of these", param=field)
     return body
 
 
-def _with_parts(entries: list[Any]) -> int:
+def _count_entries(entries: list[Any]) -> int:
     """The number of entries and of what their lists have."""
     count = len(entries)
     for each in entries:
@@ -57,7 +59,7 @@ class TranslatedEndpoint(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
-        translation = self.api.translate(read_untranslated(raw, origin.headers, limits))
+        translation = self.api.translate(read_limited_body(raw, origin.headers, limits))
         return Incoming(self.parse_chat(origin, translation.body), translation)
 
     def parse_chat(self, origin: Origin, chat: Json) -> Call:

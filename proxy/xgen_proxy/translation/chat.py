@@ -12,8 +12,8 @@ from xgen_proxy.errors import BadGatewayError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
-# The key under which Anthropic's documentation asks clients to return arguments that are not JSON. No tool has it, so
-# that a client that checks arguments refuses to run the call and tells the model.
+# Anthropic's documentation has clients return malformed arguments under this key. No tool takes it, so a client that
+# validates arguments rejects the call and tells the model.
 INVALID = "INVALID_JSON"
 # In the middle of a conversation a system message is written into the user's turn. Templates such as Qwen's refuse it
 # there, and in the leading message it would change the beginning of the prompt, and so empty the prefix cache.
@@ -93,7 +93,7 @@ class Answer:
 
 
 def read_pieces(events: bytes) -> Iterator[Piece]:
-    """What these events of a stream say, in order. Comments and `[DONE]` say nothing. Raises UpstreamProtocolError."""
+    """Yields the pieces in these events, in order. Comments and `[DONE]` yield none. Raises UpstreamProtocolError."""
     if sse.is_error(events):
         yield from _pieces_and_failure(events)
         return
@@ -123,11 +123,14 @@ def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
         yield ToolCallPiece(
-            call.get("index") or 0, _words(call, "id"), _words(function, "name"), _words(function, "arguments")
+            call.get("index") or 0,
+            _text_or_empty(call, "id"),
+            _text_or_empty(function, "name"),
+            _text_or_empty(function, "arguments"),
         )
 
 
-def _words(holder: Json, name: str) -> str:
+def _text_or_empty(holder: Json, name: str) -> str:
     value = holder.get(name)
     return value if isinstance(value, str) else ""
 

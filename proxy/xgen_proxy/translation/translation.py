@@ -33,7 +33,7 @@ class Translation(Protocol):
     dropped: tuple[str, ...]
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        """The answer for a whole chat completion. Raises BadGatewayError if it is none."""
+        """The answer for a whole chat completion. Raises BadGatewayError for anything else."""
 
     def stream(self, call: Call) -> StreamTranslation: ...
 

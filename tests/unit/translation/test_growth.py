@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.growth import COUNTS, LIMITS, SIZES, STALL, TEXTS, Body, check, measured, of_texts
 from tests.support.requests import make_call
-from xgen_proxy.api.translated import read_untranslated
+from xgen_proxy.api.translated import read_limited_body
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.translation.chat import Piece, Text, ToolCallPiece
@@ -134,7 +134,7 @@ LISTS: dict[str, Callable[[int], Body]] = {
 
 def once(raw: bytes, api: Api) -> float:
     def parsed() -> Call:
-        body = api.translate(read_untranslated(raw, {}, LIMITS)).body
+        body = api.translate(read_limited_body(raw, {}, LIMITS)).body
         return parse_call(
             Origin("id", {}),
             "chat",

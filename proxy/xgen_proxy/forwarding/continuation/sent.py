@@ -59,7 +59,7 @@ class SentPrefix:
 
 
 def parse_sent_prefix(data: bytes) -> SentPrefix:
-    """Raises UpstreamProtocolError if something was sent that cannot be gone on from."""
+    """Raises UpstreamProtocolError if the answer so far cannot be continued."""
     head: Json = {}
     found: dict[str, list[str]] = {"text": [], "reasoning": [], "calls": []}
     pieces = 0

@@ -19,7 +19,7 @@ TRANSLATED = frozenset({
     *COPIED, "messages", "system", "max_tokens", "stop_sequences", "stream", "tools", "tool_choice", "thinking",
     "output_config", "output_format", "metadata",
 })  # fmt: skip
-# What an engine does anyway, or what only Anthropic's accounts have. Every other field is told in X-Dropped.
+# What an engine does anyway, or what only Anthropic's accounts have. Every other field is named in X-Dropped.
 SILENT = frozenset({
     "cache_control", "betas", "service_tier", "inference_geo", "speed", "diagnostics", "user_profile_id",
     "workspace_id", "anthropic_version",

@@ -140,7 +140,7 @@ class Conversation:
         self._call(item, where, tool_name(item, where), arguments)
 
     def _is_object(self, arguments: str) -> bool:
-        """Taken for granted once looking would cost too much."""
+        """Returns True unchecked once the arguments of all calls are too large to parse."""
         short = len(arguments) < SHORT
         self._values += len(arguments) // 2 if short else sum(map(arguments.count, "[{,"))
         return self._values > MOST_VALUES or len(arguments) > LONG or is_object(arguments)

@@ -68,7 +68,7 @@ class Tools:
     dropped: tuple[str, ...]
 
     def find(self, chat_name: str) -> Tool:
-        """A name that the model made up is a function's: the client says what is wrong with it."""
+        """Unknown names become function calls, so that the client reports the mistake to the model."""
         return self.by_name.get(chat_name) or Tool("function", chat_name)
 
 
