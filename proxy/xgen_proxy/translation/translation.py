@@ -39,9 +39,7 @@ class Translation(Protocol):
 
 
 class Api(Protocol):
-    """`name` is the endpoint's name in logs and metrics."""
-
-    name: str
+    """One API."""
 
     def translate(self, body: Json) -> Translation:
         """Raises BadRequestError, which names the field of this API and what it should be."""

@@ -66,8 +66,6 @@ class Shout:
 class ShoutingApi:
     """The API."""
 
-    name = "shout"
-
     def translate(self, body: Json) -> Shout:
         return Shout()
 

@@ -20,8 +20,6 @@ from xgen_proxy.translation.messages.stream import MessageStream
 class MessagesApi:
     """`strip_attribution` reads the setting, which may change while the proxy runs."""
 
-    name = "messages"
-
     def __init__(self, strip_attribution: Callable[[], bool]) -> None:
         self._strip_attribution = strip_attribution
 
@@ -52,11 +50,7 @@ class MessagesTranslation:
         self.dropped = tuple(dropped)
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
+        return orjson.dumps(message_of(read_answer(data), call.id, call.asked))
 
     def stream(self, call: Call) -> MessageStream:
-        return MessageStream(f"msg_{call.id}", self._model(call), call.features.prompt_tokens, call.id)
-
-    def _model(self, call: Call) -> str:
-        model: str = self.body.get("model") or call.model
-        return model
+        return MessageStream(call.id, call.asked, call.features.prompt_tokens)

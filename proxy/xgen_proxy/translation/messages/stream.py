@@ -25,10 +25,9 @@ class MessageStream:
     """`prompt_tokens`: an estimate, since clients read the input's size in the first event. The last one has the exact
     figures."""
 
-    def __init__(self, id: str, model: str, prompt_tokens: int, request_id: str) -> None:
-        self._id = id
-        self._model = model
+    def __init__(self, request_id: str, model: str, prompt_tokens: int) -> None:
         self._request_id = request_id
+        self._model = model
         self._estimate = prompt_tokens
         self._started = False
         self._blocks = 0
@@ -68,7 +67,7 @@ class MessageStream:
             return b""
         self._started = True
         message: Json = {
-            "id": self._id,
+            "id": f"msg_{self._request_id}",
             "type": "message",
             "role": "assistant",
             "model": self._model,

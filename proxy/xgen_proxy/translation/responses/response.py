@@ -40,7 +40,7 @@ def repeated(request: Json) -> Json:
     """What a response repeats of its request. Each event with the response has it, so long fields are left out."""
     return {
         name: value
-        for name in ("model", "reasoning", "text", *REPEATED)
+        for name in ("reasoning", "text", *REPEATED)
         if (value := request.get(name)) is not None and len(orjson.dumps(value)) <= LONG
     }
 

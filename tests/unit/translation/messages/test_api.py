@@ -6,6 +6,7 @@ import orjson
 
 from tests.support.requests import make_call
 from xgen_proxy.errors import ServiceUnavailableError
+from xgen_proxy.request.features import UsedAlias
 from xgen_proxy.translation.chat import Text
 from xgen_proxy.translation.messages.api import MessagesApi
 
@@ -19,7 +20,7 @@ WHOLE = {
 def test_an_answer_names_the_model_as_the_client_did() -> None:
     """An alias may stand for another."""
     translation = MessagesApi(lambda: True).translate(BODY)
-    call = make_call(model="m")
+    call = make_call(alias=UsedAlias("claude-x", "claude-*", "m"))
     whole = orjson.loads(translation.whole(orjson.dumps(WHOLE), call))
     assert (whole["id"], whole["model"], whole["content"]) == (
         "msg_id-1",

@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def stream() -> MessageStream:
-    return MessageStream("msg_req-1", "claude", prompt_tokens=12, request_id="req-1")
+    return MessageStream("req-1", "claude", prompt_tokens=12)
 
 
 def read(data: bytes) -> list[Json]:
