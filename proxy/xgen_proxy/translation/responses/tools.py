@@ -40,7 +40,6 @@ COMPLETE_TEXT = re.compile(rf'(?:[^"\\]++|(?!{UNFINISHED})(?:{HIGH}{LOW}|\\.))*+
 ESCAPED_BACKSLASH = r"\\"
 # One that begins no escape of JSON, as in the \d of a pattern. Escaped backslashes are taken out before.
 LONE_BACKSLASH = re.compile(r'\\(?!["/bfnrt]|u[0-9a-fA-F]{4})')
-NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Names = tuple[str | None, str | None, str | None]  # of a tool: its kind, namespace and name
 
 
@@ -82,7 +81,7 @@ def read_tools(body: Json) -> Tools:
             name = _name(tool, where)
             offered[Tool(kind, name, namespace)] = _function(tool, where)
         else:
-            dropped[safe(kind)] = None
+            dropped[kind] = None
     return _choose(body.get("tool_choice"), offered, tuple(dropped))
 
 
@@ -133,7 +132,9 @@ def _grammar(tool: Json, where: str) -> str:
     """The grammar as a part of the description: an engine cannot enforce one within a JSON text."""
     form = get_field(tool, "format", dict, f"{where}.format") or {}
     definition = get_field(form, "definition", str, f"{where}.format.definition")
-    return f"`{INPUT}` follows this grammar ({safe(form.get('syntax'))}):\n{definition}" if definition else ""
+    syntax = get_field(form, "syntax", str, f"{where}.format.syntax")
+    named = f" ({syntax})" if syntax else ""
+    return f"`{INPUT}` follows this grammar{named}:\n{definition}" if definition else ""
 
 
 def _choose(choice: Any, offered: Mapping[Tool, Json], dropped: tuple[str, ...]) -> Tools:
@@ -190,11 +191,6 @@ def _find_chosen(choice: Json, by_names: Mapping[Names, Tool]) -> Tool | None:
         return by_names.get((choice.get("type"), choice.get("namespace"), choice.get("name")))
     except TypeError:  # one of them is a list or an object
         return None
-
-
-def safe(name: Any) -> str:
-    """A name of the client's that may stand in a header."""
-    return name if isinstance(name, str) and NAME.fullmatch(name) else "unknown"
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ CASES: list[tuple[list[Any] | None, Any, list[Any], Any, tuple[str, ...]]] = [
     ([GIT], None, [renamed(CLOCK_CHAT, "mcp__git__clock"), renamed(PATCH_CHAT, "mcp__git__apply_patch")], None, ()),
     ([SEARCH, {"type": "local_shell"}, SEARCH, WEATHER], "auto", [WEATHER_CHAT], "auto", ("web_search", "local_shell")),
     ([SEARCH], "auto", [], None, ("web_search",)),
-    ([{"type": "a\r\nb: c"}], None, [], None, ("unknown",)),
+    ([{"type": "a\r\nb: c"}], None, [], None, ("a\r\nb: c",)),
     ([WEATHER, CLOCK], {"type": "function", "name": "clock"}, [WEATHER_CHAT, CLOCK_CHAT],
      {"type": "function", "function": {"name": "clock"}}, ()),
     ([PATCH], {"type": "custom", "name": "apply_patch"}, [PATCH_CHAT],
