@@ -257,6 +257,11 @@ def encode(data: Any) -> bytes:
         raise UpstreamProtocolError(f"an event that cannot be written: {error}") from None
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    """An event as Anthropic's API and the Responses API send it. `data` is JSON."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
 def parse_chunks(block: bytes) -> Iterator[dict[str, Any]]:
     """The chunks in these events, each checked. Raises UpstreamProtocolError.
 

@@ -226,3 +226,7 @@ def test_an_empty_finish_reason_is_none() -> None:
 def test_lines_of_one_read_have_a_limit(line: bytes) -> None:
     with pytest.raises(UpstreamProtocolError, match="lines in"):
         sse.EventNormaliser().feed(line * (sse.MAX_LINES + 1))
+
+
+def test_an_event_with_a_name() -> None:
+    assert sse.named_event("ping", b'{"a":1}') == b'event: ping\ndata: {"a":1}\n\n'

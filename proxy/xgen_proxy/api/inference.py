@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api.api_keys import check_key
@@ -44,7 +46,7 @@ class InferenceEndpoint:
                 if scope["method"] != "POST":
                     raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
                 if (key := check_key(headers, settings.api_keys)) is not None:
-                    origin = origin.with_key(key)
+                    origin = replace(origin, key=key)
                 incoming = await self.read(origin, receive, held)
             except ProxyError as error:
                 await self.refuse(origin, error, send)

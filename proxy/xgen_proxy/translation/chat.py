@@ -94,8 +94,8 @@ class Answer:
 
 def read_pieces(events: bytes) -> Iterator[Piece]:
     """Yields the pieces in these events, in order. Comments and `[DONE]` yield none. Raises UpstreamProtocolError."""
-    if sse.is_error(events):
-        yield from _pieces_and_failure(events)
+    if sse.is_error(events):  # the proxy's own, the only event
+        yield Failure(orjson.loads(next(sse.payloads(events)))["error"])
         return
     for chunk in sse.parse_chunks(events):
         for choice in chunk["choices"]:
@@ -106,33 +106,19 @@ def read_pieces(events: bytes) -> Iterator[Piece]:
             yield read_usage(chunk["usage"])
 
 
-def _pieces_and_failure(events: bytes) -> Iterator[Piece]:
-    for data in sse.payloads(events):
-        if not data.startswith(b'{"error"'):
-            yield from read_pieces(b"data: " + data + b"\n\n")
-            continue
-        error = orjson.loads(data)["error"]
-        yield Failure(error if isinstance(error, dict) else {"message": str(error)})
-
-
 def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
     if reasoning := delta.get("reasoning") or delta.get("reasoning_content"):
         yield Reasoning(reasoning)
     if text := delta.get("content") or delta.get("refusal"):
         yield Text(text, _logprobs(choice))
     for call in delta.get("tool_calls") or ():
-        function = call.get("function") or {}
+        id, function = call.get("id"), call["function"]
         yield ToolCallPiece(
-            call.get("index") or 0,
-            _text_or_empty(call, "id"),
-            _text_or_empty(function, "name"),
-            _text_or_empty(function, "arguments"),
+            call["index"],
+            id if isinstance(id, str) else "",
+            function.get("name") or "",
+            function.get("arguments") or "",
         )
-
-
-def _text_or_empty(holder: Json, name: str) -> str:
-    value = holder.get(name)
-    return value if isinstance(value, str) else ""
 
 
 def read_answer(data: bytes) -> Answer:

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.features import Json
 
@@ -47,7 +48,7 @@ def error_event(fields: Json, request_id: str) -> bytes:
     given = str(fields.get("type"))
     kind = STREAM_TYPES.get(given, given)
     data = _envelope(kind if kind in KNOWN else "api_error", _message(fields), request_id)
-    return b"event: error\ndata: " + data + b"\n\n"
+    return sse.named_event("error", data)
 
 
 def _envelope(kind: str, message: str, request_id: str) -> bytes:

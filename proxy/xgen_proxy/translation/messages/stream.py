@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, Usage
 from xgen_proxy.translation.messages.errors import error_event
 from xgen_proxy.translation.messages.response import SIGNATURE, stop_reason, usage_of
 from xgen_proxy.translation.piece_order import Content, Key, PieceOrder, key_of
 
-PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-
 
 def event(name: str, **fields: object) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps({"type": name, **fields}))
+    return sse.named_event(name, orjson.dumps({"type": name, **fields}))
 
 
 class MessageStream:
@@ -38,7 +37,7 @@ class MessageStream:
         self._usage: Usage | None = None
 
     def ping(self) -> bytes:
-        return self._start() + PING
+        return self._start() + event("ping")
 
     def feed(self, piece: Piece) -> bytes:
         if isinstance(piece, Failure):

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
 from xgen_proxy.translation.piece_order import Content, PieceOrder
@@ -98,53 +99,53 @@ class ResponseStream:
         return self._add(TextItem, text, logprobs)
 
     def _add(self, kind: type[WordsItem], words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
-        events = b""
-        if not isinstance(self._open, kind):
-            events = self._close("completed") + self._start(kind(self._item_id(kind.prefix)))
-        return events + self._extend(words, logprobs)
+        events, item = b"", self._open
+        if not isinstance(item, kind):
+            events = self._close("completed")
+            item = kind(self._item_id(kind.prefix))
+            events += self._start(item)
+        return events + self._written(item, item.add(words, logprobs))
 
     def _add_call(self, piece: ToolCallPiece) -> bytes:
-        if piece.index == self._call and isinstance(self._open, FunctionCallItem):
-            return self._extend(piece.arguments)
+        item = self._open
+        if piece.index == self._call and isinstance(item, FunctionCallItem):
+            return self._written(item, item.add(piece.arguments))
         self._call = piece.index
         self._text = []
         events = self._close("completed")
         tool = self._tools.find(piece.name)
         kind = CustomCallItem if tool.kind == "custom" else FunctionCallItem
         item_id = self._item_id(kind.prefix)
-        return events + self._start(kind(item_id, piece.id or f"call_{item_id}", tool)) + self._extend(piece.arguments)
+        item = kind(item_id, piece.id or f"call_{item_id}", tool)
+        return events + self._start(item) + self._written(item, item.add(piece.arguments))
 
     def _item_id(self, prefix: str) -> str:
         return self._head.item_id(prefix, len(self._output))
 
-    def _extend(self, words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
-        return self._written(self._open.add(words, logprobs)) if self._open else b""
-
     def _start(self, item: OpenItem) -> bytes:
         added = self._event("output_item.added", {"output_index": len(self._output), "item": item.item("in_progress")})
         self._open = item
-        return added + self._written(item.open())
+        return added + self._written(item, item.open())
 
     def _close(self, status: str) -> bytes:
         if self._open is None:
             return b""
-        events = self._written(self._open.close())
-        item = self._open.item(status)
-        events += self._event("output_item.done", {"output_index": len(self._output), "item": item})
-        self._output.append(item)
+        events = self._written(self._open, self._open.close())
+        done = self._open.item(status)
+        events += self._event("output_item.done", {"output_index": len(self._output), "item": done})
+        self._output.append(done)
         self._open = None
         return events
 
-    def _written(self, events: Iterator[Event]) -> bytes:
-        """Events of the open item."""
-        place = {"item_id": self._open.item_id if self._open else "", "output_index": len(self._output)}
+    def _written(self, item: OpenItem, events: Iterator[Event]) -> bytes:
+        place = {"item_id": item.item_id, "output_index": len(self._output)}
         return b"".join(self._event(kind, {**place, **fields}) for kind, fields in events)
 
     def _event(self, kind: str, fields: Json) -> bytes:
         name = f"response.{kind}"
         data = orjson.dumps({"type": name, "sequence_number": self._events, **fields})
         self._events += 1
-        return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+        return sse.named_event(name, data)
 
 
 class OpenItem(ABC):
