@@ -41,6 +41,7 @@ class ProxyApp:
         self.gateway = gateway
         self.inference_routes = {
             **openai.inference_routes(gateway),
+            **responses.inference_routes(gateway),
             **messages.inference_routes(gateway),
             **opaque_routes(gateway),
         }

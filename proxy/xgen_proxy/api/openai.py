@@ -6,12 +6,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api import messages
-from xgen_proxy.api.api_keys import check_key
+from xgen_proxy.api.api_keys import authenticated
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.api.translated import TranslatedEndpoint
 from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.translation.responses.api import ResponsesApi
 
 
 def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
@@ -20,7 +18,6 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
         "/v1/chat/completions": InferenceEndpoint(gateway, "chat"),
         "/v1/completions": InferenceEndpoint(gateway, "completions"),
         "/v1/embeddings": InferenceEndpoint(gateway, "embeddings"),
-        "/v1/responses": TranslatedEndpoint(gateway, ResponsesApi()),
     }
 
 
@@ -55,13 +52,6 @@ async def get_model(request: Request) -> Response:
         known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
     return JSONResponse(messages.model_info(card) if messages.expects_anthropic(request) else card)
-
-
-def authenticated(request: Request) -> Gateway:
-    """The gateway, once the API key is checked. Raises AuthenticationError."""
-    gateway: Gateway = request.app.state.gateway
-    check_key(dict(request.scope["headers"]), gateway.settings.api_keys)
-    return gateway
 
 
 def model_card(gateway: Gateway, name: str) -> dict[str, object]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
 from xgen_proxy.api.inference import Incoming, InferenceEndpoint
-from xgen_proxy.downstream.direct_writer import direct_writer_for
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
-from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
+from xgen_proxy.downstream.response_writer import send_error
 from xgen_proxy.errors import BadRequestError, ProxyError
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.call import Origin
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.limits import Limits
@@ -60,19 +60,12 @@ class TranslatedEndpoint(InferenceEndpoint):
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         translation = self.api.translate(read_limited_body(raw, origin.headers, limits))
-        return Incoming(self.parse_chat(origin, translation.body), translation)
-
-    def parse_chat(self, origin: Origin, chat: Json) -> Call:
-        """Raises BadRequestError, which names the field that the client wrote."""
+        chat = translation.body
         try:
-            return self.parse(origin, orjson.dumps(chat), chat)
+            call = self.parse(origin, orjson.dumps(chat), chat)
         except BadRequestError as error:
             raise in_clients_words(error, chat) from None
-
-    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
-        if incoming.translation is None:
-            return super().writer(incoming, scope, send)
-        return TranslatingWriter(send, direct_writer_for(scope), self.api, incoming.translation, incoming.call)
+        return Incoming(call, partial(TranslatingWriter, api=self.api, translation=translation, call=call))
 
     async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
         id = origin.request_id.encode()

@@ -18,21 +18,15 @@ from xgen_proxy.translation.messages.stream import MessageStream
 
 
 class MessagesApi:
-    """`strip_attribution` reads the setting, which may change while the proxy runs."""
+    """`strip_attribution` reads the setting, which may change while the proxy runs. `counts`: of count_tokens."""
 
-    def __init__(self, strip_attribution: Callable[[], bool]) -> None:
+    def __init__(self, strip_attribution: Callable[[], bool], *, counts: bool = False) -> None:
         self._strip_attribution = strip_attribution
+        self._counts = counts
 
     def translate(self, body: Json) -> MessagesTranslation:
-        return self._translate(body, counts=False)
-
-    def translate_count(self, body: Json) -> MessagesTranslation:
-        """The request of count_tokens. Raises BadRequestError."""
-        return self._translate(body, counts=True)
-
-    def _translate(self, body: Json, *, counts: bool) -> MessagesTranslation:
         dropped: Dropped = {}
-        chat = to_chat(body, dropped, strip_attribution=self._strip_attribution(), counts=counts)
+        chat = to_chat(body, dropped, strip_attribution=self._strip_attribution(), counts=self._counts)
         return MessagesTranslation(chat, dropped)
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
