@@ -41,6 +41,7 @@ class ProxyApp:
         self.gateway = gateway
         self.inference_routes = {
             **openai.inference_routes(gateway),
+            **responses.inference_routes(gateway),
             **messages.inference_routes(gateway),
             **opaque_routes(gateway),
         }
@@ -134,7 +135,7 @@ async def respond_with_error(request: Request, error: Exception) -> Response:
     origin = Origin(request_id(request_headers), request_headers, client)
     gateway.observer.request_refused(Refusal(origin, "other", error))
     headers = {name.decode(): value.decode() for name, value in error.headers()} | {"x-request-id": origin.request_id}
-    if messages.is_spoken(request):
+    if messages.expects_anthropic(request):
         status, body = error_response(error, origin.request_id)
         return Response(body, status, {**headers, "request-id": origin.request_id})
     return Response(error.body(), error.status, headers)

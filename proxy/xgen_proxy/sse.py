@@ -257,6 +257,11 @@ def encode(data: Any) -> bytes:
         raise UpstreamProtocolError(f"an event that cannot be written: {error}") from None
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    """An event as Anthropic's API and the Responses API send it. `data` is JSON."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
 def parse_chunks(block: bytes) -> Iterator[dict[str, Any]]:
     """The chunks in these events, each checked. Raises UpstreamProtocolError.
 
@@ -323,7 +328,9 @@ def _check_delta(delta: dict[str, Any]) -> None:
 
 
 def _check_function(function: Any) -> None:
-    _expect(isinstance(function, dict) and isinstance(function.get("arguments"), str | None), "function arguments")
+    _expect(isinstance(function, dict), "function")
+    for name in ("name", "arguments"):
+        _expect(isinstance(function.get(name), str | None), f"function {name}")
 
 
 def _check_logprobs(logprobs: Any) -> None:

@@ -12,7 +12,7 @@ from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, R
 from tests.support.fuzzing import cut, examples, mutated, mutated_json, reported
 from xgen_proxy import sse
 from xgen_proxy.errors import UpstreamError, UpstreamProtocolError
-from xgen_proxy.forwarding.continuation.resumed import ResumedStream
+from xgen_proxy.forwarding.continuation.resumed import ResumedStream, Way
 from xgen_proxy.forwarding.continuation.sent import parse_sent_prefix
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -155,8 +155,8 @@ async def test_a_continuation_refuses_or_takes_any_chunk() -> None:
         with reported((endpoint, sent, more)):
             try:
                 prefix = parse_sent_prefix(b"".join(sent))
-                only, repeats = rng.choice(((True, False), (False, True), (False, False)))
-                resumed = ResumedStream(prefix, 1, request.features, usage_only=only, repeats=repeats)
+                way: Way = rng.choice(("continue", "relabel", "repeat", "usage"))
+                resumed = ResumedStream(prefix, 1, request.features, way)
                 resumed.after(LLAMA_SERVER.stream_editor(request))
                 resumed.check(b"".join(more))
                 for event in more:

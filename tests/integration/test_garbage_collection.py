@@ -59,6 +59,11 @@ def invalid(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert post(f"{proxy.url}/v1/chat/completions", content=b"{").status_code == 400
 
 
+def invalid_response(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    body = {"model": "m", "input": "Hi", "temperature": 5}
+    assert post(f"{proxy.url}/v1/responses", json=body).status_code == 400
+
+
 def not_found(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert post(f"{proxy.url}/v1/nothing").status_code == 404
 
@@ -90,7 +95,10 @@ def test_loaded_objects_are_frozen() -> None:
         gc.set_threshold(*threshold)
 
 
-@pytest.mark.parametrize("request_", [whole, stream, response, disconnect, failover, resume, invalid, not_found])
+@pytest.mark.parametrize(
+    "request_",
+    [whole, stream, response, disconnect, failover, resume, invalid, invalid_response, not_found],
+)
 def test_requests_leave_no_reference_cycles(
     request_: Callable[[RunningProxy, FakeUpstream], None],
     start: Callable[..., RunningProxy],

@@ -11,19 +11,20 @@ from xgen_proxy.config.settings import Settings
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.fleet.backend import Fleet
 from xgen_proxy.request.call import Call, Origin, parse_call
-from xgen_proxy.request.features import Endpoint
+from xgen_proxy.request.features import Endpoint, UsedAlias
 from xgen_proxy.request.limits import Limits
 from xgen_proxy.request.opaque.parsing import parse_opaque
 from xgen_proxy.routing.router import Target
 
 
-def make_call(endpoint: Endpoint = "chat", **fields: Any) -> Call:
+def make_call(endpoint: Endpoint = "chat", alias: UsedAlias | None = None, **fields: Any) -> Call:
     least = {"messages": [{"role": "user", "content": "Hi"}]} if endpoint == "chat" else {"prompt": "One"}
     body = {"model": "m", **least, **fields}
     origin = Origin("id-1", {})
     return parse_call(
-        origin, endpoint, orjson.dumps(body), body, limits=Limits(), continuation=True, default_model=lambda: "m"
-    )
+        origin, endpoint, orjson.dumps(body), body, limits=Limits(), continuation=True, default_model=lambda: "m",
+        find_alias=lambda name: alias,
+    )  # fmt: skip
 
 
 def make_opaque_call(endpoint: Endpoint, headers: Mapping[bytes, bytes] | None = None, **fields: Any) -> Call:

@@ -160,7 +160,10 @@ def test_abort() -> None:
     assert not sse.is_abort(b'{"text":"\\"finish_reason\\":\\"abort\\""}')
 
 
-@pytest.mark.parametrize("block", [b"data: {\n\n", b"data: 5\n\n", b'data: {"a": 1}\n\n'])
+NAME = b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":5}}]}}]}\n\n'
+
+
+@pytest.mark.parametrize("block", [b"data: {\n\n", b"data: 5\n\n", b'data: {"a": 1}\n\n', NAME])
 def test_malformed_chunks_raise(block: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
         list(sse.parse_chunks(block))
@@ -223,3 +226,7 @@ def test_an_empty_finish_reason_is_none() -> None:
 def test_lines_of_one_read_have_a_limit(line: bytes) -> None:
     with pytest.raises(UpstreamProtocolError, match="lines in"):
         sse.EventNormaliser().feed(line * (sse.MAX_LINES + 1))
+
+
+def test_an_event_with_a_name() -> None:
+    assert sse.named_event("ping", b'{"a":1}') == b'event: ping\ndata: {"a":1}\n\n'

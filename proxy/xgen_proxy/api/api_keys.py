@@ -7,7 +7,10 @@ import hmac
 import secrets
 from collections.abc import Mapping, Sequence
 
+from starlette.requests import Request
+
 from xgen_proxy.errors import AuthenticationError
+from xgen_proxy.gateway import Gateway
 
 
 def new_key() -> tuple[str, str]:
@@ -38,6 +41,13 @@ def check_key(headers: Mapping[bytes, bytes], hashes: Sequence[str] | None) -> s
     if not valid:
         raise AuthenticationError("send a valid API key, as in Authorization: Bearer sk-… or X-Api-Key: sk-…")
     return valid[0][:8]
+
+
+def authenticated(request: Request) -> Gateway:
+    """The gateway, once the API key is checked. Raises AuthenticationError."""
+    gateway: Gateway = request.app.state.gateway
+    check_key(dict(request.scope["headers"]), gateway.settings.api_keys)
+    return gateway
 
 
 def _is_valid(given: str, hashes: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
 
 from xgen_proxy import sse
 from xgen_proxy.api.inference import Incoming, InferenceEndpoint
@@ -55,10 +55,10 @@ class GenerateEndpoint(InferenceEndpoint):
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
         request = parse_generate(read_json(raw, origin.headers, limits))
         body = request.model_dump(exclude_none=True) | {"stream": self.always_streams or request.stream}
-        return Incoming(self.parse(origin, orjson.dumps(body), body))
-
-    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
-        return ResponseWriter(TokenStream(send) if incoming.call.features.stream else WholeText(send), None)
+        converter = TokenStream if body["stream"] else WholeText
+        return Incoming(
+            self.parse(origin, orjson.dumps(body), body), lambda send, direct: ResponseWriter(converter(send), None)
+        )
 
 
 class WholeText:

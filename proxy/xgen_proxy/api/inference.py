@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from starlette.types import Receive, Scope, Send
 
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.downstream.client_address import client_address
-from xgen_proxy.downstream.direct_writer import direct_writer_for
+from xgen_proxy.downstream.direct_writer import DirectWriter, direct_writer_for
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
@@ -16,16 +19,15 @@ from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Endpoint, Json
 from xgen_proxy.request.json_body import read_json
-from xgen_proxy.translation.translation import Translation
 from xgen_proxy.values import frozen
 
 
 @frozen
 class Incoming:
-    """A request that was read. `translation`: how its answer becomes one of the API that it came in."""
+    """A request that was read. `writer` makes what sends its answer in the words of the API that it came in."""
 
     call: Call
-    translation: Translation | None = None
+    writer: Callable[[Send, DirectWriter | None], ResponseWriter] = ResponseWriter
 
 
 class InferenceEndpoint:
@@ -44,7 +46,7 @@ class InferenceEndpoint:
                 if scope["method"] != "POST":
                     raise MethodNotAllowedError(scope["path"], scope["method"], "POST")
                 if (key := check_key(headers, settings.api_keys)) is not None:
-                    origin = origin.with_key(key)
+                    origin = replace(origin, key=key)
                 incoming = await self.read(origin, receive, held)
             except ProxyError as error:
                 await self.refuse(origin, error, send)
@@ -54,7 +56,8 @@ class InferenceEndpoint:
             else:
                 call = incoming.call
                 self.gateway.observer.request_started(call)
-                outcome = await self.gateway.forwarder.forward(call, receive, self.writer(incoming, scope, send))
+                writer = incoming.writer(send, direct_writer_for(scope))
+                outcome = await self.gateway.forwarder.forward(call, receive, writer)
                 self.gateway.observer.request_finished(call, outcome)
 
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
@@ -77,9 +80,6 @@ class InferenceEndpoint:
             believed_below=settings.routing.max_tokens_believed_below,
             find_alias=self.gateway.router.find_alias,
         )
-
-    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
-        return ResponseWriter(send, direct_writer_for(scope))
 
     async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
         await send_error(send, error, [(b"x-request-id", origin.request_id.encode())])

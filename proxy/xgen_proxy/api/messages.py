@@ -12,9 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api.api_keys import check_key
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.api.translated import TranslatedEndpoint, read_untranslated
+from xgen_proxy.api.translated import TranslatedEndpoint
 from xgen_proxy.downstream.client_address import client_address
-from xgen_proxy.downstream.request_body import read_body
 from xgen_proxy.downstream.request_id import request_id
 from xgen_proxy.errors import BadRequestError, ServiceUnavailableError, UpstreamError
 from xgen_proxy.forwarding.delivery import backend_request
@@ -32,14 +31,10 @@ MODELS = 20
 
 def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
     """By path."""
-    return {"/v1/messages": TranslatedEndpoint(gateway, messages_api(gateway))}
+    return {"/v1/messages": TranslatedEndpoint(gateway, MessagesApi(lambda: gateway.settings.strip_attribution))}
 
 
-def messages_api(gateway: Gateway) -> MessagesApi:
-    return MessagesApi(lambda: gateway.settings.strip_attribution)
-
-
-def is_spoken(request: Request) -> bool:
+def expects_anthropic(request: Request) -> bool:
     """Whether the client expects Anthropic's shapes on a route that both APIs have."""
     headers = dict(request.scope["headers"])
     return bool(headers.get(b"anthropic-version")) or request.scope["path"].startswith("/v1/messages")
@@ -55,11 +50,9 @@ async def count_tokens(request: Request) -> Response:
     settings = gateway.settings
     key = check_key(headers, settings.api_keys)
     origin = Origin(request_id(headers), headers, client_address(request.scope, settings.trusted_proxies), key)
+    api = MessagesApi(lambda: settings.strip_attribution, counts=True)
     with gateway.bodies.hold() as held:
-        raw = await read_body(request.receive, headers, settings.limits.body_bytes, held)
-        api = messages_api(gateway)
-        chat = api.translate_count(read_untranslated(raw, headers, settings.limits)).body
-        call = TranslatedEndpoint(gateway, api).parse_chat(origin, chat)
+        call = (await TranslatedEndpoint(gateway, api).read(origin, request.receive, held)).call
         counted = await _count(gateway, call)
     ids = {"x-request-id": call.id, "request-id": call.id}
     return JSONResponse({"input_tokens": call.features.prompt_tokens if counted is None else counted}, headers=ids)

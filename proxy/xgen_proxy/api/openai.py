@@ -6,12 +6,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy.api import messages
-from xgen_proxy.api.api_keys import check_key
+from xgen_proxy.api.api_keys import authenticated
 from xgen_proxy.api.inference import InferenceEndpoint
-from xgen_proxy.api.translated import TranslatedEndpoint
 from xgen_proxy.errors import ModelNotFoundError, quoted
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.translation.responses.api import ResponsesApi
 
 
 def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
@@ -20,14 +18,13 @@ def inference_routes(gateway: Gateway) -> dict[str, InferenceEndpoint]:
         "/v1/chat/completions": InferenceEndpoint(gateway, "chat"),
         "/v1/completions": InferenceEndpoint(gateway, "completions"),
         "/v1/embeddings": InferenceEndpoint(gateway, "embeddings"),
-        "/v1/responses": TranslatedEndpoint(gateway, ResponsesApi()),
     }
 
 
 async def list_models(request: Request) -> Response:
     gateway = authenticated(request)
     cards = model_cards(gateway)
-    if messages.is_spoken(request):
+    if messages.expects_anthropic(request):
         return JSONResponse(messages.models_page(cards, request.query_params))
     return JSONResponse({"object": "list", "data": cards})
 
@@ -54,14 +51,7 @@ async def get_model(request: Request) -> Response:
     else:
         known = ", ".join(models[:20]) or "none yet"
         raise ModelNotFoundError(f"the model {quoted(name)} does not exist; known models: {known}", param="model")
-    return JSONResponse(messages.model_info(card) if messages.is_spoken(request) else card)
-
-
-def authenticated(request: Request) -> Gateway:
-    """The gateway, once the API key is checked. Raises AuthenticationError."""
-    gateway: Gateway = request.app.state.gateway
-    check_key(dict(request.scope["headers"]), gateway.settings.api_keys)
-    return gateway
+    return JSONResponse(messages.model_info(card) if messages.expects_anthropic(request) else card)
 
 
 def model_card(gateway: Gateway, name: str) -> dict[str, object]:

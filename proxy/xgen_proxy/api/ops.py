@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from xgen_proxy import __version__
-from xgen_proxy.api.api_keys import check_key
+from xgen_proxy.api.api_keys import authenticated
 from xgen_proxy.api.inference import InferenceEndpoint
 from xgen_proxy.dialects.backend_request import ModelFacts
 from xgen_proxy.downstream.request_body import read_body
@@ -168,10 +168,9 @@ async def route(request: Request) -> Response:
 
     The body is that of /v1/chat/completions, or of /v1/completions if it has a `prompt`.
     """
-    gateway = gateway_of(request)
+    gateway = authenticated(request)
     headers = dict(request.scope["headers"])
     limits = gateway.settings.limits
-    check_key(headers, gateway.settings.api_keys)
     with gateway.bodies.hold() as held:
         raw = await read_body(request.receive, headers, limits.body_bytes, held)
         body = read_json(raw, headers, limits)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
 from xgen_proxy.api.inference import Incoming, InferenceEndpoint
-from xgen_proxy.downstream.direct_writer import direct_writer_for
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
-from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
+from xgen_proxy.downstream.response_writer import send_error
 from xgen_proxy.errors import BadRequestError, ProxyError
 from xgen_proxy.gateway import Gateway
-from xgen_proxy.request.call import Call, Origin
+from xgen_proxy.request.call import Origin
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.limits import Limits
@@ -25,18 +25,20 @@ from xgen_proxy.translation.writer import TranslatingWriter
 PARTS = ("content", "output", "tools")  # of a message or an item, and of a namespace
 
 
-def read_untranslated(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
-    """A body whose lists are no longer than a chat's may be: the chat is checked only after the work of translating.
-    Raises UnsupportedMediaTypeError, BadRequestError."""
+def read_limited_body(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
+    """Reads the body and limits its lists, since the chat's own limits apply only after translation.
+
+    Raises UnsupportedMediaTypeError, BadRequestError.
+    """
     body = read_json(raw, headers, limits)
     for field, most in (("messages", limits.messages), ("input", limits.messages), ("tools", limits.schema_nodes)):
         entries = body.get(field)
-        if isinstance(entries, list) and (len(entries) > most or _with_parts(entries) > most):
+        if isinstance(entries, list) and (len(entries) > most or _count_entries(entries) > most):
             raise BadRequestError(f"{field} has more than {most} entries and parts of these", param=field)
     return body
 
 
-def _with_parts(entries: list[Any]) -> int:
+def _count_entries(entries: list[Any]) -> int:
     """The number of entries and of what their lists have."""
     count = len(entries)
     for each in entries:
@@ -57,20 +59,13 @@ class TranslatedEndpoint(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits = self.gateway.settings.limits
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
-        translation = self.api.translate(read_untranslated(raw, origin.headers, limits))
-        return Incoming(self.parse_chat(origin, translation.body), translation)
-
-    def parse_chat(self, origin: Origin, chat: Json) -> Call:
-        """Raises BadRequestError, which names the field that the client wrote."""
+        translation = self.api.translate(read_limited_body(raw, origin.headers, limits))
+        chat = translation.body
         try:
-            return self.parse(origin, orjson.dumps(chat), chat)
+            call = self.parse(origin, orjson.dumps(chat), chat)
         except BadRequestError as error:
-            raise in_clients_words(error, chat) from error
-
-    def writer(self, incoming: Incoming, scope: Scope, send: Send) -> ResponseWriter:
-        if incoming.translation is None:
-            return super().writer(incoming, scope, send)
-        return TranslatingWriter(send, direct_writer_for(scope), self.api, incoming.translation, incoming.call)
+            raise in_clients_words(error, chat) from None
+        return Incoming(call, partial(TranslatingWriter, api=self.api, translation=translation, call=call))
 
     async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
         id = origin.request_id.encode()

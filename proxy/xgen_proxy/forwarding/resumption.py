@@ -161,15 +161,15 @@ class Resumption:
             and backend.dialect.labels_by_prompt
             and features.needs.isdisjoint(requests.BLOCKS)
         ):
-            yield continuing[0], ResumedStream(prefix, spent, features, relabels=True)
+            yield continuing[0], ResumedStream(prefix, spent, features, "relabel")
         if requests.may_repeat(features, prefix):
-            yield request, ResumedStream(prefix, spent, features, repeats=True)
+            yield request, ResumedStream(prefix, spent, features, "repeat")
 
     async def _end_exhausted(
         self, target: Target, trace: bytes, request: BackendRequest, prefix: SentPrefix, spent: int
     ) -> None:
         """Ends an answer that is complete, or as long as it may be. Only its finish_reason or usage is missing."""
-        resumed = ResumedStream(prefix, spent, self.call.features, usage_only=True)
+        resumed = ResumedStream(prefix, spent, self.call.features, "usage")
         if prefix.finish is None:
             await self.writer.send(resumed.event({}, "length"))
         if self.call.features.include_usage:

@@ -34,9 +34,6 @@ class Origin:
     client: str | None = None
     key: str | None = None
 
-    def with_key(self, key: str | None) -> Origin:
-        return replace(self, key=key)
-
 
 @frozen
 class Call:

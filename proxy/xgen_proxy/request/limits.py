@@ -29,7 +29,7 @@ class Limits(BaseModel, extra="forbid"):
     )
     body_timeout_s: float = Field(30.0, gt=0, description="For the whole body to arrive; backends wait for ever.")
     messages: int = Field(10_000, ge=1, description="Messages, and parts; 100,000 kept llama-server busy for a minute.")
-    json_depth: int = Field(64, ge=4, description="Nesting of the request body.")
+    json_depth: int = Field(64, ge=4, le=200, description="Nesting of the request body; JSON is written to 254 levels.")
     json_nodes: int = Field(150_000, ge=100, description="Values in the request body; 50,000 keys cost 20 s.")
     schema_nodes: int = Field(2_000, ge=10, description="Values in a request's JSON schemas; 20,000 block for minutes.")
     images: int = Field(100, ge=0, description="Images in a request, as in Anthropic's API.")

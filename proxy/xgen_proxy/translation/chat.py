@@ -8,13 +8,16 @@ from typing import Any
 import orjson
 
 from xgen_proxy import sse
-from xgen_proxy.errors import BadGatewayError
+from xgen_proxy.errors import BadGatewayError, UpstreamProtocolError
 from xgen_proxy.request.features import Json
 from xgen_proxy.values import frozen
 
-# The key under which Anthropic's documentation asks clients to return arguments that are not JSON. No tool has it, so
-# that a client that checks arguments refuses to run the call and tells the model.
+# Anthropic's documentation has clients return malformed arguments under this key. No tool takes it, so a client that
+# validates arguments rejects the call and tells the model.
 INVALID = "INVALID_JSON"
+# In the middle of a conversation a system message is written into the user's turn. Templates such as Qwen's refuse it
+# there, and in the leading message it would change the beginning of the prompt, and so empty the prefix cache.
+REMINDER = "<system-reminder>\n{}\n</system-reminder>"
 
 
 @frozen
@@ -90,9 +93,9 @@ class Answer:
 
 
 def read_pieces(events: bytes) -> Iterator[Piece]:
-    """What these events of a stream say, in order. Comments and `[DONE]` say nothing. Raises UpstreamProtocolError."""
-    if sse.is_error(events):
-        yield from _pieces_and_failure(events)
+    """Yields the pieces in these events, in order. Comments and `[DONE]` yield none. Raises UpstreamProtocolError."""
+    if sse.is_error(events):  # the proxy's own, the only event
+        yield Failure(orjson.loads(next(sse.payloads(events)))["error"])
         return
     for chunk in sse.parse_chunks(events):
         for choice in chunk["choices"]:
@@ -103,36 +106,26 @@ def read_pieces(events: bytes) -> Iterator[Piece]:
             yield read_usage(chunk["usage"])
 
 
-def _pieces_and_failure(events: bytes) -> Iterator[Piece]:
-    for data in sse.payloads(events):
-        if not data.startswith(b'{"error"'):
-            yield from read_pieces(b"data: " + data + b"\n\n")
-            continue
-        error = orjson.loads(data)["error"]
-        yield Failure(error if isinstance(error, dict) else {"message": str(error)})
-
-
 def _delta_pieces(delta: Json, choice: Json) -> Iterator[Piece]:
     if reasoning := delta.get("reasoning") or delta.get("reasoning_content"):
         yield Reasoning(reasoning)
     if text := delta.get("content") or delta.get("refusal"):
         yield Text(text, _logprobs(choice))
     for call in delta.get("tool_calls") or ():
-        function = call.get("function") or {}
+        id, function = call.get("id"), call["function"]
         yield ToolCallPiece(
-            call.get("index") or 0, _words(call, "id"), _words(function, "name"), _words(function, "arguments")
+            call["index"],
+            id if isinstance(id, str) else "",
+            function.get("name") or "",
+            function.get("arguments") or "",
         )
-
-
-def _words(holder: Json, name: str) -> str:
-    value = holder.get(name)
-    return value if isinstance(value, str) else ""
 
 
 def read_answer(data: bytes) -> Answer:
     """Raises BadGatewayError if it is not a chat completion."""
     try:
         completion = orjson.loads(data)
+        sse.check_chunk(completion)
         choice = completion["choices"][0]
         message = choice["message"]
         calls = [_read_call(call) for call in message.get("tool_calls") or ()]
@@ -144,7 +137,7 @@ def read_answer(data: bytes) -> Answer:
             read_usage(completion.get("usage") or {}),
             _logprobs(choice),
         )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, UpstreamProtocolError):
         raise BadGatewayError("the backend's answer is not a chat completion", code="bad_answer") from None
 
 

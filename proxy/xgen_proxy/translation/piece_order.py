@@ -1,6 +1,7 @@
 """The pieces of a stream in the order of the answer's blocks, since the pieces of several tool calls may alternate.
 
-What does not belong to the open call is held until the end, or until that call's arguments are complete.
+A piece of another block that arrives before the open call is complete is held until the end of the stream, and so is
+every later piece outside that call.
 """
 
 from __future__ import annotations

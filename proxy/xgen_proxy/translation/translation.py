@@ -33,15 +33,13 @@ class Translation(Protocol):
     dropped: tuple[str, ...]
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        """The answer for a whole chat completion. Raises BadGatewayError if it is none."""
+        """The answer for a whole chat completion. Raises BadGatewayError for anything else."""
 
     def stream(self, call: Call) -> StreamTranslation: ...
 
 
 class Api(Protocol):
-    """`name` is the endpoint's name in logs and metrics."""
-
-    name: str
+    """One API."""
 
     def translate(self, body: Json) -> Translation:
         """Raises BadRequestError, which names the field of this API and what it should be."""

@@ -10,12 +10,13 @@ import re
 import time
 from collections.abc import Callable
 
+import orjson
 from starlette.types import Send
 
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
-from xgen_proxy.errors import ProxyError, UpstreamOversizedError
+from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamOversizedError
 from xgen_proxy.request.call import Call
 from xgen_proxy.translation.chat import Failure, read_pieces
 from xgen_proxy.translation.translation import Api, Translation
@@ -23,7 +24,7 @@ from xgen_proxy.translation.translation import Api, Translation
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # what may stand in X-Dropped; clients write these names
 MAX_NAMES = 20
 LIMIT = 64 * 1024 * 1024  # bytes of events, as of a whole answer
-SILENCE_S = 10.0  # what the translation keeps back may last; the client is shown that the stream is alive
+SILENCE_S = 10.0  # how long a translated stream may write nothing before a ping is sent
 
 
 class TranslatingWriter(ResponseWriter):
@@ -38,7 +39,7 @@ class TranslatingWriter(ResponseWriter):
         self._translation = translation
         self._stream = translation.stream(call)
         self._failed = False
-        self._size = 0  # bytes of events so far; the translation keeps the words
+        self._size = 0  # bytes of events so far; bounds what the translation keeps in memory
         self._wrote_at = time.monotonic()
         names = [name for name in translation.dropped if NAME.fullmatch(name)][:MAX_NAMES]
         self._headers: list[tuple[bytes, bytes]] = [(b"request-id", call.id.encode())]  # where Anthropic's SDK looks
@@ -47,7 +48,11 @@ class TranslatingWriter(ResponseWriter):
 
     async def whole(self, headers: Headers, data: bytes) -> None:
         """Raises BadGatewayError before anything is sent."""
-        await super().whole([*headers, *self._headers], self._translation.whole(data, self._call))
+        try:
+            answer = self._translation.whole(data, self._call)
+        except orjson.JSONEncodeError:  # what was read may have 1024 levels, what is written 254
+            raise BadGatewayError("the backend's answer is nested too deeply", code="bad_answer") from None
+        await super().whole([*headers, *self._headers], answer)
 
     def waiting(self, headers: Headers) -> None:
         self._keep_alive([*headers, *self._headers], self._stream.ping)
@@ -72,7 +77,7 @@ class TranslatingWriter(ResponseWriter):
             await self.alive()
 
     async def alive(self) -> None:
-        """The clocks of some clients run on through comments."""
+        """Sends a ping event: some clients' timeouts ignore comments."""
         if not self._ended:
             await self._write(self._stream.ping())
 

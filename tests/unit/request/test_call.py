@@ -156,12 +156,6 @@ def test_a_malformed_trace_state_is_dropped(state: bytes) -> None:
     assert trace == b"traceparent: " + PARENT + b"\r\n"
 
 
-def test_with_key() -> None:
-    call = parse(CHAT)
-    assert call.origin.with_key("0123abcd") == Origin("id-1", {}, None, "0123abcd")
-    assert call.origin.key is None
-
-
 def test_a_wrong_body_raises() -> None:
     with pytest.raises(BadRequestError, match="messages is missing"):
         parse({"model": "m"})

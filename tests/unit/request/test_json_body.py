@@ -64,8 +64,8 @@ def count(value: Any) -> tuple[int, int]:
 
 def allows(raw: bytes, **limits: int) -> bool:
     try:
-        none = Limits(json_nodes=10**9, json_depth=10**9)
-        check_structure(raw, none.model_copy(update=limits))
+        none = {"json_nodes": 10**9, "json_depth": 10**9}
+        check_structure(raw, Limits().model_copy(update=none | limits))
     except BadRequestError:
         return False
     return True

@@ -2,12 +2,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from xgen_proxy.errors import BadRequestError
+from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.limits import Limits, check_schemas, measure, refers_to_itself, schemas
+from xgen_proxy.translation.messages.api import MessagesApi
+from xgen_proxy.translation.responses.api import ResponsesApi
+from xgen_proxy.translation.translation import Api
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text(max_size=3), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
@@ -31,6 +37,24 @@ def count(value: Any) -> tuple[int, int]:
 @given(JSON)
 def test_measure_counts_values_and_levels(value: Any) -> None:
     assert measure(value, 10**6, 10**6) == count(value)
+
+
+@pytest.mark.parametrize(
+    ("api", "field", "inside"),
+    [
+        (ResponsesApi(), "text", '{"format":{"type":"json_schema","schema":{"a":%b}}}'),
+        (ResponsesApi(), "tools", '[{"type":"function","name":"f","parameters":{"a":%b}}]'),
+        (MessagesApi(lambda: True), "tools", '[{"name":"f","input_schema":{"a":%b}}]'),
+    ],
+)
+def test_the_deepest_request_can_be_written(api: Api, field: str, inside: str) -> None:
+    limits = Limits(json_depth=200)
+    depth = 199 - inside.count("[") - inside.count("{")
+    value = inside.replace("%b", "[" * depth + "]" * depth)
+    raw = f'{{"input":"Hi","max_tokens":5,"messages":[{{"role":"user","content":"Hi"}}],"{field}":{value}}}'
+    assert orjson.dumps(api.translate(read_json(raw.encode(), {b"content-type": b"application/json"}, limits)).body)
+    with pytest.raises(ValidationError):
+        Limits(json_depth=201)
 
 
 def test_measure_stops_past_a_limit() -> None:

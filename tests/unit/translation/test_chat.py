@@ -71,10 +71,9 @@ def test_probabilities_of_tokens() -> None:
     assert read_answer(orjson.dumps({"choices": [choice]})).logprobs == (token,)
 
 
-def test_an_error_ends_the_pieces() -> None:
-    block = events(delta(content="Hi")) + BadRequestError("no", code="c").event() + sse.DONE
+def test_an_error_is_a_failure() -> None:
     failed = {"message": "no", "type": "invalid_request_error", "param": None, "code": "c"}
-    assert list(read_pieces(block)) == [Text("Hi"), Failure(failed)]
+    assert list(read_pieces(BadRequestError("no", code="c").event())) == [Failure(failed)]
 
 
 def test_comments_and_done_say_nothing() -> None:

@@ -14,9 +14,11 @@ import orjson
 import pytest
 
 from tests.support.growth import COUNTS, LIMITS, SIZES, STALL, TEXTS, Body, check, measured, of_texts
-from xgen_proxy.api.translated import read_untranslated
+from tests.support.requests import make_call
+from xgen_proxy.api.translated import read_limited_body
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.call import Call, Origin, parse_call
+from xgen_proxy.translation.chat import Piece, Text, ToolCallPiece
 from xgen_proxy.translation.messages.api import MessagesApi
 from xgen_proxy.translation.responses.api import ResponsesApi
 from xgen_proxy.translation.responses.tools import read_tools
@@ -132,7 +134,7 @@ LISTS: dict[str, Callable[[int], Body]] = {
 
 def once(raw: bytes, api: Api) -> float:
     def parsed() -> Call:
-        body = api.translate(read_untranslated(raw, {}, LIMITS)).body
+        body = api.translate(read_limited_body(raw, {}, LIMITS)).body
         return parse_call(
             Origin("id", {}),
             "chat",
@@ -161,6 +163,39 @@ def test_no_text_holds_the_loop(place: str, text: str) -> None:
 def test_no_list_holds_the_loop(what: str) -> None:
     api = api_of(what)
     check([LISTS[what](count) for count in COUNTS], COUNTS, lambda raw: once(raw, api), 2 * STALL)
+
+
+PATCH = ToolCallPiece(0, "a", "patch", '{"input": "')
+CUSTOM = {"input": "Hi", "tools": [{"type": "custom", "name": "patch"}]}
+PIECES = (100, 1_000, 10_000)
+STREAMS: dict[str, tuple[list[Piece], Piece]] = {  # how it begins, and what follows again and again
+    "white space": ([], Text(" " * 100)),
+    "text": ([], Text("x" * 100)),
+    "a custom call": ([PATCH], ToolCallPiece(0, "", "", r"\d" * 50)),
+    "a malformed custom call": ([PATCH], ToolCallPiece(0, "", "", '"' * 100)),
+    "halves of a character": ([PATCH], ToolCallPiece(0, "", "", r"\ud83d" * 16)),
+    "calls that alternate": (
+        [ToolCallPiece(0, "a", "f", "["), ToolCallPiece(1, "b", "f", "[")], ToolCallPiece(0, "", "", "1," * 50)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("api", [MessagesApi(lambda: True), ResponsesApi()], ids=["messages", "responses"])
+@pytest.mark.parametrize("what", STREAMS)
+def test_no_stream_takes_longer_than_its_size_allows(what: str, api: Api) -> None:
+    begin, piece = STREAMS[what]
+    translation = api.translate({**MESSAGES, **CUSTOM} if isinstance(api, ResponsesApi) else MESSAGES)
+
+    def once_for(raw: bytes) -> float:
+        stream = translation.stream(make_call(model="m"))
+
+        def play() -> None:
+            for each in (*begin, *[piece] * int(raw)):
+                stream.feed(each)
+            stream.end()
+
+        return measured(play)[0]
+
+    check(list(PIECES), PIECES, once_for, 20 * STALL)
 
 
 def test_a_namespaces_name_is_not_multiplied() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,6 +25,9 @@ from xgen_proxy.request.call import Call, Origin, parse_call
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.limits import Limits
 from xgen_proxy.translation.chat import Failure, Piece, Text, read_answer
+from xgen_proxy.translation.messages.api import MessagesApi
+from xgen_proxy.translation.responses.api import ResponsesApi
+from xgen_proxy.translation.translation import Api
 from xgen_proxy.translation.writer import TranslatingWriter
 
 HELLO = events(delta(role="assistant", content=""), delta(content="Hel"), delta(content="lo"))
@@ -60,8 +66,6 @@ class Shout:
 class ShoutingApi:
     """The API."""
 
-    name = "shout"
-
     def translate(self, body: Json) -> Shout:
         return Shout()
 
@@ -77,16 +81,17 @@ def sent() -> list[Message]:
     return []
 
 
-def writer_for(sent: list[Message], **fields: Any) -> TranslatingWriter:
-    async def send(message: Message) -> None:
-        sent.append(message)
+async def collect(sent: list[Message], message: Message) -> None:
+    sent.append(message)
 
+
+def writer_for(sent: list[Message], **fields: Any) -> TranslatingWriter:
     body: dict[str, Any] = {"model": "m", "messages": HI, **fields}
     call = parse_call(
         Origin("req-1", {}), "chat", orjson.dumps(body), body, limits=Limits(), continuation=True,
         default_model=lambda: "m",
     )  # fmt: skip
-    return TranslatingWriter(send, None, ShoutingApi(), Shout(), call)
+    return TranslatingWriter(partial(collect, sent), None, ShoutingApi(), Shout(), call)
 
 
 @pytest.fixture
@@ -124,6 +129,62 @@ async def test_an_answer_that_is_none_fails_before_anything_is_sent(
     with pytest.raises(BadGatewayError):
         await writer.whole([], b"{}")
     assert not sent
+
+
+TOKEN = {"token": "hi", "logprob": -0.5, "bytes": [104, 105]}
+COMPLETE: Json = {
+    "choices": [{
+        "index": 0,
+        "message": {
+            "role": "assistant", "content": "hi", "refusal": "no", "reasoning": "hm", "reasoning_content": "hm",
+            "tool_calls": [
+                {"index": 0, "id": "a", "function": {"name": name, "arguments": arguments}}
+                for name, arguments in (("f", "{}"), ("patch", '{"input": ""}'), ("f", {"x": 1}))
+            ],
+        },
+        "finish_reason": "stop", "stop_reason": "END", "logprobs": {"content": [{**TOKEN, "top_logprobs": [TOKEN]}]},
+    }],
+    "usage": {
+        "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 1},
+    },
+}  # fmt: skip
+DEEP = orjson.loads("[" * 300 + "]" * 300)
+VALUES: list[Any] = [None, True, 5, -0.5, "x", "\0", [], ["x"], [None], [[]], {}, {"x": 1}, DEEP, "[" * 2000]
+
+
+def mutated(answer: Any) -> Iterator[Any]:
+    """The answer with each of its fields in turn replaced by each value, and left out."""
+    for key in range(len(answer)) if isinstance(answer, list) else answer:
+        others = {k: v for k, v in answer.items() if k != key} if isinstance(answer, dict) else {}
+        changed = [*VALUES, *(mutated(answer[key]) if isinstance(answer[key], dict | list) else ())]
+        if isinstance(answer, dict):
+            yield others
+            yield from ({**answer, key: value} for value in changed)
+        else:
+            yield from ([*answer[:key], value, *answer[key + 1 :]] for value in changed)
+
+
+@pytest.mark.parametrize(
+    ("api", "body"),
+    [
+        (MessagesApi(lambda: True), {"max_tokens": 5, "messages": HI}),
+        (ResponsesApi(), {"input": "Hi", "tools": [{"type": "custom", "name": "patch"}]}),
+    ],
+)
+async def test_a_malformed_answer_is_always_the_backends_fault(api: Api, body: Json) -> None:
+    sent: list[Message] = []
+    call = writer_for(sent)._call
+    refused = 0
+    for answer in mutated(COMPLETE):
+        writer = TranslatingWriter(partial(collect, sent), None, api, api.translate(body), call)
+        try:
+            await writer.whole([], json.dumps(answer).encode())
+        except BadGatewayError:
+            refused += 1
+    passed = [message["status"] for message in sent if message["type"] == "http.response.start"]
+    assert set(passed) == {200}
+    assert refused > 100
 
 
 async def test_an_error_before_the_stream_has_the_apis_own_shape(

@@ -27,7 +27,7 @@ TEXT = re.compile(rb'"(?:content|text)": ?"[^"]|' + CALL.pattern)
 
 
 class Hold:
-    """`feed()` it all events of a stream of one choice, in order; it returns those that may be sent.
+    """Pass all events of a stream of one choice to `feed()`, in order; it returns those that may be sent.
 
     `holding`: some are held back.
     """

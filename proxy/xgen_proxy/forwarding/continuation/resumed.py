@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import Post
@@ -11,26 +12,22 @@ from xgen_proxy.errors import DifferentAnswerError
 from xgen_proxy.forwarding.continuation.sent import REASONING, SentPrefix, outputs
 from xgen_proxy.request.features import Features, Json
 
+Way = Literal["continue", "relabel", "repeat", "usage"]
+
 
 class ResumedStream:
     """A stream editor: the id and shape of the broken stream, no second role, and nothing that was already sent.
 
-    `spent`: tokens sent before. `usage_only`: the answer is complete, and the usage of its prompt alone is wanted.
-    `repeats`: the answer is given anew from its beginning. What was sent of its text must
-    come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together.
-    `relabels`: the engine goes on with the text and calls it reasoning.
+    `spent`: tokens sent before. `way`: what the engine does.
+    - continue: it goes on after what was sent.
+    - relabel: it goes on with the text and calls it reasoning.
+    - repeat: it gives the answer anew from its beginning. What was sent of its text must come again and is not sent
+      again; reasoning is dropped if the client has some, since it would not fit together.
+    - usage: it only counts the prompt, since the answer is complete.
     """
 
-    def __init__(
-        self,
-        prefix: SentPrefix,
-        spent: int,
-        features: Features,
-        *,
-        usage_only: bool = False,
-        repeats: bool = False,
-        relabels: bool = False,
-    ) -> None:
+    def __init__(self, prefix: SentPrefix, spent: int, features: Features, way: Way = "continue") -> None:
+        repeats = way == "repeat"
         self._head = prefix.head
         self._prefix = prefix
         self._role_sent = bool(prefix.head)
@@ -39,11 +36,10 @@ class ResumedStream:
         self._blank = "" if repeats else prefix.blank
         self._to_come = prefix.text if repeats else ""  # of what the client has already
         self._drops_reasoning = repeats and bool(prefix.reasoning)
-        self._repeats = repeats
-        self._relabels = relabels
+        self._way = way
         self._spent = 0 if repeats else spent
-        self._in_prompt = 0 if usage_only else self._spent
-        self.usage_only = usage_only
+        self.usage_only = way == "usage"
+        self._in_prompt = 0 if self.usage_only else self._spent
         self.began = False  # its first output was as expected
         self._inner: StreamEditor | None = None
         self._usage: Json | None = None
@@ -59,13 +55,14 @@ class ResumedStream:
         An engine that was not told that it is reasoning, or that does not tell reasoning from text, is found out here,
         before anything is sent. Raises DifferentAnswerError.
         """
-        if self.usage_only or self._relabels or not self._chat:
+        if self._way in ("usage", "relabel") or not self._chat:
             return
-        expected = self._drops_reasoning or (self._prefix.in_reasoning and not self._repeats)
+        any_kind = self._way == "repeat" and not self._drops_reasoning
+        expected = self._drops_reasoning or self._prefix.in_reasoning
         for chunk in sse.parse_chunks(block):
             for choice in chunk["choices"]:
                 for kind, _ in outputs(choice):
-                    if expected != (kind == "reasoning") and not (self._repeats and not self._drops_reasoning):
+                    if expected != (kind == "reasoning") and not any_kind:
                         raise DifferentAnswerError(f"goes on with {kind}, not as the answer so far")
                     return
 
@@ -98,12 +95,12 @@ class ResumedStream:
         """What the client is to get of a delta."""
         reasoning = next((delta[name] for name in REASONING if delta.get(name)), "")
         text = delta.get("content") or ""
-        if self._relabels:
+        if self._way == "relabel":
             reasoning, text = "", reasoning + text
         content = self._unsent(text)
         kept: Json = {}
         if reasoning and not self._drops_reasoning:
-            if self._prefix.text and not self._repeats:
+            if self._prefix.text and self._way != "repeat":
                 raise DifferentAnswerError("reasoning after the text")
             kept["reasoning"] = self._without_sent_spaces(reasoning)
         if content:

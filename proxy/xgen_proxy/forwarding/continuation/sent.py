@@ -59,7 +59,7 @@ class SentPrefix:
 
 
 def parse_sent_prefix(data: bytes) -> SentPrefix:
-    """Raises UpstreamProtocolError if something was sent that cannot be gone on from."""
+    """Raises UpstreamProtocolError if the answer so far cannot be continued."""
     head: Json = {}
     found: dict[str, list[str]] = {"text": [], "reasoning": [], "calls": []}
     pieces = 0
@@ -69,11 +69,12 @@ def parse_sent_prefix(data: bytes) -> SentPrefix:
         head = head or {name: chunk[name] for name in HEAD if name in chunk}
         usage = usage or bool(chunk.get("usage"))
         for choice in chunk["choices"]:
-            for kind, said in outputs(choice):
+            output = list(outputs(choice))
+            for kind, said in output:
                 if kind == "reasoning" and found["text"]:
                     raise UpstreamProtocolError("the answer so far has reasoning after its text")
                 found[kind].append(said)
-            pieces += any(said for _, said in outputs(choice))
+            pieces += any(said for _, said in output)
             finish = choice.get("finish_reason") or finish
     if found["calls"] and finish is None:
         raise UpstreamProtocolError("the answer so far has a part of a tool call")
@@ -97,7 +98,9 @@ def outputs(choice: Json) -> Iterator[tuple[str, str]]:
     if delta.get("content"):
         yield "text", delta["content"]
     functions = [call["function"] for call in delta.get("tool_calls") or ()]
-    for function in functions or [delta[name] for name in ("function_call",) if name in delta]:
+    if not functions and "function_call" in delta:  # what came before tool_calls
+        functions = [delta["function_call"]]
+    for function in functions:
         yield "calls", (function.get("name") or "") + (function.get("arguments") or "")
 
 

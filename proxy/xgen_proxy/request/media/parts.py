@@ -44,7 +44,7 @@ BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class Media:
-    """The media of one chat. `add()` it each part that is no text; it raises BadRequestError."""
+    """The media of one chat. Pass each part that is not text to `add()`, which raises BadRequestError."""
 
     def __init__(self, limits: Limits) -> None:
         self.needs: set[Need] = set()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import orjson
 
-from xgen_proxy.errors import BadGatewayError, ProxyError
+from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import read_answer
@@ -18,23 +18,15 @@ from xgen_proxy.translation.messages.stream import MessageStream
 
 
 class MessagesApi:
-    """`strip_attribution` reads the setting, which may change while the proxy runs."""
+    """`strip_attribution` reads the setting, which may change while the proxy runs. `counts`: of count_tokens."""
 
-    name = "messages"
-
-    def __init__(self, strip_attribution: Callable[[], bool]) -> None:
+    def __init__(self, strip_attribution: Callable[[], bool], *, counts: bool = False) -> None:
         self._strip_attribution = strip_attribution
+        self._counts = counts
 
     def translate(self, body: Json) -> MessagesTranslation:
-        return self._translate(body, counts=False)
-
-    def translate_count(self, body: Json) -> MessagesTranslation:
-        """The request of count_tokens. Raises BadRequestError."""
-        return self._translate(body, counts=True)
-
-    def _translate(self, body: Json, *, counts: bool) -> MessagesTranslation:
         dropped: Dropped = {}
-        chat = to_chat(body, dropped, strip_attribution=self._strip_attribution(), counts=counts)
+        chat = to_chat(body, dropped, strip_attribution=self._strip_attribution(), counts=self._counts)
         return MessagesTranslation(chat, dropped)
 
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
@@ -52,14 +44,7 @@ class MessagesTranslation:
         self.dropped = tuple(dropped)
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        try:
-            return orjson.dumps(message_of(read_answer(data), f"msg_{call.id}", self._model(call)))
-        except orjson.JSONEncodeError:
-            raise BadGatewayError("the arguments of a tool call are nested too deeply", code="bad_answer") from None
+        return orjson.dumps(message_of(read_answer(data), call.id, call.asked))
 
     def stream(self, call: Call) -> MessageStream:
-        return MessageStream(f"msg_{call.id}", self._model(call), call.features.prompt_tokens, call.id)
-
-    def _model(self, call: Call) -> str:
-        model: str = self.body.get("model") or call.model
-        return model
+        return MessageStream(call.id, call.asked, call.features.prompt_tokens)

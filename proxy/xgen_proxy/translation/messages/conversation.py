@@ -14,6 +14,7 @@ import orjson
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.chat import REMINDER
 from xgen_proxy.translation.messages.attribution import without_attribution
 from xgen_proxy.translation.messages.blocks import (
     Dropped,
@@ -26,9 +27,6 @@ from xgen_proxy.translation.messages.blocks import (
     user_parts,
 )
 
-# In the middle of a conversation a system message is written into the user's turn. Templates such as Qwen's refuse it
-# there, and in the leading message it would change the beginning of the prompt, and so empty the prefix cache.
-REMINDER = "<system-reminder>\n{}\n</system-reminder>"
 ALREADY_ERRORS = ("error", "<tool_use_error>")  # Claude Code marks them itself
 IMAGE = "[image]"  # in a tool's result; the image follows in the user's turn
 BLANK = " \t\r\n"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.features import Json
+from xgen_proxy.translation.field_names import renamed
 
 OVERLOADED = 529
 TYPES = {
@@ -22,7 +23,7 @@ TYPES = {
 }
 STREAM_TYPES = {"service_unavailable_error": "overloaded_error"}  # OpenAI's and our names
 KNOWN = frozenset({"invalid_request_error", "api_error", *TYPES.values()})
-# Names of a chat's fields, which a later check may find wrong
+# A chat's fields that a later check may find wrong, and this API's.
 FIELDS = {"stop": "stop_sequences", "response_format": "output_config.format"}
 # Claude Code compacts its history where it reads the first words of this message, and by how much by its numbers.
 TOO_LONG = "prompt is too long"
@@ -47,7 +48,7 @@ def error_event(fields: Json, request_id: str) -> bytes:
     given = str(fields.get("type"))
     kind = STREAM_TYPES.get(given, given)
     data = _envelope(kind if kind in KNOWN else "api_error", _message(fields), request_id)
-    return b"event: error\ndata: " + data + b"\n\n"
+    return sse.named_event("error", data)
 
 
 def _envelope(kind: str, message: str, request_id: str) -> bytes:
@@ -55,12 +56,10 @@ def _envelope(kind: str, message: str, request_id: str) -> bytes:
 
 
 def _message(fields: Json) -> str:
+    fields = renamed(fields, FIELDS)
     message = str(fields.get("message") or "no reason given")
     if fields.get("code") == "context_length_exceeded":
         return _too_long(message)
-    name: Any = fields.get("param")
-    if name in FIELDS and message.startswith(name):
-        return FIELDS[name] + message[len(name) :]
     return message
 
 

@@ -19,7 +19,7 @@ TRANSLATED = frozenset({
     *COPIED, "messages", "system", "max_tokens", "stop_sequences", "stream", "tools", "tool_choice", "thinking",
     "output_config", "output_format", "metadata",
 })  # fmt: skip
-# What an engine does anyway, or what only Anthropic's accounts have. Every other field is told in X-Dropped.
+# What an engine does anyway, or what only Anthropic's accounts have. Every other field is named in X-Dropped.
 SILENT = frozenset({
     "cache_control", "betas", "service_tier", "inference_geo", "speed", "diagnostics", "user_profile_id",
     "workspace_id", "anthropic_version",
@@ -50,7 +50,7 @@ def to_chat(body: Json, dropped: Dropped, *, strip_attribution: bool, counts: bo
     if not counts:
         chat |= _limits(body)
     if session := _session(body):
-        chat.setdefault("session_id", session)
+        chat["prompt_cache_key"] = session  # not session_id, which would win over the header of that name
     for field in body:
         if field not in TRANSLATED and field not in SILENT:
             dropped[field] = None

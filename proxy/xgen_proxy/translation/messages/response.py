@@ -9,16 +9,16 @@ SIGNATURE = "xgen-proxy"  # clients send it back unread; only Anthropic's own mo
 REASONS = {"length": "max_tokens", "content_filter": "refusal"}
 
 
-def message_of(answer: Answer, id: str, model: str) -> Json:
+def message_of(answer: Answer, request_id: str, model: str) -> Json:
     content: list[Json] = []
     if answer.reasoning:
         content.append({"type": "thinking", "thinking": answer.reasoning, "signature": SIGNATURE})
     if answer.text or not (answer.reasoning or answer.tool_calls):
         content.append({"type": "text", "text": answer.text})
-    content += [_tool_use(call, f"toolu_{id}_{number}") for number, call in enumerate(answer.tool_calls)]
+    content += [_tool_use(call, f"toolu_{request_id}_{number}") for number, call in enumerate(answer.tool_calls)]
     reason, stop = stop_reason(answer.finish, called=bool(answer.tool_calls))
     return {
-        "id": id,
+        "id": f"msg_{request_id}",
         "type": "message",
         "role": "assistant",
         "model": model,

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, Usage
 from xgen_proxy.translation.messages.errors import error_event
 from xgen_proxy.translation.messages.response import SIGNATURE, stop_reason, usage_of
 from xgen_proxy.translation.piece_order import Content, Key, PieceOrder, key_of
 
-PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-
 
 def event(name: str, **fields: object) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps({"type": name, **fields}))
+    return sse.named_event(name, orjson.dumps({"type": name, **fields}))
 
 
 class MessageStream:
     """`prompt_tokens`: an estimate, since clients read the input's size in the first event. The last one has the exact
     figures."""
 
-    def __init__(self, id: str, model: str, prompt_tokens: int, request_id: str) -> None:
-        self._id = id
-        self._model = model
+    def __init__(self, request_id: str, model: str, prompt_tokens: int) -> None:
         self._request_id = request_id
+        self._model = model
         self._estimate = prompt_tokens
         self._started = False
         self._blocks = 0
@@ -39,7 +37,7 @@ class MessageStream:
         self._usage: Usage | None = None
 
     def ping(self) -> bytes:
-        return self._start() + PING
+        return self._start() + event("ping")
 
     def feed(self, piece: Piece) -> bytes:
         if isinstance(piece, Failure):
@@ -68,7 +66,7 @@ class MessageStream:
             return b""
         self._started = True
         message: Json = {
-            "id": self._id,
+            "id": f"msg_{self._request_id}",
             "type": "message",
             "role": "assistant",
             "model": self._model,

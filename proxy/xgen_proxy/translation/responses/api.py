@@ -15,8 +15,6 @@ from xgen_proxy.translation.responses.stream import ResponseStream
 class ResponsesApi:
     """Implements Api."""
 
-    name = "responses"
-
     def translate(self, body: Json) -> ResponsesTranslation:
         return ResponsesTranslation(body)
 
@@ -39,11 +37,7 @@ class ResponsesTranslation:
         self._tools = request.tools
 
     def whole(self, data: bytes, call: Call) -> bytes:
-        return whole_response(self._head(call), self._tools, read_answer(data))
+        return whole_response(ResponseHead(self._repeated, call.asked), self._tools, read_answer(data))
 
     def stream(self, call: Call) -> ResponseStream:
-        return ResponseStream(self._head(call), self._tools)
-
-    def _head(self, call: Call) -> ResponseHead:
-        """With the model's name as the client wrote it, which may be an alias."""
-        return ResponseHead(self._repeated, self._repeated.get("model") or call.model)
+        return ResponseStream(ResponseHead(self._repeated, call.asked), self._tools)

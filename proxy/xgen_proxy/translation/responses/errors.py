@@ -8,16 +8,16 @@ import orjson
 
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.features import Json
+from xgen_proxy.translation.field_names import renamed
 
-# Fields of the chat whose errors the client must find in its own request.
-OWN_FIELDS = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
+# A chat's fields that a later check may find wrong, and this API's.
+FIELDS = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 RETRY_S = 5  # as in the Retry-After of a full queue
 TELLS_DELAY = re.compile(r"try again in\s*\d", re.IGNORECASE)  # what Codex looks for
 
 
 def error_body(error: ProxyError) -> bytes:
-    fields = error.fields()
-    return orjson.dumps({"error": {**fields, "param": OWN_FIELDS.get(str(error.param), error.param)}})
+    return orjson.dumps({"error": renamed(error.fields(), FIELDS)})
 
 
 def failure(error: Json) -> Json:
@@ -27,6 +27,7 @@ def failure(error: Json) -> Json:
     rate_limit_exceeded says, gives up at invalid_prompt, and sends the request again at server_error. It would give up
     at server_is_overloaded too, although another replica may serve the next attempt.
     """
+    error = renamed(error, FIELDS)
     message, code, kind = str(error.get("message") or "the stream broke"), error.get("code"), error.get("type")
     if code == "context_length_exceeded":
         return {"code": code, "message": message}

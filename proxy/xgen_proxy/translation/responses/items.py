@@ -1,7 +1,7 @@
 """The input of a request as the messages of a chat.
 
-Instructions, system and developer messages become one system message at the front: templates such as Qwen's refuse a
-second one. What the assistant thought, said and called in one turn becomes one message.
+Instructions, and the system and developer messages before the conversation, become one system message: templates such
+as Qwen's refuse a second one. What the assistant thought, said and called in one turn becomes one message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import orjson
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
-from xgen_proxy.translation.chat import INVALID, is_object
+from xgen_proxy.translation.chat import INVALID, REMINDER, is_object
 from xgen_proxy.translation.media_part import MediaPart
 from xgen_proxy.translation.responses.tools import encode_input, tool_name, unknown
 
@@ -57,7 +57,8 @@ class Conversation:
     """Takes the items in order; finish() gives the messages.
 
     A turn of the assistant is collected until an item of another kind ends it. So are the images that tools returned,
-    because a tool's message has only text: a user's message has them, after the last result.
+    because a tool's message has only text, and the system's reminders: a user's message has them, after the last
+    result.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class Conversation:
         self._thoughts: list[str] = []
         self._said: list[str] = []
         self._calls: list[Json] = []
-        self._media: list[Json] = []
+        self._after: list[Json] = []  # the parts of that message
         self._values = 0  # at most, in the arguments of all calls
 
     def add(self, item: Any, where: str) -> None:
@@ -115,6 +116,9 @@ class Conversation:
             if role == "assistant":
                 self._end_results()
                 self._said.append(text)
+            elif self.messages or self._said or self._calls:
+                self._end_turn()
+                self._after.append(_text(REMINDER.format(text)))
             else:
                 self.system.append(text)
 
@@ -136,7 +140,7 @@ class Conversation:
         self._call(item, where, tool_name(item, where), arguments)
 
     def _is_object(self, arguments: str) -> bool:
-        """Taken for granted once looking would cost too much."""
+        """Returns True unchecked once the arguments of all calls are too large to parse."""
         short = len(arguments) < SHORT
         self._values += len(arguments) // 2 if short else sum(map(arguments.count, "[{,"))
         return self._values > MOST_VALUES or len(arguments) > LONG or is_object(arguments)
@@ -163,7 +167,7 @@ class Conversation:
         media = [part for part in parts if part["type"] != "text"]
         if media and not texts:
             texts = ["The result follows."]
-        self._media += media
+        self._after += media
         self.messages.append({"role": "tool", "tool_call_id": _call_id(item, where), "content": "\n".join(texts)})
 
     def _shell_output(self, item: Json, where: str) -> None:
@@ -183,9 +187,9 @@ class Conversation:
         self._thoughts, self._said, self._calls = [], [], []
 
     def _end_results(self) -> None:
-        if self._media:
-            self.messages.append({"role": "user", "content": self._media})
-            self._media = []
+        if self._after:
+            self.messages.append({"role": "user", "content": _shortest(self._after)})
+            self._after = []
 
     # Functions of the class: bound methods would refer to their owner, a circle for the garbage collector.
     READERS: ClassVar[dict[str, Callable[[Conversation, Json, str], None]]] = {

@@ -38,8 +38,8 @@ NOT_HEEDED: dict[str, tuple[Any, ...]] = {
 }
 # A chat's own fields, which the translation writes or which ask for more than one answer.
 CHATS = frozenset({
-    "messages", "response_format", "functions", "function_call", "n", "best_of", "logprobs", "max_tokens",
-    "max_completion_tokens", "reasoning_effort", "modalities", "audio",
+    "messages", "response_format", "functions", "function_call", "n", "n_cmpl", "best_of", "logprobs", "max_tokens",
+    "max_completion_tokens", "n_predict", "reasoning_effort", "modalities", "audio",
 })  # fmt: skip
 
 STATE = {

@@ -11,7 +11,7 @@ import orjson
 
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Answer, Finish, Usage
-from xgen_proxy.translation.responses.tools import Tools, call_item
+from xgen_proxy.translation.responses.tools import Tools, call_item, decode_input
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 WHY_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -33,19 +33,16 @@ REPEATED: dict[str, Any] = {
     "user": None,
 }
 
-
-LONG = 64 * 1024  # characters of the instructions, or bytes of the tools
+LONG = 64 * 1024  # bytes of JSON
 
 
 def repeated(request: Json) -> Json:
-    """What a response repeats of its request. Long instructions and tools are left out: each event with the response
-    would have them."""
-    kept = {name: request[name] for name in ("model", "reasoning", "text", *REPEATED) if request.get(name) is not None}
-    if len(kept.get("instructions") or "") > LONG:
-        del kept["instructions"]
-    if kept.get("tools") and len(orjson.dumps(kept["tools"])) > LONG:
-        del kept["tools"]
-    return kept
+    """What a response repeats of its request. Each event with the response has it, so long fields are left out."""
+    return {
+        name: value
+        for name in ("reasoning", "text", *REPEATED)
+        if (value := request.get(name)) is not None and len(orjson.dumps(value)) <= LONG
+    }
 
 
 class ResponseHead:
@@ -162,8 +159,10 @@ def whole_response(head: ResponseHead, tools: Tools, answer: Answer) -> bytes:
         output.append(message_item(head.item_id("msg", len(output)), "completed", [text]))
     for call in answer.tool_calls:
         tool = tools.find(call.name)
-        item_id = head.item_id("ctc" if tool.kind == "custom" else "fc", len(output))
-        output.append(call_item(tool, item_id, call.id or f"call_{item_id}", call.arguments or "{}"))
+        is_custom = tool.kind == "custom"
+        item_id = head.item_id("ctc" if is_custom else "fc", len(output))
+        content = decode_input(call.arguments) if is_custom else call.arguments or "{}"
+        output.append(call_item(tool, item_id, call.id or f"call_{item_id}", content))
     if reason:
         output[-1]["status"] = "incomplete"
     status: Status = "incomplete" if reason else "completed"

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import orjson
 
+from xgen_proxy import sse
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
 from xgen_proxy.translation.piece_order import Content, PieceOrder
@@ -43,7 +44,7 @@ class ResponseStream:
         self._open: OpenItem | None = None
         self._order = PieceOrder()
         self._call = -1  # the number of the last call
-        self._blank = Text("")  # white space that may be the beginning of a text
+        self._text: list[Text] = []  # white space that may be the beginning of a text
         self._finish = Finish("stop")
         self._usage: Usage | None = None
 
@@ -67,7 +68,7 @@ class ResponseStream:
     def end(self) -> bytes:
         events = self._begin() + b"".join(map(self._content, self._order.rest()))
         if not self._output and self._open is None:
-            events += self._add(TextItem, self._blank.text, self._blank.logprobs)
+            events += self._send_text()
         reason = why_incomplete(self._finish)
         status: Status = "incomplete" if reason else "completed"
         events += self._close(status)
@@ -88,59 +89,63 @@ class ResponseStream:
 
     def _add_text(self, piece: Text) -> bytes:
         """Models often write line breaks between their thoughts and a call, which are no message."""
-        text = Text(self._blank.text + piece.text, self._blank.logprobs + piece.logprobs)
-        is_blank = text.text.isspace() and not isinstance(self._open, TextItem)
-        self._blank = text if is_blank else Text("")
-        return b"" if is_blank else self._add(TextItem, text.text, text.logprobs)
+        self._text.append(piece)
+        return b"" if piece.text.isspace() and not isinstance(self._open, TextItem) else self._send_text()
+
+    def _send_text(self) -> bytes:
+        text = "".join(piece.text for piece in self._text)
+        logprobs = tuple(logprob for piece in self._text for logprob in piece.logprobs)
+        self._text = []
+        return self._add(TextItem, text, logprobs)
 
     def _add(self, kind: type[WordsItem], words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
-        events = b""
-        if not isinstance(self._open, kind):
-            events = self._close("completed") + self._start(kind(self._item_id(kind.prefix)))
-        return events + self._extend(words, logprobs)
+        events, item = b"", self._open
+        if not isinstance(item, kind):
+            events = self._close("completed")
+            item = kind(self._item_id(kind.prefix))
+            events += self._start(item)
+        return events + self._written(item, item.add(words, logprobs))
 
     def _add_call(self, piece: ToolCallPiece) -> bytes:
-        if piece.index == self._call and isinstance(self._open, FunctionCallItem):
-            return self._extend(piece.arguments)
+        item = self._open
+        if piece.index == self._call and isinstance(item, FunctionCallItem):
+            return self._written(item, item.add(piece.arguments))
         self._call = piece.index
-        self._blank = Text("")
+        self._text = []
         events = self._close("completed")
         tool = self._tools.find(piece.name)
         kind = CustomCallItem if tool.kind == "custom" else FunctionCallItem
         item_id = self._item_id(kind.prefix)
-        return events + self._start(kind(item_id, piece.id or f"call_{item_id}", tool)) + self._extend(piece.arguments)
+        item = kind(item_id, piece.id or f"call_{item_id}", tool)
+        return events + self._start(item) + self._written(item, item.add(piece.arguments))
 
     def _item_id(self, prefix: str) -> str:
         return self._head.item_id(prefix, len(self._output))
 
-    def _extend(self, words: str, logprobs: tuple[Json, ...] = ()) -> bytes:
-        return self._written(self._open.add(words, logprobs)) if self._open else b""
-
     def _start(self, item: OpenItem) -> bytes:
         added = self._event("output_item.added", {"output_index": len(self._output), "item": item.item("in_progress")})
         self._open = item
-        return added + self._written(item.open())
+        return added + self._written(item, item.open())
 
     def _close(self, status: str) -> bytes:
         if self._open is None:
             return b""
-        events = self._written(self._open.close())
-        item = self._open.item(status)
-        events += self._event("output_item.done", {"output_index": len(self._output), "item": item})
-        self._output.append(item)
+        events = self._written(self._open, self._open.close())
+        done = self._open.item(status)
+        events += self._event("output_item.done", {"output_index": len(self._output), "item": done})
+        self._output.append(done)
         self._open = None
         return events
 
-    def _written(self, events: Iterator[Event]) -> bytes:
-        """Events of the open item."""
-        place = {"item_id": self._open.item_id if self._open else "", "output_index": len(self._output)}
+    def _written(self, item: OpenItem, events: Iterator[Event]) -> bytes:
+        place = {"item_id": item.item_id, "output_index": len(self._output)}
         return b"".join(self._event(kind, {**place, **fields}) for kind, fields in events)
 
     def _event(self, kind: str, fields: Json) -> bytes:
         name = f"response.{kind}"
         data = orjson.dumps({"type": name, "sequence_number": self._events, **fields})
         self._events += 1
-        return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+        return sse.named_event(name, data)
 
 
 class OpenItem(ABC):
@@ -239,20 +244,20 @@ class FunctionCallItem(OpenItem):
         super().__init__(item_id)
         self.call_id = call_id
         self.tool = tool
-        self.arguments: list[str] = []
+        self.sent: list[str] = []
 
     def item(self, status: str) -> Json:
-        return call_item(self.tool, self.item_id, self.call_id, "".join(self.arguments), status)
+        return call_item(self.tool, self.item_id, self.call_id, "".join(self.sent), status)
 
     def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
-        self.arguments.append(words)
+        self.sent.append(words)
         if words:
             yield "function_call_arguments.delta", {"delta": words}
 
     def close(self) -> Iterator[Event]:
-        if not any(self.arguments):
+        if not any(self.sent):
             yield from self.add("{}")  # clients parse it
-        yield "function_call_arguments.done", {"arguments": "".join(self.arguments)}
+        yield "function_call_arguments.done", {"arguments": "".join(self.sent)}
 
 
 class CustomCallItem(FunctionCallItem):
@@ -262,15 +267,20 @@ class CustomCallItem(FunctionCallItem):
 
     def __init__(self, item_id: str, call_id: str, tool: Tool) -> None:
         super().__init__(item_id, call_id, tool)
+        self.arguments: list[str] = []
         self.decoder = InputDecoder()
 
     def add(self, words: str, logprobs: tuple[Json, ...] = ()) -> Iterator[Event]:
         self.arguments.append(words)
         if text := self.decoder.feed(words):
+            self.sent.append(text)
             yield "custom_tool_call_input.delta", {"delta": text}
 
     def close(self) -> Iterator[Event]:
-        text = decode_input("".join(self.arguments))
-        if rest := text[self.decoder.size :]:
+        """If the arguments turn out to be malformed after a part of the text was sent, the rest follows as it is."""
+        arguments, sent = "".join(self.arguments), "".join(self.sent)
+        text = decode_input(arguments)
+        if rest := text[len(sent) :] if text.startswith(sent) else arguments[self.decoder.read :]:
+            self.sent.append(rest)
             yield "custom_tool_call_input.delta", {"delta": rest}
-        yield "custom_tool_call_input.done", {"input": text}
+        yield "custom_tool_call_input.done", {"input": sent + rest}

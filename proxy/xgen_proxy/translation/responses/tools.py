@@ -32,11 +32,14 @@ OFFERED = ("function", "custom")
 HOW_TO_CALL = f"Call this tool as a function: its text is the value of `{INPUT}`."
 INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 LONGEST_BEGIN = 100  # characters
-# Characters and escapes that are complete: a high surrogate only together with its low one.
-COMPLETE_TEXT = re.compile(
-    r'(?:[^"\\]|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
-)
-NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+HIGH = r"\\u[dD][89abAB][0-9a-fA-F]{2}"
+LOW = r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+# What the next piece may complete: an escape, or a high surrogate whose low one follows.
+UNFINISHED = rf"(?:{HIGH})?(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?\Z"
+COMPLETE_TEXT = re.compile(rf'(?:[^"\\]++|(?!{UNFINISHED})(?:{HIGH}{LOW}|\\.))*+', re.DOTALL)
+ESCAPED_BACKSLASH = r"\\"
+# One that begins no escape of JSON, as in the \d of a pattern. Escaped backslashes are taken out before.
+LONE_BACKSLASH = re.compile(r'\\(?!["/bfnrt]|u[0-9a-fA-F]{4})')
 Names = tuple[str | None, str | None, str | None]  # of a tool: its kind, namespace and name
 
 
@@ -64,7 +67,7 @@ class Tools:
     dropped: tuple[str, ...]
 
     def find(self, chat_name: str) -> Tool:
-        """A name that the model made up is a function's: the client says what is wrong with it."""
+        """Unknown names become function calls, so that the client reports the mistake to the model."""
         return self.by_name.get(chat_name) or Tool("function", chat_name)
 
 
@@ -78,7 +81,7 @@ def read_tools(body: Json) -> Tools:
             name = _name(tool, where)
             offered[Tool(kind, name, namespace)] = _function(tool, where)
         else:
-            dropped[safe(kind)] = None
+            dropped[kind] = None
     return _choose(body.get("tool_choice"), offered, tuple(dropped))
 
 
@@ -129,7 +132,9 @@ def _grammar(tool: Json, where: str) -> str:
     """The grammar as a part of the description: an engine cannot enforce one within a JSON text."""
     form = get_field(tool, "format", dict, f"{where}.format") or {}
     definition = get_field(form, "definition", str, f"{where}.format.definition")
-    return f"`{INPUT}` follows this grammar ({safe(form.get('syntax'))}):\n{definition}" if definition else ""
+    syntax = get_field(form, "syntax", str, f"{where}.format.syntax")
+    named = f" ({syntax})" if syntax else ""
+    return f"`{INPUT}` follows this grammar{named}:\n{definition}" if definition else ""
 
 
 def _choose(choice: Any, offered: Mapping[Tool, Json], dropped: tuple[str, ...]) -> Tools:
@@ -188,21 +193,20 @@ def _find_chosen(choice: Json, by_names: Mapping[Names, Tool]) -> Tool | None:
         return None
 
 
-def safe(name: Any) -> str:
-    """A name of the client's that may stand in a header."""
-    return name if isinstance(name, str) and NAME.fullmatch(name) else "unknown"
-
-
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
-def call_item(tool: Tool, item_id: str, call_id: str, arguments: str, status: str = "completed") -> Json:
-    """A call as an output item. `arguments` is the chat's JSON."""
-    item: Json = {"id": item_id, "type": f"{tool.kind}_call", "status": status, "call_id": call_id, "name": tool.name}
-    if tool.kind == "custom":
-        item |= {"type": "custom_tool_call", "input": decode_input(arguments)}
-    else:
-        item["arguments"] = arguments
+def call_item(tool: Tool, item_id: str, call_id: str, content: str, status: str = "completed") -> Json:
+    """A call as an output item. `content`: the text of a custom tool, or the JSON of a function."""
+    is_custom = tool.kind == "custom"
+    item: Json = {
+        "id": item_id,
+        "type": "custom_tool_call" if is_custom else "function_call",
+        "status": status,
+        "call_id": call_id,
+        "name": tool.name,
+        "input" if is_custom else "arguments": content,
+    }
     return {**item, "namespace": tool.namespace} if tool.namespace else item
 
 
@@ -211,18 +215,24 @@ def encode_input(text: str) -> str:
 
 
 def decode_input(arguments: str) -> str:
-    """The text that a custom tool was called with, as far as it came; other arguments are passed on as they are."""
+    """The text that a custom tool was called with. If the arguments were cut, the text as far as it came; any others
+    are returned as they are, so that the tool fails visibly."""
     try:
         called = _lenient(arguments)
     except (ValueError, RecursionError):
-        return InputDecoder().feed(arguments) or arguments
-    text = called.get(INPUT) if isinstance(called, dict) else None
-    return _without_halves(text) if isinstance(text, str) else arguments
+        decoder = InputDecoder()
+        text = decoder.feed(arguments)
+        rest = arguments[decoder.read :].rstrip()
+        was_cut = decoder.read and (rest == '"' or not rest.startswith('"'))
+        return text if was_cut else arguments
+    found = called.get(INPUT) if isinstance(called, dict) else None
+    return _without_halves(found) if isinstance(found, str) else arguments
 
 
 def _lenient(text: str) -> Any:
-    """JSON in which a model may have left line breaks unescaped."""
-    return json.loads(text, strict=False)
+    """JSON in which a model may have left line breaks and backslashes unescaped."""
+    parts = [LONE_BACKSLASH.sub(r"\\\\", part) for part in text.split(ESCAPED_BACKSLASH)]
+    return json.loads(ESCAPED_BACKSLASH.join(parts), strict=False)
 
 
 def _without_halves(text: str) -> str:
@@ -233,33 +243,33 @@ def _without_halves(text: str) -> str:
 class InputDecoder:
     """The text of a custom tool's call while its arguments, `{"input": "…"}`, still arrive.
 
-    `size`: characters so far. If the arguments begin otherwise, nothing comes out; the end of the call tells them all.
+    `read`: how many characters of the arguments were decoded. It is 0 if they begin otherwise.
     """
 
     def __init__(self) -> None:
-        self.size = 0
+        self.read = 0
         self._pending = ""  # of the arguments, what was not decoded yet
-        self._inside = False  # the text has begun
         self._ended = False
 
     def feed(self, piece: str) -> str:
         if self._ended:
             return ""
         self._pending += piece
-        if not self._inside:
+        if not self.read:
             begun = INPUT_BEGINS.match(self._pending)
             if begun is None:
                 self._ended = len(self._pending) > LONGEST_BEGIN
                 return ""
-            self._inside = True
-            self._pending = self._pending[begun.end() :]
+            self._skip(begun.end())
         found = COMPLETE_TEXT.match(self._pending)
         text = found.group() if found else ""
-        self._pending = self._pending[len(text) :]
+        self._skip(len(text))
         self._ended = self._pending.startswith('"')
-        decoded = _without_halves(_lenient(f'"{text}"'))
-        self.size += len(decoded)
-        return decoded
+        return _without_halves(_lenient(f'"{text}"'))
+
+    def _skip(self, size: int) -> None:
+        self.read += size
+        self._pending = self._pending[size:]
 
 
 def tool_name(item: Json, where: str) -> str:
@@ -272,4 +282,4 @@ def tool_name(item: Json, where: str) -> str:
 
 
 def unknown(kind: Any, known: str) -> str:
-    return f"has the type {quoted(kind)}; this proxy takes {known}"
+    return f"has {f'the type {quoted(kind)}' if isinstance(kind, str) else 'no type'}; this proxy takes {known}"

@@ -37,7 +37,7 @@ async def test_a_resumed_stream_looks_like_the_broken_one() -> None:
 
 async def test_a_resumed_stream_may_bring_only_the_usage() -> None:
     features = make_call(stream=True, stream_options={"include_usage": True}).features
-    resumed = ResumedStream(sent("One", "stop"), 1, features, usage_only=True)
+    resumed = ResumedStream(sent("One", "stop"), 1, features, "usage")
     usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
     assert resumed.edit(events(delta(content="x"), {**delta("length"), "usage": usage})) == b""
     [last] = read(await resumed.finish(Replica().post))
@@ -57,7 +57,7 @@ def test_no_space_is_sent_twice_or_lost(prefix_text: str, rest: list[str]) -> No
 
 def edited(prefix: SentPrefix, *chunks: Json, repeats: bool = False) -> list[Json]:
     """The deltas of a resumed stream."""
-    resumed = ResumedStream(prefix, 0, make_call(stream=True).features, repeats=repeats)
+    resumed = ResumedStream(prefix, 0, make_call(stream=True).features, "repeat" if repeats else "continue")
     block = events(*chunks)
     resumed.check(block)
     return [chunk["choices"][0]["delta"] for chunk in read(resumed.edit(block))]
@@ -101,7 +101,7 @@ def test_another_answer_is_refused(again: list[Json]) -> None:
 
 
 def test_text_that_the_engine_calls_reasoning_is_text() -> None:
-    resumed = ResumedStream(sent("Yes "), 0, make_call(stream=True).features, relabels=True)
+    resumed = ResumedStream(sent("Yes "), 0, make_call(stream=True).features, "relabel")
     block = events(delta(role="assistant", content=""), delta(reasoning=" it"), delta(reasoning=" is"), delta("stop"))
     resumed.check(block)
     assert [chunk["choices"][0]["delta"] for chunk in read(resumed.edit(block))] == [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import orjson
+import pytest
 
 from tests.support.requests import make_call
-from xgen_proxy.errors import ServiceUnavailableError
+from xgen_proxy.errors import BadRequestError, ServiceUnavailableError
+from xgen_proxy.request.features import UsedAlias
 from xgen_proxy.translation.chat import Text
 from xgen_proxy.translation.messages.api import MessagesApi
 
@@ -19,7 +21,7 @@ WHOLE = {
 def test_an_answer_names_the_model_as_the_client_did() -> None:
     """An alias may stand for another."""
     translation = MessagesApi(lambda: True).translate(BODY)
-    call = make_call(model="m")
+    call = make_call(alias=UsedAlias("claude-x", "claude-*", "m"))
     whole = orjson.loads(translation.whole(orjson.dumps(WHOLE), call))
     assert (whole["id"], whole["model"], whole["content"]) == (
         "msg_id-1",
@@ -41,7 +43,14 @@ def test_the_setting_is_read_for_each_request() -> None:
     assert len(api.translate(body).body["messages"]) == 1
     settings[0] = False
     assert len(api.translate(body).body["messages"]) == 2
-    assert len(api.translate_count(body).body["messages"]) == 2
+    assert len(MessagesApi(lambda: settings[0], counts=True).translate(body).body["messages"]) == 2
+
+
+def test_a_count_needs_no_max_tokens() -> None:
+    body = {"model": "m", "messages": BODY["messages"]}
+    assert MessagesApi(lambda: True, counts=True).translate(body).body == body
+    with pytest.raises(BadRequestError, match="max_tokens is missing"):
+        MessagesApi(lambda: True).translate(body)
 
 
 def test_errors() -> None:

@@ -86,13 +86,14 @@ def test_what_cannot_be_asked_for_is_told(fields: dict[str, Any], names: list[st
 )
 def test_the_session_of_claude_code(user_id: str | None, session: str | None) -> None:
     chat, _ = translated(metadata={"user_id": user_id})
-    assert chat.get("session_id") == session
+    assert chat.get("prompt_cache_key") == session
     assert parse_features(chat, {}, "chat", Limits()).session == session
 
 
-def test_a_session_that_is_a_hint_wins() -> None:
-    chat, _ = translated(metadata={"user_id": "user_a_session_b"}, session_id="mine")
-    assert chat["session_id"] == "mine"
+@pytest.mark.parametrize(("hint", "headers"), [({"session_id": "mine"}, {}), ({}, {b"x-session-id": b"mine"})])
+def test_a_session_that_is_a_hint_wins(hint: dict[str, str], headers: dict[bytes, bytes]) -> None:
+    chat, _ = translated(metadata={"user_id": "user_a_session_b"}, **hint)
+    assert parse_features(chat, headers, "chat", Limits()).session == "mine"
 
 
 def test_a_count_has_no_limits() -> None:

@@ -19,7 +19,7 @@ def answer(text: str = "", reasoning: str = "", calls: tuple[ToolCall, ...] = ()
 
 
 def test_a_message() -> None:
-    assert message_of(answer("Hi"), "msg_1", "claude") == {
+    assert message_of(answer("Hi"), "1", "claude") == {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
@@ -44,6 +44,10 @@ def test_a_message() -> None:
         (answer(reasoning="Hm"), [THOUGHT]),
         (answer(calls=(CALL,)), [USE]),
         (
+            answer(calls=(ToolCall("", "now", ""),)),
+            [{"type": "tool_use", "id": "toolu_1_0", "name": "now", "input": {}}],
+        ),
+        (
             answer("I read.", "Hm", (CALL, ToolCall("call_2", "now", ""))),
             [
                 THOUGHT,
@@ -55,7 +59,7 @@ def test_a_message() -> None:
     ],
 )
 def test_content(found: Answer, content: list[dict[str, Any]]) -> None:
-    assert message_of(found, "msg_1", "m")["content"] == content
+    assert message_of(found, "1", "m")["content"] == content
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import orjson
 import pytest
 
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
-from xgen_proxy.translation.messages.stream import PING, MessageStream
+from xgen_proxy.translation.messages.stream import MessageStream
 
 Json = dict[str, Any]
 
 
 def stream() -> MessageStream:
-    return MessageStream("msg_req-1", "claude", prompt_tokens=12, request_id="req-1")
+    return MessageStream("req-1", "claude", prompt_tokens=12)
 
 
 def read(data: bytes) -> list[Json]:
@@ -164,7 +164,7 @@ def test_pings_before_and_between() -> None:
         "content_block_start",
         "content_block_delta",
     ]
-    assert translation.ping() == PING
+    assert translation.ping() == b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 def test_a_broken_stream_ends_with_an_error() -> None:

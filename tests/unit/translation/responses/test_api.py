@@ -5,6 +5,7 @@ import pytest
 
 from tests.support.requests import make_call
 from xgen_proxy.errors import BadGatewayError, BadRequestError
+from xgen_proxy.request.features import UsedAlias
 from xgen_proxy.translation.chat import Text
 from xgen_proxy.translation.responses.api import ResponsesApi
 
@@ -14,9 +15,10 @@ def test_a_request_and_its_answers() -> None:
     assert translation.body == {"model": "alias", "messages": [{"role": "user", "content": "Hi"}]}
     assert translation.dropped == ("web_search",)
     chat = {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}
-    response = orjson.loads(translation.whole(orjson.dumps(chat), make_call(model="m")))
+    call = make_call(alias=UsedAlias("alias", "alias", "m"))
+    response = orjson.loads(translation.whole(orjson.dumps(chat), call))
     assert (response["model"], response["output"][0]["content"][0]["text"]) == ("alias", "Hello")
-    assert b'"model":"alias"' in translation.stream(make_call(model="m")).feed(Text("Hello"))
+    assert b'"model":"alias"' in translation.stream(call).feed(Text("Hello"))
     with pytest.raises(BadGatewayError):
         translation.whole(b"{}", make_call(model="m"))
 

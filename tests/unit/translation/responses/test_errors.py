@@ -11,7 +11,13 @@ from xgen_proxy.translation.responses.errors import error_body, failure
 
 @pytest.mark.parametrize(
     ("param", "own"),
-    [("messages", "input"), ("response_format", "text.format"), ("tools", "tools"), (None, None)],
+    [
+        ("messages", "input"),
+        ("max_completion_tokens", "max_output_tokens"),
+        ("response_format", "text.format"),
+        ("tools", "tools"),
+        (None, None),
+    ],
 )
 def test_before_a_stream_an_error_names_this_apis_field(param: str | None, own: str | None) -> None:
     body = orjson.loads(error_body(BadRequestError("no", param=param, code="c")))
@@ -25,6 +31,7 @@ def test_before_a_stream_an_error_names_this_apis_field(param: str | None, own: 
         (QueueTimeoutError("no slot", retry_after=5), "rate_limit_exceeded", "no slot; try again in 5s"),
         (QueueTimeoutError("try again in 3 s"), "rate_limit_exceeded", "try again in 3 s"),
         (BadRequestError("bad schema"), "invalid_prompt", "bad schema"),
+        (BadRequestError("messages is wrong", param="messages"), "invalid_prompt", "input is wrong"),
         (BadGatewayError("all failed"), "server_error", "all failed"),
     ],
 )

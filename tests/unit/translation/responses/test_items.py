@@ -20,6 +20,9 @@ PIXEL = "data:image/png;base64,AAAA"
 IMAGE = {"type": "input_image", "image_url": PIXEL, "detail": "auto"}
 SEEN = {"type": "image_url", "image_url": {"url": PIXEL}}
 
+NOTE = {"role": "developer", "content": "B"}
+NOTED = {"role": "user", "content": "<system-reminder>\nB\n</system-reminder>"}
+
 
 def said(text: str, kind: str = "output_text") -> dict[str, Any]:
     return {
@@ -73,13 +76,27 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "A", "format": "wav"}}]}],
     ),
     (
-        "system and developer messages, wherever they stand",
+        "system and developer messages at the front",
         [
-            {"role": "system", "content": "A"}, USER,
-            {"role": "developer", "content": [{"type": "input_text", "text": "B"}]},
+            {"role": "system", "content": "A"}, {"role": "developer", "content": [{"type": "input_text", "text": "B"}]},
+            USER,
         ],
         [{"role": "system", "content": "A\n\nB"}, USER],
     ),
+    (
+        "others are the user's, and the prompt begins as it did",
+        [{"role": "system", "content": "A"}, USER, NOTE, said("Hello"), NOTE, NOTE, USER],
+        [
+            {"role": "system", "content": "A"}, USER, NOTED, assistant("Hello"),
+            {"role": "user", "content": [{"type": "text", "text": NOTED["content"]}] * 2}, USER,
+        ],
+    ),
+    (
+        "one between a call and its result",
+        [USER, CALL, NOTE, OUTPUT, said("Done")],
+        [USER, assistant(None, tool_calls=[CALLED]), RESULT, NOTED, assistant("Done")],
+    ),
+    ("one after the assistant's first words", [said("Hello"), NOTE], [assistant("Hello"), NOTED]),
     ("an answer that the client sends back", [USER, said("Hello"), USER], [USER, assistant("Hello"), USER]),
     (
         "a refusal",
@@ -218,8 +235,8 @@ REFUSED = [
     ({"input": 5}, "input", "input must be a string or an array"),
     ({"input": []}, "input", "input is empty"),
     ({"input": ["Hi"]}, "input.0", "must be an object"),
-    ({"input": [{}]}, "input.0", "has the type that; this proxy takes message"),
-    ({"input": [{"type": ["message"]}]}, "input.0", "has the type that"),
+    ({"input": [{}]}, "input.0", "has no type; this proxy takes message"),
+    ({"input": [{"type": ["message"]}]}, "input.0", "has no type"),
     ({"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input.0", "has the type 'compaction'"),
     ({"input": [USER, {"type": "item_reference", "id": "msg_1"}]}, "input.1", "send the item itself"),
     ({"input": [{"id": "msg_1"}]}, "input.0", "send the item itself"),

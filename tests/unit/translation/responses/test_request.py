@@ -73,6 +73,7 @@ def test_fields(sent: dict[str, Any], chat: dict[str, Any]) -> None:
         ({"text": {"verbosity": "low"}}, ("text.verbosity",)),
         ({"text": {"verbosity": "medium"}}, ()),
         ({"n": 2, "max_tokens": 5}, ("max_tokens", "n")),
+        ({"n_cmpl": 2, "n_predict": 5}, ("n_cmpl", "n_predict")),
         ({"input": [USER, {"type": "web_search_call"}]}, ("web_search_call",)),
     ],
 )
@@ -80,7 +81,7 @@ def test_what_is_not_heeded_is_told(sent: dict[str, Any], dropped: tuple[str, ..
     request = read_request({"input": "Hi", **sent})
     assert request.dropped == dropped
     assert request.body["messages"] == [USER]
-    assert not {"n", "max_tokens", "truncation", "service_tier"} & request.body.keys()
+    assert not {"n", "n_cmpl", "max_tokens", "n_predict", "truncation", "service_tier"} & request.body.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from openai.types.responses import Response
 
 from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage
-from xgen_proxy.translation.responses.response import ResponseHead, whole_response
+from xgen_proxy.translation.responses.response import ResponseHead, repeated, whole_response
 from xgen_proxy.translation.responses.tools import read_tools
 
 TOOLS = [{"type": "function", "name": "f", "parameters": {}, "strict": False}, {"type": "custom", "name": "patch"}]
@@ -78,6 +78,20 @@ def test_an_answer_that_was_cut(finish: str, reason: str) -> None:
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": reason})
     assert response["output"][0]["status"] == "incomplete"
     assert response["completed_at"] is None
+
+
+LONG = "x" * 70_000
+LONG_FIELDS = {
+    "instructions": LONG, "metadata": {"a": LONG}, "text": {"format": {"type": LONG}}, "user": LONG, "tools": [LONG],
+    "tool_choice": {"type": LONG}, "reasoning": {"summary": LONG}, "safety_identifier": LONG, "prompt_cache_key": LONG,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", LONG_FIELDS)
+def test_long_fields_are_not_repeated(field: str) -> None:
+    kept = repeated({"input": "Hi", "temperature": 0.5, field: LONG_FIELDS[field]})
+    assert kept == {"temperature": 0.5}
+    assert len(orjson.dumps(ResponseHead(kept, "m").response("in_progress"))) < 2_000
 
 
 def test_the_request_is_repeated() -> None:

@@ -198,14 +198,24 @@ def test_calls_whose_pieces_alternate_are_whole() -> None:
 
 
 @pytest.mark.parametrize("finish", ["length", "tool_calls"])
-@pytest.mark.parametrize("arguments", ['{"input": "*** Begin\\n+hel', '{"input": "\\d+"}'])
-def test_the_pieces_of_a_broken_custom_call_are_its_input(arguments: str, finish: str) -> None:
-    """Cut short, or with an escape that JSON does not know."""
-    events = play(ToolCallPiece(0, "a", "patch", arguments), Finish(finish))
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (['{"input": "*** Begin\\n+hel'], "*** Begin\n+hel"),
+        ([r'{"input": "\d+', r' \u12 \ud83d \ud83d\ude00"}'], "\\d+ \\u12 � 😀"),
+        (['{"input": "echo "hi', '" there"}'], 'echo "hi" there"}'),
+        (['{"other": "a"', "}"], '{"other": "a"}'),
+        (['{"input": "a", ', '"input": "b"}'], 'a", "input": "b"}'),
+    ],
+)
+def test_the_pieces_of_a_broken_custom_call_are_its_input(pieces: list[str], text: str, finish: str) -> None:
+    """Cut short, with an escape that JSON does not know, or malformed. Nothing of it may be lost."""
+    calls = [ToolCallPiece(0, "a", "patch", piece) for piece in pieces]
+    events = play(*calls, Finish(finish))
     joined = "".join(event["delta"] for event in events if event["type"].endswith("input.delta"))
     [done] = [event["input"] for event in events if event["type"].endswith("input.done")]
     [item] = events[-1]["response"]["output"]
-    assert joined == done == item["input"]
+    assert joined == done == item["input"] == text
 
 
 def test_a_call_without_id_or_arguments_gets_them() -> None:

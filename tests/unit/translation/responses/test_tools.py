@@ -68,7 +68,7 @@ CASES: list[tuple[list[Any] | None, Any, list[Any], Any, tuple[str, ...]]] = [
     ([GIT], None, [renamed(CLOCK_CHAT, "mcp__git__clock"), renamed(PATCH_CHAT, "mcp__git__apply_patch")], None, ()),
     ([SEARCH, {"type": "local_shell"}, SEARCH, WEATHER], "auto", [WEATHER_CHAT], "auto", ("web_search", "local_shell")),
     ([SEARCH], "auto", [], None, ("web_search",)),
-    ([{"type": "a\r\nb: c"}], None, [], None, ("unknown",)),
+    ([{"type": "a\r\nb: c"}], None, [], None, ("a\r\nb: c",)),
     ([WEATHER, CLOCK], {"type": "function", "name": "clock"}, [WEATHER_CHAT, CLOCK_CHAT],
      {"type": "function", "function": {"name": "clock"}}, ()),
     ([PATCH], {"type": "custom", "name": "apply_patch"}, [PATCH_CHAT],
@@ -120,7 +120,7 @@ def test_a_call_has_the_name_that_the_client_gave() -> None:
     assert tools.find("weather") == Tool("function", "weather")
     assert tools.find("mcp__git__apply_patch") == Tool("custom", "apply_patch", "mcp__git")
     assert tools.find("made_up") == Tool("function", "made_up")
-    assert call_item(tools.find("mcp__git__apply_patch"), "ctc_1", "a", '{"input":"*** Begin"}') == {
+    assert call_item(tools.find("mcp__git__apply_patch"), "ctc_1", "a", "*** Begin") == {
         "id": "ctc_1", "type": "custom_tool_call", "status": "completed", "call_id": "a", "name": "apply_patch",
         "namespace": "mcp__git", "input": "*** Begin",
     }  # fmt: skip
@@ -141,6 +141,13 @@ def test_a_call_has_the_name_that_the_client_gave() -> None:
         ("[" * 100_000, "[" * 100_000),
         ("", ""),
         ('{"input": "\\ud83d"}', "�"),
+        (r'{"input": "rm -rf build/\.cache"}', r"rm -rf build/\.cache"),
+        (r'{"input": "\d\\\d C:\users \u0041\ "}', r"\d\\d C:\users A\ "),
+        ('{"input": "say "hi" to all"}', '{"input": "say "hi" to all"}'),
+        ('{"input": "a"} {', '{"input": "a"} {'),
+        ('{"input": "', ""),
+        (r'{"input": "a\u00', "a"),
+        ('{"input": "a" ', "a"),
     ],
 )
 def test_the_input_of_a_custom_tool(arguments: str, text: str) -> None:
@@ -158,11 +165,25 @@ def test_a_text_is_decoded_while_it_arrives(text: str, sizes: list[int]) -> None
             assert text.startswith(out)
             at += size
         assert out == text
-        assert decoder.size == len(text)
+        assert arguments[decoder.read :] == '"}'
 
 
 def test_arguments_that_begin_otherwise_wait_for_their_end() -> None:
     decoder = InputDecoder()
     assert [decoder.feed('{"other": "aaaaaaaaaaaaaaa') for _ in range(10)] == [""] * 10
     assert decoder.feed('{"input": "a"}') == ""
-    assert decoder.size == 0
+    assert decoder.read == 0
+
+
+@given(st.text('ab\\"/nud83DE0\n', max_size=60), st.lists(st.integers(1, 7), min_size=1))
+def test_a_stream_decodes_what_a_whole_answer_does(text: str, sizes: list[int]) -> None:
+    """Whatever a model may leave unescaped, unless it is a quote, which ends the text."""
+    arguments = f'{{"input": "{text}'
+    decoder, out, at = InputDecoder(), "", 0
+    while at < len(arguments):
+        size = sizes[at % len(sizes)]
+        out += decoder.feed(arguments[at : at + size])
+        at += size
+    whole = decode_input(arguments)
+    assert out == whole or whole == arguments
+    assert len(arguments) - decoder.read < 12 or arguments[decoder.read] == '"'
