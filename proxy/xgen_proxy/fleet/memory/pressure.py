@@ -1,6 +1,6 @@
 """How short of memory a replica is: normal, reduced or closed. Does no I/O; the caller passes readings and the time.
 
-    normal   takes all that its slots allow
+    normal   takes all that its slots and its overcommit allow
     reduced  holds fewer requests: nine tenths of those that it ran when memory ran short
     closed   gets no new work while another replica can do it; otherwise it holds nine tenths again
 
@@ -38,7 +38,8 @@ MOST = 20 * 1024**3  # bytes of RAM that count: of a machine of 512 GiB, 95 % le
 
 @frozen
 class Pressure:
-    """`limit`: requests of ours that the replica may hold; None: as many as it has slots. `reason`: for people."""
+    """`limit`: requests of ours that the replica may hold; None: as many as its slots and its overcommit allow.
+    `reason`: for people."""
 
     level: Level
     limit: int | None
@@ -98,7 +99,10 @@ class Signal:
 
 
 class MemoryPressure:
-    """What is known about one replica's memory. `pressure` is None while nothing holds the replica back."""
+    """What is known about one replica's memory. `pressure` is None while nothing holds the replica back.
+
+    `in_flight`: our requests on the replica. `capacity`: as many as it may hold while memory is not short.
+    """
 
     def __init__(self) -> None:
         self.pressure: Pressure | None = None
@@ -114,7 +118,7 @@ class MemoryPressure:
         return max(self.kv.level, self.ram.level)
 
     def observe_scrape(
-        self, scrape: Scrape | None, in_flight: int, slots: int, settings: MemoryGuard, now: float
+        self, scrape: Scrape | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float
     ) -> None:
         """An engine without a KV gauge has no such pressure; unknown is never full."""
         before = self.level
@@ -130,9 +134,9 @@ class MemoryPressure:
             )
             preempted = f", {self._preempted} requests preempted" if self._preempted else ""
             self._kv_words = f"KV cache {share:.0%} used{preempted}"
-        self._update(self.kv, in_flight, _held(scrape, in_flight), slots, share < settings.kv_reduce - GAP, now)
+        self._update(self.kv, in_flight, _held(scrape, in_flight), capacity, share < settings.kv_reduce - GAP, now)
 
-    def observe_ram(self, room: Room | None, in_flight: int, slots: int, settings: MemoryGuard, now: float) -> None:
+    def observe_ram(self, room: Room | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float) -> None:
         """`room`: the tightest that the replica's process lives in. None: unknown, which has no effect."""
         share = 0.0
         if room is None:
@@ -142,7 +146,7 @@ class MemoryPressure:
             enter = settings.ram_reduce, settings.ram_close
             self.ram.observe(share, enter, now, settled=self._settled(in_flight))
             self._ram_words = str(room)
-        self._update(self.ram, in_flight, in_flight, slots, share < settings.ram_reduce - GAP, now)
+        self._update(self.ram, in_flight, in_flight, capacity, share < settings.ram_reduce - GAP, now)
 
     def _settled(self, in_flight: int) -> bool:
         return self._limit is None or in_flight <= self._limit
@@ -151,7 +155,7 @@ class MemoryPressure:
         before, self._counted = self._counted, count
         return 0 if before is None or count is None else max(0, int(count - before))  # a restart begins at 0
 
-    def _update(self, seen: Signal, in_flight: int, held: int, slots: int, calm: bool, now: float) -> None:
+    def _update(self, seen: Signal, in_flight: int, held: int, capacity: int, calm: bool, now: float) -> None:
         """`seen`: the signal that was read. `held`: the requests of ours that had memory. A limit that was not reached
         yet is not lowered again: requests that run need time to end."""
         if seen.worse and in_flight and self._settled(in_flight):  # else it was another proxy's load
@@ -161,7 +165,7 @@ class MemoryPressure:
         elif self._limit is not None and now - self._grown_at >= GROWTH_S:
             self._limit += max(1, self._limit // 8)
             self._grown_at = now
-        if self.level == 0 and self._limit is not None and self._limit >= slots:
+        if self.level == 0 and self._limit is not None and self._limit >= capacity:
             self._limit = None
         self.pressure = self._described()
 

@@ -55,7 +55,7 @@ class MemoryWatch:
     async def observe_scrape(self, replica: Replica) -> None:
         """Its scrape was just recorded."""
         if self.settings.enabled:
-            args = replica.scraped, replica.in_flight, replica.slots, self.settings, time.monotonic()
+            args = replica.scraped, replica.in_flight, replica.full_capacity, self.settings, time.monotonic()
             replica.memory.observe_scrape(*args)
         elif replica.pressure is not None:
             replica.memory = MemoryPressure()
@@ -77,7 +77,7 @@ class MemoryWatch:
         rooms = await asyncio.to_thread(self._rooms.read, [replica.pool.port for replica in local])
         for replica in local:
             if replica.answers:  # else it went down meanwhile, and is forgotten
-                args = replica.in_flight, replica.slots, self.settings, time.monotonic()
+                args = replica.in_flight, replica.full_capacity, self.settings, time.monotonic()
                 replica.memory.observe_ram(rooms.get(replica.pool.port), *args)
                 self._tell(replica)
                 self.admission.dispatch(replica)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.fleet.load import Scrape
 from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, MemoryPressure, Pressure, Room, Signal
+from xgen_proxy.fleet.snapshot import ReplicaSnapshot
 
 GIB = 1024**3
 GUARD = MemoryGuard(kv_reduce=0.9, kv_close=0.97)
@@ -220,3 +222,16 @@ def test_some_request_is_always_let_in(readings: list[tuple[float, int, int]]) -
         preemptions += lost
         pressure = story.scrape(kv, preemptions=preemptions, running=running)
         assert pressure is None or pressure.open_slots(SLOTS) >= 1
+
+
+@given(st.integers(1, 1000), st.integers(0, 16))
+def test_while_requests_are_preempted_a_full_replica_holds_fewer_and_fewer(slots: int, overcommit: int) -> None:
+    """vLLM has memory for all of them: its --max-num-seqs is over slots and overcommit."""
+    memory, held = MemoryPressure(), []
+    for now in range(100):
+        replica = ReplicaSnapshot("r", True, 0, slots, overcommit, pressure=memory.pressure)
+        held.append(replica.capacity(now))
+        scrape = Scrape(held[-1], 0.0, 0.9, now, now + 5, held[-1], preemptions=now)
+        memory.observe_scrape(scrape, held[-1], slots + overcommit, GUARD, now)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(held))
+    assert held[-1] <= max(1, held[0] / 10)
