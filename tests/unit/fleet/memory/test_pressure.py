@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.fleet.load import Scrape
-from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, MemoryPressure, Pressure, Room, Signal
+from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, SLOWLY_S, MemoryPressure, Pressure, Room, Signal
 from xgen_proxy.fleet.snapshot import ReplicaSnapshot
 
 GIB = 1024**3
@@ -27,7 +27,7 @@ class Story:
 
     def scrape(
         self,
-        *kvs: float,
+        *kvs: float | None,
         preemptions: float | None = 0.0,
         running: float = 8,
         in_flight: int | None = None,
@@ -133,12 +133,47 @@ def test_it_opens_step_by_step_and_waits_while_the_cache_fills() -> None:
     for _ in range(2 * int(GROWTH_S)):
         pressure = story.scrape(0.1)
         limits.append(pressure.limit if pressure else None)
-    assert limits == [7, 8, 8, 8, 9, 9]
+    assert limits == [7, 7, 8, 8, 8, 9]
     story.scrape(*[0.85] * 20)
     assert story.memory.pressure
     assert story.memory.pressure.limit == 9
     story.scrape(*[0.1] * 60)
     assert story.memory.pressure is None, "all slots are open"
+
+
+@pytest.mark.parametrize("kv", [0.86, None])
+def test_without_preemptions_it_opens_slowly_though_the_cache_is_not_well_below_its_threshold(kv: float | None) -> None:
+    """None: the engine does not report its cache, or not any more."""
+    story = Story()
+    story.scrape(0.86, preemptions=0)
+    story.scrape(kv, preemptions=1)
+    story.scrape(*[kv] * int(SLOWLY_S - 1), preemptions=1)
+    assert story.levels[-1] == "reduced"
+    story.scrape(kv, preemptions=1)
+    assert story.memory.pressure == Pressure("normal", 7, "memory: enough again, opening step by step, 7 requests now")
+    story.scrape(*[kv] * int(SLOWLY_S - 1), preemptions=1)
+    assert story.memory.pressure.limit == 7
+    story.scrape(*[kv] * int(SLOWLY_S * 9), preemptions=1)
+    assert story.memory.pressure is None
+
+
+def test_ram_that_is_nearly_short_does_not_keep_the_limit_of_the_cache() -> None:
+    story = Story()
+    story.scrape(0.5, preemptions=0)
+    story.scrape(0.5, preemptions=1)
+    assert story.memory.pressure
+    for _ in range(60):
+        story.scrape(0.1, preemptions=1)
+        story.ram(0.15 * 16)
+    assert story.memory.pressure is None
+
+
+def test_preemptions_of_an_engine_that_does_not_report_its_cache() -> None:
+    story = Story()
+    story.scrape(None, preemptions=0)
+    assert story.scrape(None, preemptions=1) == Pressure(
+        "reduced", 7, "memory: KV cache use unknown, 1 requests preempted"
+    )
 
 
 def test_while_requests_drain_it_is_neither_closed_nor_held_to_less() -> None:
