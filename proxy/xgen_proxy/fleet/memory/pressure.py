@@ -6,7 +6,8 @@
 
 Memory is short when the share in use is at a threshold in three readings in a row. One reading of a full wave of
 requests says nothing. A preemption does: vLLM threw away a running request's KV cache and will compute it again. So the
-first one reduces at once. A replica is closed only while it holds no more than it may: before that, its requests need
+first one reduces at once. A replica without requests of ours gets its limit once it has some and memory is still short
+in three readings in a row. A replica is closed only while it holds no more than it may: before that, its requests need
 time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, but never to one
 request at a time: that cost seven eighths of the throughput (bench/memory_guard.py).
 
@@ -70,14 +71,15 @@ class Room:
 
 
 class Signal:
-    """The level of one kind of memory, and the limit that follows from it. `level` is an index of LEVELS. `worse`: the
-    last reading made it worse, or found that its worst level is not enough."""
+    """The level of one kind of memory, and the limit that follows from it. `level` is an index of LEVELS. `lowers`: the
+    last reading asks for a lower limit."""
 
     def __init__(self) -> None:
         self.level = 0
         self.limit: int | None = None
-        self.worse = False
+        self.lowers = False
         self._hot = self._cool = 0  # readings in a row that would make it worse, or better
+        self._unlimited = 0  # readings in a row that found it short, with requests of ours and without a limit
         self._stepped_at = self._short_at = -math.inf
 
     def observe(
@@ -88,19 +90,24 @@ class Signal:
         *,
         lost: bool = False,
         settled: bool = True,
+        busy: bool = True,
     ) -> None:
         """`share`: in use; None: unknown. `enter`: the shares at which `reduced` and `closed` begin. `lost`: requests
         lost their memory since the last reading. `settled`: the replica holds no more than it may. Before that, it is
-        too early to close it."""
+        too early to close it, or to lower its limit. `busy`: it holds requests of ours; else others took the memory."""
         used = math.nan if share is None else share  # which is neither over a threshold nor under it
         begins = enter[max(self.level, 1) - 1]
         full = lost or (self.level < 2 and used >= enter[self.level])
+        short = lost or used >= begins
+        unlimited = short and self.level > 0 and self.limit is None
         self._hot = self._hot + 1 if full and (self.level == 0 or settled) else 0
         self._cool = self._cool + 1 if used < begins - GAP and not lost else 0
-        if lost or used >= begins:
+        self._unlimited = self._unlimited + 1 if unlimited and busy and settled else 0
+        if short:
             self._short_at = now
-        self.worse = self._hot >= READINGS or (lost and self.level == 0)
-        if self.worse:
+        worse = self._hot >= READINGS or (lost and self.level == 0)
+        self.lowers = (worse or self._unlimited >= READINGS) and busy and settled
+        if worse:
             self._move(min(self.level + 1, 2), now)
         elif self._is_better(now):
             self._step(now)
@@ -161,19 +168,20 @@ class MemoryPressure:
         self._preempted = lost + (self._preempted if self.level else 0)
         if share is None and count is None:
             self.kv.forget()
-        self.kv.observe(share, enter, now, lost=lost > 0, settled=settled)
+        self.kv.observe(share, enter, now, lost=lost > 0, settled=settled, busy=in_flight > 0)
         preempted = f", {self._preempted} requests preempted" if self._preempted else ""
         self._kv_words = f"KV cache {'use unknown' if share is None else f'{share:.0%} used'}{preempted}"
-        self._update(self.kv, in_flight, _held(scrape, in_flight), settled, capacity)
+        self._update(self.kv, _held(scrape, in_flight), capacity)
 
     def observe_ram(self, room: Room | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float) -> None:
         """`room`: the tightest that the replica's process lives in. None: unknown, which has no effect."""
         enter, settled = (settings.ram_reduce, settings.ram_close), self._is_settled(in_flight)
         if room is None:
             self.ram.forget()
-        self.ram.observe(None if room is None else room.share, enter, now, settled=settled)
+        share = None if room is None else room.share
+        self.ram.observe(share, enter, now, settled=settled, busy=in_flight > 0)
         self._ram_words = str(room)
-        self._update(self.ram, in_flight, in_flight, settled, capacity)
+        self._update(self.ram, in_flight, capacity)
 
     def _is_settled(self, in_flight: int) -> bool:
         return self.limit is None or in_flight <= self.limit
@@ -182,10 +190,9 @@ class MemoryPressure:
         before, self._counted = self._counted, count
         return 0 if before is None or count is None else max(0, int(count - before))  # a restart begins at 0
 
-    def _update(self, seen: Signal, in_flight: int, held: int, settled: bool, capacity: int) -> None:
-        """`seen`: the signal that was read. `held`: the requests of ours that had memory. A limit that was not reached
-        yet is not lowered again: requests that run need time to end."""
-        if seen.worse and in_flight and settled:  # else it was another proxy's load
+    def _update(self, seen: Signal, held: int, capacity: int) -> None:
+        """`seen`: the signal that was read. `held`: the requests of ours that had memory."""
+        if seen.lowers:
             seen.lower(held)
         if seen.level == 0 and seen.limit is not None and seen.limit >= capacity:
             seen.limit = None

@@ -44,12 +44,12 @@ class Story:
             self.levels.append(pressure.level if pressure else "normal")
         return self.memory.pressure
 
-    def ram(self, *left: float, size: float = 16) -> Pressure | None:
+    def ram(self, *left: float, size: float = 16, held: int = 4) -> Pressure | None:
         for each in left:
             self.now += 1
             room = Room(int(each * GIB), int(size * GIB), "its cgroup")
-            held = min(4, self.memory.pressure.limit or 4) if self.memory.pressure else 4
-            self.memory.observe_ram(room, held, SLOTS, GUARD, self.now)
+            settled = min(held, self.memory.pressure.limit or held) if self.memory.pressure else held
+            self.memory.observe_ram(room, settled, SLOTS, GUARD, self.now)
         return self.memory.pressure
 
 
@@ -174,6 +174,27 @@ def test_preemptions_of_an_engine_that_does_not_report_its_cache() -> None:
     assert story.scrape(None, preemptions=1) == Pressure(
         "reduced", 7, "memory: KV cache use unknown, 1 requests preempted"
     )
+
+
+@pytest.mark.parametrize(("left", "level"), [(0.02, "closed"), (0.08, "reduced")])
+def test_a_replica_that_ran_short_while_idle_is_limited_once_it_has_requests(left: float, level: str) -> None:
+    story = Story()
+    story.ram(*[left * 16] * 20, held=0)
+    assert story.memory.pressure
+    assert (story.memory.pressure.level, story.memory.pressure.limit) == (level, None)
+    story.ram(left * 16, left * 16, held=8)
+    assert story.memory.pressure.limit is None
+    story.ram(left * 16, held=8)
+    assert (story.memory.pressure.level, story.memory.pressure.limit) == (level, 7)
+
+
+def test_a_cache_that_another_proxy_filled_limits_our_requests_once_there_are_some() -> None:
+    story = Story()
+    story.scrape(*[0.99] * 10, running=20, in_flight=0)
+    assert story.memory.pressure
+    assert (story.memory.pressure.level, story.memory.pressure.limit) == ("closed", None)
+    story.scrape(*[0.99] * 3, running=20, in_flight=8)
+    assert story.memory.pressure.limit == 7
 
 
 def test_while_requests_drain_it_is_neither_closed_nor_held_to_less() -> None:
