@@ -8,8 +8,9 @@ Memory is short when the share in use is at a threshold in three readings in a r
 requests says nothing. A preemption does: vLLM threw away a running request's KV cache and will compute it again. So the
 first one reduces at once. A replica without requests of ours gets its limit once it has some and memory is still short
 in three readings in a row. A replica is closed only while it holds no more than it may: before that, its requests need
-time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, but never to one
-request at a time: that cost seven eighths of the throughput (bench/memory_guard.py).
+time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, down to one request
+where not even two fit. Short RAM says nothing about how many fit, since it may be taken by something else, so it leaves
+at least an eighth of them: one at a time cost seven eighths of the throughput (bench/memory_guard.py).
 
 It gets better step by step: first the level, then the number of requests, which grows as TCP's window does after a
 loss. Without that, all waiting requests would enter at once and fill the cache again. A step takes three readings in a
@@ -34,6 +35,7 @@ READINGS = 3  # in a row, to get worse or better
 DWELL_S = 5.0  # that a level lasts before it gets better
 GAP = 0.1  # below its threshold, for a level to get better
 KEPT = 0.9  # of the requests that it held when memory ran short
+LEAST_OF_RAM = 8  # short RAM leaves at least one in so many of the requests that the replica may hold
 GROWTH_S = 3.0  # between two steps by which the requests that it may hold grow again, by one or an eighth
 SLOWLY_S = 60.0  # for a step when memory is not well below its threshold, or its share is unknown
 MOST = 20 * 1024**3  # bytes of RAM that count: of a machine of 512 GiB, 95 % leave 25 GiB, which is plenty
@@ -116,9 +118,9 @@ class Signal:
         """Nothing reports it any more. What it limited opens step by step."""
         self.level = 0
 
-    def lower(self, held: int) -> None:
+    def lower(self, held: int, least: int) -> None:
         """`held`: the requests of ours that had memory."""
-        self.limit = max(1, int(KEPT * min(held, self.limit or held)))
+        self.limit = max(1, least, int(KEPT * min(held, self.limit or held)))
 
     def _is_better(self, now: float) -> bool:
         pause = DWELL_S if self.level else GROWTH_S
@@ -171,7 +173,7 @@ class MemoryPressure:
         self.kv.observe(share, enter, now, lost=lost > 0, settled=settled, busy=in_flight > 0)
         preempted = f", {self._preempted} requests preempted" if self._preempted else ""
         self._kv_words = f"KV cache {'use unknown' if share is None else f'{share:.0%} used'}{preempted}"
-        self._update(self.kv, _held(scrape, in_flight), capacity)
+        self._update(self.kv, _held(scrape, in_flight), 1, capacity)
 
     def observe_ram(self, room: Room | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float) -> None:
         """`room`: the tightest that the replica's process lives in. None: unknown, which has no effect."""
@@ -181,7 +183,7 @@ class MemoryPressure:
         share = None if room is None else room.share
         self.ram.observe(share, enter, now, settled=settled, busy=in_flight > 0)
         self._ram_words = str(room)
-        self._update(self.ram, in_flight, capacity)
+        self._update(self.ram, in_flight, capacity // LEAST_OF_RAM, capacity)
 
     def _is_settled(self, in_flight: int) -> bool:
         return self.limit is None or in_flight <= self.limit
@@ -190,10 +192,10 @@ class MemoryPressure:
         before, self._counted = self._counted, count
         return 0 if before is None or count is None else max(0, int(count - before))  # a restart begins at 0
 
-    def _update(self, seen: Signal, held: int, capacity: int) -> None:
+    def _update(self, seen: Signal, held: int, least: int, capacity: int) -> None:
         """`seen`: the signal that was read. `held`: the requests of ours that had memory."""
         if seen.lowers:
-            seen.lower(held)
+            seen.lower(held, least)
         if seen.level == 0 and seen.limit is not None and seen.limit >= capacity:
             seen.limit = None
         self.pressure = self._described()

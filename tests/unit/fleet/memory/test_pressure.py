@@ -176,6 +176,17 @@ def test_preemptions_of_an_engine_that_does_not_report_its_cache() -> None:
     )
 
 
+@pytest.mark.parametrize(("held", "limit"), [(1, 2), (2, 2), (3, 2), (4, 3)])
+def test_ram_that_runs_short_leaves_an_eighth_of_the_requests(held: int, limit: int) -> None:
+    story = Story()
+    pressure = story.ram(1.5, 1.5, 1.5, held=held)
+    assert pressure
+    assert pressure.limit == limit
+    story.ram(*[0.5] * 20, held=held)
+    assert story.memory.pressure
+    assert story.memory.pressure.limit == 2
+
+
 @pytest.mark.parametrize(("left", "level"), [(0.02, "closed"), (0.08, "reduced")])
 def test_a_replica_that_ran_short_while_idle_is_limited_once_it_has_requests(left: float, level: str) -> None:
     story = Story()
@@ -278,6 +289,14 @@ def test_some_request_is_always_let_in(readings: list[tuple[float, int, int]]) -
         preemptions += lost
         pressure = story.scrape(kv, preemptions=preemptions, running=running)
         assert pressure is None or pressure.open_slots(SLOTS) >= 1
+
+
+def test_preemptions_lower_it_to_one_request_where_not_even_two_fit() -> None:
+    story = Story()
+    for count in range(20):
+        story.scrape(0.85, preemptions=count, running=3)
+    assert story.memory.pressure
+    assert story.memory.pressure.limit == 1
 
 
 @given(st.integers(1, 1000), st.integers(0, 16))
