@@ -46,7 +46,7 @@ class MemoryWatch:
         return self.fleet.settings.memory_guard
 
     def forget(self, replica: Replica) -> None:
-        """It is gone for good."""
+        """It is down, or gone for good. It may come back as another process, with other flags."""
         self._levels.pop(replica, None)
         self._relieved_at.pop(replica, None)
         self._due.discard(replica)
@@ -111,7 +111,11 @@ class MemoryWatch:
         self._on_relief(replica.backend_name, replica.name, result)
         if result == "missing":
             self._cannot.add(replica)
-            log.warning("%s has no %s, so it is not asked again; vLLM needs VLLM_SERVER_DEV_MODE=1", replica.name, path)
+            log.warning(
+                "%s has no %s, so it is not asked again before a restart; vLLM needs VLLM_SERVER_DEV_MODE=1",
+                replica.name,
+                path,
+            )
         else:
             log.info("%s was asked for %s: %s", replica.name, path, result)
 
