@@ -1,6 +1,6 @@
 """Watches the memory of all replicas: tells the log what changed, and relieves engines that can be.
 
-The KV cache is read with every scrape of the load. RAM is read here, only for replicas on this machine.
+The KV cache is read with every scrape of the load. RAM is read here, only for replicas at a loopback address.
 """
 
 from __future__ import annotations
