@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from tests.repo.test_kubernetes import kinds, pod_templates
-from tests.support.compose_stack import variables
+import pytest
+import yaml
+
+from tests.repo.test_kubernetes import Json, kinds, pod_templates
+from tests.support.compose_stack import COMPOSE, variables
 
 SPARE_GIB = 4  # of shared memory, beside the KV cache that is offloaded to it
+GROUP = {"--nnodes", "--node-rank", "--master-addr", "--distributed-executor-backend", "--pipeline-parallel-size"}
+
+
+def flags(container: Json) -> set[str]:
+    """The names of vLLM's flags, those included that are left out while their variables are empty."""
+    return set(re.findall(r"--[a-z][a-z-]+", " ".join([*container["command"], *container.get("args", [])])))
+
+
+@pytest.mark.parametrize(
+    ("overlay", "own"),
+    [("gpu", [set()]), ("gpu-keda", [set()]), ("multi-node", [GROUP, GROUP | {"--headless"}])],
+)
+def test_pods_give_vllm_the_flags_that_compose_gives(overlay: str, own: list[set[str]]) -> None:
+    """`own`: those that only the pods have, of each template. A machine without a server has no port."""
+    compose = flags(yaml.safe_load(COMPOSE.read_text())["services"]["vllm"])
+    pods = [spec["containers"] for labels, spec in pod_templates(overlay) if labels["app.kubernetes.io/name"] == "vllm"]
+    assert len(pods) == len(own)
+    for [container], more in zip(pods, own, strict=True):
+        less = {"--port", "--shutdown-timeout"} if "--headless" in more else set()
+        assert flags(container) == compose - less | more
 
 
 def test_compose_has_shared_memory_for_the_offloaded_cache() -> None:
