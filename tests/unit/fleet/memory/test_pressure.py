@@ -190,22 +190,25 @@ def test_ram_that_runs_short_leaves_an_eighth_of_the_requests(held: int, limit: 
 @pytest.mark.parametrize(("left", "level"), [(0.02, "closed"), (0.08, "reduced")])
 def test_a_replica_that_ran_short_while_idle_is_limited_once_it_has_requests(left: float, level: str) -> None:
     story = Story()
-    story.ram(*[left * 16] * 20, held=0)
-    assert story.memory.pressure
-    assert (story.memory.pressure.level, story.memory.pressure.limit) == (level, None)
-    story.ram(left * 16, left * 16, held=8)
-    assert story.memory.pressure.limit is None
-    story.ram(left * 16, held=8)
-    assert (story.memory.pressure.level, story.memory.pressure.limit) == (level, 7)
+    idle = story.ram(*[left * 16] * 20, held=0)
+    assert idle
+    assert (idle.level, idle.limit) == (level, None)
+    early = story.ram(left * 16, left * 16, held=8)
+    assert early
+    assert early.limit is None
+    limited = story.ram(left * 16, held=8)
+    assert limited
+    assert (limited.level, limited.limit) == (level, 7)
 
 
 def test_a_cache_that_another_proxy_filled_limits_our_requests_once_there_are_some() -> None:
     story = Story()
-    story.scrape(*[0.99] * 10, running=20, in_flight=0)
-    assert story.memory.pressure
-    assert (story.memory.pressure.level, story.memory.pressure.limit) == ("closed", None)
-    story.scrape(*[0.99] * 3, running=20, in_flight=8)
-    assert story.memory.pressure.limit == 7
+    idle = story.scrape(*[0.99] * 10, running=20, in_flight=0)
+    assert idle
+    assert (idle.level, idle.limit) == ("closed", None)
+    limited = story.scrape(*[0.99] * 3, running=20, in_flight=8)
+    assert limited
+    assert limited.limit == 7
 
 
 def test_while_requests_drain_it_is_neither_closed_nor_held_to_less() -> None:
