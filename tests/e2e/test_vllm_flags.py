@@ -35,6 +35,7 @@ SETTINGS = {
     "VLLM_KV_CACHE_DTYPE": ("fp8", "kv_cache_dtype", "fp8"),
     "VLLM_KV_OFFLOADING_SIZE": ("4", "kv_offloading_size", 4.0),
     "VLLM_CPU_OFFLOAD_GB": ("1", "cpu_offload_gb", 1.0),
+    "VLLM_TOOL_CALL_PARSER": ("llama3_json", "tool_call_parser", "llama3_json"),
 }
 GIVEN = {name: value for name, (value, _, _) in SETTINGS.items()}
 LEFT_OUT = ("block_size", "kv_offloading_size")  # while their variables are empty

@@ -22,6 +22,7 @@ from xgen_proxy import __version__
 from xgen_proxy.api.api_keys import hash_key
 from xgen_proxy.config.loading import ConfigError, ConfigSources
 from xgen_proxy.config.settings import Settings
+from xgen_proxy.dialects.registry import DIALECTS
 
 EXAMPLE = ROOT / ".env.example"
 DOCKERFILES = [ROOT / "proxy" / "Dockerfile", ROOT / "backends" / "llama_cpp" / "Dockerfile"]
@@ -51,6 +52,10 @@ def test_each_setting_has_a_comment() -> None:
     for number, line in enumerate(lines):
         if re.match(r"#[A-Z_]+=", line):
             assert re.match(r"# \w|#[A-Z_]+=", lines[number - 1]), line
+
+
+def test_the_example_says_how_many_requests_wait_in_vllm() -> None:
+    assert f"sends up to {DIALECTS['vllm'].overcommit} more" in EXAMPLE.read_text()
 
 
 def test_a_setting_has_one_default() -> None:

@@ -22,8 +22,8 @@ class MemoryGuard(BaseModel, extra="forbid"):
         0.9,
         gt=0,
         le=1,
-        description="The same for the memory of its cgroup, or of the machine: for replicas on this machine. Beyond"
-        " 20 GiB only the last 20 count: 0.9 is 2 GiB left.",
+        description="The same for the memory of its cgroup, or of the machine: for replicas at a loopback address."
+        " Beyond 20 GiB only the last 20 count: 0.9 is 2 GiB left.",
     )
     ram_close: float = Field(0.95, gt=0, le=1, description="At this share of that memory it gets no new work.")
     relief: Literal["none", "reset_prefix_cache"] = Field(

@@ -236,6 +236,7 @@ class HealthMonitor:
     def mark_down(self, replica: Replica, reason: str) -> None:
         if replica.set_state("down", reason):
             replica.record_scrape(None)
+            self.memory.forget(replica)
             log.warning("%s is down: %s", replica.name, reason)
             self.admission.on_replica_down()
 

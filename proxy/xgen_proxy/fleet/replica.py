@@ -169,13 +169,18 @@ class Replica:
         return self.snapshot().open_slots(time.monotonic())
 
     @property
+    def full_capacity(self) -> int:
+        """How many requests it may hold unless it starts slowly or is short of memory."""
+        return self.slots + self.dialect.overcommit
+
+    @property
     def capacity(self) -> int:
         return self.snapshot().capacity(time.monotonic())
 
     @property
     def has_capacity(self) -> bool:
         if self.breaker.slow_start_at is None and self.pressure is None:  # the common case, without making a snapshot
-            return self.in_flight < self.slots + self.dialect.overcommit
+            return self.in_flight < self.full_capacity
         return self.snapshot().has_capacity(time.monotonic())
 
     @property

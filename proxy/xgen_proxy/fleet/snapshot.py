@@ -51,7 +51,11 @@ class ReplicaSnapshot:
     def capacity(self, now: float) -> int:
         """How many requests it may hold now."""
         open_slots = self.open_slots(now)
-        return open_slots if open_slots < self.slots else self.slots + self.overcommit
+        if open_slots < self.slots:
+            return open_slots
+        limit = None if self.pressure is None else self.pressure.limit
+        most = self.slots + self.overcommit
+        return most if limit is None else min(limit, most)
 
     def has_capacity(self, now: float) -> bool:
         return self.in_flight < self.capacity(now)

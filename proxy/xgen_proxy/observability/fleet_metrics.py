@@ -37,9 +37,10 @@ class FleetMetrics(Collector):
         yield _of_each(replicas, "slots", "Requests it runs at once.", lambda replica: replica.slots)
         yield _of_each(replicas, "scrape_age_seconds", "Since its load was last read, if its engine reports one.", _age)
         yield _of_each(
-            replicas,
+            replicas if self.fleet.settings.memory_guard.enabled else [],
             "memory_pressure",
-            "0: none; 1: short of memory, it takes less work; 2: it takes no new work while another can do it.",
+            "0: none; 1: short of memory, it takes less work; 2: it takes no new work while another can do it. Absent:"
+            " the memory guard is off.",
             lambda replica: replica.memory.level,
         )
         yield _breakers(replicas)

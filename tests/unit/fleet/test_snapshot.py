@@ -41,6 +41,11 @@ def test_pressure_leaves_fewer_slots_and_a_closed_replica_counts_as_full() -> No
     assert opening.capacity(0) == 24
 
 
+@pytest.mark.parametrize("limit", [20, 22])
+def test_no_request_goes_beyond_a_limit_over_the_slots(limit: int) -> None:
+    assert replace(REPLICA, pressure=Pressure("reduced", limit, "")).capacity(0) == limit
+
+
 def test_pressure_during_a_slow_start_leaves_the_fewer_slots() -> None:
     replica = replace(REPLICA, slow_start_at=STARTED, pressure=Pressure("reduced", 6, ""))
     assert [replica.open_slots(STARTED + after) for after in (0, SLOW_START_S / 2, SLOW_START_S)] == [2, 6, 6]

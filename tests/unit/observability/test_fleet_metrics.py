@@ -50,6 +50,13 @@ def test_replica_without_a_scrape_has_no_scrape_age() -> None:
     assert samples(gauges(), "xgen_replica_scrape_age_seconds") == {}
 
 
+def test_pressure_of_memory_is_shown_only_while_the_guard_is_on() -> None:
+    made = gauges()
+    assert samples(made, "xgen_replica_memory_pressure") == {}
+    made.fleet.settings.memory_guard.enabled = True
+    assert set(samples(made, "xgen_replica_memory_pressure").values()) == {0}
+
+
 def test_breaker_has_one_sample_per_state() -> None:
     states = samples(gauges(), "xgen_replica_breaker_state")
     assert len(states) == 3 * len(get_args(State))

@@ -1,19 +1,22 @@
 """How short of memory a replica is: normal, reduced or closed. Does no I/O; the caller passes readings and the time.
 
-    normal   takes all that its slots allow
+    normal   takes all that its slots and its overcommit allow
     reduced  holds fewer requests: nine tenths of those that it ran when memory ran short
     closed   gets no new work while another replica can do it; otherwise it holds nine tenths again
 
 Memory is short when the share in use is at a threshold in three readings in a row. One reading of a full wave of
 requests says nothing. A preemption does: vLLM threw away a running request's KV cache and will compute it again. So the
-first one reduces at once. A replica is closed only while it holds no more than it may: before that, its requests need
-time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, but never to one
-request at a time: that cost seven eighths of the throughput (bench/memory_guard.py). It gets better when three readings
-in a row are well below the threshold, and never within five seconds, so that the end of one wave and the beginning of
-the next do not swing it.
+first one reduces at once. A replica without requests of ours gets its limit once it has some and memory is still short
+in three readings in a row. A replica is closed only while it holds no more than it may: before that, its requests need
+time to end, and it gets no new ones anyway. Preemptions that go on lower a closed replica further, down to one request
+where not even two fit. Short RAM says nothing about how many fit, since it may be taken by something else, so it leaves
+at least an eighth of them: one at a time cost seven eighths of the throughput (bench/memory_guard.py).
 
-Once memory is back to normal the number of requests grows step by step, as TCP's window does after a loss. Without
-that, all waiting requests would enter at once and fill the cache again. https://www.rfc-editor.org/rfc/rfc5681
+It gets better step by step: first the level, then the number of requests, which grows as TCP's window does after a
+loss. Without that, all waiting requests would enter at once and fill the cache again. A step takes three readings in a
+row that are well below the threshold, and never less than a few seconds, so that the end of one wave and the beginning
+of the next do not swing it. A minute below the threshold will do, too, so that no replica is held back for good. KV
+cache and RAM each have their own level and limit, and the lower limit counts. https://www.rfc-editor.org/rfc/rfc5681
 """
 
 from __future__ import annotations
@@ -32,13 +35,16 @@ READINGS = 3  # in a row, to get worse or better
 DWELL_S = 5.0  # that a level lasts before it gets better
 GAP = 0.1  # below its threshold, for a level to get better
 KEPT = 0.9  # of the requests that it held when memory ran short
+LEAST_OF_RAM = 8  # short RAM leaves at least one in so many of the requests that the replica may hold
 GROWTH_S = 3.0  # between two steps by which the requests that it may hold grow again, by one or an eighth
+SLOWLY_S = 60.0  # for a step when memory is not well below its threshold, or its share is unknown
 MOST = 20 * 1024**3  # bytes of RAM that count: of a machine of 512 GiB, 95 % leave 25 GiB, which is plenty
 
 
 @frozen
 class Pressure:
-    """`limit`: requests of ours that the replica may hold; None: as many as it has slots. `reason`: for people."""
+    """`limit`: requests of ours that the replica may hold; None: as many as its slots and its overcommit allow.
+    `reason`: for people."""
 
     level: Level
     limit: int | None
@@ -67,45 +73,82 @@ class Room:
 
 
 class Signal:
-    """The level of one kind of memory. `level` is an index of LEVELS. `worse`: the last reading made it worse, or found
-    that its worst level is not enough."""
+    """The level of one kind of memory, and the limit that follows from it. `level` is an index of LEVELS. `lowers`: the
+    last reading asks for a lower limit."""
 
     def __init__(self) -> None:
         self.level = 0
-        self.worse = False
+        self.limit: int | None = None
+        self.lowers = False
         self._hot = self._cool = 0  # readings in a row that would make it worse, or better
-        self._since = -math.inf
+        self._unlimited = 0  # readings in a row that found it short, with requests of ours and without a limit
+        self._stepped_at = self._short_at = -math.inf
 
     def observe(
-        self, share: float, enter: tuple[float, float], now: float, *, lost: bool = False, settled: bool = True
+        self,
+        share: float | None,
+        enter: tuple[float, float],
+        now: float,
+        *,
+        lost: bool = False,
+        settled: bool = True,
+        busy: bool = True,
     ) -> None:
-        """`enter`: the shares at which `reduced` and `closed` begin. `lost`: requests lost their memory since the last
-        reading. `settled`: the replica holds no more than it may. Before that, it is too early to close it."""
-        full = lost or (self.level < 2 and share >= enter[self.level])
-        hot = full and (self.level == 0 or settled)
-        cool = self.level > 0 and not lost and share < enter[self.level - 1] - GAP
-        self._hot = self._hot + 1 if hot else 0
-        self._cool = self._cool + 1 if cool else 0
-        self.worse = self._hot >= READINGS or (lost and self.level == 0)
-        if self.worse:
+        """`share`: in use; None: unknown. `enter`: the shares at which `reduced` and `closed` begin. `lost`: requests
+        lost their memory since the last reading. `settled`: the replica holds no more than it may. Before that, it is
+        too early to close it, or to lower its limit. `busy`: it holds requests of ours; else others took the memory."""
+        used = math.nan if share is None else share  # which is neither over a threshold nor under it
+        begins = enter[max(self.level, 1) - 1]
+        full = lost or (self.level < 2 and used >= enter[self.level])
+        short = lost or used >= begins
+        unlimited = short and self.level > 0 and self.limit is None
+        self._hot = self._hot + 1 if full and (self.level == 0 or settled) else 0
+        self._cool = self._cool + 1 if used < begins - GAP and not lost else 0
+        self._unlimited = self._unlimited + 1 if unlimited and busy and settled else 0
+        if short:
+            self._short_at = now
+        worse = self._hot >= READINGS or (lost and self.level == 0)
+        self.lowers = (worse or self._unlimited >= READINGS) and busy and settled
+        if worse:
             self._move(min(self.level + 1, 2), now)
-        elif self._cool >= READINGS and now - self._since >= DWELL_S:
+        elif self._is_better(now):
+            self._step(now)
+
+    def forget(self) -> None:
+        """Nothing reports it any more. What it limited opens step by step."""
+        self.level = 0
+
+    def lower(self, held: int, least: int) -> None:
+        """`held`: the requests of ours that had memory."""
+        self.limit = max(1, least, int(KEPT * min(held, self.limit or held)))
+
+    def _is_better(self, now: float) -> bool:
+        pause = DWELL_S if self.level else GROWTH_S
+        quickly = self._cool >= READINGS and now - self._stepped_at >= pause
+        return quickly or now - max(self._short_at, self._stepped_at) >= SLOWLY_S
+
+    def _step(self, now: float) -> None:
+        if self.level:
             self._move(self.level - 1, now)
+        elif self.limit is not None:
+            self.limit += max(1, self.limit // 8)
+            self._stepped_at = now
 
     def _move(self, level: int, now: float) -> None:
-        self.level, self._since = level, now
+        self.level, self._stepped_at = level, now
         self._hot = self._cool = 0
 
 
 class MemoryPressure:
-    """What is known about one replica's memory. `pressure` is None while nothing holds the replica back."""
+    """What is known about one replica's memory. `pressure` is None while nothing holds the replica back.
+
+    `in_flight`: our requests on the replica. `capacity`: as many as it may hold while memory is not short.
+    """
 
     def __init__(self) -> None:
         self.pressure: Pressure | None = None
         self.kv, self.ram = Signal(), Signal()
         self._kv_words = self._ram_words = ""
-        self._limit: int | None = None
-        self._grown_at = -math.inf
         self._counted: float | None = None  # preemptions, at the last scrape
         self._preempted = 0  # since memory was last normal
 
@@ -113,60 +156,52 @@ class MemoryPressure:
     def level(self) -> int:
         return max(self.kv.level, self.ram.level)
 
+    @property
+    def limit(self) -> int | None:
+        return min((each.limit for each in (self.kv, self.ram) if each.limit is not None), default=None)
+
     def observe_scrape(
-        self, scrape: Scrape | None, in_flight: int, slots: int, settings: MemoryGuard, now: float
+        self, scrape: Scrape | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float
     ) -> None:
-        """An engine without a KV gauge has no such pressure; unknown is never full."""
-        before = self.level
-        if scrape is None or (scrape.kv is None and scrape.preemptions is None):
-            self.kv, self._counted = Signal(), None
-            share = 0.0
-        else:
-            share = scrape.kv or 0.0
-            lost = self._newly_preempted(scrape.preemptions)
-            self._preempted = lost + (self._preempted if before else 0)
-            self.kv.observe(
-                share, (settings.kv_reduce, settings.kv_close), now, lost=lost > 0, settled=self._settled(in_flight)
-            )
-            preempted = f", {self._preempted} requests preempted" if self._preempted else ""
-            self._kv_words = f"KV cache {share:.0%} used{preempted}"
-        self._update(self.kv, in_flight, _held(scrape, in_flight), slots, share < settings.kv_reduce - GAP, now)
+        """An engine without a KV gauge has no such pressure, unless it counts preemptions; unknown is never full."""
+        enter, settled = (settings.kv_reduce, settings.kv_close), self._is_settled(in_flight)
+        share, count = (None, None) if scrape is None else (scrape.kv, scrape.preemptions)
+        lost = self._newly_preempted(count)
+        self._preempted = lost + (self._preempted if self.level else 0)
+        if share is None and count is None:
+            self.kv.forget()
+        self.kv.observe(share, enter, now, lost=lost > 0, settled=settled, busy=in_flight > 0)
+        preempted = f", {self._preempted} requests preempted" if self._preempted else ""
+        self._kv_words = f"KV cache {'use unknown' if share is None else f'{share:.0%} used'}{preempted}"
+        self._update(self.kv, _held(scrape, in_flight), 1, capacity)
 
-    def observe_ram(self, room: Room | None, in_flight: int, slots: int, settings: MemoryGuard, now: float) -> None:
+    def observe_ram(self, room: Room | None, in_flight: int, capacity: int, settings: MemoryGuard, now: float) -> None:
         """`room`: the tightest that the replica's process lives in. None: unknown, which has no effect."""
-        share = 0.0
+        enter, settled = (settings.ram_reduce, settings.ram_close), self._is_settled(in_flight)
         if room is None:
-            self.ram = Signal()
-        else:
-            share = room.share
-            enter = settings.ram_reduce, settings.ram_close
-            self.ram.observe(share, enter, now, settled=self._settled(in_flight))
-            self._ram_words = str(room)
-        self._update(self.ram, in_flight, in_flight, slots, share < settings.ram_reduce - GAP, now)
+            self.ram.forget()
+        share = None if room is None else room.share
+        self.ram.observe(share, enter, now, settled=settled, busy=in_flight > 0)
+        self._ram_words = str(room)
+        self._update(self.ram, in_flight, capacity // LEAST_OF_RAM, capacity)
 
-    def _settled(self, in_flight: int) -> bool:
-        return self._limit is None or in_flight <= self._limit
+    def _is_settled(self, in_flight: int) -> bool:
+        return self.limit is None or in_flight <= self.limit
 
     def _newly_preempted(self, count: float | None) -> int:
         before, self._counted = self._counted, count
         return 0 if before is None or count is None else max(0, int(count - before))  # a restart begins at 0
 
-    def _update(self, seen: Signal, in_flight: int, held: int, slots: int, calm: bool, now: float) -> None:
-        """`seen`: the signal that was read. `held`: the requests of ours that had memory. A limit that was not reached
-        yet is not lowered again: requests that run need time to end."""
-        if seen.worse and in_flight and self._settled(in_flight):  # else it was another proxy's load
-            self._limit = max(1, int(KEPT * min(held, self._limit or held)))
-        if self.level or not calm:
-            self._grown_at = now
-        elif self._limit is not None and now - self._grown_at >= GROWTH_S:
-            self._limit += max(1, self._limit // 8)
-            self._grown_at = now
-        if self.level == 0 and self._limit is not None and self._limit >= slots:
-            self._limit = None
+    def _update(self, seen: Signal, held: int, least: int, capacity: int) -> None:
+        """`seen`: the signal that was read. `held`: the requests of ours that had memory."""
+        if seen.lowers:
+            seen.lower(held, least)
+        if seen.level == 0 and seen.limit is not None and seen.limit >= capacity:
+            seen.limit = None
         self.pressure = self._described()
 
     def _described(self) -> Pressure | None:
-        level, limit = LEVELS[self.level], self._limit
+        level, limit = LEVELS[self.level], self.limit
         if level == "normal":
             reason = f"memory: enough again, opening step by step, {limit} requests now"
             return None if limit is None else Pressure(level, limit, reason)

@@ -4,7 +4,7 @@ Of a cgroup counts what the kernel cannot take back: page cache is not counted, 
 from its file. It is the cgroup that counts and not the process, since an engine may be several processes, and since
 the kernel kills when the cgroup is full. https://docs.kernel.org/admin-guide/cgroup-v2.html#memory
 
-What cannot be read is unknown.
+Of a process that cannot be found, as in another PID namespace, only the machine counts.
 """
 
 from __future__ import annotations

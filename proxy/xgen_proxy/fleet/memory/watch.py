@@ -1,6 +1,6 @@
 """Watches the memory of all replicas: tells the log what changed, and relieves engines that can be.
 
-The KV cache is read with every scrape of the load. RAM is read here, only for replicas on this machine.
+The KV cache is read with every scrape of the load. RAM is read here, only for replicas at a loopback address.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MemoryWatch:
         return self.fleet.settings.memory_guard
 
     def forget(self, replica: Replica) -> None:
-        """It is gone for good."""
+        """It is down, or gone for good. It may come back as another process, with other flags."""
         self._levels.pop(replica, None)
         self._relieved_at.pop(replica, None)
         self._due.discard(replica)
@@ -55,7 +55,7 @@ class MemoryWatch:
     async def observe_scrape(self, replica: Replica) -> None:
         """Its scrape was just recorded."""
         if self.settings.enabled:
-            args = replica.scraped, replica.in_flight, replica.slots, self.settings, time.monotonic()
+            args = replica.scraped, replica.in_flight, replica.full_capacity, self.settings, time.monotonic()
             replica.memory.observe_scrape(*args)
         elif replica.pressure is not None:
             replica.memory = MemoryPressure()
@@ -77,7 +77,7 @@ class MemoryWatch:
         rooms = await asyncio.to_thread(self._rooms.read, [replica.pool.port for replica in local])
         for replica in local:
             if replica.answers:  # else it went down meanwhile, and is forgotten
-                args = replica.in_flight, replica.slots, self.settings, time.monotonic()
+                args = replica.in_flight, replica.full_capacity, self.settings, time.monotonic()
                 replica.memory.observe_ram(rooms.get(replica.pool.port), *args)
                 self._tell(replica)
                 self.admission.dispatch(replica)
@@ -111,7 +111,11 @@ class MemoryWatch:
         self._on_relief(replica.backend_name, replica.name, result)
         if result == "missing":
             self._cannot.add(replica)
-            log.warning("%s has no %s, so it is not asked again; vLLM needs VLLM_SERVER_DEV_MODE=1", replica.name, path)
+            log.warning(
+                "%s has no %s, so it is not asked again before a restart; vLLM needs VLLM_SERVER_DEV_MODE=1",
+                replica.name,
+                path,
+            )
         else:
             log.info("%s was asked for %s: %s", replica.name, path, result)
 

@@ -172,6 +172,20 @@ def test_relief_is_asked_for_once_and_counted(
         assert len(gpu.resets) == asked
 
 
+def test_an_engine_without_relief_is_asked_again_once_it_was_restarted(start: Start, gpu: Upstream) -> None:
+    gpu.reset, gpu.kv = RESETS["missing"], 0.95
+    proxy = start(
+        backends={"vllm": backend(gpu)},
+        memory_guard={"enabled": True, "ram_reduce": 1, "ram_close": 1, "relief": "reset_prefix_cache"},
+    )
+    wait_until(lambda: len(gpu.resets) == 1)
+    gpu.kill()
+    wait_until(lambda: vllm(proxy).state == "down")
+    gpu.start()
+    until_level(proxy, "reduced")
+    wait_until(lambda: len(gpu.resets) == 2)
+
+
 def test_relief_waits_until_nothing_runs(start: Start, gpu: Upstream) -> None:
     gpu.kv, gpu.running = 0.95, 1
     proxy = start(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from xgen_proxy.config.memory_guard import MemoryGuard
 from xgen_proxy.fleet.load import Scrape
-from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, MemoryPressure, Pressure, Room, Signal
+from xgen_proxy.fleet.memory.pressure import DWELL_S, GROWTH_S, SLOWLY_S, MemoryPressure, Pressure, Room, Signal
+from xgen_proxy.fleet.snapshot import ReplicaSnapshot
 
 GIB = 1024**3
 GUARD = MemoryGuard(kv_reduce=0.9, kv_close=0.97)
@@ -25,7 +27,7 @@ class Story:
 
     def scrape(
         self,
-        *kvs: float,
+        *kvs: float | None,
         preemptions: float | None = 0.0,
         running: float = 8,
         in_flight: int | None = None,
@@ -42,12 +44,12 @@ class Story:
             self.levels.append(pressure.level if pressure else "normal")
         return self.memory.pressure
 
-    def ram(self, *left: float, size: float = 16) -> Pressure | None:
+    def ram(self, *left: float, size: float = 16, held: int = 4) -> Pressure | None:
         for each in left:
             self.now += 1
             room = Room(int(each * GIB), int(size * GIB), "its cgroup")
-            held = min(4, self.memory.pressure.limit or 4) if self.memory.pressure else 4
-            self.memory.observe_ram(room, held, SLOTS, GUARD, self.now)
+            settled = min(held, self.memory.pressure.limit or held) if self.memory.pressure else held
+            self.memory.observe_ram(room, settled, SLOTS, GUARD, self.now)
         return self.memory.pressure
 
 
@@ -131,12 +133,82 @@ def test_it_opens_step_by_step_and_waits_while_the_cache_fills() -> None:
     for _ in range(2 * int(GROWTH_S)):
         pressure = story.scrape(0.1)
         limits.append(pressure.limit if pressure else None)
-    assert limits == [7, 8, 8, 8, 9, 9]
+    assert limits == [7, 7, 8, 8, 8, 9]
     story.scrape(*[0.85] * 20)
     assert story.memory.pressure
     assert story.memory.pressure.limit == 9
     story.scrape(*[0.1] * 60)
     assert story.memory.pressure is None, "all slots are open"
+
+
+@pytest.mark.parametrize("kv", [0.86, None])
+def test_without_preemptions_it_opens_slowly_though_the_cache_is_not_well_below_its_threshold(kv: float | None) -> None:
+    """None: the engine does not report its cache, or not any more."""
+    story = Story()
+    story.scrape(0.86, preemptions=0)
+    story.scrape(kv, preemptions=1)
+    story.scrape(*[kv] * int(SLOWLY_S - 1), preemptions=1)
+    assert story.levels[-1] == "reduced"
+    story.scrape(kv, preemptions=1)
+    assert story.memory.pressure == Pressure("normal", 7, "memory: enough again, opening step by step, 7 requests now")
+    story.scrape(*[kv] * int(SLOWLY_S - 1), preemptions=1)
+    assert story.memory.pressure.limit == 7
+    story.scrape(*[kv] * int(SLOWLY_S * 9), preemptions=1)
+    assert story.memory.pressure is None
+
+
+def test_ram_that_is_nearly_short_does_not_keep_the_limit_of_the_cache() -> None:
+    story = Story()
+    story.scrape(0.5, preemptions=0)
+    story.scrape(0.5, preemptions=1)
+    assert story.memory.pressure
+    for _ in range(60):
+        story.scrape(0.1, preemptions=1)
+        story.ram(0.15 * 16)
+    assert story.memory.pressure is None
+
+
+def test_preemptions_of_an_engine_that_does_not_report_its_cache() -> None:
+    story = Story()
+    story.scrape(None, preemptions=0)
+    assert story.scrape(None, preemptions=1) == Pressure(
+        "reduced", 7, "memory: KV cache use unknown, 1 requests preempted"
+    )
+
+
+@pytest.mark.parametrize(("held", "limit"), [(1, 2), (2, 2), (3, 2), (4, 3)])
+def test_ram_that_runs_short_leaves_an_eighth_of_the_requests(held: int, limit: int) -> None:
+    story = Story()
+    pressure = story.ram(1.5, 1.5, 1.5, held=held)
+    assert pressure
+    assert pressure.limit == limit
+    story.ram(*[0.5] * 20, held=held)
+    assert story.memory.pressure
+    assert story.memory.pressure.limit == 2
+
+
+@pytest.mark.parametrize(("left", "level"), [(0.02, "closed"), (0.08, "reduced")])
+def test_a_replica_that_ran_short_while_idle_is_limited_once_it_has_requests(left: float, level: str) -> None:
+    story = Story()
+    idle = story.ram(*[left * 16] * 20, held=0)
+    assert idle
+    assert (idle.level, idle.limit) == (level, None)
+    early = story.ram(left * 16, left * 16, held=8)
+    assert early
+    assert early.limit is None
+    limited = story.ram(left * 16, held=8)
+    assert limited
+    assert (limited.level, limited.limit) == (level, 7)
+
+
+def test_a_cache_that_another_proxy_filled_limits_our_requests_once_there_are_some() -> None:
+    story = Story()
+    idle = story.scrape(*[0.99] * 10, running=20, in_flight=0)
+    assert idle
+    assert (idle.level, idle.limit) == ("closed", None)
+    limited = story.scrape(*[0.99] * 3, running=20, in_flight=8)
+    assert limited
+    assert limited.limit == 7
 
 
 def test_while_requests_drain_it_is_neither_closed_nor_held_to_less() -> None:
@@ -220,3 +292,24 @@ def test_some_request_is_always_let_in(readings: list[tuple[float, int, int]]) -
         preemptions += lost
         pressure = story.scrape(kv, preemptions=preemptions, running=running)
         assert pressure is None or pressure.open_slots(SLOTS) >= 1
+
+
+def test_preemptions_lower_it_to_one_request_where_not_even_two_fit() -> None:
+    story = Story()
+    for count in range(20):
+        story.scrape(0.85, preemptions=count, running=3)
+    assert story.memory.pressure
+    assert story.memory.pressure.limit == 1
+
+
+@given(st.integers(1, 1000), st.integers(0, 16))
+def test_while_requests_are_preempted_a_full_replica_holds_fewer_and_fewer(slots: int, overcommit: int) -> None:
+    """vLLM has memory for all of them: its --max-num-seqs is over slots and overcommit."""
+    memory, held = MemoryPressure(), []
+    for now in range(100):
+        replica = ReplicaSnapshot("r", True, 0, slots, overcommit, pressure=memory.pressure)
+        held.append(replica.capacity(now))
+        scrape = Scrape(held[-1], 0.0, 0.9, now, now + 5, held[-1], preemptions=now)
+        memory.observe_scrape(scrape, held[-1], slots + overcommit, GUARD, now)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(held))
+    assert held[-1] <= max(1, held[0] / 10)
