@@ -26,7 +26,7 @@ def proxy(fakes: tuple[FakeUpstream, FakeUpstream]) -> Iterator[RunningProxy]:
     """The GPU's model can call tools; the CPU's, which is the default, cannot."""
     gpu, cpu = fakes
     backends = {
-        "vllm": backend(gpu, models={"alpha": "m"}),
+        "vllm": backend(gpu, models={"alpha": "m"}, context=40_960),
         "llama_cpp": backend(cpu, device_class="cpu", models={"beta": "m"}, tools=False),
     }
     with running_proxy(backends=backends, default_model="beta", api_keys=[hash_key("sk-1")]) as running:
@@ -85,8 +85,8 @@ def test_agents_get_a_model_with_tools_and_others_the_default(
 
 def test_context_of_the_model(launch: Launch, proxy: RunningProxy) -> None:
     _, out, _ = launch("codex", "--url", f"{proxy.url}/v1", "--key", "sk-1")
-    assert "(2,048 tokens)" in out
-    assert "model_context_window=2048" in out
+    assert "(40,960 tokens)" in out
+    assert "model_context_window=40960" in out
 
 
 def test_a_model_that_is_named(launch: Launch, proxy: RunningProxy) -> None:
