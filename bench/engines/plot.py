@@ -36,7 +36,7 @@ def throughput(results: Results, path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("requests at once")
     axis.set_ylabel("output tokens per second")
-    axis.legend(loc="best")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3, frameon=False)
     plot.save(plt, figure, "Engines with the same model: median, minimum to maximum", path)
 
 
