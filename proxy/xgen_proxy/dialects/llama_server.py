@@ -25,7 +25,37 @@ SIZES = {"repeat_last_n": 4096, "dry_penalty_last_n": 4096, "n_probs": 20}
 MAX_ENUM = 250  # values in one place of a schema; 500 blocked the server for 3 s, 2,000 for 25 s
 ENUM_KEYWORDS = ("enum", "anyOf", "oneOf")
 MODALITIES = {"images": "vision", "audio": "audio", "video": "video"}  # what we call it → what /props does
+OTHER_PARTS = ("refusal", "audio_url")  # of a message, for which it has a 400
 CREATED = re.compile(rb'"created":\d+')  # inside a JSON string the quotes would be escaped
+
+
+def parts_it_knows(body: Json, request: BackendRequest) -> Json:
+    """Refusals of earlier answers become text, and `audio_url` its own `input_audio`. Raises MissingCapabilityError."""
+    if request.features.endpoint != "chat" or not any(
+        part["type"] in OTHER_PARTS for message in body["messages"] for part in _parts(message)
+    ):
+        return body
+    messages = [
+        {**message, "content": [_known_part(part) for part in parts]} if (parts := _parts(message)) else message
+        for message in body["messages"]
+    ]
+    return {**body, "messages": messages}
+
+
+def _parts(message: Json) -> list[Json]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _known_part(part: Json) -> Json:
+    if part["type"] == "refusal":
+        return {"type": "text", "text": part["refusal"]}
+    if part["type"] != "audio_url":
+        return part
+    head, is_data, data = part["audio_url"]["url"].partition(";base64,")
+    if not is_data:
+        raise MissingCapabilityError("remote audio", "llama-server takes audio as data only")
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "mp3" if "/mp" in head else "wav"}}
 
 
 def schema_of_completion(body: Json, request: BackendRequest) -> Json:
@@ -152,6 +182,9 @@ class LlamaServer(Dialect):
             shared.drop(*shared.LLAMA_SERVER_INTERNALS),
         ),
         Rule("tool_choice that names functions", "translate", "read as auto: another is called", only_chosen_tools),
+        Rule(
+            "audio_url, and refusals in the history", "translate", "a 400: parts that it does not know", parts_it_knows
+        ),
         shared.NO_FUNCTIONS,
         shared.LEGACY_MAX_COMPLETION_TOKENS,
         shared.REPETITION_PENALTY,

@@ -93,13 +93,20 @@ class Backend:
 
     # what its replicas report
 
-    def record_info(self, replica: Replica, info: ReplicaInfo) -> None:
+    def record_info(self, replica: Replica, info: ReplicaInfo, missing: frozenset[str] = frozenset()) -> None:
+        """`missing`: the capabilities that its engine says it lacks."""
+        if info != replica.info:
+            replica.missing = frozenset()  # of what it served before
+        replica.missing |= missing
         replica.record_info(info)
         self._merge_infos()
 
-    def lost_capability(self, replica: Replica, name: str | None) -> bool:
-        """Its engine says that it was started without it; believed until it goes down. Returns whether that is news."""
-        if name in replica.missing:
+    def lost_capability(self, replica: Replica, name: str) -> bool:
+        """Its engine says that it was started without it; believed until it goes down or serves something else.
+
+        Not of an engine with several models, of which the others may have it. Returns whether that is news.
+        """
+        if name in replica.missing or replica.swaps_models:
             return False
         replica.missing |= {name}
         self._merge_infos()

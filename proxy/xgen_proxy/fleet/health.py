@@ -247,18 +247,14 @@ class HealthMonitor:
         try:
             with self.admission.slot_for_check(replica):
                 info = await self._read_info(replica) or ReplicaInfo(())
-                missing = await replica.missing_routes()
-                model = backend.served(min(backend.settings.models or info.models, default=""))
-                missing |= await ask_missing_media(replica, model, self.settings.scrape_timeout_s)
+                missing = await self._ask_missing(backend, replica, info)
         except UpstreamConnectError:
             raise
         except UpstreamError as error:
             if replica.set_state("starting", f"it answers health checks, but {error}"):
                 log.warning("%s is not up: %s", replica.name, replica.reason)
             return
-        backend.record_info(replica, info)
-        for capability in missing:
-            backend.lost_capability(replica, capability)
+        backend.record_info(replica, info, missing)
         if replica.joined_later and replica.state == "starting" and replica.dialect.uses_canary:
             replica.mark_suspect("new: must answer a canary first")
         else:
@@ -280,12 +276,22 @@ class HealthMonitor:
             info = await self._read_info(replica)
         except UpstreamError:
             return False
-        if info is None or info == replica.info or replica.state in ("down", "draining"):
+        if info is None or info == replica.info:
             return False
-        backend.record_info(replica, info)
+        with self.admission.slot_for_check(replica):
+            missing = await self._ask_missing(backend, replica, info)
+        if replica.state in ("down", "draining"):
+            return False
+        backend.record_info(replica, info, missing)
         self.tokenizers.check_soon()
         log.info("%s serves %s now, context %s", replica.name, sorted(info.models)[:MODELS_LOGGED], backend.context)
         return True
+
+    async def _ask_missing(self, backend: Backend, replica: Replica, info: ReplicaInfo) -> frozenset[str]:
+        """The capabilities that its engine says it lacks."""
+        model = backend.served(min(backend.settings.models or info.models, default=""))
+        missing = await replica.missing_routes()
+        return missing | await ask_missing_media(replica, model, self.settings.scrape_timeout_s)
 
     async def _read_info(self, replica: Replica) -> ReplicaInfo | None:
         """None if it does not say, or not in the shape that its engine would. Raises UpstreamError."""

@@ -77,7 +77,7 @@ class Replica:
         self.scraped: Scrape | None = None
         self.metrics_page = b""
         self.info: ReplicaInfo | None = None
-        self.missing: frozenset[str | None] = frozenset()
+        self.missing: frozenset[str] = frozenset()
         self._learnt_slots = LearntSlots()
         self.memory = MemoryPressure()
         self.pressure: Pressure | None = None
@@ -138,6 +138,11 @@ class Replica:
     def record_activity(self) -> None:
         """Remember that it sent something just now."""
         self.pool.last_activity = time.monotonic()
+
+    @property
+    def swaps_models(self) -> bool:
+        """Whether it has several models, each of which a request may load."""
+        return self.dialect.swaps_models and self.info is not None and len(self.info.models) > 1
 
     # slots and load
 

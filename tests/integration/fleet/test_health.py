@@ -289,6 +289,20 @@ def test_idle_llama_server_is_left_to_sleep(start: Start, gpu: Upstream) -> None
 # models that come and go
 
 
+def test_another_model_under_the_same_address_is_asked_what_it_can(start: Start, gpu: Upstream) -> None:
+    """As behind a Kubernetes Service in a rolling update: no check fails."""
+    gpu.sees = False
+    proxy = start(backends={"vllm": backend(gpu)})
+    [vllm] = proxy.gateway.fleet.backends
+    assert "images" not in vllm.capabilities
+    gpu.sees, gpu.models = True, ["vision"]
+    wait_until(lambda: vllm.models == {"vision"})
+    assert "images" in vllm.capabilities
+    gpu.sees, gpu.models = False, ["text"]
+    wait_until(lambda: vllm.models == {"text"})
+    assert "images" not in vllm.capabilities
+
+
 def test_models_are_read_again(start: Start, gpu: Upstream) -> None:
     proxy = start(backends={"vllm": backend(gpu)})
     gpu.models = ["m", "lora"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -102,6 +103,35 @@ def test_info_has_what_props_reports() -> None:
     plain = LLAMA_SERVER.parse_info({"/v1/models": models, "/props": {"total_slots": 4}})
     assert plain.capabilities == LLAMA_SERVER.capabilities
     assert LLAMA_SERVER.parse_info({"/v1/models": models, "/props": None}).slots is None
+
+
+# parts of messages
+
+
+def test_parts_that_it_does_not_know_become_parts_that_it_knows() -> None:
+    text = {"type": "text", "text": "Hi"}
+    turns = [
+        {"role": "user", "content": [text, {"type": "audio_url", "audio_url": {"url": "data:audio/mpeg;base64,SUQz"}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "tool_calls": []},
+        {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,UklG"}}]},
+        {"role": "user", "content": "Go on."},
+    ]
+    prepared = LLAMA_SERVER.prepared(make_request(messages=turns))["messages"]
+    assert [each.get("content") for each in prepared] == [
+        [text, {"type": "input_audio", "input_audio": {"data": "SUQz", "format": "mp3"}}],
+        [{"type": "text", "text": "No."}],
+        None,
+        [{"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}],
+        "Go on.",
+    ]
+
+
+def test_remote_audio_is_for_another_engine() -> None:
+    part = {"type": "audio_url", "audio_url": {"url": "https://media.example/a.wav"}}
+    request = replace(make_request(), body={"model": "m", "messages": [{"role": "user", "content": [part]}]})
+    with pytest.raises(MissingCapabilityError, match="audio as data only"):
+        LLAMA_SERVER.prepared(request)
 
 
 # tokens, reranking and audio

@@ -175,3 +175,18 @@ def test_a_capability_that_all_engines_deny_is_gone_until_one_goes_down() -> Non
     first.set_state("down", "gone")
     vllm.record_info(first, info)
     assert "tools" in vllm.snapshot().capabilities
+    assert vllm.lost_capability(first, "tools")
+    vllm.record_info(first, ReplicaInfo(("another",)))
+    assert "tools" in vllm.snapshot().capabilities, "that was of another model"
+    vllm.record_info(first, ReplicaInfo(("third",)), frozenset({"tools"}))
+    assert "tools" not in vllm.snapshot().capabilities
+
+
+@pytest.mark.parametrize(("dialect", "lost"), [("openai", False), ("vllm", True)])
+def test_what_one_of_several_models_lacks_says_nothing_of_the_others(dialect: str, lost: bool) -> None:
+    """llama-swap and Ollama run an engine for each model; the models of a vLLM are one and its LoRA adapters."""
+    [backend] = Fleet(Settings(backends={"a": {"urls": URLS[:1], "dialect": dialect}})).backends
+    [replica] = backend.replicas
+    backend.record_info(replica, ReplicaInfo(("text", "vision")))
+    assert backend.lost_capability(replica, "images") == lost
+    assert ("images" in backend.snapshot().capabilities) != lost

@@ -81,7 +81,7 @@ class Tokenizers:
 
     async def _ask(self, replica: Replica, model: str) -> Tokens | None:
         """None if the replica cannot tell. One with several models is not asked, if the question would load one."""
-        if replica.dialect.swaps_models and replica.info is not None and len(replica.info.models) > 1:
+        if replica.swaps_models:
             return None
 
         async def post(path: str, body: Any) -> tuple[int, Any]:
