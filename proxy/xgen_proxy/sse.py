@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import orjson
 
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamOversizedError, UpstreamProtocolError
 
 DONE = b"data: [DONE]\n\n"
 ROLE = re.compile(rb'"delta": ?\{"role": ?"assistant"(?:, ?"content": ?(?:""|null))?\}')
@@ -43,7 +43,7 @@ class EventSplitter:
         self.pending = bytearray()  # the beginning of an event whose end has not arrived
 
     def feed(self, data: bytes) -> bytes:
-        """Return the events that are complete now, b"" if none. Raises UpstreamProtocolError."""
+        """Return the events that are complete now, b"" if none. Raises UpstreamOversizedError."""
         if not self.pending:
             if data.endswith(ENDS):
                 return data
@@ -57,7 +57,7 @@ class EventSplitter:
             block = bytes(self.pending[:end])
             del self.pending[:end]
         if len(self.pending) > MAX_EVENT:
-            raise UpstreamProtocolError(f"an event of more than {MAX_EVENT} bytes")
+            raise UpstreamOversizedError(f"an event of more than {MAX_EVENT} bytes")
         return block
 
 
@@ -92,7 +92,7 @@ class EventNormaliser(EventSplitter):
         self._error: bytes | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """Return the events that are complete now. Raises UpstreamProtocolError."""
+        """Return the events that are complete now. Raises UpstreamProtocolError, UpstreamOversizedError."""
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
             self._after_cr = False
@@ -113,7 +113,7 @@ class EventNormaliser(EventSplitter):
 
     def _limit(self, more: int) -> None:
         if self._size + more > MAX_EVENT:
-            raise UpstreamProtocolError(f"an event of more than {MAX_EVENT} bytes")
+            raise UpstreamOversizedError(f"an event of more than {MAX_EVENT} bytes")
 
     def _read_line(self, line: bytes) -> bytes:
         """The event or comment that ends with this line."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xgen_proxy import sse
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import UpstreamOversizedError, UpstreamProtocolError
 
 LF = b'data: {"a":"x\\n\\ny"}\n\nevent: ping\ndata: {}\n\n: comment\n\ndata: [DONE]\n\n'
 CRLF = LF.replace(b"\n", b"\r\n")
@@ -57,7 +57,7 @@ def test_endless_event_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT", 100)
     splitter = sse.EventSplitter()
     assert splitter.feed(b"data: " + b"1" * 94) == b""
-    with pytest.raises(UpstreamProtocolError, match="more than 100 bytes"):
+    with pytest.raises(UpstreamOversizedError, match="more than 100 bytes"):
         splitter.feed(b"2")
 
 
@@ -201,7 +201,7 @@ def test_events_of_any_server_are_normalised(stream: bytes, events: bytes) -> No
 def test_an_endless_event_of_any_server_is_refused(monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT", 1000)
     splitter = sse.EventNormaliser()
-    with pytest.raises(UpstreamProtocolError, match="more than 1000 bytes"):
+    with pytest.raises(UpstreamOversizedError, match="more than 1000 bytes"):
         b"".join(splitter.feed(line) for _ in range(1000))
 
 

@@ -45,10 +45,11 @@ PATHS = re.compile(r"(?<!\w)(?:/[\w.@+-]{1,255}){2,64}(?::\d{1,9})?")
 INVALID = re.compile(r"""'loc': ([(\[][^)\]]{0,200}[)\]]|'[^']{0,200}'), 'msg': ("[^"]{0,600}"|'[^']{0,600}')""")
 JINJA = "Jinja Exception: "  # llama-server's mark of what a chat template says to a conversation that it refuses
 TEMPLATE = "the model's chat template refuses this conversation: "
-# llama.cpp's servers answer 500 to some requests that are wrong; llama-cpp-python to what a template refuses, unmarked
+# llama.cpp's servers answer 500 to some requests that are wrong; llama-cpp-python to what a template refuses, unmarked.
+# "Failed to parse input at pos 31" is about what the model wrote: https://github.com/ggml-org/llama.cpp/issues/20532
 CLIENTS_500 = re.compile(
-    r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse|input is not supported"
-    r"|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported|roles are supported|"
+    r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse(?! input at)"
+    r"|input is not supported|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported|roles are supported|"
     r"[Ff]ailed to load image|" + re.escape(TEMPLATE)
 )
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")

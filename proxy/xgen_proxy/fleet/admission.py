@@ -83,11 +83,11 @@ class Admission:
         target.replica.acquire(target.slots)
         return target
 
-    def enqueue(self, targets: Sequence[T], urgency: Urgency) -> Waiter[T]:
-        """Raises QueueFullError, and UpstreamConnectError if every target is down."""
+    def enqueue(self, targets: Sequence[T], urgency: Urgency, *, beyond_limit: bool = False) -> Waiter[T]:
+        """Raises QueueFullError unless `beyond_limit`, and UpstreamConnectError if every target is down."""
         if not any(target.usable for target in targets):
             raise UpstreamConnectError("down")
-        if len(self.queue) >= self.limit:
+        if len(self.queue) >= self.limit and not beyond_limit:
             raise QueueFullError(
                 f"all slots are taken and {self.limit} requests wait already; try again later", retry_after=5
             )

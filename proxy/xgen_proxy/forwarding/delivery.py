@@ -121,6 +121,7 @@ class Delivery:
     async def _start(self) -> None:
         """The commit point of a stream. If comments have sent the headers already, one names the replica now."""
         waited = self.writer.status != 0
+        self.progress.commit()
         await self.writer.start(self.progress.response_headers())
         if waited and self.progress.target is not None:
             await self.writer.comment(f"from {self.progress.provenance}")

@@ -19,6 +19,8 @@ import orjson
 from xgen_proxy.errors import (
     Blame,
     MissingCapabilityError,
+    QueueFullError,
+    QueueTimeoutError,
     StreamInterruptedError,
     UpstreamConnectError,
     UpstreamError,
@@ -78,8 +80,8 @@ class Failover:
     async def resume(self, targets: Sequence[Target], work: Work) -> None:
         """Runs `work` on new targets, after the commit point. Raises UpstreamError, the last one, if all fail.
 
-        Resumed streams queue longer: the client already has half an answer. They need no retry budget, since each
-        takes the place of a stream that has just ended.
+        Resumed streams queue longer, however many wait: the client already has half an answer. They need no retry
+        budget, since each takes the place of a stream that has just ended.
         """
         self.remaining = list(targets)
         self.resuming = True
@@ -90,10 +92,11 @@ class Failover:
             raise self.progress.failures[-1].error
         with self.progress.waiting:
             await self.retry_budget.acquire()
+        self.progress.at_commit = self.retry_budget.release
         try:
             await self._until_success(work)
         finally:
-            self.retry_budget.release()
+            self.progress.commit()
 
     async def _until_success(self, work: Work) -> None:
         while self.remaining:
@@ -169,29 +172,38 @@ class Failover:
     async def _acquire_slot(self) -> Target:
         """A slot on the first free target of the next tier, which is then no longer remaining.
 
-        Raises QueueFullError, and UpstreamConnectError if the whole tier is down, after removing it. The targets of the
+        The client of a resumed stream has half an answer: any tier will do. After a failure of ours, the next tier is
+        tried rather than the request refused because this one's queue is full. Raises QueueFullError,
+        QueueTimeoutError, and UpstreamConnectError if the whole tier is down, after removing it. The targets of the
         last tier that still answer health checks stay: they are tried rather than the request refused.
         """
         tier = self.remaining[0].tier
-        targets = [target for target in self.remaining if target.tier == tier]
+        targets = [target for target in self.remaining if self.resuming or target.tier == tier]
+        others = [target for target in self.remaining if target not in targets]
         try:
-            target = self.admission.try_acquire(targets) or await self._queue(targets)
+            target = self.admission.try_acquire(targets) or await self._queue(targets, is_last=not others)
         except UpstreamConnectError as error:
             self.progress.failures += [Failure(target, error) for target in targets]
-            self.remaining = [target for target in self.remaining if target.tier != tier] or [
+            self.remaining = others or [
                 replace(target, panic=True) for target in targets if target.replica.answers and not target.panic
             ]
             raise
+        except (QueueFullError, QueueTimeoutError):
+            if not others or not self.progress.failures:
+                raise
+            self.remaining = others
+            return await self._acquire_slot()
         self.remaining.remove(target)
         return target
 
-    async def _queue(self, targets: Sequence[Target]) -> Target:
+    async def _queue(self, targets: Sequence[Target], *, is_last: bool) -> Target:
+        """`is_last`: there are no other tiers. After a failure of ours, the request waits longer there."""
         urgency = "high" if self.resuming else self.call.features.urgency
-        waiter = self.admission.enqueue(targets, urgency)
+        waiter = self.admission.enqueue(targets, urgency, beyond_limit=self.resuming)
         queueing = Stopwatch()
         try:
             with self.progress.waiting, queueing:
-                return await self.admission.wait(waiter, TIMEOUT_FACTOR if self.resuming else 1)
+                return await self.admission.wait(waiter, TIMEOUT_FACTOR if is_last and self.progress.failures else 1)
         except asyncio.CancelledError:
             self.progress.left_queue = True
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from xgen_proxy.downstream.response_writer import ResponseWriter
@@ -38,6 +39,7 @@ class Progress:
     """
 
     __slots__ = (
+        "at_commit",
         "attempts",
         "broken_in",
         "call",
@@ -65,6 +67,13 @@ class Progress:
         self.queued = 0.0
         self.left_queue = False
         self.tail = b""
+        self.at_commit: Callable[[], None] | None = None
+
+    def commit(self) -> None:
+        """The answer begins, or there is none: calls `at_commit`, once."""
+        committed, self.at_commit = self.at_commit, None
+        if committed is not None:
+            committed()
 
     @property
     def reason(self) -> str:

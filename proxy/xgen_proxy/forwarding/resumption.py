@@ -1,7 +1,8 @@
 """Resumes a stream that broke after the commit point, on another replica or backend, from its next character.
 
-The fleet is planned anew, since it may have changed while the stream ran. Replicas that have failed this request are
-left out. A replica is asked to go on with the answer; if it cannot start in the middle, to give it again, and what the
+The fleet is planned anew, since it may have changed while the stream ran. The replica that just broke is left out, and
+those that failed this request before come last. When a resumed stream gets further and breaks, it is planned anew,
+too. A replica is asked to go on with the answer; if it cannot start in the middle, to give it again, and what the
 client has is not sent twice. Where no replica can do either, one SSE error event ends the stream, without `[DONE]`.
 """
 
@@ -41,6 +42,7 @@ from xgen_proxy.request.call import Call
 from xgen_proxy.request.prompt import estimate_tokens
 from xgen_proxy.routing.router import Router, Target
 
+PLANS = 5  # for one stream
 LONG = 512 * 1024  # bytes of events; parsing them takes 15 ms
 
 
@@ -66,16 +68,14 @@ class Resumption:
     async def resume(self, error: UpstreamError) -> None:
         """Ends the stream in any case: with the rest of the answer, or with an error event about `error`."""
         prefix = None
-        failures = self.progress.failures
-        broken = failures[-1].target.replica.name if failures else "the backend"
+        broken = self.progress.failures[-1].target.replica.name
         try:
             prefix = await self._sent_prefix()
             self.progress.broken_in = self._block(prefix)
-            targets = self._targets(prefix)
             if is_complete(prefix, self.call.features):
                 await self.writer.end(sse.DONE)
             else:
-                await self.failover.resume(targets, self._resume_on)
+                await self._by_plans(prefix)
         except (UpstreamError, ProxyError) as last:
             if prefix is not None and await self._is_finished():
                 # The answer is complete; only its usage is missing.
@@ -83,6 +83,22 @@ class Resumption:
                 return
             self.progress.interrupted = error
             await self.writer.end(_error_event(broken, error, last))
+
+    async def _by_plans(self, prefix: SentPrefix) -> None:
+        """Plans again when the plan's targets have all failed, if one of them brought the answer on before it broke: a
+        replica that broke or was restarted earlier may be up by now. Raises UpstreamError, ProxyError."""
+        for more in reversed(range(PLANS)):
+            before = prefix
+            try:
+                await self.failover.resume(self._targets(prefix), self._resume_on)
+            except UpstreamError as error:
+                if not more or error.blame == "request":
+                    raise
+                prefix = await self._sent_prefix()
+                if (prefix.reasoning, prefix.text) == (before.reasoning, before.text):
+                    raise
+            else:
+                return
 
     async def _sent_prefix(self) -> SentPrefix:
         """What the client has of the answer so far. Raises UpstreamProtocolError if it cannot be resumed.
@@ -115,17 +131,21 @@ class Resumption:
         return "tool_call" if self.delivery.hold is not None and self.delivery.hold.holding else "text"
 
     def _targets(self, prefix: SentPrefix) -> Sequence[Target]:
-        """Targets that can resume the stream, by a new plan. Raises ProxyError if nothing can be planned."""
-        features = self.call.features
+        """Targets that can resume the stream, by a new plan: not the one that just broke, and those that failed this
+        request before last. Raises ProxyError if nothing can be planned."""
+        features, broken = self.call.features, self.progress.failures[-1].target
         sent = estimate_tokens(prefix.reasoning + prefix.text)
         longer = replace(features, prompt_tokens=features.prompt_tokens + sent)
+        if not features.fallback:
+            longer = replace(longer, backend=broken.backend.name)
         failed = {failure.target.replica for failure in self.progress.failures}
-        return [
+        able = [
             target
-            for target in self.router.targets(self.router.plan(longer))
-            if target.replica not in failed
+            for target in self.router.targets(self.router.plan(longer, spare=1))
+            if target.replica is not broken.replica
             and requests.can_take_over(target.backend.dialect, features, prefix, target.backend.template)
         ]
+        return sorted(able, key=lambda target: target.replica in failed)
 
     async def _resume_on(self, target: Target, trace: bytes) -> None:
         """Bytes already sent stay sent: if this target fails too, the next one resumes after them."""

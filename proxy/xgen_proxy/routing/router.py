@@ -75,12 +75,15 @@ class Router:
     def _is_served(self, model: str | None) -> bool:
         return any(model in backend.models for backend in self.fleet.backends)
 
-    def plan(self, features: Features) -> Plan:
-        """A plan without candidates has an error. Raises ModelNotFoundError, ServiceUnavailableError."""
+    def plan(self, features: Features, spare: int = 0) -> Plan:
+        """A plan without candidates has an error. `spare`: candidates beyond routing.max_attempts, which the caller
+        will not use. Raises ModelNotFoundError, ServiceUnavailableError."""
         if not self._is_served(features.model):
             raise self._unknown(features)
-        fleet = self.fleet
-        return decide(features, fleet.snapshot(), fleet.settings.routing, self._rng, time.monotonic(), fleet.nearness)
+        fleet, routing = self.fleet, self.fleet.settings.routing
+        if spare:
+            routing = routing.model_copy(update={"max_attempts": routing.max_attempts + spare})
+        return decide(features, fleet.snapshot(), routing, self._rng, time.monotonic(), fleet.nearness)
 
     def _unknown(self, features: Features) -> ProxyError:
         """404 only once every backend has been reached; until then 503."""

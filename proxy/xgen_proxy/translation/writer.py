@@ -16,7 +16,7 @@ from starlette.types import Send
 from xgen_proxy import sse
 from xgen_proxy.downstream.direct_writer import DirectWriter, Headers
 from xgen_proxy.downstream.response_writer import ResponseWriter, send_error
-from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamOversizedError
+from xgen_proxy.errors import BadGatewayError, ProxyError, UpstreamOversizedError, UpstreamProtocolError
 from xgen_proxy.request.call import Call
 from xgen_proxy.translation.chat import Failure, read_pieces
 from xgen_proxy.translation.translation import Api, Translation
@@ -47,11 +47,13 @@ class TranslatingWriter(ResponseWriter):
             self._headers.append((b"x-dropped", ", ".join(names).encode()))
 
     async def whole(self, headers: Headers, data: bytes) -> None:
-        """Raises BadGatewayError before anything is sent."""
+        """Raises UpstreamProtocolError before anything is sent."""
         try:
             answer = self._translation.whole(data, self._call)
+        except BadGatewayError as error:
+            raise UpstreamProtocolError(error.message) from None
         except orjson.JSONEncodeError:  # what was read may have 1024 levels, what is written 254
-            raise BadGatewayError("the backend's answer is nested too deeply", code="bad_answer") from None
+            raise UpstreamProtocolError("the answer is nested too deeply") from None
         await super().whole([*headers, *self._headers], answer)
 
     def waiting(self, headers: Headers) -> None:

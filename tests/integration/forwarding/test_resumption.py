@@ -135,11 +135,11 @@ def test_a_break_at_every_byte_is_invisible(
     assert len(gpu.talks) >= whole
 
 
-def cut_after(tokens: int, then: Script) -> Script:
+def cut_after(tokens: int, then: Script, last: int = LAST) -> Script:
     """Sends the first tokens of the count and then runs `then`."""
 
     async def script(talk: Talk) -> None:
-        events = events_of(talk, LAST, True, "gpu")
+        events = events_of(talk, last, True, "gpu")
         start = 1 if "chat" in talk.path else 0
         await talk.start_stream()
         for event in events[: start + tokens]:

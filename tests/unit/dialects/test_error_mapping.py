@@ -244,6 +244,8 @@ EVENTS: list[tuple[bytes, type[Exception]]] = [
     (b'data: {"error": {"message": "The engine is currently busy", "code": 503}}\n\n', UpstreamOverloadedError),
     (b'data: {"error": {"message": "Grammar error: Invalid type: banana", "code": 400}}\n\n', RequestRejectedError),
     (b'data: {"error": {"message": "Failed to parse tools", "code": 500}}\n\n', RequestRejectedError),
+    (b'data: {"error": {"message": "Failed to parse input at pos 31: <tool_call>", "code": 500}}\n\n',
+     UpstreamServerError),
     (b'data: {"error": {"message": "no code"}}\n\n', UpstreamServerError),
     (b'data: {"object":"error","message":"old shape","code":400}\n\n', RequestRejectedError),
     (b'error: {"code":500,"message":"llama-server of old"}\n\n', UpstreamServerError),
