@@ -49,8 +49,8 @@ TEMPLATE = "the model's chat template refuses this conversation: "
 # "Failed to parse input at pos 31" is about what the model wrote: https://github.com/ggml-org/llama.cpp/issues/20532
 CLIENTS_500 = re.compile(
     r"validation errors?|can only concatenate str|Input should be|[Ff]ailed to parse(?! input at)"
-    r"|input is not supported|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported|roles are supported|"
-    r"[Ff]ailed to load image|" + re.escape(TEMPLATE)
+    r"|input is not supported|type must be|Unknown reasoning format|roles must alternate|[Rr]ole not supported"
+    r"|roles are supported|[Ff]ailed to load image|" + re.escape(TEMPLATE)
 )
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 PROMPTS = ("messages", "prompt")  # vLLM says input_tokens, which is not a field of a request

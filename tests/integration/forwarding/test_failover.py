@@ -103,6 +103,22 @@ def test_a_whole_response_fails_over(proxy: RunningProxy, gpu: FakeUpstream, scr
     assert answer.headers["x-backend"] == "llama_cpp"
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_a_whole_response_that_cannot_be_translated_fails_over(
+    proxy: RunningProxy, gpu: FakeUpstream, path: str, asked: dict[str, Any]
+) -> None:
+    gpu.default = status(200, {"choices": [{"message": {"tool_calls": [5]}}]})
+    answer = post(proxy.url + path, json={"model": "m", **asked})
+    assert (answer.status_code, answer.headers["x-backend"]) == (200, "llama_cpp")
+    assert gpu.talks
+
+
 def test_a_slow_first_byte_fails_over(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
     async def silent(talk: Talk) -> None:
         await talk.start_stream()

@@ -91,8 +91,7 @@ def test_a_client_that_wants_no_fallback_gets_no_other_backends_words(
     async def vanish(talk: Talk) -> None:
         assert gpu._server is not None
         gpu._server.close()
-        while replica.up:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: not replica.up)
         await reset(talk)
 
     gpu.scripts.append(cut_after(2, vanish))

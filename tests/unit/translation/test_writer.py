@@ -14,7 +14,6 @@ from starlette.types import Message
 from tests.support.chunks import HI, delta, events
 from xgen_proxy import sse
 from xgen_proxy.errors import (
-    BadGatewayError,
     BadRequestError,
     ProxyError,
     ServiceUnavailableError,
@@ -126,7 +125,7 @@ async def test_a_whole_answer(writer: TranslatingWriter, sent: list[Message]) ->
 async def test_an_answer_that_is_none_fails_before_anything_is_sent(
     writer: TranslatingWriter, sent: list[Message]
 ) -> None:
-    with pytest.raises(BadGatewayError):
+    with pytest.raises(UpstreamProtocolError):
         await writer.whole([], b"{}")
     assert not sent
 
@@ -180,7 +179,7 @@ async def test_a_malformed_answer_is_always_the_backends_fault(api: Api, body: J
         writer = TranslatingWriter(partial(collect, sent), None, api, api.translate(body), call)
         try:
             await writer.whole([], json.dumps(answer).encode())
-        except BadGatewayError:
+        except UpstreamProtocolError:
             refused += 1
     passed = [message["status"] for message in sent if message["type"] == "http.response.start"]
     assert set(passed) == {200}
