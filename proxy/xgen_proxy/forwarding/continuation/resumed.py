@@ -12,6 +12,7 @@ from xgen_proxy.errors import DifferentAnswerError
 from xgen_proxy.forwarding.continuation.sent import REASONING, SentPrefix, outputs
 from xgen_proxy.request.features import Features, Json
 
+DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 Way = Literal["continue", "relabel", "repeat", "usage"]
 
 
@@ -152,4 +153,13 @@ class ResumedStream:
         prompt = (self._usage.get("prompt_tokens") or 0) - self._in_prompt
         completion = self._spent + (0 if self.usage_only else self._usage.get("completion_tokens") or 0)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        usage |= self._usage_details(self._usage, prompt)
         return sse.encode({**self._head, "choices": [], "usage": usage})
+
+    def _usage_details(self, usage: Json, prompt: int) -> Json:
+        """Those that still hold: all of an answer that was given anew, else what the cache had of the `prompt`."""
+        if self._way == "repeat":
+            return {name: usage[name] for name in DETAILS if usage.get(name)}
+        details = usage.get(DETAILS[0])
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        return {DETAILS[0]: {"cached_tokens": min(cached, prompt)}} if type(cached) is int else {}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.support.chunks import Replica, delta, events, read
 from tests.support.requests import make_call
 from xgen_proxy.errors import DifferentAnswerError
-from xgen_proxy.forwarding.continuation.resumed import ResumedStream
+from xgen_proxy.forwarding.continuation.resumed import ResumedStream, Way
 from xgen_proxy.forwarding.continuation.sent import SentPrefix
 from xgen_proxy.request.features import Json
 
@@ -42,6 +42,26 @@ async def test_a_resumed_stream_may_bring_only_the_usage() -> None:
     assert resumed.edit(events(delta(content="x"), {**delta("length"), "usage": usage})) == b""
     [last] = read(await resumed.finish(Replica().post))
     assert last["usage"] == {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+
+
+@pytest.mark.parametrize(
+    ("way", "told", "kept"),
+    [
+        ("continue", {"prompt_tokens_details": {"cached_tokens": 4}}, {"prompt_tokens_details": {"cached_tokens": 4}}),
+        ("continue", {"prompt_tokens_details": {"cached_tokens": 8}}, {"prompt_tokens_details": {"cached_tokens": 7}}),
+        ("continue", {"completion_tokens_details": {"reasoning_tokens": 1}}, {}),
+        ("continue", {"prompt_tokens_details": None}, {}),
+        ("repeat", {"completion_tokens_details": {"reasoning_tokens": 1}}, None),
+    ],
+)
+async def test_details_of_usage_that_still_hold_are_kept(way: Way, told: Json, kept: Json | None) -> None:
+    features = make_call(stream=True, stream_options={"include_usage": True}).features
+    resumed = ResumedStream(sent("One "), 2, features, way)
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, **told}
+    resumed.edit(events(delta(content="One two"), delta("stop"), {**delta(), "choices": [], "usage": usage}))
+    [last] = read(await resumed.finish(Replica().post))
+    details = {name: value for name, value in last["usage"].items() if name.endswith("_details")}
+    assert details == (told if kept is None else kept)
 
 
 @given(st.text(alphabet=" \ta", max_size=6), st.lists(st.text(alphabet=" \ta", min_size=1, max_size=3), max_size=6))
