@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,7 @@ from xgen_proxy.fleet import circuit_breaker
 from xgen_proxy.forwarding import resumption
 
 Start = Callable[..., RunningProxy]
-LONG = {"max_tokens": 2000}  # goes to the GPU
+LONG = 2000  # tokens, which go to the GPU
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +125,9 @@ def test_a_stream_does_not_wait_for_a_gpu_while_a_cpu_is_free(
     gpus = backend(gpu, other, dialect="llama-server", device_class="gpu", slots=1)
     proxy = start(backends={"gpus": gpus, "cpu": backend(cpu, dialect="llama-server", device_class="cpu")})
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stream, proxy, **LONG)
+        first = pool.submit(partial(stream, proxy, max_tokens=LONG))
         wait_until(lambda: gpu.talks or other.talks)
-        second = pool.submit(stream, proxy, **LONG)
+        second = pool.submit(partial(stream, proxy, max_tokens=LONG))
         wait_until(lambda: gpu.talks and other.talks)
         broken.set()
         answer = first.result(20)
