@@ -104,7 +104,7 @@ def waiting(release: threading.Event) -> Script:
     """A complete answer, once it is released."""
 
     async def script(talk: Talk) -> None:
-        await asyncio.to_thread(release.wait, 20)
+        await asyncio.to_thread(release.wait, 60)
         await counter(LAST)(talk)
 
     return script
@@ -117,7 +117,7 @@ def test_a_stream_does_not_wait_for_a_gpu_while_a_cpu_is_free(
     release, broken = threading.Event(), threading.Event()
 
     async def breaks(talk: Talk) -> None:
-        await asyncio.to_thread(broken.wait, 20)
+        await asyncio.to_thread(broken.wait, 60)
         await reset(talk)
 
     gpu.default = other.default = in_turn(cut_after(2, breaks), waiting(release))
@@ -126,13 +126,13 @@ def test_a_stream_does_not_wait_for_a_gpu_while_a_cpu_is_free(
     proxy = start(backends={"gpus": gpus, "cpu": backend(cpu, dialect="llama-server", device_class="cpu")})
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(partial(stream, proxy, max_tokens=LONG))
-        wait_until(lambda: gpu.talks or other.talks)
+        wait_until(lambda: gpu.talks or other.talks, 30)
         second = pool.submit(partial(stream, proxy, max_tokens=LONG))
-        wait_until(lambda: gpu.talks and other.talks)
+        wait_until(lambda: gpu.talks and other.talks, 30)
         broken.set()
-        answer = first.result(20)
+        answer = first.result(60)
         release.set()
-        assert read(second.result(20))[0] == count()
+        assert read(second.result(60))[0] == count()
     assert read(answer)[0] == count()
     assert f": resumed on cpu@127.0.0.1:{cpu.port}" in answer.text
 
@@ -141,7 +141,7 @@ def test_a_full_queue_keeps_no_stream_from_being_resumed(start: Start, gpu: Fake
     release, broken = threading.Event(), threading.Event()
 
     async def breaks(talk: Talk) -> None:
-        await asyncio.to_thread(broken.wait, 20)
+        await asyncio.to_thread(broken.wait, 60)
         await reset(talk)
 
     gpu.default = other.default = in_turn(cut_after(2, breaks), waiting(release))
@@ -149,13 +149,13 @@ def test_a_full_queue_keeps_no_stream_from_being_resumed(start: Start, gpu: Fake
     proxy = start(backends={"llama": servers}, limits={"queue": 0})
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stream, proxy)
-        wait_until(lambda: gpu.talks or other.talks)
+        wait_until(lambda: gpu.talks or other.talks, 30)
         second = pool.submit(stream, proxy)
-        wait_until(lambda: gpu.talks and other.talks)
+        wait_until(lambda: gpu.talks and other.talks, 30)
         broken.set()
-        wait_until(lambda: proxy.gateway.admission.queue)
+        wait_until(lambda: proxy.gateway.admission.queue, 30)
         release.set()
-        assert [read(each.result(20))[0] for each in (first, second)] == [count()] * 2
+        assert [read(each.result(60))[0] for each in (first, second)] == [count()] * 2
 
 
 def test_streams_that_have_begun_elsewhere_are_no_retries(start: Start, gpu: FakeUpstream, cpu: FakeUpstream) -> None:
@@ -163,7 +163,7 @@ def test_streams_that_have_begun_elsewhere_are_no_retries(start: Start, gpu: Fak
     release = threading.Event()
 
     async def then_wait(talk: Talk) -> None:
-        await asyncio.to_thread(release.wait, 20)
+        await asyncio.to_thread(release.wait, 60)
         await reset(talk)
 
     gpu.default = status(503)
@@ -171,7 +171,7 @@ def test_streams_that_have_begun_elsewhere_are_no_retries(start: Start, gpu: Fak
     proxy = start(backends={"vllm": backend(gpu), "llama_cpp": backend(cpu, device_class="cpu")})
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(stream, proxy, continuation="none") for _ in range(6)]
-        wait_until(lambda: len(cpu.talks) == 6)
+        wait_until(lambda: len(cpu.talks) == 6, 30)
         assert proxy.gateway.forwarder.retry_budget.retrying == 0
         release.set()
-        assert all("stream_broken" in each.result(20).text for each in asked)
+        assert all("stream_broken" in each.result(60).text for each in asked)
