@@ -112,7 +112,7 @@ class Media:
     def _check_size(self, data: str, name: str) -> None:
         size = image_size(data)
         if size is None or 0 in size:
-            raise BadRequestError(f"{name} is not a PNG, JPEG, WebP or GIF", param=name)
+            raise BadRequestError(f"{name} is not a PNG, JPEG, WebP or GIF, or not a well-formed one", param=name)
         self._pixels += size[0] * size[1]
         if self._pixels > self._limits.image_pixels:
             most = self._limits.image_pixels
