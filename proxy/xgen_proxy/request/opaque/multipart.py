@@ -55,11 +55,11 @@ class Form:
     def stream(self) -> bool:
         return self.fields.get("stream", "").lower() in ("true", "1", "on", "yes")  # what pydantic takes as true
 
-    def encoded(self, model: str, without: Set[bytes]) -> bytes:
-        """The form for a backend that knows the model as `model`, and `without` some fields."""
-        if model == self.fields.get("model") and without.isdisjoint(part.name for part in self.parts):
+    def encoded(self, model: str, known: Set[bytes]) -> bytes:
+        """The form for a backend that knows the model as `model`, with the fields that are `known`."""
+        if model == self.fields.get("model") and all(part.name in known for part in self.parts):
             return self.raw
-        dropped = [part for part in self.parts if part.name in without or part.name == b"model"]
+        dropped = [part for part in self.parts if part.name not in known or part.name == b"model"]
         first = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b' % (self.boundary, model.encode())
         pieces: list[bytes | memoryview] = [first]
         if not dropped or dropped[0].begin > 0:  # only the delimiter of the first part has no line break before it
