@@ -24,7 +24,9 @@ def body(rng: random.Random) -> bytes:
     raw = form(*[rng.choice(PARTS) for _ in range(rng.randrange(5))])
     if rng.random() < 0.3:
         at = rng.randrange(len(raw) + 1)
-        piece = rng.choice([b"--" + BOUNDARY, b"\r\n--" + BOUNDARY, b"--", BOUNDARY, b'; name="model"', b"\\", b'"'])
+        piece = rng.choice(
+            [b"--" + BOUNDARY, b"\r\n--" + BOUNDARY, b"--", BOUNDARY, b'; name="model"', b"\\", b'"', b'\\"']
+        )
         raw = raw[:at] + piece + raw[at:]
     return mutated(rng, raw) if rng.random() < 0.6 else raw
 

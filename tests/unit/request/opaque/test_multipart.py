@@ -48,6 +48,16 @@ def test_names_may_be_unquoted_and_in_capitals() -> None:
     assert read(part, file()).fields == {"model": "whisper"}
 
 
+def test_a_file_may_have_any_name_without_an_escaped_quote() -> None:
+    for name in (
+        r'; filename="C:\a b\c;d.wav"',
+        "; filename*=utf-8''%22a",
+        "; filename=\"%22a%22\"; filename*=UTF-8''a",
+    ):
+        [part] = read(field("file", b"x", name)).parts
+        assert (part.name, part.is_file) == (b"file", True)
+
+
 def test_the_name_that_the_backend_knows_is_put_in_and_nothing_else_changes() -> None:
     sent = [file(), MODEL, field("language", b"en")]
     found = read(*sent)
@@ -104,11 +114,21 @@ MALFORMED = {
     "no headers": (form(b"\r\nwhisper"), "malformed header"),
     "no disposition": (form(b"content-type: text/plain\r\n\r\nx"), "needs the header"),
     "two dispositions": (form(b'content-disposition: form-data; name="a"\r\n' + MODEL), "two Content-Disposition"),
-    "no name": (form(b"content-disposition: form-data; x=y\r\n\r\nx"), "needs the header"),
+    "no name": (form(b"content-disposition: form-data; filename=y\r\n\r\nx"), "needs the header"),
+    "another parameter": (form(field("a", b"x", "; x=y")), "malformed Content-Disposition"),
+    "an escaped quote in a file's name": (
+        form(field("a", b"x", '; filename="\\";name=model;b=\\""')),
+        "malformed Content-D",
+    ),
+    "an escaped quote in another parameter": (
+        form(b'content-disposition: form-data; x="\\";name=model;b=\\""; name="y"\r\n\r\nx'),
+        "malformed Content-Disposition",
+    ),
+    "a file's name that ends in a backslash": (form(field("a", b"x", '; filename="C:\\"')), "malformed Content-D"),
     "two names": (form(b'content-disposition: form-data; name="a"; NAME="model"\r\n\r\nx'), "malformed Content-D"),
     "an encoded name": (
         form(b"content-disposition: form-data; name*=utf-8''model; name=a\r\n\r\nx"),
-        "needs the header",
+        "malformed Content-Disposition",
     ),
     "an escaped name": (form(b'content-disposition: form-data; name="mode\\l"\r\n\r\nx'), "needs the header"),
     "an open quote": (form(b'content-disposition: form-data; name="model\r\n\r\nx'), "malformed Content-Disposition"),
