@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.fuzz.test_requests import assert_refusal
-from tests.support.forms import BOUNDARY, FORM, field, file, form
+from tests.support.forms import AUDIO, BOUNDARY, FORM, field, file, form
 from tests.support.fuzzing import examples, mutated, reported
 from xgen_proxy.errors import ProxyError
 from xgen_proxy.request.opaque.multipart import Form, read_form
@@ -13,7 +13,7 @@ from xgen_proxy.request.opaque.multipart import Form, read_form
 PARTS = [
     field("model", b"whisper"), field("stream", b"true"), field("language", b"en"), field("priority", b"1"), file(),
     b"content-type: text/plain\r\nContent-Disposition: form-data; name=prompt\r\n\r\nHi", field("model", b"other"),
-    field("a", b"b", "; filename*=utf-8''c"),
+    field("a", AUDIO, "; filename*=utf-8''c"),
 ]  # fmt: skip
 QUOTED = f'multipart/form-data; boundary="{BOUNDARY.decode()}"'
 HEADERS = [FORM, FORM, FORM, QUOTED, "multipart/form-data", "text/plain"]

@@ -6,11 +6,13 @@ https://platform.openai.com/docs/guides/images-vision. `audio_url` and `video_ur
 from __future__ import annotations
 
 import re
-from typing import Any
+from base64 import b64decode
+from typing import Any, Literal
 
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json, Need
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.media.file_kind import HEAD, check_kind
 from xgen_proxy.request.media.image_size import image_size
 from xgen_proxy.request.media.origins import is_listed
 
@@ -27,7 +29,7 @@ MEDIA: dict[str, tuple[Need, str]] = {
     "video_url": ("video", "url"),
     "file": ("files", "file_data"),
 }
-KINDS: dict[Need, str] = {"images": "image", "audio": "audio", "video": "video"}
+KINDS: dict[Need, Literal["image", "audio", "video"]] = {"images": "image", "audio": "audio", "video": "video"}
 # Where engines look for data, each in an order of its own: with two of these, they might take the one not checked.
 SOURCES = frozenset({"url", "data", "file_data"})
 # A uuid reads vLLM's media cache, also what other clients put there, and makes it load the media of a text part.
@@ -39,6 +41,7 @@ NO_CLIENTS = frozenset({
 PARTS_KEYS = NO_CLIENTS - {"uuid", "file"}  # no other JSON is likely to have them
 DATA_URL = re.compile(r"data:([a-z]+)/([a-z0-9.+-]{1,40})((?:;[a-z0-9-]+=[A-Za-z0-9.+-]+)*);base64,")
 MAX_HEAD = 200  # characters of a data URL before its data
+HEAD_CHARACTERS = HEAD * 4 // 3  # of base64
 IMAGE_FORMATS = frozenset({"png", "jpeg", "jpg", "webp", "gif"})
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -87,7 +90,7 @@ class Media:
 
     def _check_data(self, need: Need, source: str, name: str) -> None:
         if name.endswith(".data"):
-            _check_base64(source, 0, name)
+            check_kind(b64decode(_check_base64(source, 0, name)[:HEAD_CHARACTERS]), "audio", name)
         elif source.startswith("data:"):
             self._check_data_url(need, source, name)
         elif not is_listed(source, self._limits.media_origins):
@@ -106,8 +109,10 @@ class Media:
             wanted = "image/png, image/jpeg, image/webp or image/gif" if need == "images" else f"{kind or 'any'}/…"
             raise BadRequestError(f"{name} must begin with data:TYPE;base64, where TYPE is {wanted}", param=name)
         data = _check_base64(url, found.end(), name)
-        if need == "images":
+        if kind == "image":
             self._check_size(data, name)
+        elif kind:
+            check_kind(b64decode(data[:HEAD_CHARACTERS]), kind, name)
 
     def _check_size(self, data: str, name: str) -> None:
         size = image_size(data)

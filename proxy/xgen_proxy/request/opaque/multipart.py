@@ -15,6 +15,7 @@ from collections.abc import Mapping, Set
 
 from xgen_proxy.errors import BadRequestError, UnsupportedMediaTypeError
 from xgen_proxy.request.fields import NAME_LENGTH
+from xgen_proxy.request.media.file_kind import HEAD, check_kind
 from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
@@ -89,6 +90,9 @@ def read_form(raw: bytes, headers: Mapping[bytes, bytes]) -> Form:
     parts = tuple(_parts(raw, boundary))
     found = {name: _text(raw, parts, name.encode()) for name in READ}
     fields = {name: value for name, value in found.items() if value is not None}
+    for part in parts:
+        if part.is_file or part.name == b"file":
+            check_kind(raw[part.start : min(part.end, part.start + HEAD)], "audio", "file")
     return Form(raw, headers[b"content-type"].strip(), boundary, parts, fields)
 
 

@@ -27,8 +27,8 @@ NEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "with a parameter": (image(RED.replace("image/png", "image/png;charset=utf-8")), "images"),
     "fields that are not set": ({**image(), "uuid": None, "input_audio": None}, "images"),
     "audio": (AUDIO, "audio"),
-    "audio by URL": ({"type": "audio_url", "audio_url": {"url": data_url(b"abc", "audio/wav")}}, "audio"),
-    "video": ({"type": "video_url", "video_url": {"url": data_url(b"abc", "video/mp4")}}, "video"),
+    "audio by URL": ({"type": "audio_url", "audio_url": {"url": data_url(b"fLaC" + bytes(9), "audio/flac")}}, "audio"),
+    "video": ({"type": "video_url", "video_url": {"url": data_url(b"\0\0\0\x18ftypisom", "video/mp4")}}, "video"),
     "a file": ({"type": "file", "file": {"file_data": data_url(b"abc", "application/pdf")}}, "files"),
     "a file by its id": ({"type": "file", "file": {"file_id": "file-1"}}, "files"),
 }
@@ -92,6 +92,21 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "input_audio",
     ),
     "an image as a video": ({"type": "video_url", "video_url": {"url": RED}}, "where TYPE is video/", "video_url.url"),
+    "an image as audio": (
+        {"type": "input_audio", "input_audio": {"data": RED.partition(",")[2], "format": "wav"}},
+        "is an image; it must be audio: WAV, MP3",
+        "input_audio.data",
+    ),
+    "an image as audio by URL": (
+        {"type": "audio_url", "audio_url": {"url": data_url(png_bytes(), "audio/wav")}},
+        "is an image; it must be audio",
+        "audio_url.url",
+    ),
+    "an image by the name of a video": (
+        {"type": "video_url", "video_url": {"url": data_url(png_bytes(), "video/mp4")}},
+        "is an image; it must be video",
+        "video_url.url",
+    ),
     "a file from a URL": (
         {"type": "file", "file": {"file_data": "http://10.0.0.1/"}}, "must be a data URL", "file.file_data"
     ),

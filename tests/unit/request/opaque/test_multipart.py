@@ -54,7 +54,7 @@ def test_a_file_may_have_any_name_without_an_escaped_quote() -> None:
         "; filename*=utf-8''%22a",
         "; filename=\"%22a%22\"; filename*=UTF-8''a",
     ):
-        [part] = read(field("file", b"x", name)).parts
+        [part] = read(field("file", AUDIO, name)).parts
         assert (part.name, part.is_file) == (b"file", True)
 
 
@@ -103,6 +103,11 @@ def test_only_forms_are_read(header: str) -> None:
 
 WHOLE = form(MODEL, file())
 MALFORMED = {
+    "an image as a file": (form(MODEL, file(b"\x89PNG\r\n\x1a\n" + AUDIO)), "file is an image; it must be audio: WAV"),
+    "an image as another file": (form(MODEL, field("a", b"\xff\xd8\xff", '; filename="a.wav"')), "file is an image"),
+    "a text as a file": (form(MODEL, field("file", b"GIF89a")), "file is an image"),
+    "an empty file": (form(MODEL, file(b"")), "file is a file of an unknown kind"),
+    "a file that begins in the boundary": (form(MODEL, file(b"RIFF")), "file is a file of an unknown kind"),
     "empty": (b"", "begin with its boundary"),
     "another boundary": (form(MODEL, boundary=b"abc"), "begin with its boundary"),
     "a preamble": (b"Hi\r\n" + WHOLE, "begin with its boundary"),
