@@ -43,6 +43,9 @@ DATA_URL = re.compile(r"data:([a-z]+)/([a-z0-9.+-]{1,40})((?:;[a-z0-9-]+=[A-Za-z
 MAX_HEAD = 200  # characters of a data URL before its data
 HEAD_CHARACTERS = HEAD * 4 // 3  # of base64
 IMAGE_FORMATS = frozenset({"png", "jpeg", "jpg", "webp", "gif"})
+FILE_FIELDS = frozenset({"file_id", "file_data", "filename", "format"})
+FILE_WORDS = ", ".join(sorted(FILE_FIELDS))
+FILE_ID = re.compile(r"[A-Za-z0-9._-]{1,256}")
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
@@ -75,8 +78,10 @@ class Media:
             raise BadRequestError(f"{name} must have no source but {field}", param=name)
         self.needs.add(need)
         source = holder.get(field)
-        if kind == "file" and source is None:  # a file_id, which only the engine knows
-            return
+        if kind == "file":
+            _check_file(holder, name)
+            if source is None:
+                return
         if not isinstance(source, str):
             raise BadRequestError(f"{name}.{field} must be a string", param=f"{name}.{field}")
         if need == "images":
@@ -132,6 +137,19 @@ def check_sources(part: Json, where: str, own: str | None = None) -> None:
     for field in sorted(NO_CLIENTS & part.keys() - {own}):
         if part[field] is not None:
             raise BadRequestError(f"{where} must not have {field}", param=f"{where}.{field}")
+
+
+def _check_file(file: Json, name: str) -> None:
+    """LiteLLM fetches a file_id that is a URL. Raises BadRequestError."""
+    for field in sorted(file.keys() - FILE_FIELDS):
+        if file[field] is not None:
+            raise BadRequestError(f"{name} must not have {quoted(field)}: it has {FILE_WORDS}", param=name)
+    file_id = file.get("file_id")
+    if file_id is not None and not (isinstance(file_id, str) and FILE_ID.fullmatch(file_id)):
+        raise BadRequestError(
+            f"{name}.file_id must have at most 256 letters, digits, dots, hyphens and underscores",
+            param=f"{name}.file_id",
+        )
 
 
 def _check_base64(text: str, start: int, name: str) -> str:
