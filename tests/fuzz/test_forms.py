@@ -16,7 +16,7 @@ PARTS = [
     field("a", AUDIO, "; filename*=utf-8''c"),
 ]  # fmt: skip
 QUOTED = f'multipart/form-data; boundary="{BOUNDARY.decode()}"'
-HEADERS = [FORM, FORM, FORM, QUOTED, "multipart/form-data", "text/plain"]
+HEADERS = [FORM, FORM, FORM + "; charset=UTF-8", QUOTED, "multipart/form-data", "text/plain"]
 KNOWN = frozenset({b"model", b"stream", b"language", b"file", b"prompt"})
 
 
@@ -45,7 +45,7 @@ def test_any_bytes_are_a_form_or_a_refusal() -> None:
                 assert_refusal(error)
                 continue
             assert sum(part.name == b"model" for part in found.parts) <= 1
-            sent = read(found.encoded("served", KNOWN), header)
+            sent = read(found.encoded("served", KNOWN), found.content_type.decode())
             assert sent.fields["model"] == "served"
             kept = [found.raw[part.start : part.end] for part in found.parts if part.name in KNOWN - {b"model"}]
             assert [sent.raw[part.start : part.end] for part in sent.parts[1:]] == kept

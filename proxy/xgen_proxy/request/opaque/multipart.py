@@ -23,10 +23,13 @@ MAX_PARTS = 64  # OpenAI's transcription has ten fields, two of them lists
 MAX_PART_HEAD = 4096  # bytes of a part's headers; a file name has 255 at most
 READ = ("model", "stream", *sorted(OTHER_HINTS))
 
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # https://www.rfc-editor.org/rfc/rfc9110#name-tokens
+OTHERS = rb"(?:[ \t]*;[ \t]*(?!boundary)" + TOKEN + rb"=" + TOKEN + rb")*"  # such as charset=UTF-8
 BOUNDARY = re.compile(
-    rb"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.IGNORECASE
+    rb"multipart/form-data" + OTHERS + rb"[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1" + OTHERS,
+    re.IGNORECASE,
 )
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
+HEADER = re.compile(rb"(" + TOKEN + rb"):([^\r\n\0]*)")
 DISPOSITION = re.compile(rb"form-data[ \t]*(?=;)", re.IGNORECASE)
 # No \" in a value: llama-server's parser takes its quote for the end, and what follows for other parameters.
 PARAMETER = re.compile(rb';[ \t]*(name|filename\*?)=("(?:[^"\\]|\\(?!"))*"|[^\s;"\\]*)[ \t]*', re.IGNORECASE)
@@ -45,13 +48,18 @@ class Part:
 
 @frozen
 class Form:
-    """`raw`: the bytes of the body. `content_type`: its header, with the boundary. `fields`: those of READ."""
+    """`raw`: the bytes of the body. `fields`: those of READ."""
 
     raw: bytes
-    content_type: bytes
     boundary: bytes
     parts: tuple[Part, ...]
     fields: Mapping[str, str]
+
+    @property
+    def content_type(self) -> bytes:
+        """The header for a backend."""
+        quote = b"" if re.fullmatch(TOKEN, self.boundary) else b'"'
+        return b"multipart/form-data; boundary=" + quote + self.boundary + quote
 
     @property
     def stream(self) -> bool:
@@ -93,7 +101,7 @@ def read_form(raw: bytes, headers: Mapping[bytes, bytes]) -> Form:
     for part in parts:
         if part.is_file or part.name == b"file":
             check_kind(raw[part.start : min(part.end, part.start + HEAD)], "audio", "file")
-    return Form(raw, headers[b"content-type"].strip(), boundary, parts, fields)
+    return Form(raw, boundary, parts, fields)
 
 
 def _parts(raw: bytes, boundary: bytes) -> list[Part]:
