@@ -87,6 +87,7 @@ def test_a_body_that_needs_no_change_is_sent_as_it_came(start: Start, gpu: FakeU
     [
         (b"", "empty"), (b"[]", "JSON object"), (b"{", "not valid JSON"), (b'{"model": 5}', "model must be a string"),
         (b'{"documents": [' + b'"a",' * 3000 + b'"a"]}', "documents has 3001 texts"),
+        (b'{"messages": [' + b"{}," * 10_000 + b"{}]}", "messages has more than 10000 entries"),
     ],
 )  # fmt: skip
 def test_bad_json_is_refused(proxy: RunningProxy, fake: FakeUpstream, body: bytes, words: str) -> None:
