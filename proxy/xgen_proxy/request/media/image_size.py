@@ -64,7 +64,8 @@ def _png_size(data: bytes) -> tuple[int, int] | None:
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """From the frame header, which stands among other segments: https://www.w3.org/Graphics/JPEG/itu-t81.pdf, B.2.
     Decoders differ in what they do about a marker without a length."""
-    at, size = 2, None
+    size: tuple[int, int] | None = None
+    at = 2
     for _ in range(MAX_STEPS):
         if len(data) < at + 4 or data[at] != 0xFF:
             return None
