@@ -23,6 +23,14 @@ def jpeg(*before: bytes, marker: int = 0xC0, width: int = 640, height: int = 480
     return b"\xff\xd8" + b"".join(before) + frame + segment(0xDA, bytes(6)) + bytes(50)
 
 
+def with_marker(marker: int) -> bytes:
+    """A JPEG with a marker that has no length. A reader that expects one takes it from the next segment, and then
+    finds a frame of one pixel within that segment."""
+    small = segment(0xC0, struct.pack(">BHHB", 8, 1, 1, 3) + bytes(9)) + segment(0xDA, bytes(6))
+    next_one = segment(0xE0, (bytes(0xFFE0 - 4) + small).ljust(65_533, b"\0"))
+    return jpeg(bytes([0xFF, marker]), next_one, width=13_000, height=13_000)
+
+
 def gif(*before: bytes, width: int = 640, height: int = 480) -> bytes:
     """With one frame of this size, on a screen of 640 × 480 pixels."""
     screen = b"GIF89a" + struct.pack("<HHBBB", 640, 480, 0x81, 0, 0) + bytes(12)
@@ -93,9 +101,9 @@ OTHERS = {
     "GIF of nothing but extensions": gif(b"!\xfe\0" * 500_000),
     "GIF with another block": gif(b"\0"),
     "GIF without pixels": gif()[:35],
-    "JPEG with a marker without a length": jpeg(b"\xff\xd0", segment(0xE0, bytes(14))),
-    "JPEG with a temporary marker": jpeg(b"\xff\x01", segment(0xE0, bytes(14))),
-    "JPEG with a second beginning": jpeg(b"\xff\xd8"),
+    "JPEG with a marker without a length": with_marker(0xD0),
+    "JPEG with a temporary marker": with_marker(0x01),
+    "JPEG with a second beginning": with_marker(0xD8),
     "JPEG with a segment of no length": jpeg(b"\xff\xe0\0\0"),
     "JPEG with two frames": jpeg(jpeg(width=9, height=9)[2:21]),
     "JPEG with a hierarchy": jpeg(segment(0xDE, struct.pack(">BHHB", 8, 9, 9, 3) + bytes(9))),
