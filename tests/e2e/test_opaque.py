@@ -74,7 +74,7 @@ def test_what_no_backend_has_is_refused_by_name(proxied: ProxiedBackend) -> None
         error = assert_openai_error(proxied.post(path, {"model": MODEL, **body}), 400)
         assert f"with the model '{MODEL}'" in error["message"]
         assert f"{proxied.name} cannot do {path.rpartition('/')[2]}" in error["message"]
-    files = {"file": ("a.wav", b"RIFF")}
+    files = {"file": ("a.wav", b"RIFF\0\0\0\0WAVE")}
     answer = httpx.post(f"{proxied.url}/v1/audio/transcriptions", data={"model": MODEL}, files=files, timeout=60)
     assert "cannot do transcriptions" in assert_openai_error(answer, 400)["message"]
 

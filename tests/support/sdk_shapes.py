@@ -30,6 +30,8 @@ EXAMPLES: dict[str, Any] = {  # by name, where not any value makes sense
     "parameters": SCHEMA, "input_schema": SCHEMA, "arguments": "{}", "file": ("a.wav", b"RIFF\0\0\0\0WAVE"),
     "logit_bias": {"5": 1}, "max_tokens": 20,
 }  # fmt: skip
+WAV = base64.b64encode(b"RIFF\0\0\0\0WAVE").decode()
+OBJECTS: dict[str, list[Shape]] = {"input_audio": [{"data": WAV, "format": kind} for kind in ("wav", "mp3")]}  # by name
 WRAPPERS = (typing.Annotated, typing_extensions.Required, typing_extensions.NotRequired, typing_extensions.ReadOnly)
 
 
@@ -75,7 +77,9 @@ def alternatives(name: str, hint: Any, depth: int = 0) -> Iterator[Any]:
         hint = typing_extensions.get_args(hint)[0]
         origin = typing_extensions.get_origin(hint)
     arguments = typing_extensions.get_args(hint)
-    if typing_extensions.is_typeddict(hint):
+    if name in OBJECTS:
+        yield from OBJECTS[name]
+    elif typing_extensions.is_typeddict(hint):
         yield from objects(hint, depth + 1)
     elif origin in (Union, types.UnionType):
         for member in arguments:

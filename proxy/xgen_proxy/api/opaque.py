@@ -9,10 +9,10 @@ from __future__ import annotations
 from starlette.types import Receive
 
 from xgen_proxy.api.inference import Incoming, InferenceEndpoint
+from xgen_proxy.api.translated import read_limited_body
 from xgen_proxy.downstream.request_body import HeldBytes, read_body
 from xgen_proxy.gateway import Gateway
 from xgen_proxy.request.call import Origin
-from xgen_proxy.request.json_body import read_json
 from xgen_proxy.request.media.parts import check_everywhere
 from xgen_proxy.request.opaque.endpoints import OPAQUE
 from xgen_proxy.request.opaque.multipart import boundary_of, read_form
@@ -23,7 +23,7 @@ class OpaqueJson(InferenceEndpoint):
     async def read(self, origin: Origin, receive: Receive, held: HeldBytes) -> Incoming:
         limits, router = self.gateway.settings.limits, self.gateway.router
         raw = await read_body(receive, origin.headers, limits.body_bytes, held)
-        body = read_json(raw, origin.headers, limits)
+        body = read_limited_body(raw, origin.headers, limits)
         check_everywhere(body, limits)
         return Incoming(parse_opaque(origin, self.endpoint, raw, body, router.default_model, router.find_alias))
 

@@ -26,7 +26,8 @@ PARTS = ("content", "output", "tools")  # of a message or an item, and of a name
 
 
 def read_limited_body(raw: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> Json:
-    """Reads the body and limits its lists, since the chat's own limits apply only after translation.
+    """Reads the body and limits its lists. The chat's own limits apply only after translation, or never where it passes
+    unread.
 
     Raises UnsupportedMediaTypeError, BadRequestError.
     """

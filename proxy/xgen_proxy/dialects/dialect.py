@@ -14,7 +14,7 @@ import orjson
 
 from xgen_proxy.dialects.backend_request import Ask, BackendRequest, ModelFacts, Post, ReplicaInfo
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
-from xgen_proxy.dialects.request_rules import INTERNALS, MODEL_NAME, NOT_FOR_BACKENDS, Rule
+from xgen_proxy.dialects.request_rules import FORM_FIELDS, INTERNALS, MODEL_NAME, Rule
 from xgen_proxy.dialects.stream_collector import StreamCollector
 from xgen_proxy.dialects.stream_editors import ModelName, StreamEditor, rename_model
 from xgen_proxy.errors import ProxyError, UpstreamError, UpstreamProtocolError
@@ -114,7 +114,7 @@ class Dialect:
     def prepare(self, request: BackendRequest) -> bytes:
         """The request body for this engine. Raises BadRequestError, whose message says what to change."""
         if request.form is not None:
-            return request.form.encoded(request.served, NOT_FOR_BACKENDS)
+            return request.form.encoded(request.served, FORM_FIELDS)
         body = self.prepared(request)
         if body is request.body and request.raw is not None:
             return request.raw

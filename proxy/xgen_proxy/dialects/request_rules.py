@@ -12,7 +12,6 @@ from typing import Literal
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
-from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
 Action = Literal["rename", "fill", "drop", "translate", "limit", "refuse"]
@@ -128,9 +127,17 @@ LLAMA_SERVER_INTERNALS = (
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
 )  # fmt: skip
-NOT_FOR_BACKENDS = frozenset(  # of a form
-    name.encode() for name in (*VLLM_INTERNALS, *LLAMA_SERVER_INTERNALS, *OTHER_INTERNALS, *OTHER_HINTS)
-)
+# What a form may have. llama-server copies all other text fields into a chat request, grammars and schemas too, which
+# nobody has checked. vLLM's beam search is left out: its width has no limit.
+# https://platform.openai.com/docs/api-reference/audio/createTranscription, vllm/entrypoints/speech_to_text
+FORM_FIELDS = frozenset({
+    b"file", b"model", b"language", b"languages[]", b"prompt", b"keywords[]", b"response_format", b"temperature",
+    b"timestamp_granularities[]", b"include[]", b"stream", b"chunking_strategy", b"chunking_strategy[type]",
+    b"chunking_strategy[prefix_padding_ms]", b"chunking_strategy[silence_duration_ms]", b"chunking_strategy[threshold]",
+    b"known_speaker_names[]", b"known_speaker_references[]",
+    b"hotwords", b"to_language", b"top_p", b"top_k", b"min_p", b"seed", b"frequency_penalty", b"presence_penalty",
+    b"repetition_penalty", b"max_completion_tokens", b"stream_include_usage", b"stream_continuous_usage_stats",
+})  # fmt: skip
 INTERNALS = Rule(
     "every engine's scheduling, identity and transfer fields",
     "drop",

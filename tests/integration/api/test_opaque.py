@@ -87,6 +87,7 @@ def test_a_body_that_needs_no_change_is_sent_as_it_came(start: Start, gpu: FakeU
     [
         (b"", "empty"), (b"[]", "JSON object"), (b"{", "not valid JSON"), (b'{"model": 5}', "model must be a string"),
         (b'{"documents": [' + b'"a",' * 3000 + b'"a"]}', "documents has 3001 texts"),
+        (b'{"messages": [' + b"{}," * 10_000 + b"{}]}", "messages has more than 10000 entries"),
     ],
 )  # fmt: skip
 def test_bad_json_is_refused(proxy: RunningProxy, fake: FakeUpstream, body: bytes, words: str) -> None:
@@ -217,7 +218,7 @@ def test_the_openai_sdks_form_passes(start: Start, gpu: FakeUpstream) -> None:
 
 
 def test_a_form_of_any_framing_passes(proxy: RunningProxy, fake: FakeUpstream) -> None:
-    raw = form(file(b"\0" * 300_000), MODEL)
+    raw = form(file(AUDIO.ljust(300_000, b"\0")), MODEL)
 
     def pieces() -> Iterator[bytes]:  # chunked
         for at in range(0, len(raw), 50_000):
@@ -225,7 +226,7 @@ def test_a_form_of_any_framing_passes(proxy: RunningProxy, fake: FakeUpstream) -
 
     answer = post(proxy.url + AUDIO_PATH, content=pieces(), headers={"content-type": FORM})
     assert answer.status_code == 200
-    assert fake.talks[0].body == form(field("model", b"m"), file(b"\0" * 300_000))
+    assert fake.talks[0].body == form(field("model", b"m"), file(AUDIO.ljust(300_000, b"\0")))
 
 
 def test_the_default_model_is_put_into_a_form_without_one(proxy: RunningProxy, fake: FakeUpstream) -> None:
@@ -238,7 +239,7 @@ def test_ten_megabytes_pass_and_more_than_the_limit_does_not(
     proxy: RunningProxy, fake: FakeUpstream, framing: str
 ) -> None:
     def sent(size: int) -> httpx.Response:
-        raw = form(MODEL, file(b"\0" * size))
+        raw = form(MODEL, file(AUDIO.ljust(size, b"\0")))
         content: Any = raw if framing == "length" else iter([raw[:-10], raw[-10:]])
         return post(proxy.url + AUDIO_PATH, content=content, headers={"content-type": FORM})
 
@@ -325,7 +326,7 @@ def test_a_client_that_leaves_before_the_answer_frees_its_slot_once(proxy: Runni
 def test_another_replica_takes_over_from_one_that_resets_in_the_middle_of_the_upload(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    raw = form(field("model", b"m"), file(b"\0" * size))
+    raw = form(field("model", b"m"), file(AUDIO.ljust(size, b"\0")))
     gpu.default = cpu.default = echo
     proxy = start(backends={"vllm": backend(gpu), "other": backend(cpu, device_class="cpu")})
     serve = gpu._one

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -8,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chunks import ANSWER, LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, make_request
+from tests.support.forms import FORM, field, file, form
 from xgen_proxy.dialects.backend_request import ModelFacts
 from xgen_proxy.dialects.dialect import MAX_MODEL_NAME, MAX_MODELS, model_facts
 from xgen_proxy.dialects.registry import DIALECTS
 from xgen_proxy.errors import UpstreamProtocolError
 from xgen_proxy.request.features import NEEDS, Json
+from xgen_proxy.request.opaque.multipart import read_form
 
 
 @pytest.mark.parametrize("dialect", [VLLM, OPENAI], ids=lambda dialect: dialect.name)
@@ -26,6 +29,23 @@ def test_a_body_that_needs_no_change_is_sent_as_it_came(dialect: Any) -> None:
 def test_the_model_gets_its_served_name(dialect: Any) -> None:
     request = make_request(alias="public", served="theirs")
     assert orjson.loads(dialect.prepare(request))["model"] == "theirs"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
+def test_a_form_has_known_fields_only(dialect: Any) -> None:
+    """llama-server takes the text fields of a form for those of a chat."""
+    known = [
+        field("timestamp_granularities[]", b"word"), field("chunking_strategy[type]", b"server_vad"),
+        field("hotwords", b"Seoul"), field("max_completion_tokens", b"9"), file(), field("prompt", b"Hi"),
+    ]  # fmt: skip
+    unknown = [
+        field(name, b"1") for name in ("grammar", "json_schema", "tools", "messages", "n", "chat_parser", "vllm_xargs",
+                                       "priority", "backend", "session_id", "Grammar", "chunking_strategy[grammar]")
+    ]  # fmt: skip
+    raw = form(field("model", b"m"), *unknown[:3], *known, *unknown[3:])
+    sent = read_form(raw, {b"content-type": FORM.encode()})
+    request = replace(make_request(), form=sent, served="m")
+    assert dialect.prepare(request) == form(field("model", b"m"), *known)
 
 
 def test_embeddings_are_never_streamed() -> None:

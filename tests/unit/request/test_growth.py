@@ -30,7 +30,7 @@ def schema(value: Any) -> Body:
     return {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}}
 
 
-GIF = data_url(b"GIF89a\x08\0\x08\0\0\0")
+GIF = data_url(b"GIF89a\x08\0\x08\0\0\0\0,\0\0\0\0\x08\0\x08\0\0\2")  # up to its pixels
 JPEG = data_url(b"\xff\xd8\xff\xff\xff\xff")
 FORCED = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
 

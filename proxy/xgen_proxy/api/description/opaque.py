@@ -34,6 +34,8 @@ UNREAD = (
 def body(endpoint: Endpoint) -> Schema:
     """What the proxy reads of it; the rest is for the engine."""
     texts = {name: {"description": f"A text or a list of at most {MAX_INPUTS:,}."} for name in OPAQUE[endpoint].texts}
+    if OPAQUE[endpoint].chat:
+        texts["messages"] = {"description": "A chat, which is one text."}
     return {
         "type": "object",
         "properties": {"model": MODEL_FIELD, **texts, **hints(OTHER_HINTS)},

@@ -6,11 +6,13 @@ https://platform.openai.com/docs/guides/images-vision. `audio_url` and `video_ur
 from __future__ import annotations
 
 import re
-from typing import Any
+from base64 import b64decode
+from typing import Any, Literal
 
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json, Need
 from xgen_proxy.request.limits import Limits
+from xgen_proxy.request.media.file_kind import HEAD, check_kind
 from xgen_proxy.request.media.image_size import image_size
 from xgen_proxy.request.media.origins import is_listed
 
@@ -27,7 +29,7 @@ MEDIA: dict[str, tuple[Need, str]] = {
     "video_url": ("video", "url"),
     "file": ("files", "file_data"),
 }
-KINDS: dict[Need, str] = {"images": "image", "audio": "audio", "video": "video"}
+KINDS: dict[Need, Literal["image", "audio", "video"]] = {"images": "image", "audio": "audio", "video": "video"}
 # Where engines look for data, each in an order of its own: with two of these, they might take the one not checked.
 SOURCES = frozenset({"url", "data", "file_data"})
 # A uuid reads vLLM's media cache, also what other clients put there, and makes it load the media of a text part.
@@ -39,7 +41,11 @@ NO_CLIENTS = frozenset({
 PARTS_KEYS = NO_CLIENTS - {"uuid", "file"}  # no other JSON is likely to have them
 DATA_URL = re.compile(r"data:([a-z]+)/([a-z0-9.+-]{1,40})((?:;[a-z0-9-]+=[A-Za-z0-9.+-]+)*);base64,")
 MAX_HEAD = 200  # characters of a data URL before its data
+HEAD_CHARACTERS = HEAD * 4 // 3  # of base64
 IMAGE_FORMATS = frozenset({"png", "jpeg", "jpg", "webp", "gif"})
+FILE_FIELDS = frozenset({"file_id", "file_data", "filename", "format"})
+FILE_WORDS = ", ".join(sorted(FILE_FIELDS))
+FILE_ID = re.compile(r"[A-Za-z0-9._-]{1,256}")
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
@@ -72,8 +78,10 @@ class Media:
             raise BadRequestError(f"{name} must have no source but {field}", param=name)
         self.needs.add(need)
         source = holder.get(field)
-        if kind == "file" and source is None:  # a file_id, which only the engine knows
-            return
+        if kind == "file":
+            _check_file(holder, name)
+            if source is None:
+                return
         if not isinstance(source, str):
             raise BadRequestError(f"{name}.{field} must be a string", param=f"{name}.{field}")
         if need == "images":
@@ -87,7 +95,7 @@ class Media:
 
     def _check_data(self, need: Need, source: str, name: str) -> None:
         if name.endswith(".data"):
-            _check_base64(source, 0, name)
+            check_kind(b64decode(_check_base64(source, 0, name)[:HEAD_CHARACTERS]), "audio", name)
         elif source.startswith("data:"):
             self._check_data_url(need, source, name)
         elif not is_listed(source, self._limits.media_origins):
@@ -106,13 +114,15 @@ class Media:
             wanted = "image/png, image/jpeg, image/webp or image/gif" if need == "images" else f"{kind or 'any'}/…"
             raise BadRequestError(f"{name} must begin with data:TYPE;base64, where TYPE is {wanted}", param=name)
         data = _check_base64(url, found.end(), name)
-        if need == "images":
+        if kind == "image":
             self._check_size(data, name)
+        elif kind:
+            check_kind(b64decode(data[:HEAD_CHARACTERS]), kind, name)
 
     def _check_size(self, data: str, name: str) -> None:
         size = image_size(data)
         if size is None or 0 in size:
-            raise BadRequestError(f"{name} is not a PNG, JPEG, WebP or GIF", param=name)
+            raise BadRequestError(f"{name} is not a PNG, JPEG, WebP or GIF, or not a well-formed one", param=name)
         self._pixels += size[0] * size[1]
         if self._pixels > self._limits.image_pixels:
             most = self._limits.image_pixels
@@ -127,6 +137,19 @@ def check_sources(part: Json, where: str, own: str | None = None) -> None:
     for field in sorted(NO_CLIENTS & part.keys() - {own}):
         if part[field] is not None:
             raise BadRequestError(f"{where} must not have {field}", param=f"{where}.{field}")
+
+
+def _check_file(file: Json, name: str) -> None:
+    """LiteLLM fetches a file_id that is a URL. Raises BadRequestError."""
+    for field in sorted(file.keys() - FILE_FIELDS):
+        if file[field] is not None:
+            raise BadRequestError(f"{name} must not have {quoted(field)}: it has {FILE_WORDS}", param=name)
+    file_id = file.get("file_id")
+    if file_id is not None and not (isinstance(file_id, str) and FILE_ID.fullmatch(file_id)):
+        raise BadRequestError(
+            f"{name}.file_id must have at most 256 letters, digits, dots, hyphens and underscores",
+            param=f"{name}.file_id",
+        )
 
 
 def _check_base64(text: str, start: int, name: str) -> str:

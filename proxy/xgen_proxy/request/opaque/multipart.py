@@ -4,8 +4,8 @@ The body is held whole, as any other is, since a later attempt sends it again; s
 that copies each part out of it, as python-multipart does, would double what an upload holds. To find the ends of the
 parts of 25 MB takes 16 ms at worst, if the file is made of all but boundaries.
 
-The backend parses the form once more. So a form that the two might read differently is refused: two models, or a name
-with escapes. tests/fuzz/test_forms.py compares what was read with what was sent.
+The backend parses the form once more. So a form that the two might read differently is refused: two models, or an
+escaped quote. tests/fuzz/test_forms.py compares what was read with what was sent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Set
 
 from xgen_proxy.errors import BadRequestError, UnsupportedMediaTypeError
 from xgen_proxy.request.fields import NAME_LENGTH
+from xgen_proxy.request.media.file_kind import HEAD, check_kind
 from xgen_proxy.request.parsing import OTHER_HINTS
 from xgen_proxy.values import frozen
 
@@ -22,12 +23,16 @@ MAX_PARTS = 64  # OpenAI's transcription has ten fields, two of them lists
 MAX_PART_HEAD = 4096  # bytes of a part's headers; a file name has 255 at most
 READ = ("model", "stream", *sorted(OTHER_HINTS))
 
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # https://www.rfc-editor.org/rfc/rfc9110#name-tokens
+OTHERS = rb"(?:[ \t]*;[ \t]*(?!boundary)" + TOKEN + rb"=" + TOKEN + rb")*"  # such as charset=UTF-8
 BOUNDARY = re.compile(
-    rb"multipart/form-data[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.IGNORECASE
+    rb"multipart/form-data" + OTHERS + rb"[ \t]*;[ \t]*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1" + OTHERS,
+    re.IGNORECASE,
 )
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
+HEADER = re.compile(rb"(" + TOKEN + rb"):([^\r\n\0]*)")
 DISPOSITION = re.compile(rb"form-data[ \t]*(?=;)", re.IGNORECASE)
-PARAMETER = re.compile(rb';[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*')
+# No \" in a value: llama-server's parser takes its quote for the end, and what follows for other parameters.
+PARAMETER = re.compile(rb';[ \t]*(name|filename\*?)=("(?:[^"\\]|\\(?!"))*"|[^\s;"\\]*)[ \t]*', re.IGNORECASE)
 
 
 @frozen
@@ -43,23 +48,28 @@ class Part:
 
 @frozen
 class Form:
-    """`raw`: the bytes of the body. `content_type`: its header, with the boundary. `fields`: those of READ."""
+    """`raw`: the bytes of the body. `fields`: those of READ."""
 
     raw: bytes
-    content_type: bytes
     boundary: bytes
     parts: tuple[Part, ...]
     fields: Mapping[str, str]
 
     @property
+    def content_type(self) -> bytes:
+        """The header for a backend."""
+        quote = b"" if re.fullmatch(TOKEN, self.boundary) else b'"'
+        return b"multipart/form-data; boundary=" + quote + self.boundary + quote
+
+    @property
     def stream(self) -> bool:
         return self.fields.get("stream", "").lower() in ("true", "1", "on", "yes")  # what pydantic takes as true
 
-    def encoded(self, model: str, without: Set[bytes]) -> bytes:
-        """The form for a backend that knows the model as `model`, and `without` some fields."""
-        if model == self.fields.get("model") and without.isdisjoint(part.name for part in self.parts):
+    def encoded(self, model: str, known: Set[bytes]) -> bytes:
+        """The form for a backend that knows the model as `model`, with the fields that are `known`."""
+        if model == self.fields.get("model") and all(part.name in known for part in self.parts):
             return self.raw
-        dropped = [part for part in self.parts if part.name in without or part.name == b"model"]
+        dropped = [part for part in self.parts if part.name not in known or part.name == b"model"]
         first = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b' % (self.boundary, model.encode())
         pieces: list[bytes | memoryview] = [first]
         if not dropped or dropped[0].begin > 0:  # only the delimiter of the first part has no line break before it
@@ -88,7 +98,10 @@ def read_form(raw: bytes, headers: Mapping[bytes, bytes]) -> Form:
     parts = tuple(_parts(raw, boundary))
     found = {name: _text(raw, parts, name.encode()) for name in READ}
     fields = {name: value for name, value in found.items() if value is not None}
-    return Form(raw, headers[b"content-type"].strip(), boundary, parts, fields)
+    for part in parts:
+        if part.is_file or part.name == b"file":
+            check_kind(raw[part.start : min(part.end, part.start + HEAD)], "audio", "file")
+    return Form(raw, boundary, parts, fields)
 
 
 def _parts(raw: bytes, boundary: bytes) -> list[Part]:
@@ -130,7 +143,7 @@ def _read_head(head: bytes) -> tuple[bytes, bool]:
     name = parameters.get(b"name", b"")
     if name.startswith(b'"'):
         name = name[1:-1]
-    if not name or b"\\" in name or b"name*" in parameters:
+    if not name or b"\\" in name:
         raise BadRequestError('each field of the form needs the header Content-Disposition: form-data; name="…"')
     return name, b"filename" in parameters or b"filename*" in parameters
 

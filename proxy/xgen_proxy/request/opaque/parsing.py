@@ -78,4 +78,5 @@ def _texts(body: Json, endpoint: Endpoint) -> list[str]:
         value = body.get(field)
         if isinstance(value, list) and len(value) > MAX_INPUTS:
             raise BadRequestError(f"{field} has {len(value)} texts; the limit is {MAX_INPUTS}", param=field)
-    return list(texts_in(_values(body, endpoint)))
+    chat = [body["messages"]] if OPAQUE[endpoint].chat and "messages" in body else []
+    return list(texts_in([*_values(body, endpoint), *chat]))

@@ -33,7 +33,10 @@ def sent(text: str = "", reasoning: str = "") -> SentPrefix:
     [
         ({}, None),
         ({"messages": about(image())}, None),
-        ({"messages": about({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}})}, None),
+        (
+            {"messages": about({"type": "input_audio", "input_audio": {"data": "UklGRgAAAABXQVZF", "format": "wav"}})},
+            None,
+        ),
         ({"tools": [TOOL]}, None),
         ({"tools": [TOOL], "tool_choice": "required"}, None),
         (JSON, None),

@@ -27,10 +27,18 @@ NEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "with a parameter": (image(RED.replace("image/png", "image/png;charset=utf-8")), "images"),
     "fields that are not set": ({**image(), "uuid": None, "input_audio": None}, "images"),
     "audio": (AUDIO, "audio"),
-    "audio by URL": ({"type": "audio_url", "audio_url": {"url": data_url(b"abc", "audio/wav")}}, "audio"),
-    "video": ({"type": "video_url", "video_url": {"url": data_url(b"abc", "video/mp4")}}, "video"),
+    "audio by URL": ({"type": "audio_url", "audio_url": {"url": data_url(b"fLaC" + bytes(9), "audio/flac")}}, "audio"),
+    "video": ({"type": "video_url", "video_url": {"url": data_url(b"\0\0\0\x18ftypisom", "video/mp4")}}, "video"),
     "a file": ({"type": "file", "file": {"file_data": data_url(b"abc", "application/pdf")}}, "files"),
-    "a file by its id": ({"type": "file", "file": {"file_id": "file-1"}}, "files"),
+    "a file by its id": ({"type": "file", "file": {"file_id": "file-1", "file_url": None}}, "files"),
+    "a file with a name": (
+        {
+            "type": "file",
+            "file": {"file_data": data_url(b"a", "text/plain"), "filename": "a b", "format": "text/plain"},
+        },
+        "files",
+    ),
+    "a file by a long id": ({"type": "file", "file": {"file_id": "A_b.9-" + "x" * 250}}, "files"),
 }
 
 
@@ -92,6 +100,31 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "input_audio",
     ),
     "an image as a video": ({"type": "video_url", "video_url": {"url": RED}}, "where TYPE is video/", "video_url.url"),
+    "an image as audio": (
+        {"type": "input_audio", "input_audio": {"data": RED.partition(",")[2], "format": "wav"}},
+        "is an image; it must be audio: WAV, MP3",
+        "input_audio.data",
+    ),
+    "an image as audio by URL": (
+        {"type": "audio_url", "audio_url": {"url": data_url(png_bytes(), "audio/wav")}},
+        "is an image; it must be audio",
+        "audio_url.url",
+    ),
+    "an image by the name of a video": (
+        {"type": "video_url", "video_url": {"url": data_url(png_bytes(), "video/mp4")}},
+        "is an image; it must be video",
+        "video_url.url",
+    ),
+    "a file by a URL as its id": (
+        {"type": "file", "file": {"file_id": "http://169.254.0.1/"}}, "must have at most 256 letters", "file.file_id"
+    ),
+    "a file by an id that is too long": (
+        {"type": "file", "file": {"file_id": "x" * 257}}, "must have at most 256 letters", "file.file_id"
+    ),
+    "a file by a number": ({"type": "file", "file": {"file_id": 5}}, "must have at most 256 letters", "file.file_id"),
+    "a file with another field": (
+        {"type": "file", "file": {"file_url": "http://10.0.0.1/"}}, "must not have 'file_url': it has file_data", "file"
+    ),
     "a file from a URL": (
         {"type": "file", "file": {"file_data": "http://10.0.0.1/"}}, "must be a data URL", "file.file_data"
     ),

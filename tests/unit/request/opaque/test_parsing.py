@@ -69,6 +69,13 @@ def test_a_form_passes_whole() -> None:
     assert call.form is found
 
 
+def test_a_chat_is_one_sequence_of_any_number_of_messages() -> None:
+    chat = [{"role": "user", "content": "a b"}] * (MAX_INPUTS + 1)
+    assert parse("classify", messages=chat).features.prompt_words > 2 * MAX_INPUTS
+    assert sequences_of("classify", {"messages": chat}) == 1
+    assert sequences_of("classify", {"messages": chat, "input": ["a", "b"]}) == 2
+
+
 def test_each_text_is_a_sequence() -> None:
     assert sequences_of("rerank", {"query": "a", "documents": ["b"] * 7}) == 7
     assert sequences_of("score", {"text_1": ["a"] * 2, "text_2": ["b"] * 3}) == 3
