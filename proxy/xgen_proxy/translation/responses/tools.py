@@ -36,7 +36,9 @@ HIGH = r"\\u[dD][89abAB][0-9a-fA-F]{2}"
 LOW = r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 # What the next piece may complete: an escape, or a high surrogate whose low one follows.
 UNFINISHED = rf"(?:{HIGH})?(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?\Z"
-COMPLETE_TEXT = re.compile(rf'(?:[^"\\]++|(?!{UNFINISHED})(?:{HIGH}{LOW}|\\.))*+', re.DOTALL)
+# Matched again and again: in one pattern a repeat would keep a state for each character, and a possessive repeat of a
+# lookahead goes wrong in Python 3.11.2.
+COMPLETE_TEXT = re.compile(rf'[^"\\]+|(?!{UNFINISHED})(?:{HIGH}{LOW}|\\.)', re.DOTALL)
 ESCAPED_BACKSLASH = r"\\"
 # One that begins no escape of JSON, as in the \d of a pattern. Escaped backslashes are taken out before.
 LONE_BACKSLASH = re.compile(r'\\(?!["/bfnrt]|u[0-9a-fA-F]{4})')
@@ -261,9 +263,11 @@ class InputDecoder:
                 self._ended = len(self._pending) > LONGEST_BEGIN
                 return ""
             self._skip(begun.end())
-        found = COMPLETE_TEXT.match(self._pending)
-        text = found.group() if found else ""
-        self._skip(len(text))
+        end = 0
+        while found := COMPLETE_TEXT.match(self._pending, end):
+            end = found.end()
+        text = self._pending[:end]
+        self._skip(end)
         self._ended = self._pending.startswith('"')
         return _without_halves(_lenient(f'"{text}"'))
 
