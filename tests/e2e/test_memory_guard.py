@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,36 @@ def preemptions(vllm: Server) -> float:
     return float(found[1])
 
 
-def pressure(proxy: Proxy) -> dict[str, Any]:
-    """Of vLLM, as the status shows it."""
+def replica(proxy: Proxy) -> Any:
+    """vLLM, as the status shows it."""
     backends = httpx.get(f"{proxy.url}/models/status").json()["backends"]
-    [memory] = [each["replicas"][0]["memory"] for each in backends if each["name"] == "vllm"]
-    return memory["pressure"] or {"level": "normal", "reason": ""}
+    [found] = [each["replicas"][0] for each in backends if each["name"] == "vllm"]
+    return found
+
+
+def pressure(proxy: Proxy) -> Any:
+    return replica(proxy)["memory"]["pressure"] or {"level": "normal", "reason": "", "limit": None}
+
+
+@dataclass
+class Sample:
+    """`limit`: requests that vLLM may hold; None: all."""
+
+    in_flight: int
+    limit: int | None
+
+
+def sample(proxy: Proxy) -> Sample:
+    found = replica(proxy)
+    return Sample(found["in_flight"], (found["memory"]["pressure"] or {}).get("limit"))
+
+
+def check_held_back(samples: list[Sample]) -> None:
+    """Over its limit vLLM gets nothing new; and it was at its limit while clients wanted more."""
+    for before, after in pairwise(samples):
+        if before.limit is not None and before.limit == after.limit:
+            assert after.in_flight <= max(before.in_flight, before.limit), (before, after)
+    assert any(each.limit is not None and each.in_flight <= each.limit < CLIENTS for each in samples), samples
 
 
 def relief(proxy: Proxy) -> set[str]:
@@ -92,21 +119,22 @@ def test_no_request_is_lost_while_the_guard_holds_back_and_relieves(
                 assert answer.json()["usage"]["completion_tokens"] == TOKENS
                 backends[answer.headers["x-backend"]] += 1
 
-    levels, halfway = set(), 0.0
+    levels, samples, before = set(), [], preemptions(small_vllm)
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, number) for number in range(CLIENTS)]
         while wait(clients, timeout=0.3).not_done:
             levels.add(pressure(proxy)["level"])
-            if not halfway and backends.total() >= CLIENTS * ROUNDS / 2:
-                halfway = preemptions(small_vllm)
+            if backends.total() < CLIENTS * (ROUNDS - 1):
+                samples.append(sample(proxy))
         for each in clients:
             each.result()
-    late = preemptions(small_vllm) - halfway
-    print(f"\npreemptions: {halfway} in the first half, {late} in the second; answers by {dict(backends)}; {levels}")
+    preempted = preemptions(small_vllm) - before
+    print(f"\n{preempted} preemptions; answers by {dict(backends)}; {levels}")
     assert backends.total() == CLIENTS * ROUNDS
-    assert halfway, "the cache was too large for this test"
-    assert late <= halfway  # proves no effect of the guard: without it this is about even odds
+    assert preempted, "the cache was too large for this test"
+    assert preempted <= backends["vllm"], "a storm: each request loses its cache more than once"
     assert levels & {"reduced", "closed"}
+    check_held_back(samples)
 
     leave_while_memory_is_short(proxy)
     assert wait_until(lambda: relief(proxy), 10, "the relief of an idle vLLM") <= {"done", "refused"}

@@ -50,7 +50,7 @@ def normalised(pieces: list[bytes]) -> bytes | None:
         for piece in pieces:
             out += splitter.feed(piece)
             assert len(splitter.pending) + sum(map(len, splitter._data)) <= 2 * MAX_EVENT
-    except UpstreamProtocolError:
+    except (UpstreamProtocolError, UpstreamOversizedError):
         return None
     return out
 

@@ -114,7 +114,10 @@ def test_parts_that_it_does_not_know_become_parts_that_it_knows() -> None:
         {"role": "user", "content": [text, {"type": "audio_url", "audio_url": {"url": "data:audio/mpeg;base64,SUQz"}}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "assistant", "tool_calls": []},
-        {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,UklG"}}]},
+        {
+            "role": "user",
+            "content": [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,UklGRiQAAABXQVZF"}}],
+        },
         {"role": "user", "content": "Go on."},
     ]
     prepared = LLAMA_SERVER.prepared(make_request(messages=turns))["messages"]
@@ -122,7 +125,7 @@ def test_parts_that_it_does_not_know_become_parts_that_it_knows() -> None:
         [text, {"type": "input_audio", "input_audio": {"data": "SUQz", "format": "mp3"}}],
         [{"type": "text", "text": "No."}],
         None,
-        [{"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}],
+        [{"type": "input_audio", "input_audio": {"data": "UklGRiQAAABXQVZF", "format": "wav"}}],
         "Go on.",
     ]
 
