@@ -11,7 +11,7 @@ import pytest
 from tests.support.chunks import LLAMA_CPP_PYTHON, LLAMA_SERVER, OPENAI, VLLM, Replica, call, delta, make_request, text
 from tests.support.fuzzing import cut, examples, mutated, mutated_json, reported
 from xgen_proxy import sse
-from xgen_proxy.errors import UpstreamError, UpstreamProtocolError
+from xgen_proxy.errors import UpstreamError, UpstreamOversizedError, UpstreamProtocolError
 from xgen_proxy.forwarding.continuation.resumed import ResumedStream, Way
 from xgen_proxy.forwarding.continuation.sent import parse_sent_prefix
 

@@ -110,13 +110,14 @@ def test_info_has_what_props_reports() -> None:
 
 def test_parts_that_it_does_not_know_become_parts_that_it_knows() -> None:
     text = {"type": "text", "text": "Hi"}
+    wav = "UklGRiQAAABXQVZF"  # RIFF…WAVE
     turns = [
         {"role": "user", "content": [text, {"type": "audio_url", "audio_url": {"url": "data:audio/mpeg;base64,SUQz"}}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "assistant", "tool_calls": []},
         {
             "role": "user",
-            "content": [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,UklGRiQAAABXQVZF"}}],
+            "content": [{"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{wav}"}}],
         },
         {"role": "user", "content": "Go on."},
     ]
@@ -125,7 +126,7 @@ def test_parts_that_it_does_not_know_become_parts_that_it_knows() -> None:
         [text, {"type": "input_audio", "input_audio": {"data": "SUQz", "format": "mp3"}}],
         [{"type": "text", "text": "No."}],
         None,
-        [{"type": "input_audio", "input_audio": {"data": "UklGRiQAAABXQVZF", "format": "wav"}}],
+        [{"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}],
         "Go on.",
     ]
 
