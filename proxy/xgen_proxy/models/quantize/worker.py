@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def end_with_parent() -> None:
-    """Linux kills this process when the command dies, however it dies; elsewhere it goes on to its end."""
+    """Makes Linux kill this process when the command ends for any reason. Other systems let it finish."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -78,8 +78,8 @@ def _divergence(p: Mapping[Hashable, float], q: Mapping[Hashable, float]) -> tup
 
 @frozen
 class Figures:
-    """Of many positions. `undecided`: those whose top tokens could not be told apart, which `top1` leaves out; None if
-    these are most."""
+    """Averages over many positions. `undecided` counts the positions at which a top token ties with another. `top1`
+    excludes them; it is None if most positions are undecided."""
 
     positions: int
     undecided: int

@@ -93,8 +93,8 @@ def _output(body: Json) -> Json:
 
 
 def _thinking(body: Json, dropped: Dropped) -> Json:
-    """Models that think do so unless told not to, and templates without that switch ignore it. Engines have no budget
-    that all of them know."""
+    """The template's switch for `thinking`. Models that can think do so by default, and templates without the switch
+    ignore it. A budget is dropped, because no field for it works on every engine."""
     thinking = get_field(body, "thinking", dict)
     if thinking is None:
         return {}

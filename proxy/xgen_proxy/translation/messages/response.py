@@ -35,7 +35,8 @@ def _tool_use(call: ToolCall, id: str) -> Json:
 
 
 def stop_reason(finish: Finish, *, called: bool) -> tuple[str, str | None]:
-    """(stop_reason, stop_sequence). vLLM says "stop" after a call of a tool that it was told to call."""
+    """Returns (stop_reason, stop_sequence). `called`: the answer has a tool call. It decides, because vLLM finishes a
+    forced call with "stop"."""
     if finish.reason in REASONS:
         return REASONS[finish.reason], None
     if called:
