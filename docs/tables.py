@@ -29,6 +29,7 @@ RESULT_FILES = DOCS.parent / "bench" / "results"
 CLIENTS = DOCS.parent / "tests" / "e2e" / "clients" / "results.json"
 sys.path.insert(0, str(DOCS.parent))
 
+from bench import images as images_bench  # noqa: E402
 from bench import memory_guard as guard_bench  # noqa: E402
 from bench.engines import advice  # noqa: E402
 from bench.engines import results as engine_results  # noqa: E402
@@ -316,7 +317,11 @@ RESULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "guard": ("memory-guard.json", memory_guard),
     "broken_blocks": ("blocks.json", broken_blocks),
     "broken_calls": ("blocks-calls.json", broken_blocks),
+    "images": ("images-gpu.json", images_bench.table),
+    "images_killed": ("images-gpu.json", images_bench.kill_table),
 }
+# The line with the conditions comes with the other table of the same file.
+WITHOUT_CONDITIONS = {"cost_break_even", "images"}
 
 
 def result(name: str) -> str:
@@ -324,7 +329,7 @@ def result(name: str) -> str:
     if not (RESULT_FILES / file).exists():
         return markdown(iter([("not measured yet",)]))
     content = json.loads((RESULT_FILES / file).read_text())
-    if name == "cost_break_even":  # of the same file as cost_runs, which has the lines below
+    if name in WITHOUT_CONDITIONS:
         return markdown(rows(content))
     line = computed(content) if "measured" in content else provenance(content["conditions"])
     notes = "".join(f"- {note}\n" for note in content["notes"]) if name == "cost_runs" else ""
