@@ -50,7 +50,8 @@ import orjson
 #   engine   it runs without something that the request needs: start-up flags, a model, our key
 #   busy     it is healthy and full
 #   proxy    we ran out of something
-Blame = Literal["replica", "unclear", "request", "engine", "busy", "proxy"]
+#   nobody   it answered until its time was over: the answer was long, or the client read slowly
+Blame = Literal["replica", "unclear", "request", "engine", "busy", "proxy", "nobody"]
 MAX_NAMED = 8  # failed attempts that an error message lists
 QUOTED_CHARACTERS = 60
 
@@ -280,6 +281,10 @@ class DifferentAnswerError(UpstreamError):
 
 class UpstreamTimeoutError(UpstreamError):
     outcome = "timed_out"
+
+
+class UpstreamTooLongError(UpstreamTimeoutError):
+    blame = "nobody"
 
 
 class UpstreamOversizedError(UpstreamError):

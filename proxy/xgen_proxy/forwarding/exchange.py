@@ -65,7 +65,8 @@ class Exchange:
         self._payload = self.dialect.prepare(request)
         self._request_id = request_id
         self._trace = trace
-        self._timeout_s = self._first_byte_timeout_s() if self.streams else replica.settings.total_timeout_s
+        total_s = replica.settings.total_timeout_s
+        self._timeout_s = min(self._first_byte_timeout_s(), total_s) if self.streams else total_s
         self._connection: Connection | None = None
         self._expects_close = False
 
@@ -141,7 +142,7 @@ class Exchange:
         """The whole body, unread. Raises UpstreamError."""
         if not self.connection.framed:
             raise UpstreamProtocolError("an answer without a length, which may be cut short")
-        data = await self.connection.read_all(self.replica.settings.total_timeout_s, ANSWER_LIMIT)
+        data = await self.connection.read_all(self._time_left, ANSWER_LIMIT)
         self.replica.record_activity()
         return data
 

@@ -17,7 +17,13 @@ from typing import Protocol, cast
 
 import httptools
 
-from xgen_proxy.errors import UpstreamError, UpstreamOversizedError, UpstreamProtocolError, UpstreamTimeoutError
+from xgen_proxy.errors import (
+    UpstreamError,
+    UpstreamOversizedError,
+    UpstreamProtocolError,
+    UpstreamTimeoutError,
+    UpstreamTooLongError,
+)
 
 MAX_EXCHANGES = 90  # llama-server closes a connection after 100
 MAX_BODILESS = 64 * 1024  # bytes in a row without any of a body: heads, trailers, chunk extensions
@@ -212,7 +218,8 @@ class Connection(asyncio.Protocol):
 
         `limit`: the seconds that an error message names, if `timeout` is what is left of them. `on_data` is called with
         bytes as they arrive; if it returns True it has handled them and read() keeps waiting, else read() returns them.
-        Raises UpstreamTimeoutError, UpstreamProtocolError.
+        Raises UpstreamTimeoutError; UpstreamTooLongError, if the total limit ends a wait that may be longer; and
+        UpstreamProtocolError.
         """
         while not self._chunks:
             if self.complete:
@@ -279,11 +286,11 @@ class Connection(asyncio.Protocol):
             return
         now = self._loop.time() + TIMER_PRECISION_S
         silent_at = max(self._silent_at, self._last_data + self._limit)
-        if now >= self._deadline:
-            self._fail(UpstreamTimeoutError, f"the answer took more than {self._total:.3g} s")
-            self._wake()
-        elif now >= silent_at:
+        if now >= silent_at:
             self._fail(UpstreamTimeoutError, f"nothing more came within {self._limit:.3g} s")
+            self._wake()
+        elif now >= self._deadline:
+            self._fail(UpstreamTooLongError, f"the answer took more than {self._total:.3g} s")
             self._wake()
         else:
             self._start_timer(min(silent_at, self._deadline))

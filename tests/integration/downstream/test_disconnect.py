@@ -296,6 +296,28 @@ def test_endless_response_is_cut_at_total_timeout(start: Start, gpu: FakeUpstrea
     wait_until(lambda: held(proxy) == 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_that_flow_until_their_time_is_over_open_no_breaker(
+    start: Start, gpu: FakeUpstream, stream: bool
+) -> None:
+    """A client that reads slowly, or asks for endless answers, would take the replica from all others."""
+    gpu.default = endless(threading.Event(), size=1, pause_s=0.01)
+    proxy = start(backends={"only": backend(gpu, dialect="llama-server", total_timeout_s=0.3)}, canary_interval_s=0)
+    for _ in range(4):  # three failures open it
+        assert "took more than 0.3 s" in chat(proxy, stream=stream).text
+    (replica,) = proxy.gateway.fleet.replicas
+    assert (replica.breaker.failures, replica.state) == (0, "up")
+
+
+@pytest.mark.parametrize("script", [silent, headers_only, half_whole], ids=lambda script: script.__name__)
+def test_silence_until_the_time_is_over_is_the_replicas_fault(start: Start, gpu: FakeUpstream, script: Script) -> None:
+    gpu.scripts.append(script)
+    proxy = start(backends={"only": backend(gpu, total_timeout_s=0.3)}, canary_interval_s=0)
+    assert chat(proxy, stream=script is headers_only).status_code == 504
+    (replica,) = proxy.gateway.fleet.replicas
+    assert replica.breaker.failures == 1
+
+
 # everything at once
 
 

@@ -21,7 +21,13 @@ from tests.support.raw_server import (
     stay_silent,
     until,
 )
-from xgen_proxy.errors import UpstreamConnectError, UpstreamOversizedError, UpstreamProtocolError, UpstreamTimeoutError
+from xgen_proxy.errors import (
+    UpstreamConnectError,
+    UpstreamOversizedError,
+    UpstreamProtocolError,
+    UpstreamTimeoutError,
+    UpstreamTooLongError,
+)
 from xgen_proxy.upstream import connection as upstream
 from xgen_proxy.upstream.connection import HIGH_WATER
 from xgen_proxy.upstream.pool import Pool
@@ -199,7 +205,7 @@ async def test_stream_may_not_last_longer_than_its_total_limit() -> None:
             while True:
                 read.append(await connection.read(10))
 
-        with pytest.raises(UpstreamTimeoutError, match=r"the answer took more than 0\.2 s"):
+        with pytest.raises(UpstreamTooLongError, match=r"the answer took more than 0\.2 s"):
             async with asyncio.timeout(5):
                 await read_on()
         assert len(read) > 1
