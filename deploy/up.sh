@@ -28,6 +28,13 @@ if ! docker image inspect "xgen-$engine" >/dev/null 2>&1; then
         [ "$engine" != llama-cpp-python ] || printf ' (llama-cpp-python is compiled: 5 to 20 minutes)'
     ), fetches the model (93 MB) and starts each service when those it needs are healthy"
 fi
+case ${VLLM_URL:-$(value VLLM_URL)} in
+    '' | dns://vllm:*) ;;
+    *) case ${COMPOSE_FILE:-$(value COMPOSE_FILE)} in
+        '' | compose.yaml) die "The proxies cannot reach VLLM_URL, since their network has no way out. Add to .env:
+COMPOSE_FILE=compose.yaml:deploy/vllm-elsewhere.yaml" ;;
+    esac ;;
+esac
 case ,${COMPOSE_PROFILES:-$(value COMPOSE_PROFILES)}, in
     *,gpu,*) echo "make: vLLM downloads its model the first time, and takes a minute or more to start each time" ;;
 esac

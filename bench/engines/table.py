@@ -12,7 +12,7 @@ from bench.provenance import earlier
 Row = tuple[str, ...]
 # The requests from which a percentile is more than the slowest of them.
 FEWEST = {"p50": 1, "p95": 20, "p99": 100}
-# What the source document says that vLLM does.
+# What the document that the project began with says of vLLM.
 SOURCE_RATIO, SOURCE_AT = 15, 32
 SOURCE_64 = "a 7B at 64 at once on an A100: 245 tokens/s, P95 800 ms"
 
@@ -154,8 +154,8 @@ def knob_cell(results: Results, name: str, level: Level) -> str:
 
 
 def claims(results: Results) -> Iterator[Row]:
-    """The source document's claims beside what was measured."""
-    yield "the source says of vLLM", "measured here"
+    """The claims of the document that the project began with, beside what was measured."""
+    yield "claim", "measured here"
     mine, plain = (
         [run.output_tok_s for run in runs_of(results, name, DIRECT, Level(SOURCE_AT))]
         for name in ("vllm", "transformers")

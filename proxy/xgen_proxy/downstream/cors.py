@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 ANY = "*"
 EXPOSED = (
-    b"X-Request-Id, Request-Id, X-Backend, X-Replica, X-Route-Reason, X-Attempts, X-Overhead-Ms, X-Dropped,"
-    b" X-Should-Retry, Retry-After"
+    b"X-Request-Id, Request-Id, X-Backend, X-Replica, X-Route-Reason, X-Model-Distance, X-Attempts, X-Overhead-Ms,"
+    b" X-Dropped, X-Should-Retry, Retry-After"
 )
 MAX_AGE_S = 600  # how long a browser may keep the answer to a preflight
 HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
