@@ -197,9 +197,11 @@ class Failover:
         return target
 
     async def _queue(self, targets: Sequence[Target], *, is_last: bool) -> Target:
-        """`is_last`: there are no other tiers. After a failure of ours, the request waits longer there."""
+        """`is_last`: there are no other tiers. After a failure of ours, the request waits longer there, and if it had
+        been admitted, however many wait: the retry budget bounds their number."""
         urgency = "high" if self.resuming else self.call.features.urgency
-        waiter = self.admission.enqueue(targets, urgency, beyond_limit=self.resuming)
+        admitted = self.resuming or (is_last and self.progress.attempts > 0)
+        waiter = self.admission.enqueue(targets, urgency, beyond_limit=admitted)
         queueing = Stopwatch()
         try:
             with self.progress.waiting, queueing:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -207,6 +210,35 @@ def test_a_replica_with_one_slot_gets_one_request_at_a_time(start: Start, gpu: F
         thread.join()
     assert answers == [200] * 8
     assert max(peak) <= 1
+
+
+def test_a_request_whose_replica_died_waits_although_the_queue_is_full(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """It had been admitted, and its client did nothing wrong."""
+    dies, release = threading.Event(), threading.Event()
+    asked: list[Talk] = []
+
+    async def first_one_dies(talk: Talk) -> None:
+        asked.append(talk)
+        if len(asked) == 1:
+            await asyncio.to_thread(dies.wait, 10)
+            talk.reset()
+        else:
+            await asyncio.to_thread(release.wait, 10)
+            await good(talk)
+
+    gpu.default = cpu.default = first_one_dies
+    proxy = start(backends={"vllm": backend(gpu, cpu, dialect="llama-server", slots=1)}, limits={"queue": 0})
+    with ThreadPoolExecutor(2) as pool:
+        answers = []
+        for number in (1, 2):
+            answers.append(pool.submit(chat, proxy))
+            wait_until(partial(lambda count: len(asked) == count, number))
+        dies.set()
+        wait_until(lambda: len(proxy.gateway.admission.queue) == 1)
+        release.set()
+        assert [answer.result(30).status_code for answer in answers] == [200, 200]
 
 
 def test_a_full_queue_is_429(start: Start, gpu: FakeUpstream) -> None:

@@ -181,11 +181,13 @@ def test_a_name_means_one_rule() -> None:
 LIMITS = [
     (1_000, 32_000, False, 8_192, 8_192 - 1_564),
     (1_000, 32_000, True, 8_192, 8_192 - 1_564),  # more than the context can never be served
-    (17_459, 32_000, False, 32_768, 32_768 - 26_252),  # https://github.com/farion1231/cc-switch/issues/1022
+    (17_459, 32_000, False, 32_768, 15_309 * 3 // 4 - 64),  # https://github.com/farion1231/cc-switch/issues/1022
+    (21_800, 32_000, False, 32_768, 10_968 * 3 // 4 - 64),  # half as many again would fill the context
+    (30_000, 32_000, False, 32_768, 2_768 * 3 // 4 - 64),
     (100, 32_000, False, 32_768, 32_000),  # it fits
     (17_459, 16_000, True, 32_768, 16_000),  # the client means it, and the engine may refuse
-    (8_000, 32_000, False, 8_192, 8_192),  # nothing fits by estimate: the engine decides
-    (8_000, 8_192, False, 8_192, 8_192),
+    (8_150, 32_000, False, 8_192, 8_192),  # nothing fits by estimate: the engine decides
+    (8_150, 8_192, False, 8_192, 8_192),
     (1_000, 32_000, False, None, 32_000),
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from xgen_proxy.dialects.backend_request import BackendRequest
 from xgen_proxy.dialects.dialect import Dialect
 from xgen_proxy.dialects.llama_cpp_python.chat_template import ChatTemplate
-from xgen_proxy.dialects.request_rules import TEMPLATE_TOKENS
+from xgen_proxy.dialects.request_rules import MAX_TOKENS_BEYOND_CONTEXT, room_beside
 from xgen_proxy.forwarding.continuation.sent import BLANK, SentPrefix, tokens_left
 from xgen_proxy.request.features import Features, Json
 
@@ -85,7 +85,7 @@ def continuing_requests(
         return ()
     if not dialect.can_resume(features, template):
         return ()
-    limited = [_within(request, spent, limit) for limit in limits_to_try(request, spent)]
+    limited = [_within(request, spent, limit) for limit in limits_to_try(dialect, request, spent)]
     return tuple(asked for each in limited for asked in _after(dialect, each, prefix, template))
 
 
@@ -117,17 +117,18 @@ def _after(
     )
 
 
-def limits_to_try(request: BackendRequest, spent: int) -> list[int | None]:
-    """How many tokens to ask for: what is left; and if that may exceed the context, what fits by estimate, since an
-    answer that ends early is better than one that breaks off."""
+def limits_to_try(dialect: Dialect, request: BackendRequest, spent: int) -> list[int | None]:
+    """How many tokens to ask for: what is left; and if that may exceed the context of an engine that then refuses, what
+    fits by estimate, since an answer that ends early is better than one that breaks off."""
     left, features = tokens_left(request.features, spent), request.features
     if left is None:
         return [None]
     left = max(left, 1)
+    if MAX_TOKENS_BEYOND_CONTEXT not in dialect.rules:  # it ends the answer where its context ends
+        return [left]
     if request.context is None or features.prompt_tokens + spent + left <= request.context:
         return [left]
-    room = request.context - features.prompt_tokens * 3 // 2 - spent - TEMPLATE_TOKENS
-    fitting = min(left, max(room, 1))
+    fitting = min(left, max(room_beside(features.prompt_tokens, request.context - spent), 1))
     return [left, fitting] if left <= request.context and features.max_tokens_believed else [fitting]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -159,14 +160,27 @@ PROMPT = make_request().features.prompt_tokens  # an estimate
 def test_a_limit_that_may_not_fit_is_followed_by_one_that_does(
     max_tokens: int | None, context: int | None, spent: int, limits: list[int | None]
 ) -> None:
-    assert limits_to_try(make_request(max_tokens=max_tokens, context=context), spent) == limits
+    assert limits_to_try(VLLM, make_request(max_tokens=max_tokens, context=context), spent) == limits
+
+
+def test_an_engine_that_takes_any_limit_gets_what_is_left() -> None:
+    assert limits_to_try(LLAMA_SERVER, make_request(max_tokens=32_000, context=1000), 990) == [31_010]
+
+
+def test_a_long_prompt_leaves_room_for_the_rest_of_an_answer() -> None:
+    """As of an agent, whose max_tokens says nothing."""
+    request = make_request(max_tokens=32_000, context=32_768)
+    request = replace(request, features=replace(request.features, prompt_tokens=22_000, max_tokens_believed=False))
+    assert limits_to_try(VLLM, request, 500) == [(32_768 - 500 - 22_000) * 3 // 4 - 64]
 
 
 def test_the_engine_gets_the_limit_as_it_is() -> None:
     """A rule limits a max_tokens that may not fit beside the prompt; here it has been done."""
     request = make_request(max_tokens=900, context=900)
-    asked = continuing_requests(LLAMA_SERVER, request, sent("a"), 400, None)
-    assert [LLAMA_SERVER.prepared(each)["max_tokens"] for each in asked] == limits_to_try(request, 400)
+    asked = continuing_requests(VLLM, request, sent("a"), 400, None)
+    limits = limits_to_try(VLLM, request, 400)
+    assert len(limits) == 2
+    assert list(dict.fromkeys(VLLM.prepared(each)["max_tokens"] for each in asked)) == limits
 
 
 @pytest.mark.parametrize(("spent", "least"), [(10, 190), (150, 50), (250, 0)])
