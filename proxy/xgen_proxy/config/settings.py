@@ -270,7 +270,7 @@ class Settings(BaseSettings):
     )
     strip_attribution: bool = Field(
         True,
-        description="Leave the attribution block out of the system prompts of Claude Code: it changes with every request,"
+        description="Leave the attribution block out of Claude Code's system prompts: it changes with every request,"
         " so that no engine finds the rest of the prompt in its prefix cache.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(

@@ -32,7 +32,8 @@ from xgen_proxy.routing.router import Target
 
 class Delivery:
     """`replay`: what the client has been sent of a stream; None if the stream cannot be resumed. `hold`: what of it is
-    held back, if anything may be. `hold_constrained` is the setting.
+    held back, if anything may be. `finished`: each of its choices has its finish_reason. `hold_constrained` is the
+    setting.
     """
 
     def __init__(self, call: Call, writer: ResponseWriter, progress: Progress, *, hold_constrained: bool) -> None:
@@ -41,6 +42,7 @@ class Delivery:
         self.progress = progress
         self.replay: ReplayBuffer | None = None
         self.hold: Hold | None = None
+        self.finished = False
         self._hold_constrained = hold_constrained
 
     async def deliver(self, target: Target, trace: bytes) -> None:
@@ -107,7 +109,7 @@ class Delivery:
             await exchange.open()
             # Unless any replica can resume the stream, commit as late as possible: hold back the role-only chunk.
             plain = resumable and self.call.features.needs.isdisjoint(BLOCKS)
-            block = await exchange.first_events(skip_role=not plain)
+            block = await exchange.first_events(bool if plain else has_output)
         if resumable:
             self.replay = self.writer.sent_log = ReplayBuffer()
         await self._start()
@@ -147,6 +149,7 @@ class Delivery:
             block = edited(block, editor)
             if block:
                 finished += sse.count_finished(block)
+                self.finished = finished >= request.choices
                 last = block
                 if hold is not None:
                     block = await self._let_pass(block, hold)
@@ -189,6 +192,11 @@ class Delivery:
         if not passed and hold.wants_comment():
             await self.writer.alive()
         return passed
+
+
+def has_output(events: bytes) -> bool:
+    """Whether there is more than the role."""
+    return not sse.is_role_only(events)
 
 
 def edited(block: bytes, editor: StreamEditor | None) -> bytes:

@@ -146,11 +146,11 @@ class Exchange:
         self.replica.record_activity()
         return data
 
-    async def first_events(self, *, skip_role: bool = False) -> bytes:
+    async def first_events(self, begun: Callable[[bytes], bool] = bool) -> bytes:
         """Waits for the first real output, the commit point: vLLM sends 200 and headers before it accepts a request.
 
-        `skip_role`: a chunk that only names the role is not output either. Raises the meaning of an error event or of
-        an empty stream.
+        `begun` tells of all events so far whether there is output among them; by default, any chunk is output. Raises
+        what `begun` raises, and the meaning of an error event or of an empty stream.
         """
         held = b""
         while True:
@@ -163,7 +163,7 @@ class Exchange:
             held += block
             if sse.has_line_starting(block, b"data: {"):
                 self.replica.record_activity()
-                if not (skip_role and sse.is_role_only(held)):
+                if begun(held):
                     return held
                 # The engine has begun: what follows the role is silence between two chunks.
                 self._timeout_s = self._idle_timeout_s

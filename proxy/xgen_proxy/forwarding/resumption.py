@@ -9,7 +9,7 @@ client has is not sent twice. Where no replica can do either, one SSE error even
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from xgen_proxy import sse
@@ -34,7 +34,7 @@ from xgen_proxy.forwarding.continuation.sent import (
     tokens_left,
     tokens_sent,
 )
-from xgen_proxy.forwarding.delivery import Delivery, backend_request
+from xgen_proxy.forwarding.delivery import Delivery, backend_request, has_output
 from xgen_proxy.forwarding.failover import Failover
 from xgen_proxy.forwarding.outcome import Block
 from xgen_proxy.forwarding.progress import Progress
@@ -77,26 +77,24 @@ class Resumption:
             else:
                 await self._by_plans(prefix)
         except (UpstreamError, ProxyError) as last:
-            if prefix is not None and await self._is_finished():
-                # The answer is complete; only its usage is missing.
-                await self.writer.end(sse.comment(f"no usage: {last}") + sse.DONE)
+            if self.delivery.finished:  # only the usage is missing
+                why = error if prefix is None else last
+                await self.writer.end(sse.comment(f"no usage: {why}") + sse.DONE)
                 return
             self.progress.interrupted = error
             await self.writer.end(_error_event(broken, error, last))
 
     async def _by_plans(self, prefix: SentPrefix) -> None:
-        """Plans again when the plan's targets have all failed, if one of them brought the answer on before it broke: a
-        replica that broke or was restarted earlier may be up by now. Raises UpstreamError, ProxyError."""
+        """Plans again when the plan's targets have all failed, if one of them had gone on with the answer: a replica that
+        broke or was restarted earlier may be up by now. Raises UpstreamError, ProxyError."""
         for more in reversed(range(PLANS)):
-            before = prefix
+            before = self.progress.resumed
             try:
                 await self.failover.resume(self._targets(prefix), self._resume_on)
             except UpstreamError as error:
-                if not more or error.blame == "request":
+                if not more or error.blame == "request" or self.progress.resumed == before:
                     raise
                 prefix = await self._sent_prefix()
-                if (prefix.reasoning, prefix.text) == (before.reasoning, before.text):
-                    raise
             else:
                 return
 
@@ -114,12 +112,6 @@ class Resumption:
         if replay.size <= LONG:
             return parse_sent_prefix(replay.all())
         return await asyncio.to_thread(lambda: parse_sent_prefix(replay.all()))
-
-    async def _is_finished(self) -> bool:
-        try:
-            return (await self._sent_prefix()).finish is not None
-        except UpstreamProtocolError:
-            return False
 
     def _block(self, prefix: SentPrefix) -> Block:
         """The kind of block in which the stream broke."""
@@ -157,7 +149,7 @@ class Resumption:
             await self._end_exhausted(target, trace, request, prefix, spent)
             return
         refused: UpstreamError = UnsupportedByBackendError("cannot start in the middle of such an answer")
-        for asked, stream in self._ways(target, request, prefix, spent):
+        async for asked, stream in self._ways(target, request, prefix, spent):
             try:
                 await self._relay(target, trace, asked, stream)
                 return
@@ -167,9 +159,9 @@ class Resumption:
                 refused = error if isinstance(error, UpstreamError) else UnsupportedByBackendError(f"refuses: {error}")
         raise refused
 
-    def _ways(
+    async def _ways(
         self, target: Target, request: BackendRequest, prefix: SentPrefix, spent: int
-    ) -> Iterator[tuple[BackendRequest, ResumedStream]]:
+    ) -> AsyncIterator[tuple[BackendRequest, ResumedStream]]:
         """What the target may be asked, until it understands: to go on, or to give the answer again."""
         features, backend = self.call.features, target.backend
         continuing = requests.continuing_requests(backend.dialect, request, prefix, spent, backend.template)
@@ -181,7 +173,9 @@ class Resumption:
             and backend.dialect.labels_by_prompt
             and features.needs.isdisjoint(requests.BLOCKS)
         ):
-            yield continuing[0], ResumedStream(prefix, spent, features, "relabel")
+            text = replace(prefix, reasoning="")  # the template leaves the reasoning out of the prompt
+            in_prompt = await tokens_sent(backend.dialect, request, text, target.replica.post_json)
+            yield continuing[0], ResumedStream(prefix, spent, features, "relabel", in_prompt)
         if requests.may_repeat(features, prefix):
             yield request, ResumedStream(prefix, spent, features, "repeat")
 
@@ -200,8 +194,7 @@ class Resumption:
     async def _relay(self, target: Target, trace: bytes, asked: BackendRequest, resumed: ResumedStream) -> None:
         with self.delivery.exchange_with(target, asked, trace) as exchange:
             await exchange.open()
-            block = await exchange.first_events(skip_role=True)
-            resumed.check(block)
+            block = await exchange.first_events(lambda events: has_output(events) and resumed.check(events))
             resumed.began = True
             self.progress.resumed += 1
             await self.writer.comment(f"resumed on {self.progress.provenance}")

@@ -253,8 +253,9 @@ def test_max_tokens_holds_for_the_whole_answer(
         assert (reported["prompt_tokens"], reported["completion_tokens"]) == (PROMPT_TOKENS, limit)
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"continuation": "none"}], ids=str)
 def test_a_complete_answer_whose_usage_cannot_be_counted_ends_normally(
-    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, fields: dict[str, Any]
 ) -> None:
     """An error would make the client discard a complete answer."""
     proxy = pair("llama-server")
@@ -268,7 +269,7 @@ def test_a_complete_answer_whose_usage_cannot_be_counted_ends_normally(
         talk.reset()
 
     gpu.scripts.append(script)
-    answer = stream(proxy, stream_options={"include_usage": True})
+    answer = stream(proxy, stream_options={"include_usage": True}, **fields)
     assert read(answer) == (count(), None)
     assert ": no usage: " in answer.text
 

@@ -32,6 +32,8 @@ def why_not_resumable(features: Features, body: Json) -> str | None:
     for field in PER_TOKEN:
         if body.get(field):
             return f"an answer with {field} cannot be resumed"
+    if body.get("stop") and body.get("include_stop_str_in_output"):
+        return "the client may have half a stop string, which no other engine would complete"
     if features.endpoint == "chat":
         if prefill(body):
             return None

@@ -19,28 +19,32 @@ Way = Literal["continue", "relabel", "repeat", "usage"]
 class ResumedStream:
     """A stream editor: the id and shape of the broken stream, no second role, and nothing that was already sent.
 
-    `spent`: tokens sent before. `way`: what the engine does.
+    `spent`: tokens sent before. `in_prompt`: how many of them the engine counts as part of its prompt, if not all.
+    `way`: what the engine does.
     - continue: it goes on after what was sent.
     - relabel: it goes on with the text and calls it reasoning.
-    - repeat: it gives the answer anew from its beginning. What was sent of its text must come again and is not sent
-      again; reasoning is dropped if the client has some, since it would not fit together.
+    - repeat: it gives the answer anew from its beginning. What was sent of its text, but for white space at the end,
+      must come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together,
+      or has text.
     - usage: it only counts the prompt, since the answer is complete.
     """
 
-    def __init__(self, prefix: SentPrefix, spent: int, features: Features, way: Way = "continue") -> None:
+    def __init__(
+        self, prefix: SentPrefix, spent: int, features: Features, way: Way = "continue", in_prompt: int | None = None
+    ) -> None:
         repeats = way == "repeat"
         self._head = prefix.head
         self._prefix = prefix
         self._role_sent = bool(prefix.head)
         self._chat = features.endpoint == "chat"
         self._include_usage = features.include_usage
-        self._blank = "" if repeats else prefix.blank
-        self._to_come = prefix.text if repeats else ""  # of what the client has already
-        self._drops_reasoning = repeats and bool(prefix.reasoning)
+        self._blank = "" if repeats and not prefix.text else prefix.blank
+        self._to_come = prefix.partial if repeats else ""  # of what the client has already
+        self._drops_reasoning = repeats and bool(prefix.reasoning or prefix.text)
         self._way = way
         self._spent = 0 if repeats else spent
         self.usage_only = way == "usage"
-        self._in_prompt = 0 if self.usage_only else self._spent
+        self._in_prompt = 0 if self.usage_only else self._spent if in_prompt is None else in_prompt
         self.began = False  # its first output was as expected
         self._inner: StreamEditor | None = None
         self._usage: Json | None = None
@@ -50,22 +54,26 @@ class ResumedStream:
         self._inner = inner
         return self
 
-    def check(self, block: bytes) -> None:
-        """Checks the first output: reasoning must go on as reasoning, text as text.
+    def check(self, block: bytes) -> bool:
+        """Whether the answer has begun as it must: reasoning goes on as reasoning, text as text. False if these events,
+        all so far, have no output yet, as of an engine that holds back what may begin a stop string.
 
         An engine that was not told that it is reasoning, or that does not tell reasoning from text, is found out here,
         before anything is sent. Raises DifferentAnswerError.
         """
-        if self._way in ("usage", "relabel") or not self._chat:
-            return
-        any_kind = self._way == "repeat" and not self._drops_reasoning
-        expected = self._drops_reasoning or self._prefix.in_reasoning
+        repeats = self._way == "repeat"
+        if self._way in ("usage", "relabel") or not self._chat or (repeats and not self._prefix.reasoning):
+            return True
+        expected = repeats or self._prefix.in_reasoning
         for chunk in sse.parse_chunks(block):
             for choice in chunk["choices"]:
                 for kind, _ in outputs(choice):
-                    if expected != (kind == "reasoning") and not any_kind:
+                    if expected != (kind == "reasoning"):
                         raise DifferentAnswerError(f"goes on with {kind}, not as the answer so far")
-                    return
+                    return True
+                if choice.get("finish_reason"):
+                    return True
+        return False
 
     @property
     def done(self) -> bool:
@@ -121,7 +129,7 @@ class ResumedStream:
         if text[:both] != self._to_come[:both]:
             raise DifferentAnswerError("the new answer begins differently from what was sent")
         self._to_come = self._to_come[both:]
-        return text[both:]
+        return self._without_sent_spaces(text[both:])
 
     def _without_sent_spaces(self, text: str) -> str:
         """The text without those spaces at its start that the client already has."""
@@ -150,7 +158,7 @@ class ResumedStream:
             self._usage = chunk.get("usage") or self._usage
         if self._usage is None or not self._include_usage:
             return b""
-        prompt = (self._usage.get("prompt_tokens") or 0) - self._in_prompt
+        prompt = max(0, (self._usage.get("prompt_tokens") or 0) - self._in_prompt)
         completion = self._spent + (0 if self.usage_only else self._usage.get("completion_tokens") or 0)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         usage |= self._usage_details(self._usage, prompt)

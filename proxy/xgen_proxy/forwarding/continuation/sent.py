@@ -54,8 +54,8 @@ class SentPrefix:
 
     @property
     def empty(self) -> bool:
-        """The client has no output yet."""
-        return not (self.text or self.reasoning or self.calls)
+        """The client has no output yet, or white space only."""
+        return not (self.partial or self.reasoning or self.calls)
 
 
 def parse_sent_prefix(data: bytes) -> SentPrefix:

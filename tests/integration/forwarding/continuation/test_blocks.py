@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.commit_point import seen, until_seen
-from tests.support.counting_upstream import STREAM_HEAD, chunked
+from tests.support.counting_upstream import PROMPT_TOKENS, STREAM_HEAD, chunked
 from tests.support.fake_upstream import FakeUpstream, Script, Talk, status
 from tests.support.running_proxy import CHAT, RunningProxy, backend, get
 from tests.support.scripted_blocks import CALL, TOOL, Pieces, answering, dying, events_of, said, whole
@@ -256,22 +257,46 @@ def test_text_is_continued_by_an_engine_that_calls_it_reasoning(
         elif "</think>" in talk.json["messages"][-1]["content"]:
             await status(400)(talk)
         else:
-            talk.body = json.dumps({**talk.json, "messages": talk.json["messages"][:1]}).encode()
-            await answering([("reasoning", TEXT[1][1])])(talk)
+            *before, last = talk.json["messages"]
+            shown = {"role": "assistant", "content": "", "reasoning": last["content"]}
+            talk.body = json.dumps({**talk.json, "messages": [*before, shown]}).encode()
+            await answering([("reasoning", token) for _, token in TEXT])(talk)
 
     cpu.default = without_tags
     gpu.scripts.append(cut_after(THOUGHT + TEXT, 4))
-    read(ask(proxy), THOUGHT + TEXT)
+    usage = read(ask(proxy, **USAGE), THOUGHT + TEXT)
+    assert usage is not None
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (PROMPT_TOKENS, len(THOUGHT + TEXT))
 
 
-def test_reasoning_never_becomes_text(pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream) -> None:
+def hesitating(pieces: Pieces) -> Script:
+    """First of all sends a chunk without output, as vLLM does while it holds back what may begin a stop string."""
+
+    async def script(talk: Talk) -> None:
+        if "tokenize" in talk.path:
+            await answering(pieces)(talk)
+            return
+        await talk.send(STREAM_HEAD)
+        role, *others = events_of(talk, pieces, "cpu")
+        for event in (role, role.replace(b'"role":"assistant",', b""), *others):
+            await talk.send(chunked(event))
+            await asyncio.sleep(0.02)
+        await talk.send(b"0\r\n\r\n")
+
+    return script
+
+
+@pytest.mark.parametrize("answers", [answering, hesitating])
+def test_reasoning_never_becomes_text(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream, answers: Callable[[Pieces], Script]
+) -> None:
     """An engine without a parser of reasoning sends it as text, also when it is asked again."""
     proxy = pair("vllm")
 
     async def unparsed(talk: Talk) -> None:
         if "tokenize" not in talk.path:
             talk.body = json.dumps({**talk.json, "messages": talk.json["messages"][:1]}).encode()
-        await answering([("text", "<think> So be it</think> I look")])(talk)
+        await answers([("text", "<think> So be it</think> I look")])(talk)
 
     cpu.default = unparsed
     gpu.scripts.append(cut_after(THOUGHT + TEXT, 1))
@@ -285,6 +310,47 @@ def test_an_engine_without_reasoning_is_not_asked(
     gpu.scripts.append(cut_after(THOUGHT + TEXT, 1))
     error_of(ask(proxy))
     assert cpu.talks == []
+
+
+def test_a_call_after_reasoning_and_white_space_is_given_again(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """Models write line breaks between their thoughts and a call. llama-server takes a message without text for one
+    whose reasoning goes on, and when asked again, it writes the call at once."""
+    proxy = pair("llama-server")
+    blank: Pieces = [("text", "\n\n")]
+
+    async def without_blank(talk: Talk) -> None:
+        again = [("reasoning", " Hm"), *CALL]
+        if "tokenize" not in talk.path:
+            talk.body = json.dumps({**talk.json, "messages": talk.json["messages"][:1]}).encode()
+        await answering(again)(talk)
+
+    cpu.default = without_blank
+    gpu.scripts.append(cut_after(THOUGHT + blank + CALL, 5))
+    read(ask(proxy, tools=[TOOL]), THOUGHT + blank + CALL)
+
+
+def test_a_call_that_breaks_twice_goes_back_to_the_first_replica(
+    pair: Callable[..., RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    """As in a rolling restart: the client has got no further, but the second replica did go on."""
+    proxy = pair("vllm")
+
+    async def breaks_in_the_call(talk: Talk) -> None:
+        if "tokenize" in talk.path:
+            await answering(CALL)(talk)
+            return
+        await talk.send(STREAM_HEAD + b"".join(map(chunked, events_of(talk, TEXT + CALL, "cpu")[:3])))
+        await asyncio.sleep(0.2)
+        talk.reset()
+
+    cpu.default = breaks_in_the_call
+    gpu.default = answering(TEXT + CALL, "gpu")
+    gpu.scripts.append(cut_after(TEXT + CALL, 4))
+    read(ask(proxy, tools=[TOOL]), TEXT + CALL)
+    asked = [len([talk for talk in each.talks if "tokenize" not in talk.path]) for each in (gpu, cpu)]
+    assert asked == [2, 1]
 
 
 @pytest.mark.parametrize("kind", ["a tool call after text", "reasoning"])

@@ -114,6 +114,42 @@ def test_an_answer_given_again_brings_only_what_is_new() -> None:
     assert edited(sent('{"a":'), *again, repeats=True) == [{"content": " 1"}, {"content": "}"}, {}]
 
 
+@pytest.mark.parametrize("again", ["Look.", "Look.\n", "Look.\n\n", "Look.\n\n\n"])
+def test_white_space_at_the_end_need_not_come_again(again: str) -> None:
+    """An engine that writes a call at once leaves out the line breaks before it."""
+    call = delta(tool_calls=[CALL])
+    deltas = edited(sent("Look.\n\n"), delta(content=again[:3]), delta(content=again[3:]), call, repeats=True)
+    new = [{"content": "\n"}] if again.endswith("\n\n\n") else []
+    assert deltas == [*new, {"tool_calls": [CALL]}]
+
+
+def test_a_call_is_given_again_after_reasoning_and_white_space() -> None:
+    again = delta(reasoning="Well,"), delta(tool_calls=[CALL]), delta("tool_calls")
+    assert edited(sent("\n\n", reasoning="I think"), *again, repeats=True) == [{"tool_calls": [CALL]}, {}]
+
+
+@pytest.mark.parametrize("way", ["continue", "repeat"])
+def test_an_answer_without_output_has_not_begun(way: Way) -> None:
+    resumed = ResumedStream(sent(reasoning="hm"), 1, make_call(stream=True).features, way)
+    nothing = events(delta(role="assistant", content=""), delta(content=""), delta(reasoning=""))
+    assert not resumed.check(nothing)
+    assert resumed.check(nothing + events(delta(reasoning="so")))
+    assert resumed.check(nothing + events(delta("stop")))
+    with pytest.raises(DifferentAnswerError):
+        resumed.check(nothing + events(delta(content="so")))
+
+
+async def test_the_prompt_counts_what_the_engine_was_shown() -> None:
+    """Templates such as DeepSeek-R1's leave out the 300 tokens of reasoning."""
+    features = make_call(stream=True, stream_options={"include_usage": True}).features
+    usage = {"prompt_tokens": 22, "completion_tokens": 3, "total_tokens": 25}
+    for in_prompt, prompt in ((2, 20), (None, 0)):
+        resumed = ResumedStream(sent("Yes", reasoning="hm"), 302, features, "relabel", in_prompt)
+        resumed.edit(events({**delta(reasoning=" it"), "usage": usage}))
+        [last] = read(await resumed.finish(Replica().post))
+        assert last["usage"] == {"prompt_tokens": prompt, "completion_tokens": 305, "total_tokens": prompt + 305}
+
+
 @pytest.mark.parametrize("again", [[delta(content='{"b')], [delta(content='{"'), delta("stop")]])
 def test_another_answer_is_refused(again: list[Json]) -> None:
     with pytest.raises(DifferentAnswerError):
