@@ -85,8 +85,8 @@ class Resumption:
             await self.writer.end(_error_event(broken, error, last))
 
     async def _by_plans(self, prefix: SentPrefix) -> None:
-        """Plans again when the plan's targets have all failed, if one of them had gone on with the answer: a replica that
-        broke or was restarted earlier may be up by now. Raises UpstreamError, ProxyError."""
+        """Plans again when the plan's targets have all failed, if one of them had gone on with the answer: a replica
+        that broke or was restarted earlier may be up by now. Raises UpstreamError, ProxyError."""
         for more in reversed(range(PLANS)):
             before = self.progress.resumed
             try:

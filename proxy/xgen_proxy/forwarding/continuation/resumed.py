@@ -24,8 +24,8 @@ class ResumedStream:
     - continue: it goes on after what was sent.
     - relabel: it goes on with the text and calls it reasoning.
     - repeat: it gives the answer anew from its beginning. What was sent of its text, but for white space at the end,
-      must come again and is not sent again; reasoning is dropped if the client has some, since it would not fit together,
-      or has text.
+      must come again and is not sent again. Reasoning is dropped if the client has some, since it would not fit
+      together, or has text, which it would follow.
     - usage: it only counts the prompt, since the answer is complete.
     """
 
