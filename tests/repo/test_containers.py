@@ -155,6 +155,17 @@ def test_make_up_asks_for_no_key_where_none_is_said(tmp_path: Path) -> None:
     assert "Authorization" not in done.stdout
 
 
+def test_make_up_says_what_a_vllm_on_another_machine_needs(tmp_path: Path) -> None:
+    settings = "XGEN_API_KEYS=none\nVLLM_URL=http://gpu-host:8000\n"
+    (tmp_path / ".env").write_text(settings)
+    done = make_up(tmp_path)
+    assert done.returncode == 1
+    needed = done.stderr.splitlines()[-1]
+    assert (ROOT / needed.partition(":")[2]).is_file(), needed
+    (tmp_path / ".env").write_text(settings + needed + "\n")
+    assert make_up(tmp_path).returncode == 0
+
+
 def test_the_backends_image_has_what_its_programs_import(tmp_path: Path) -> None:
     """The image has a part of the proxy's package only: what fetches models."""
     dockerfile = (ROOT / "backends" / "llama_cpp" / "Dockerfile").read_text()

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,10 @@ class Stack:
 
     # -- compose -------------------------------------------------------------------------------------------------------
 
-    def compose(self, *args: str, timeout: float = 300) -> str:
-        """Run docker compose and return its standard output."""
+    def compose(self, *args: str, timeout: float = 300, extra: Sequence[Path] = ()) -> str:
+        """Run docker compose, with more compose files, and return its standard output."""
         command = ["docker", "compose", "--project-name", self.project, "--env-file", "/dev/null"]
-        command += [part for file in self._files for part in ("--file", str(file))]
+        command += [part for file in (*self._files, *extra) for part in ("--file", str(file))]
         command += [part for profile in PROFILES for part in ("--profile", profile)]
         done = subprocess.run(
             [*command, *args], env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False
