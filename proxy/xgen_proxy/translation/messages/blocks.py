@@ -7,6 +7,7 @@ from typing import Any
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.content_parts import as_part
 from xgen_proxy.translation.media_part import MediaPart
 
 # Blocks of tools that run at Anthropic, in conversations that began there. Most are encrypted.
@@ -36,10 +37,6 @@ def get_text(block: Json, field: str, where: str) -> str:
     if value is None:
         raise BadRequestError(f"{name} is missing; send a string", param=name)
     return value
-
-
-def as_part(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 def texts_of(content: Any, where: str) -> list[str]:

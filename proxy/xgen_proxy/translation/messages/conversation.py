@@ -15,10 +15,10 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
 from xgen_proxy.translation.chat import REMINDER
+from xgen_proxy.translation.content_parts import as_content, as_part
 from xgen_proxy.translation.messages.attribution import without_attribution
 from xgen_proxy.translation.messages.blocks import (
     Dropped,
-    as_part,
     get_text,
     is_of_server,
     read_blocks,
@@ -154,7 +154,7 @@ class Conversation:
     def _flush(self) -> None:
         """Ends the user's turn."""
         if self._user:
-            self.messages.append({"role": "user", "content": _joined(self._user)})
+            self.messages.append({"role": "user", "content": as_content(self._user)})
             self._user = []
 
     def finish(self) -> list[Json]:
@@ -162,12 +162,6 @@ class Conversation:
         self._flush()
         system = [{"role": "system", "content": "\n\n".join(self.system)}] if self.system else []
         return [*system, *self.messages]
-
-
-def _joined(parts: list[Json]) -> str | list[Json]:
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
 
 
 def _tool_call(block: Json, where: str) -> Json:
