@@ -72,6 +72,13 @@ def is_of_server(kind: str) -> bool:
     return kind in SERVER_BLOCKS or kind.endswith(SERVER_RESULTS)
 
 
+def summary_of(block: Json) -> str:
+    """What a compaction block says about the conversation before it, "" if it failed or the block is another.
+    https://docs.claude.com/en/docs/build-with-claude/compaction"""
+    content = block.get("content") if block["type"] == "compaction" else None
+    return content.strip() if isinstance(content, str) else ""
+
+
 def unknown_block(block: Json, where: str, known: str) -> BadRequestError:
     return BadRequestError(f"{where}.type must be {known}, not {quoted(block['type'])}", param=f"{where}.type")
 
