@@ -157,12 +157,12 @@ def _text(holder: Json, *names: str) -> str:
     return found
 
 
-def tool_input(arguments: str) -> Json:
-    """The arguments of a call as an object."""
+def tool_input(arguments: str) -> orjson.Fragment:
+    """The arguments of a call as an object, written as they are: parsed, integers beyond 64 bits would become floats.
+    https://github.com/ijl/orjson#fragment"""
     if not arguments.strip():
-        return {}
-    found = _parsed(arguments)
-    return found if isinstance(found, dict) else {INVALID: arguments}
+        return orjson.Fragment(b"{}")
+    return orjson.Fragment(arguments if is_object(arguments) else orjson.dumps({INVALID: arguments}))
 
 
 def is_object(arguments: str) -> bool:

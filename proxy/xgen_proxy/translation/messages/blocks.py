@@ -7,6 +7,7 @@ from typing import Any
 from xgen_proxy.errors import BadRequestError, quoted
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
+from xgen_proxy.translation.content_parts import as_part
 from xgen_proxy.translation.media_part import MediaPart
 
 # Blocks of tools that run at Anthropic, in conversations that began there. Most are encrypted.
@@ -36,10 +37,6 @@ def get_text(block: Json, field: str, where: str) -> str:
     if value is None:
         raise BadRequestError(f"{name} is missing; send a string", param=name)
     return value
-
-
-def as_part(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 def texts_of(content: Any, where: str) -> list[str]:
@@ -73,6 +70,13 @@ def user_parts(block: Json, where: str, dropped: Dropped) -> list[Json]:
 
 def is_of_server(kind: str) -> bool:
     return kind in SERVER_BLOCKS or kind.endswith(SERVER_RESULTS)
+
+
+def summary_of(block: Json) -> str:
+    """What a compaction block says about the conversation before it, "" if it failed or the block is another.
+    https://docs.claude.com/en/docs/build-with-claude/compaction"""
+    content = block.get("content") if block["type"] == "compaction" else None
+    return content.strip() if isinstance(content, str) else ""
 
 
 def unknown_block(block: Json, where: str, known: str) -> BadRequestError:

@@ -15,13 +15,14 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
 from xgen_proxy.translation.chat import REMINDER
+from xgen_proxy.translation.content_parts import as_content, as_part
 from xgen_proxy.translation.messages.attribution import without_attribution
 from xgen_proxy.translation.messages.blocks import (
     Dropped,
-    as_part,
     get_text,
     is_of_server,
     read_blocks,
+    summary_of,
     texts_of,
     unknown_block,
     user_parts,
@@ -61,7 +62,8 @@ class Conversation:
         self.system = system
         self.messages: list[Json] = []
         self._user: list[Json] = []  # the parts of the user's present turn
-        self._said: list[str] = []  # in the assistant's present turn, and what it thought and called
+        self._summaries: list[str] = []  # of what came before the assistant's present turn
+        self._said: list[str] = []  # in that turn, and what it thought and called
         self._thoughts: list[str] = []
         self._calls: list[Json] = []
 
@@ -113,6 +115,7 @@ class Conversation:
             self._user += [as_part(f"The images in the result of {id}:"), *images]
 
     def add_assistant(self, blocks: list[Json], where: str) -> None:
+        summaries: list[str] = []
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[Json] = []
@@ -124,12 +127,15 @@ class Conversation:
                 calls.append(_tool_call(block, at))
             elif kind == "thinking":
                 thoughts.append(get_text(block, "thinking", at))
+            elif summary := summary_of(block):
+                summaries.append(summary)
             elif is_of_server(kind):
                 self.dropped[kind] = None
             elif kind != "redacted_thinking":  # encrypted
                 raise unknown_block(block, at, "text, tool_use, thinking or redacted_thinking")
-        if any(texts) or thoughts or calls:
+        if summaries or any(texts) or thoughts or calls:
             self._flush()
+            self._summaries += summaries
             self._said += texts
             self._thoughts += thoughts
             self._calls += calls
@@ -137,24 +143,25 @@ class Conversation:
     @property
     def _in_turn(self) -> bool:
         """Whether the assistant's turn has begun."""
-        return bool(self._said or self._thoughts or self._calls)
+        return bool(self._summaries or self._said or self._thoughts or self._calls)
 
     def _end_turn(self) -> None:
         """Ends the assistant's turn."""
         if not self._in_turn:
             return
-        message: Json = {"role": "assistant", "content": "".join(self._said)}
+        said = "".join(self._said)
+        message: Json = {"role": "assistant", "content": "\n\n".join([*self._summaries, *([said] if said else [])])}
         if self._thoughts:  # llama-server's name, and vLLM's
             message["reasoning_content"] = message["reasoning"] = "".join(self._thoughts)
         if self._calls:
             message["tool_calls"] = self._calls
         self.messages.append(message)
-        self._said, self._thoughts, self._calls = [], [], []
+        self._summaries, self._said, self._thoughts, self._calls = [], [], [], []
 
     def _flush(self) -> None:
         """Ends the user's turn."""
         if self._user:
-            self.messages.append({"role": "user", "content": _joined(self._user)})
+            self.messages.append({"role": "user", "content": as_content(self._user)})
             self._user = []
 
     def finish(self) -> list[Json]:
@@ -162,12 +169,6 @@ class Conversation:
         self._flush()
         system = [{"role": "system", "content": "\n\n".join(self.system)}] if self.system else []
         return [*system, *self.messages]
-
-
-def _joined(parts: list[Json]) -> str | list[Json]:
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
 
 
 def _tool_call(block: Json, where: str) -> Json:

@@ -1,7 +1,8 @@
 """The input of a request as the messages of a chat.
 
 Instructions, and the system and developer messages before the conversation, become one system message: templates such
-as Qwen's refuse a second one. What the assistant thought, said and called in one turn becomes one message.
+as Qwen's refuse a second one. What the assistant thought, said and called in one turn becomes one message. So does what
+the user said: templates such as Gemma's and Mistral's refuse two messages of one role in a row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from xgen_proxy.errors import BadRequestError
 from xgen_proxy.request.features import Json
 from xgen_proxy.request.fields import get_field
 from xgen_proxy.translation.chat import INVALID, REMINDER, is_object
+from xgen_proxy.translation.content_parts import as_content, as_part
 from xgen_proxy.translation.media_part import MediaPart
 from xgen_proxy.translation.responses.tools import encode_input, tool_name, unknown
 
@@ -56,9 +58,9 @@ def read_messages(body: Json) -> tuple[list[Json], tuple[str, ...]]:
 class Conversation:
     """Takes the items in order; finish() gives the messages.
 
-    A turn of the assistant is collected until an item of another kind ends it. So are the images that tools returned,
-    because a tool's message has only text, and the system's reminders: a user's message has them, after the last
-    result.
+    A turn of the assistant is collected until an item of another kind ends it, and a turn of the user until the
+    assistant goes on. The user's turn also has the images that tools returned, because a tool's message has only text,
+    and the system's reminders. It follows the last result.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,7 @@ class Conversation:
         self._thoughts: list[str] = []
         self._said: list[str] = []
         self._calls: list[Json] = []
-        self._after: list[Json] = []  # the parts of that message
+        self._user: list[Json] = []  # the parts of the user's present turn
         self._values = 0  # at most, in the arguments of all calls
 
     def add(self, item: Any, where: str) -> None:
@@ -90,7 +92,7 @@ class Conversation:
 
     def finish(self) -> list[Json]:
         self._end_turn()
-        self._end_results()
+        self._end_user()
         if not self.system:
             return self.messages
         return [{"role": "system", "content": "\n\n".join(self.system)}, *self.messages]
@@ -100,8 +102,7 @@ class Conversation:
         parts = read_parts(item.get("content"), f"{where}.content")
         if role == "user":
             self._end_turn()
-            self._end_results()
-            self.messages.append({"role": "user", "content": _shortest(parts)})
+            self._user += parts or [as_part("")]
         elif role not in ("assistant", "system", "developer"):
             raise BadRequestError(
                 f"{where}.role must be user, assistant, system or developer; the result of a tool is an item of type"
@@ -114,11 +115,11 @@ class Conversation:
             )
         elif text := "\n".join(part["text"] for part in parts):
             if role == "assistant":
-                self._end_results()
+                self._end_user()
                 self._said.append(text)
-            elif self.messages or self._said or self._calls:
+            elif self.messages or self._user or self._said or self._calls:
                 self._end_turn()
-                self._after.append(_text(REMINDER.format(text)))
+                self._user.append(as_part(REMINDER.format(text)))
             else:
                 self.system.append(text)
 
@@ -128,7 +129,6 @@ class Conversation:
             parts = get_field(item, field, list, f"{where}.{field}") or []
             texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
             if texts:
-                self._end_results()
                 self._thoughts += texts
                 return
 
@@ -156,7 +156,7 @@ class Conversation:
         self._call(item, where, kind.removesuffix("_call"), orjson.dumps(action).decode())
 
     def _call(self, item: Json, where: str, name: str, arguments: str) -> None:
-        self._end_results()
+        self._end_user()
         function = {"name": name, "arguments": arguments}
         self._calls.append({"id": _call_id(item, where), "type": "function", "function": function})
 
@@ -167,7 +167,7 @@ class Conversation:
         media = [part for part in parts if part["type"] != "text"]
         if media and not texts:
             texts = ["The result follows."]
-        self._after += media
+        self._user += media
         self.messages.append({"role": "tool", "tool_call_id": _call_id(item, where), "content": "\n".join(texts)})
 
     def _shell_output(self, item: Json, where: str) -> None:
@@ -186,10 +186,11 @@ class Conversation:
             self.messages.append(message)
         self._thoughts, self._said, self._calls = [], [], []
 
-    def _end_results(self) -> None:
-        if self._after:
-            self.messages.append({"role": "user", "content": _shortest(self._after)})
-            self._after = []
+    def _end_user(self) -> None:
+        """Ends the user's turn."""
+        if self._user:
+            self.messages.append({"role": "user", "content": as_content(self._user)})
+            self._user = []
 
     # Functions of the class: bound methods would refer to their owner, a circle for the garbage collector.
     READERS: ClassVar[dict[str, Callable[[Conversation, Json, str], None]]] = {
@@ -220,7 +221,7 @@ def _call_id(item: Json, where: str) -> str:
 def read_parts(content: Any, where: str) -> list[Json]:
     """A message's content, or a tool's output, as the parts of a chat's. Raises BadRequestError."""
     if isinstance(content, str):
-        return [_text(content)]
+        return [as_part(content)]
     if content is None:
         return []
     if not isinstance(content, list):
@@ -228,20 +229,10 @@ def read_parts(content: Any, where: str) -> list[Json]:
     return [_read_part(part, f"{where}.{index}") for index, part in enumerate(content)]
 
 
-def _text(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
-def _shortest(parts: list[Json]) -> str | list[Json]:
-    if not parts:
-        return ""
-    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
-
-
 def _read_part(part: Any, where: str) -> Json:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in TEXT_PARTS:
-        return _text(get_field(part, TEXT_PARTS[kind], str, f"{where}.{TEXT_PARTS[kind]}") or "")
+        return as_part(get_field(part, TEXT_PARTS[kind], str, f"{where}.{TEXT_PARTS[kind]}") or "")
     if kind == "input_image":
         return _image(part, where)
     if kind == "input_file":

@@ -11,6 +11,7 @@ import orjson
 
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Answer, Finish, Usage
+from xgen_proxy.translation.responses.logprobs import logprobs_of_text, output_logprobs
 from xgen_proxy.translation.responses.tools import Tools, call_item, decode_input
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -118,23 +119,6 @@ def text_part(text: str, logprobs: Iterable[Json] = ()) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
-def output_logprobs(logprobs: Iterable[Json]) -> list[Json]:
-    """Those of a chat, without the engine's own fields; llama-cpp-python has null for the bytes."""
-    return [
-        {**_token(each), "top_logprobs": [_token(top) for top in each.get("top_logprobs") or ()]} for each in logprobs
-    ]
-
-
-def _token(logprob: Json) -> Json:
-    token = logprob.get("token") or ""
-    spelt = logprob.get("bytes")
-    return {
-        "token": token,
-        "bytes": list(token.encode(errors="replace")) if spelt is None else spelt,
-        "logprob": logprob.get("logprob"),
-    }
-
-
 def reasoning_item(item_id: str, status: str, parts: Sequence[Json]) -> Json:
     """The model's own words are its content; there is no summary of them."""
     return {"id": item_id, "type": "reasoning", "status": status, "summary": [], "content": list(parts)}
@@ -154,7 +138,7 @@ def whole_response(head: ResponseHead, tools: Tools, answer: Answer) -> bytes:
     if answer.reasoning:
         parts = [reasoning_part(answer.reasoning)]
         output.append(reasoning_item(head.item_id("rs", 0), "completed", parts))
-    text = text_part(answer.text, output_logprobs(answer.logprobs))
+    text = text_part(answer.text, output_logprobs(logprobs_of_text(answer)))
     if answer.text.strip() or not (answer.tool_calls or output):
         output.append(message_item(head.item_id("msg", len(output)), "completed", [text]))
     for call in answer.tool_calls:

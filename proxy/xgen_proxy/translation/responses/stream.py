@@ -18,11 +18,11 @@ from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import Failure, Finish, Piece, Reasoning, Text, ToolCallPiece, Usage
 from xgen_proxy.translation.piece_order import Content, PieceOrder
 from xgen_proxy.translation.responses.errors import failure
+from xgen_proxy.translation.responses.logprobs import output_logprobs
 from xgen_proxy.translation.responses.response import (
     ResponseHead,
     Status,
     message_item,
-    output_logprobs,
     reasoning_item,
     reasoning_part,
     text_part,

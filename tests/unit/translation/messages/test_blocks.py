@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from xgen_proxy.errors import BadRequestError
-from xgen_proxy.translation.messages.blocks import UNREADABLE, Dropped, as_part, read_blocks, texts_of, user_parts
+from xgen_proxy.translation.content_parts import as_part
+from xgen_proxy.translation.messages.blocks import UNREADABLE, Dropped, read_blocks, texts_of, user_parts
 
 PNG = {"type": "base64", "media_type": "image/png", "data": "iVBOR"}
 

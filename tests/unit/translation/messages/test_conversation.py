@@ -123,6 +123,33 @@ def test_turns(messages: list[Json], expected: list[Json]) -> None:
     assert translated(*messages) == expected
 
 
+def compaction(content: Any) -> Json:
+    return {"type": "compaction", "content": content, "encrypted_content": "gA"}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([compaction("Summary.\n")], assistant("Summary.")),
+        ([compaction("Summary."), text("So"), text(" on")], assistant("Summary.\n\nSo on")),
+        ([compaction("Summary."), USE], assistant("Summary.", tool_calls=[CALL])),
+    ],
+)
+def test_the_summary_of_a_compaction_is_the_assistants_text(blocks: list[Json], expected: Json) -> None:
+    dropped: Dropped = {}
+    found = chat_messages(None, [user("a"), assistant(blocks), user("b")], dropped, strip_attribution=True)
+    assert found == [user("a"), expected, user("b")]
+    assert not dropped
+
+
+@pytest.mark.parametrize("content", [None, "", " ", 5, ["x"]])
+def test_a_compaction_that_failed_is_ignored(content: Any) -> None:
+    dropped: Dropped = {}
+    messages = [user("a"), assistant([compaction(content)]), user([compaction("Summary."), text("b")])]
+    assert chat_messages(None, messages, dropped, strip_attribution=True) == [user("a\nb")]
+    assert list(dropped) == ["compaction"]
+
+
 def test_what_ran_at_anthropic_is_told() -> None:
     dropped: Dropped = {}
     blocks = [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}, text("found")]

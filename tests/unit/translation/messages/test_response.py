@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from xgen_proxy.translation.chat import Answer, Finish, ToolCall, Usage, tool_input
@@ -59,7 +60,7 @@ def test_a_message() -> None:
     ],
 )
 def test_content(found: Answer, content: list[dict[str, Any]]) -> None:
-    assert message_of(found, "1", "m")["content"] == content
+    assert orjson.loads(orjson.dumps(message_of(found, "1", "m")))["content"] == content
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,12 @@ def test_content(found: Answer, content: list[dict[str, Any]]) -> None:
 )
 def test_arguments(arguments: str, expected: dict[str, Any]) -> None:
     """Those that are no object are told, never a failure of the whole answer."""
-    assert tool_input(arguments) == expected
+    assert orjson.loads(orjson.dumps(tool_input(arguments))) == expected
+
+
+def test_large_integers_in_arguments_stay_exact() -> None:
+    found = answer(calls=(ToolCall("a", "pay", '{"wei": 123456789012345678901}'),))
+    assert b'"input":{"wei": 123456789012345678901}' in orjson.dumps(message_of(found, "1", "m"))
 
 
 @pytest.mark.parametrize(

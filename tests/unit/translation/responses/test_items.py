@@ -53,7 +53,19 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
     (
         "several parts, as Codex sends",
         [{"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}],
-        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+        [{"role": "user", "content": "a\nb"}],
+    ),
+    ("messages of the user in a row", [USER, {"role": "user", "content": "b"}], [{"role": "user", "content": "Hi\nb"}]),
+    (
+        "an image and a text in a row",
+        [{"role": "user", "content": [IMAGE]}, USER],
+        [{"role": "user", "content": [SEEN, {"type": "text", "text": "Hi"}]}],
+    ),
+    ("no content beside some", [USER, {"role": "user", "content": []}], [USER]),
+    (
+        "no content between two answers",
+        [said("a"), {"role": "user", "content": []}, said("b")],
+        [assistant("a"), {"role": "user", "content": ""}, assistant("b")],
     ),
     (
         "an image",
@@ -87,8 +99,8 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
         "others are the user's, and the prompt begins as it did",
         [{"role": "system", "content": "A"}, USER, NOTE, said("Hello"), NOTE, NOTE, USER],
         [
-            {"role": "system", "content": "A"}, USER, NOTED, assistant("Hello"),
-            {"role": "user", "content": [{"type": "text", "text": NOTED["content"]}] * 2}, USER,
+            {"role": "system", "content": "A"}, {"role": "user", "content": f"Hi\n{NOTED['content']}"},
+            assistant("Hello"), {"role": "user", "content": f"{NOTED['content']}\n{NOTED['content']}\nHi"},
         ],
     ),
     (
@@ -121,7 +133,7 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
             assistant(None, tool_calls=[CALLED_B]), {**RESULT, "tool_call_id": "b"}, assistant("Done"),
         ],
     ),
-    ("thoughts that led to nothing", [USER, THOUGHT, USER], [USER, USER]),
+    ("thoughts that led to nothing", [USER, THOUGHT, USER], [{"role": "user", "content": "Hi\nHi"}]),
     (
         "a summary of thoughts, and an encrypted original",
         [USER, {**THOUGHT, **SUMMARY}, said("x")],
@@ -208,6 +220,11 @@ CONVERSATIONS: list[tuple[str, Any, list[dict[str, Any]]]] = [
     ("an image in the last result", [USER, CALL, {**OUTPUT, "output": [IMAGE]}],
      [USER, assistant(None, tool_calls=[CALLED]), {**RESULT, "content": "The result follows."},
       {"role": "user", "content": [SEEN]}]),
+    ("an image in the last result, and the user's words", [USER, CALL, {**OUTPUT, "output": [IMAGE]}, USER],
+     [USER, assistant(None, tool_calls=[CALLED]), {**RESULT, "content": "The result follows."},
+      {"role": "user", "content": [SEEN, {"type": "text", "text": "Hi"}]}]),
+    ("the user's words between a call and its result", [USER, CALL, USER, OUTPUT],
+     [USER, assistant(None, tool_calls=[CALLED]), RESULT, USER]),
 ]  # fmt: skip
 
 

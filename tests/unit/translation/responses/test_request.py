@@ -116,7 +116,7 @@ def test_what_codex_sends_with_freeform_tools() -> None:
     sent = codex("request")
     request = read_request(sent)
     roles = [message["role"] for message in request.body["messages"]]
-    assert roles == ["system", "user", "user", "assistant", "tool", "assistant", "tool"]
+    assert roles == ["system", "user", "assistant", "tool", "assistant", "tool"]
     assert request.body["messages"][0]["content"].startswith(sent["instructions"])
     names = [tool["function"]["name"] for tool in request.body["tools"]]
     assert names == ["exec_command", "write_stdin", "update_plan", "apply_patch", "view_image", "mcp__git__git_status"]
@@ -127,8 +127,8 @@ def test_what_codex_exec_sends_to_a_model_that_it_does_not_know() -> None:
     """Recorded from Codex 0.169 after its first call, with long texts cut."""
     sent = codex("exec_request")
     request = read_request(sent)
-    assert [message["role"] for message in request.body["messages"]] == ["system", "user", "user", "assistant", "tool"]
-    thought, called = request.body["messages"][3]["reasoning"], request.body["messages"][3]["tool_calls"][0]
+    assert [message["role"] for message in request.body["messages"]] == ["system", "user", "assistant", "tool"]
+    thought, called = request.body["messages"][2]["reasoning"], request.body["messages"][2]["tool_calls"][0]
     assert (thought, called["function"]["name"]) == ("I will make it.", "exec_command")
     names = [tool["function"]["name"] for tool in request.body["tools"]]
     assert names[:2] == ["exec_command", "write_stdin"]
