@@ -256,7 +256,7 @@ def test_only_nginx_is_reachable_from_outside(stack: Stack) -> None:
 def test_a_vllm_elsewhere_gives_the_proxies_a_way_out_and_nobody_else(stack: Stack) -> None:
     merged = json.loads(stack.compose("config", "--format", "json", extra=[ELSEWHERE]))
     assert set(merged["services"]["proxy"]["networks"]) == {"inside", "elsewhere"}
-    assert [name for name, each in merged["services"].items() if "elsewhere" in each["networks"]] == ["proxy"]
+    assert [name for name, each in merged["services"].items() if "elsewhere" in each.get("networks", ())] == ["proxy"]
     assert not merged["networks"]["elsewhere"].get("internal")
 
 
