@@ -274,6 +274,17 @@ class MissingCapabilityError(UnsupportedByBackendError):
         self.remedy = remedy
 
 
+class PromptTooLongError(UpstreamError):
+    """The prompt exceeds the context here. `rejection`: what the client gets if it exceeds every other, too."""
+
+    outcome = "too_long"
+    blame = "engine"
+
+    def __init__(self, rejection: RequestRejectedError) -> None:
+        super().__init__("the prompt exceeds its context", rejection.message)
+        self.rejection = rejection
+
+
 class DifferentAnswerError(UpstreamError):
     outcome = "different"
     blame = "engine"
@@ -312,14 +323,20 @@ class ClientDisconnectedError(Exception):
     """The client closed its connection; all work for it must stop."""
 
 
-def all_failed(failures: Iterable[tuple[str, UpstreamError]], model: str = "") -> ProxyError:
+def all_failed(
+    failures: Iterable[tuple[str, UpstreamError]], model: str = "", *, may_fit_elsewhere: bool = False
+) -> ProxyError:
     """The error for a request for `model` whose every candidate failed, given (replica name, error) in order.
 
-    By blame: the request's or the proxy's own fault says so; 400 if no engine has what the request needs; 503 if all
-    were overloaded, down or unsuitable; 504 if the last one timed out; else 502.
+    By blame: the request's or the proxy's own fault says so; 400 if no engine has what the request needs, or none a
+    context for it; 503 if all were overloaded, down or unsuitable; 504 if the last one timed out; else 502.
+    `may_fit_elsewhere`: a backend has a larger context than those that found the prompt too long.
     """
     failures = list(failures)
     errors = [error for _, error in failures]
+    too_long = [error.rejection for error in errors if isinstance(error, PromptTooLongError)]
+    if too_long and not may_fit_elsewhere:
+        return too_long[-1]
     tried = "; ".join(f"{name}: {error}" for name, error in failures[:MAX_NAMED])
     if len(failures) > MAX_NAMED:
         tried += f"; and {len(failures) - MAX_NAMED} more"
@@ -334,7 +351,7 @@ def all_failed(failures: Iterable[tuple[str, UpstreamError]], model: str = "") -
     blames = {error.blame for error in errors}
     if all(error.blame in ("busy", "engine", "proxy") or isinstance(error, UpstreamConnectError) for error in errors):
         return ServiceUnavailableError(
-            message, code="all_backends_failed", retry_after=None if blames == {"engine"} else 2
+            message, code="all_backends_failed", retry_after=None if blames == {"engine"} and not too_long else 2
         )
     if blames == {"unclear"}:
         message += "; it may be this request that makes them fail: change it before you send it again"

@@ -19,14 +19,17 @@ import orjson
 from xgen_proxy.errors import (
     Blame,
     MissingCapabilityError,
+    PromptTooLongError,
     QueueFullError,
     QueueTimeoutError,
+    RequestRejectedError,
     StreamInterruptedError,
     UpstreamConnectError,
     UpstreamError,
     all_failed,
 )
 from xgen_proxy.fleet.admission import Admission
+from xgen_proxy.fleet.backend import Backend
 from xgen_proxy.fleet.health import HealthMonitor
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.forwarding.outcome import Failure, Observer
@@ -39,6 +42,11 @@ log = logging.getLogger("xgen_proxy")
 
 # Asks one target, given the trace context for it as header lines. Raises UpstreamError to try the next target.
 Work = Callable[[Target, bytes], Awaitable[None]]
+
+
+def is_larger(backend: Backend, other: Backend) -> bool:
+    """Whether a prompt that exceeds the context of `other` may fit into this one's. A context may be unknown."""
+    return backend is not other and (backend.context is None or backend.context > (other.context or 0))
 
 
 class Failover:
@@ -75,7 +83,7 @@ class Failover:
             except UpstreamError:
                 failures = self.progress.failures
                 named = ((failure.target.replica.name, failure.error) for failure in failures)
-                raise all_failed(named, self.call.model) from None
+                raise all_failed(named, self.call.model, may_fit_elsewhere=self._may_fit_elsewhere()) from None
 
     async def resume(self, targets: Sequence[Target], work: Work) -> None:
         """Runs `work` on new targets, after the commit point. Raises UpstreamError, the last one, if all fail.
@@ -120,6 +128,14 @@ class Failover:
             error = failed
             self._record_failure(target, failed)
             raise
+        except RequestRejectedError as rejected:
+            if rejected.code != "context_length_exceeded":
+                error = rejected
+                raise
+            error = PromptTooLongError(rejected)
+            self._record_failure(target, error)
+            self.remaining = [other for other in self.remaining if is_larger(other.backend, target.backend)]
+            raise error from None
         except StreamInterruptedError as interrupted:
             error = interrupted.error
             self._record_failure(target, interrupted.error)
@@ -155,6 +171,18 @@ class Failover:
         else:
             replica.failed(error.reason)
             self.admission.on_replica_down()  # the circuit breaker may have opened
+
+    def _may_fit_elsewhere(self) -> bool:
+        """Whether a backend that the request may go to, down or not, has a larger context than those that refused the
+        prompt: an agent that takes an outage for a long prompt drops its history for nothing."""
+        features = self.call.features
+        refused = [each.target.backend for each in self.progress.failures if isinstance(each.error, PromptTooLongError)]
+        able = [
+            backend
+            for backend in self.health.fleet.backends
+            if features.model in backend.models and features.needs <= backend.capabilities
+        ]
+        return features.fallback and any(all(is_larger(other, each) for each in refused) for other in able)
 
     def _convict(self) -> None:
         """The request is good, since it was served: what was unclear was the fault of those that failed."""

@@ -212,6 +212,47 @@ def test_a_replica_with_one_slot_gets_one_request_at_a_time(start: Start, gpu: F
     assert max(peak) <= 1
 
 
+TOO_LONG = {"error": {"message": "the request exceeds the available context size", "type": "invalid_request_error"}}
+LONG_PROMPT = [{"role": "user", "content": "word " * 2_400}]  # too long for the CPU by estimate, but not by half of it
+
+
+@pytest.mark.parametrize(
+    ("gpu_says", "expected"),
+    [(good, 200), (status(503), 503), (status(500), 502), (None, 503)],
+    ids=["good", "busy", "failed", "down"],
+)
+def test_a_prompt_that_is_too_long_for_one_backend_may_fit_another(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, gpu_says: Script | None, expected: int
+) -> None:
+    """An agent that takes an outage for a long prompt drops its history for good."""
+    cpu.default = status(400, TOO_LONG)
+    llama = backend(cpu, dialect="llama-server", device_class="cpu", context=2_048)
+    proxy = start(backends={"vllm": backend(gpu, context=65_536), "llama": llama})
+    if gpu_says is None:
+        gpu.kill()
+        vllm = proxy.gateway.fleet.backends_by_name["vllm"]
+        wait_until(lambda: not any(replica.up for replica in vllm.replicas))
+    else:
+        gpu.default = gpu_says
+    answer = chat(proxy, messages=LONG_PROMPT, backend="llama")
+    assert answer.status_code == expected, answer.text
+    assert "context_length_exceeded" not in answer.text
+    assert ("retry-after" in answer.headers) == (expected == 503)
+    assert len([talk for talk in cpu.talks if talk.path.endswith("completions")]) == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"fallback": "none"}], ids=["the largest", "no fallback"])
+def test_a_prompt_that_is_too_long_for_all_is_the_clients(
+    start: Start, gpu: FakeUpstream, cpu: FakeUpstream, fields: dict[str, Any]
+) -> None:
+    gpu.default = cpu.default = status(400, TOO_LONG)
+    other = 65_536 if fields else 1_024
+    proxy = start(backends={"vllm": backend(gpu, context=2_048), "other": backend(cpu, context=other)})
+    answer = chat(proxy, messages=LONG_PROMPT, backend="vllm", **fields)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert not cpu.talks
+
+
 def test_a_request_whose_replica_died_waits_although_the_queue_is_full(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream
 ) -> None:

@@ -30,8 +30,9 @@ TOO_LONG = "prompt is too long"
 NUMBERS = (
     re.compile(r"prompt of about (?P<prompt>\d{1,9}) tokens exceeds its context of (?P<limit>\d{1,9})"),
     re.compile(r"request \((?P<prompt>\d{1,9}) tokens\) exceeds the available context size \((?P<limit>\d{1,9})"),
+    # Not vLLM's "at least 65537": it counts no further, and Claude Code would drop one turn where it must drop many.
     re.compile(
-        r"maximum context length is (?P<limit>\d{1,9}) tokens.{1,60}?(?:at least|requested) (?P<prompt>\d{1,9})"
+        r"maximum context length is (?P<limit>\d{1,9}) tokens.{1,60}?requested \d{1,9} tokens \((?P<prompt>\d{1,9}) in"
     ),
 )
 

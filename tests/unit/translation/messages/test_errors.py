@@ -61,11 +61,7 @@ def test_events(fields: dict[str, object], kind: str) -> None:
         ("request (18031 tokens) exceeds the available context size (2048 tokens)", "18031 tokens > 2048 maximum"),
         (
             "This model's maximum context length is 2048 tokens. However, you requested 18035 tokens (18031 in the",
-            "18035 tokens > 2048 maximum",
-        ),
-        (
-            "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input",
-            "2049 tokens > 2048 maximum",
+            "18031 tokens > 2048 maximum",
         ),
     ],
 )
@@ -74,9 +70,16 @@ def test_a_long_prompt_is_told_in_the_words_that_clients_read(message: str, numb
     assert orjson.loads(body)["error"]["message"] == f"prompt is too long: {numbers} ({message})"
 
 
-def test_a_long_prompt_without_numbers() -> None:
-    _, body = error_response(RequestRejectedError("too much", code="context_length_exceeded"), "req-1")
-    assert orjson.loads(body)["error"]["message"] == "prompt is too long: too much"
+AT_LEAST = (
+    "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens."
+)
+
+
+@pytest.mark.parametrize("message", ["too much", AT_LEAST])
+def test_a_long_prompt_without_numbers_that_are_true(message: str) -> None:
+    """vLLM counts one token more than fits. Claude Code would drop so little that its next request fails, too."""
+    _, body = error_response(RequestRejectedError(message, code="context_length_exceeded"), "req-1")
+    assert orjson.loads(body)["error"]["message"] == f"prompt is too long: {message}"
 
 
 def test_fields_have_the_names_of_this_api() -> None:
