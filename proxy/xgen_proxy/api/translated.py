@@ -66,7 +66,9 @@ class TranslatedEndpoint(InferenceEndpoint):
             call = self.parse(origin, orjson.dumps(chat), chat)
         except BadRequestError as error:
             raise in_clients_words(error, chat) from None
-        return Incoming(call, partial(TranslatingWriter, api=self.api, translation=translation, call=call))
+        originator = origin.headers.get(b"originator", b"")
+        writer = partial(TranslatingWriter, api=self.api, translation=translation, call=call, originator=originator)
+        return Incoming(call, writer)
 
     async def refuse(self, origin: Origin, error: ProxyError, send: Send) -> None:
         id = origin.request_id.encode()

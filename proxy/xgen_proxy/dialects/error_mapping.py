@@ -40,6 +40,13 @@ REQUESTED = re.compile(
     r"maximum context length is (\d{1,9}) tokens.{1,40}requested \d{1,12} (?:output )?tokens"
     r"(?: \(| and your prompt contains (?:at least )?)(\d{1,9}) (?:in the|input)"
 )
+# vLLM 0.26 to 0.30 count a prompt up to `limit - requested + 1` only, and then say that, however long it is.
+AT_LEAST = re.compile(
+    r"maximum context length is (\d{1,9}) tokens.{1,40}requested (\d{1,9}) output tokens and your prompt contains"
+    r" at least (\d{1,9}) input"
+)
+# vLLM 0.32, to a prompt that fills the context. A client's own limit below 1 is refused before.
+NO_ROOM = re.compile(r"max_tokens must be at least 1, got (?:0|-\d{1,9})\b")
 PATHS = re.compile(r"(?<!\w)(?:/[\w.@+-]{1,255}){2,64}(?::\d{1,9})?")
 # pydantic's errors as text, with everything that was sent; this finds where and what of the first
 INVALID = re.compile(r"""'loc': ([(\[][^)\]]{0,200}[)\]]|'[^']{0,200}'), 'msg': ("[^"]{0,600}"|'[^']{0,600}')""")
@@ -219,7 +226,9 @@ def _missing(message: str) -> MissingCapabilityError | None:
 def _refused(status: int, message: str, code: Any, param: str | None) -> RequestRejectedError:
     status = status if 400 <= status < 500 else 400
     code = code[:MAX_NAME] if isinstance(code, str) else None
-    if param in OUTPUT_LIMITS or _is_about_output(message):
+    if NO_ROOM.search(message):
+        status, code, param = 400, "context_length_exceeded", None
+    elif param in OUTPUT_LIMITS or _is_about_output(message):
         param, code = param if param in OUTPUT_LIMITS else "max_tokens", None
     elif TOO_LONG.search(message):
         status, code = 400, "context_length_exceeded"
@@ -233,6 +242,15 @@ def _is_about_output(message: str) -> bool:
         return True
     numbers = REQUESTED.search(message)
     return numbers is not None and int(numbers[2]) < int(numbers[1])
+
+
+def as_long_prompt(error: RequestRejectedError) -> RequestRejectedError:
+    """The same as an error about the prompt, if it may be: a figure with "at least" does not tell a prompt that is too
+    long from a max_tokens that is too large."""
+    found = AT_LEAST.search(error.message)
+    if found is None or int(found[3]) != int(found[1]) - int(found[2]) + 1:
+        return error
+    return RequestRejectedError(error.message, status=400, type=error.type, code="context_length_exceeded")
 
 
 def _fields(body: bytes) -> tuple[str, Any, str | None]:

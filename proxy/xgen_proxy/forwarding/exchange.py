@@ -6,6 +6,7 @@ otherwise it is closed, which cancels the request upstream.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -13,9 +14,9 @@ from typing import Any
 
 from xgen_proxy import sse
 from xgen_proxy.dialects.backend_request import BackendRequest
-from xgen_proxy.dialects.error_mapping import read_error, stream_error
+from xgen_proxy.dialects.error_mapping import as_long_prompt, read_error, stream_error
 from xgen_proxy.dialects.whole_response import check_whole
-from xgen_proxy.errors import UpstreamProtocolError
+from xgen_proxy.errors import RequestRejectedError, UpstreamProtocolError
 from xgen_proxy.fleet.replica import Replica
 from xgen_proxy.request.features import Json
 from xgen_proxy.upstream.connection import Connection
@@ -102,7 +103,8 @@ class Exchange:
         message = self._head() + self._payload
         connection = self._connection = await self.replica.pool.exchange(message, self._timeout_s, total_s)
         if connection.status != 200:
-            raise read_error(connection.status, await self._error_body(connection), self.request.opaque)
+            error = read_error(connection.status, await self._error_body(connection), self.request.opaque)
+            raise self._blamed(error)
         head = connection.headers
         if head.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UpstreamProtocolError("a compressed answer, although none was asked for")
@@ -187,8 +189,16 @@ class Exchange:
         """The meaning of the error event or the abort among these events."""
         for event in sse.events(block):
             if sse.is_error(event):
-                return stream_error(event)
+                return self._blamed(stream_error(event))
         return UpstreamProtocolError("finish_reason abort: the engine is shutting down")
+
+    def _blamed(self, error: Exception) -> Exception:
+        """Where an engine does not tell whether the prompt or max_tokens is too large: the prompt, unless the client
+        means its max_tokens and the prompt fits by estimate. An agent that is told so compacts; one that is told that
+        its max_tokens is too large gives up, since that is a constant of its own."""
+        features, context = self.request.features, self.request.context
+        meant = features.max_tokens_believed and features.prompt_tokens < (context or math.inf)
+        return error if meant or not isinstance(error, RequestRejectedError) else as_long_prompt(error)
 
     def expect_close(self) -> None:
         """The response is complete but for its closing chunk, so that the connection is worth waiting for."""

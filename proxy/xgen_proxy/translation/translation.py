@@ -47,5 +47,6 @@ class Api(Protocol):
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         """The status and the body of an error response."""
 
-    def fails_in_stream(self, error: ProxyError) -> bool:
-        """Whether clients that asked for a stream understand this error only as an event of one."""
+    def fails_in_stream(self, error: ProxyError, originator: bytes) -> bool:
+        """Whether a client that asked for a stream understands this error only as an event of one. `originator`: the
+        header by which Codex names itself, b"" if there is none."""

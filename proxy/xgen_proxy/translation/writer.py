@@ -30,12 +30,21 @@ SILENCE_S = 10.0  # how long a translated stream may write nothing before a ping
 class TranslatingWriter(ResponseWriter):
     """A response writer whose input is a chat completion and whose output is the other API's answer."""
 
-    __slots__ = ("_api", "_call", "_failed", "_headers", "_size", "_stream", "_translation", "_wrote_at")
+    __slots__ = ("_api", "_call", "_failed", "_headers", "_originator", "_size", "_stream", "_translation", "_wrote_at")
 
-    def __init__(self, send: Send, direct: DirectWriter | None, api: Api, translation: Translation, call: Call) -> None:
+    def __init__(
+        self,
+        send: Send,
+        direct: DirectWriter | None,
+        api: Api,
+        translation: Translation,
+        call: Call,
+        originator: bytes = b"",
+    ) -> None:
         super().__init__(send, direct)
         self._api = api
         self._call = call
+        self._originator = originator
         self._translation = translation
         self._stream = translation.stream(call)
         self._failed = False
@@ -84,7 +93,7 @@ class TranslatingWriter(ResponseWriter):
             await self._write(self._stream.ping())
 
     async def fail(self, error: ProxyError, headers: Headers) -> None:
-        wants_stream = self._call.features.stream and self._api.fails_in_stream(error)
+        wants_stream = self._call.features.stream and self._api.fails_in_stream(error, self._originator)
         if not self.status and not self._ended and wants_stream:
             await self.start(headers)
         if self.status:

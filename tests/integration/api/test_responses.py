@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -16,8 +17,9 @@ from pydantic import BaseModel
 from tests.support.counting_upstream import PROMPT_TOKENS, counter
 from tests.support.counting_upstream import events_of as counted
 from tests.support.documents import ROOT
-from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, status, whole
+from tests.support.fake_upstream import FakeUpstream, Script, Talk, delta, good, status, whole
 from tests.support.running_proxy import RunningProxy, backend, get, post
+from tests.support.waiting import wait_until
 from xgen_proxy.api.api_keys import hash_key
 
 CODEX = json.loads((ROOT / "tests" / "fixtures" / "codex_request.json").read_text())
@@ -152,6 +154,33 @@ def test_what_codex_sends_and_gets(proxy: RunningProxy, gpu: FakeUpstream) -> No
     assert events[-1]["type"] == "response.completed"
     assert events[-1]["response"]["output"] == done
     assert events[-1]["response"]["usage"]["input_tokens_details"]["cached_tokens"] == 8
+
+
+@pytest.mark.parametrize("originator", ["codex_exec", ""])
+def test_codex_waits_for_a_full_queue(start: Callable[..., RunningProxy], gpu: FakeUpstream, originator: str) -> None:
+    """It waits as long as a failed response says, but gives up at a 429, after which OpenAI's SDKs try again."""
+    release = threading.Event()
+
+    async def slow(talk: Talk) -> None:
+        await asyncio.to_thread(release.wait, 10)
+        await good(talk)
+
+    gpu.default = slow
+    proxy = start(backends={"llama": backend(gpu, dialect="llama-server", slots=1)}, limits={"queue": 0})
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(respond, proxy)
+        wait_until(lambda: any(replica.in_flight for replica in proxy.gateway.fleet.replicas))
+        headers = {"originator": originator} if originator else {}
+        refused = post(proxy.url + "/v1/responses", json={**ASK, "stream": True}, headers=headers)
+        release.set()
+        assert running.result(20).status_code == 200
+    if not originator:
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        return
+    *_, last = events_of(refused)
+    assert (refused.status_code, last["type"]) == (200, "response.failed")
+    assert last["response"]["error"]["code"] == "rate_limit_exceeded"
+    assert "try again in" in last["response"]["error"]["message"]
 
 
 def test_a_round_trip_with_a_tool(client: openai.OpenAI, gpu: FakeUpstream) -> None:

@@ -241,6 +241,29 @@ def test_a_prompt_that_is_too_long_for_one_backend_may_fit_another(
     assert len([talk for talk in cpu.talks if talk.path.endswith("completions")]) == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "words", "code"),
+    [(32_000, 100, "context_length_exceeded"), (1_000, 100, None), (1_000, 2_400, "context_length_exceeded")],
+    ids=["an agent's constant", "a limit that the client means", "a long prompt"],
+)
+def test_vllm_does_not_tell_what_is_too_long(
+    start: Start, gpu: FakeUpstream, limit: int, words: int, code: str | None
+) -> None:
+    """0.26 to 0.30 count a prompt no further than max_tokens leaves room."""
+
+    async def refuses(talk: Talk) -> None:
+        asked = talk.json["max_tokens"]
+        said = f"you requested {asked} output tokens and your prompt contains at least {2048 - asked + 1} input tokens"
+        message = f"This model's maximum context length is 2048 tokens. However, {said}, for a total of at least 2049."
+        await talk.answer(400, {"error": {"message": message, "type": "BadRequestError", "param": "input_tokens"}})
+
+    gpu.default = refuses
+    proxy = start(backends={"vllm": backend(gpu, context=2_048)})
+    messages = [{"role": "user", "content": "word " * words}]
+    told = chat(proxy, messages=messages, max_tokens=limit).json()["error"]
+    assert (told["code"], told["param"]) == (code, None if code else "max_tokens")
+
+
 @pytest.mark.parametrize("fields", [{}, {"fallback": "none"}], ids=["the largest", "no fallback"])
 def test_a_prompt_that_is_too_long_for_all_is_the_clients(
     start: Start, gpu: FakeUpstream, cpu: FakeUpstream, fields: dict[str, Any]

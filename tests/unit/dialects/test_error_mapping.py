@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.cpu_time import TRIES, slowness, untraced
 from xgen_proxy.dialects import error_mapping
-from xgen_proxy.dialects.error_mapping import read_error, stream_error
+from xgen_proxy.dialects.error_mapping import as_long_prompt, read_error, stream_error
 from xgen_proxy.errors import (
     Blame,
     MissingCapabilityError,
@@ -206,6 +206,29 @@ def test_max_tokens_beyond_the_context_is_no_long_prompt(message: str, param: st
     assert (verdict.status, verdict.param, verdict.code) == (400, "max_tokens", None)
 
 
+AT_LEAST = (
+    "This model's maximum context length is 65536 tokens. However, you requested 32000 output tokens and your prompt"
+    " contains at least {} input tokens, for a total of at least {} tokens."
+)
+
+
+def test_a_prompt_of_which_vllm_tells_only_the_least_may_be_too_long() -> None:
+    """It counts up to 65536 - 32000 + 1."""
+    told = read_error(400, orjson.dumps(error(AT_LEAST.format(33537, 65537), param="input_tokens")))
+    assert isinstance(told, RequestRejectedError)
+    assert (told.param, told.code) == ("max_tokens", None)
+    assert (as_long_prompt(told).param, as_long_prompt(told).code) == (None, "context_length_exceeded")
+    exact = read_error(400, orjson.dumps(error(AT_LEAST.format(40000, 72000), param="input_tokens")))
+    assert isinstance(exact, RequestRejectedError)
+    assert as_long_prompt(exact) is exact
+
+
+def test_a_prompt_that_leaves_no_token_is_too_long() -> None:
+    verdict = read_error(400, orjson.dumps(error("max_tokens must be at least 1, got 0.", param="max_tokens")))
+    assert isinstance(verdict, RequestRejectedError)
+    assert (verdict.param, verdict.code) == (None, "context_length_exceeded")
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_429_and_503_mean_overloaded(status: int) -> None:
     assert isinstance(read_error(status, orjson.dumps(error("Loading model", code=status))), UpstreamOverloadedError)
@@ -263,6 +286,7 @@ def test_error_events(event: bytes, meaning: type[Exception]) -> None:
 SEEDS = [
     "'loc': [", "'loc': ('a', ", "'loc': 'x', 'msg': \"", "'msg': '", "/a", "/", "a/", "./", "x", "\\", '"', "{", "[",
     "1 validation error: ", "maximum context length is 1 tokens", "requested 1 tokens ", "Jinja Exception: ", "é", "\n",
+    "requested 1 output tokens and your prompt contains at least ", "max_tokens must be at least 1, got ",
     "max_tokens=1", "11111", "tool_choice ", "is not a multimodal model", "(1 in the", " ", "\x00",
 ]  # fmt: skip
 PREFIXES = ["", "1 validation error: {'loc': ['x'], 'msg': 'y", "At most 0 image(s) may be provided in one prompt"]
@@ -292,6 +316,8 @@ def call(name: str, text: str) -> None:
             error_mapping._as_text([{"loc": [text], "msg": text}])
         case "_missing" | "_is_about_output":  # these get what _clean() returns
             getattr(error_mapping, name)(error_mapping._clean(text))
+        case "as_long_prompt":
+            as_long_prompt(RequestRejectedError(error_mapping._clean(text)))
         case "_refused":
             error_mapping._refused(400, error_mapping._clean(text), text, text)
         case _:

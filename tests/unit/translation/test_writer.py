@@ -71,7 +71,7 @@ class ShoutingApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return 599, f"{request_id}: {error.message}".encode()
 
-    def fails_in_stream(self, error: ProxyError) -> bool:
+    def fails_in_stream(self, error: ProxyError, originator: bytes) -> bool:
         return error.code == "too_long"
 
 

@@ -32,7 +32,7 @@ class MessagesApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return error_response(error, request_id)
 
-    def fails_in_stream(self, error: ProxyError) -> bool:
+    def fails_in_stream(self, error: ProxyError, originator: bytes) -> bool:
         return False
 
 

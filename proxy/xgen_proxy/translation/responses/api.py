@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xgen_proxy.errors import ProxyError
+from xgen_proxy.errors import ProxyError, QueueFullError
 from xgen_proxy.request.call import Call
 from xgen_proxy.request.features import Json
 from xgen_proxy.translation.chat import read_answer
@@ -21,9 +21,11 @@ class ResponsesApi:
     def error(self, error: ProxyError, request_id: str) -> tuple[int, bytes]:
         return error.status, error_body(error)
 
-    def fails_in_stream(self, error: ProxyError) -> bool:
-        """Codex drops history at this code, but reads a 400 as a request that can never succeed."""
-        return error.code == "context_length_exceeded"
+    def fails_in_stream(self, error: ProxyError, originator: bytes) -> bool:
+        """Codex drops history at this code, but reads a 400 as a request that can never succeed; and it waits where a
+        stream says so, but gives up at a 429, after which OpenAI's SDKs wait."""
+        waits = isinstance(error, QueueFullError) and originator.startswith(b"codex")
+        return waits or error.code == "context_length_exceeded"
 
 
 class ResponsesTranslation:
