@@ -38,10 +38,12 @@ NUMBERS = (
 
 
 def error_response(error: ProxyError, request_id: str) -> tuple[int, bytes]:
-    """The status and the body."""
-    status = OVERLOADED if error.status == 503 else error.status
-    kind = TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "api_error")
-    return status, _envelope(kind, _message(error.fields()), request_id)
+    """The status and the body. Claude Code sends a request again after overloaded_error, whatever x-should-retry says,
+    so what only an operator can mend, such as a backend's API key, is no overload."""
+    permanent = error.status == 503 and error.code == "all_backends_failed" and error.retry_after is None
+    status = 500 if permanent else error.status
+    kind = TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    return OVERLOADED if status == 503 else status, _envelope(kind, _message(error.fields()), request_id)
 
 
 def error_event(fields: Json, request_id: str) -> bytes:

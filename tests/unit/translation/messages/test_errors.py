@@ -24,6 +24,8 @@ from xgen_proxy.translation.messages.errors import error_event, error_response
         (errors.BadGatewayError("x", status=504), 504, "timeout_error"),
         (errors.ServiceUnavailableError("x"), 529, "overloaded_error"),
         (errors.OutOfResourcesError("x"), 529, "overloaded_error"),
+        (errors.ServiceUnavailableError("x", code="all_backends_failed", retry_after=2), 529, "overloaded_error"),
+        (errors.ServiceUnavailableError("x", code="all_backends_failed"), 500, "api_error"),  # a backend's key is wrong
     ],
 )
 def test_responses(error: ProxyError, status: int, kind: str) -> None:
