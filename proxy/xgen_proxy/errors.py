@@ -50,7 +50,7 @@ import orjson
 #   engine   it runs without something that the request needs: start-up flags, a model, our key
 #   busy     it is healthy and full
 #   proxy    we ran out of something
-#   nobody   it answered until its time was over: the answer was long, or the client read slowly
+#   nobody   the answer never paused, but took longer than it may: it is long, or its client reads slowly
 Blame = Literal["replica", "unclear", "request", "engine", "busy", "proxy", "nobody"]
 MAX_NAMED = 8  # failed attempts that an error message lists
 QUOTED_CHARACTERS = 60

@@ -132,7 +132,7 @@ class Failover:
             if rejected.code != "context_length_exceeded":
                 error = rejected
                 raise
-            error = PromptTooLongError(rejected)
+            error = PromptTooLongError(rejected.with_traceback(None))  # whose frames hold the failures: a circle
             self._record_failure(target, error)
             self.remaining = [other for other in self.remaining if is_larger(other.backend, target.backend)]
             raise error from None

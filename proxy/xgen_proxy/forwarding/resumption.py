@@ -186,6 +186,7 @@ class Resumption:
         resumed = ResumedStream(prefix, spent, self.call.features, "usage")
         if prefix.finish is None:
             await self.writer.send(resumed.event({}, "length"))
+            self.delivery.finished = True
         if self.call.features.include_usage:
             await self._relay(target, trace, requests.usage_request(request), resumed)
         else:

@@ -274,6 +274,22 @@ def test_a_complete_answer_whose_usage_cannot_be_counted_ends_normally(
     assert ": no usage: " in answer.text
 
 
+def test_an_answer_as_long_as_it_may_be_needs_no_usage_to_end_normally(
+    pair: Callable[[str], RunningProxy], gpu: FakeUpstream, cpu: FakeUpstream
+) -> None:
+    proxy = pair("llama-server")
+
+    async def only_counts(talk: Talk) -> None:
+        await (counter(LAST) if "tokenize" in talk.path else status(500))(talk)
+
+    cpu.default = only_counts
+    gpu.scripts.append(cut_after(3, reset))
+    answer = stream(proxy, max_tokens=3, stream_options={"include_usage": True})
+    assert read(answer) == (count(3), None)
+    assert '"finish_reason":"length"' in answer.text
+    assert ": no usage: " in answer.text
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 FINAL: dict[str, dict[str, Any]] = {
     "n": {"n": 2},

@@ -55,11 +55,11 @@ class ResumedStream:
         return self
 
     def check(self, block: bytes) -> bool:
-        """Whether the answer has begun as it must: reasoning goes on as reasoning, text as text. False if these events,
-        all so far, have no output yet, as of an engine that holds back what may begin a stop string.
+        """Whether these events, all so far, have output. vLLM sends chunks without any while it holds back what may
+        begin a stop string.
 
-        An engine that was not told that it is reasoning, or that does not tell reasoning from text, is found out here,
-        before anything is sent. Raises DifferentAnswerError.
+        Raises DifferentAnswerError if the output is of the wrong kind: reasoning must go on as reasoning, text as text.
+        An engine that does not know that it is reasoning is found out here, before anything is sent.
         """
         repeats = self._way == "repeat"
         if self._way in ("usage", "relabel") or not self._chat or (repeats and not self._prefix.reasoning):
