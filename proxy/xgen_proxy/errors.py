@@ -39,6 +39,7 @@ Error body: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, Literal
 
 import orjson
@@ -336,7 +337,7 @@ def all_failed(
     errors = [error for _, error in failures]
     too_long = [error.rejection for error in errors if isinstance(error, PromptTooLongError)]
     if too_long and not may_fit_elsewhere:
-        return too_long[-1]
+        return copy(too_long[-1])  # raised while its PromptTooLongError is handled, it would refer to that: a circle
     tried = "; ".join(f"{name}: {error}" for name, error in failures[:MAX_NAMED])
     if len(failures) > MAX_NAMED:
         tried += f"; and {len(failures) - MAX_NAMED} more"

@@ -50,6 +50,13 @@ def failover(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     assert chat(proxy, stream=True).headers["x-backend"] == "llama_cpp"
 
 
+def too_long(proxy: RunningProxy, gpu: FakeUpstream) -> None:
+    message = "This model's maximum context length is 8 tokens. However, your prompt contains 9 input tokens."
+    gpu.scripts.append(status(400, {"error": {"message": message}}))
+    answer = chat(proxy, fallback="none", backend="vllm")
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 def resume(proxy: RunningProxy, gpu: FakeUpstream) -> None:
     gpu.scripts.append(dying(6, 700))
     assert ": resumed on llama_cpp" in chat(proxy, stream=True).text
@@ -97,7 +104,7 @@ def test_loaded_objects_are_frozen() -> None:
 
 @pytest.mark.parametrize(
     "request_",
-    [whole, stream, response, disconnect, failover, resume, invalid, invalid_response, not_found],
+    [whole, stream, response, disconnect, failover, too_long, resume, invalid, invalid_response, not_found],
 )
 def test_requests_leave_no_reference_cycles(
     request_: Callable[[RunningProxy, FakeUpstream], None],
